@@ -1,0 +1,8 @@
+"""Errors that a person at the terminal can act on."""
+
+
+class UserError(Exception):
+    """Bad input: one line that says what was wrong, where, and what to do.
+
+    Programs print it as ``error: ...`` and exit with code 2; libraries raise it so that callers can.
+    """
