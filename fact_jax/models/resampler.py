@@ -1,0 +1,119 @@
+"""FACT's face projection: an attention-query resampler from face tokens to 16 conditions.
+
+A Perceiver resampler (Flamingo, arXiv 2204.14198; as IP-Adapter Plus has it), with the released
+checkpoint's names under ``local_fac_prj``.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from fact_jax.attention import attention
+from fact_jax.models.layers import Identity, check_peer_config, layer_norm, merge_heads, split_heads
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ResamplerConfig:
+    """Shape of the resampler, with the released code's names."""
+
+    dim: int = 1024
+    depth: int = 4
+    dim_head: int = 64
+    heads: int = 12
+    num_queries: int = 16
+    embedding_dim: int = 512
+    output_dim: int = 768
+
+    @classmethod
+    def sd15(cls) -> "ResamplerConfig":
+        return cls()
+
+    @classmethod
+    def mini(cls) -> "ResamplerConfig":
+        """The miniature: tokens of the mini TransFace to 16 conditions for the mini UNet."""
+        return cls(dim=128, depth=2, dim_head=32, heads=4, embedding_dim=128, output_dim=96)
+
+    @classmethod
+    def from_dict(cls, config: Mapping) -> "ResamplerConfig":
+        check_peer_config("resampler", config, {"ff_mult": (4,)})
+        names = [field.name for field in dataclasses.fields(cls)]
+        return cls(**{name: config[name] for name in names if name in config})
+
+    def to_dict(self) -> dict:
+        return dataclasses.asdict(self)
+
+
+class PerceiverAttention(nnx.Module):
+    """Latents attend to tokens and to themselves."""
+
+    def __init__(self, config: ResamplerConfig, *, rngs: nnx.Rngs):
+        inner = config.dim_head * config.heads
+        self.heads = config.heads
+        self.norm1 = layer_norm(config.dim, rngs=rngs)
+        self.norm2 = layer_norm(config.dim, rngs=rngs)
+        self.to_q = nnx.Linear(config.dim, inner, use_bias=False, rngs=rngs)
+        self.to_kv = nnx.Linear(config.dim, 2 * inner, use_bias=False, rngs=rngs)
+        self.to_out = nnx.Linear(inner, config.dim, use_bias=False, rngs=rngs)
+
+    def __call__(
+        self, tokens: Float[Array, "b n d"], latents: Float[Array, "b m d"]
+    ) -> Float[Array, "b m d"]:
+        tokens, latents = self.norm1(tokens), self.norm2(latents)
+        keys, values = jnp.split(
+            self.to_kv(jnp.concatenate([tokens, latents], axis=1)), 2, axis=-1
+        )
+        q, k, v = (split_heads(a, self.heads) for a in (self.to_q(latents), keys, values))
+        return self.to_out(merge_heads(attention(q, k, v)))
+
+
+class Gelu(Identity):
+    """Exact (erf) GELU in its place of the list."""
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        return jax.nn.gelu(x, approximate=False)
+
+
+class Resampler(nnx.Module):
+    """TransFace tokens of one photo to ``num_queries`` face tokens."""
+
+    def __init__(self, config: ResamplerConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        dim = config.dim
+        self.latents = nnx.Param(
+            jax.random.normal(rngs.params(), (1, config.num_queries, dim)) / dim**0.5
+        )
+        self.proj_in = nnx.Linear(config.embedding_dim, dim, rngs=rngs)
+        self.layers = nnx.List([_layer(config, rngs) for _ in range(config.depth)])
+        self.proj_out = nnx.Linear(dim, config.output_dim, rngs=rngs)
+        self.norm_out = layer_norm(config.output_dim, rngs=rngs)
+
+    def __call__(self, tokens: Float[Array, "b n e"]) -> Float[Array, "b m o"]:
+        """Face tokens. All-zero ``tokens`` give the null condition ('no face')."""
+        x = self.proj_in(tokens)
+        latents = jnp.broadcast_to(
+            self.latents[...].astype(x.dtype), (x.shape[0], *self.latents.shape[1:])
+        )
+        for attend, feed_forward in self.layers:
+            latents = latents + attend(x, latents)
+            hidden = latents
+            for layer in feed_forward:
+                hidden = layer(hidden)
+            latents = latents + hidden
+        return self.norm_out(self.proj_out(latents))
+
+
+def _layer(config: ResamplerConfig, rngs: nnx.Rngs) -> nnx.List:
+    dim = config.dim
+    feed_forward = nnx.List(
+        [
+            layer_norm(dim, rngs=rngs),
+            nnx.Linear(dim, 4 * dim, use_bias=False, rngs=rngs),
+            Gelu(),
+            nnx.Linear(4 * dim, dim, use_bias=False, rngs=rngs),
+        ]
+    )
+    return nnx.List([PerceiverAttention(config, rngs=rngs), feed_forward])
