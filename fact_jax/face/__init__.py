@@ -1,0 +1,24 @@
+"""Photo -> points, head mask, aligned crop: the same code for training and inference."""
+
+from fact_jax.face.align import ARCFACE_TEMPLATE, CROP_SIZE, align_batch, align_face
+from fact_jax.face.images import read_image
+from fact_jax.face.mask import head_mask, resize_area
+from fact_jax.face.photo import PreparedFace, limit_side, prepare_photo
+from fact_jax.face.points import Face, detect_faces, find_face, read_sidecar
+
+__all__ = [
+    "ARCFACE_TEMPLATE",
+    "CROP_SIZE",
+    "Face",
+    "PreparedFace",
+    "align_batch",
+    "align_face",
+    "detect_faces",
+    "find_face",
+    "head_mask",
+    "limit_side",
+    "prepare_photo",
+    "read_image",
+    "read_sidecar",
+    "resize_area",
+]

@@ -1,0 +1,75 @@
+"""Opening image files that a person names: every failure is one clear line."""
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from fact_jax.errors import UserError
+
+MAX_PIXELS = 100_000_000
+MIN_SIDE = 16
+
+
+@contextlib.contextmanager
+def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
+    """An image file, opened and fully decoded; UserError when it cannot be.
+
+    Size is checked before anything is decoded, so a small file cannot ask for all the memory.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name an image file")
+    if not path.exists():
+        raise UserError(f"no such file: {path}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(path)
+    except UnidentifiedImageError:
+        raise UserError(f"{path} is not an image that Pillow can read") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{path} is too large: at most {MAX_PIXELS:,} pixels") from None
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{path} cannot be read: {_line(error)}") from None
+    with image:
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise UserError(
+                f"{path} is too large: {width} x {height}, at most {MAX_PIXELS:,} pixels"
+            )
+        try:
+            image.load()
+        except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+            raise UserError(f"{path} is truncated or damaged: {_line(error)}") from None
+        yield image
+
+
+def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
+    """A photo as RGB bytes, upright by its EXIF orientation; transparency is laid on white.
+
+    Raises UserError for what is not a readable image of at least 16 px and 100 million pixels.
+    """
+    with open_image(path) as opened:
+        image = ImageOps.exif_transpose(opened)
+        if image.mode in ("I;16", "I;16B", "I;16L", "I"):
+            grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
+            image = Image.fromarray(grey)
+        if image.has_transparency_data:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        pixels = np.asarray(image.convert("RGB"))
+    height, width, _ = pixels.shape
+    if min(height, width) < MIN_SIDE:
+        raise UserError(f"{path} is too small: {width} x {height}, at least {MIN_SIDE} px a side")
+    return pixels
+
+
+def _line(error: BaseException) -> str:
+    """An error's text as one line."""
+    return " ".join(str(error).split()) or type(error).__name__

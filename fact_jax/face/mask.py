@@ -1,0 +1,161 @@
+"""Where the head is: from a parsing map, a mask file, or an ellipse fitted to the five points."""
+
+import os
+from collections.abc import Collection
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Integer
+
+from fact_jax.errors import UserError
+from fact_jax.face.align import (
+    ARCFACE_TEMPLATE,
+    invert_affine,
+    similarity_transform,
+    transform_points,
+)
+from fact_jax.face.images import open_image
+
+# Label numbers of CelebAMask-HQ, which the public BiSeNet face-parsing models give: 1 skin,
+# 2 and 3 brows, 4 and 5 eyes, 6 glasses, 7 and 8 ears, 10 nose, 11 mouth, 12 and 13 lips, 17 hair.
+# Not the head: 0 background, 9 earring, 14 neck, 15 necklace, 16 cloth, 18 hat.
+HEAD_LABELS = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 17})
+
+# The head in template coordinates, where the eyes are 35.2 apart (63 mm in an adult): with hair
+# about 208 mm wide and 265 mm from crown to below the chin. Generous: hair is identity too, and
+# a smile pulls the points together and with them the fitted scale.
+_HEAD_CENTRE = (56.0, 51.0)
+_HEAD_HALF_AXES = (58.0, 74.0)
+
+
+class HeadMask(NamedTuple):
+    """A soft mask in [0, 1], 1 on the head, and in words what it was made from."""
+
+    mask: Float[np.ndarray, "h w"]
+    source: str
+
+
+def head_mask(
+    image_shape: tuple[int, ...],
+    points: Float[np.ndarray, "5 2"],
+    *,
+    parsing: str | os.PathLike | Integer[np.ndarray, "h w"] | None = None,
+    mask_file: str | os.PathLike | None = None,
+    labels: Collection[int] = HEAD_LABELS,
+) -> HeadMask:
+    """The head's mask for an image of ``image_shape`` (h, w, ...).
+
+    The first that is given wins: a parsing map (an array of label numbers, or a one-channel image
+    file of them; ``labels`` are the head), a mask file (grey, 0 to full scale), else an ellipse
+    over face and hair fitted to ``points``. Raises UserError for a file of another size than the
+    photo, and for an empty mask.
+    """
+    height, width = image_shape[:2]
+    if parsing is not None:
+        mask, source = _mask_from_parsing(parsing, labels)
+    elif mask_file is not None:
+        mask, source = read_mask(mask_file), f"the mask file {mask_file}"
+    else:
+        return HeadMask(ellipse_mask((height, width), points), "an ellipse fitted to the points")
+    if mask.shape != (height, width):
+        raise UserError(
+            f"{source} is {mask.shape[1]} x {mask.shape[0]}, the photo is {width} x {height} "
+            "(upright, as its EXIF orientation says): they must be of one size"
+        )
+    if not mask.any():
+        raise UserError(f"{source} marks no head: every pixel is background")
+    return HeadMask(mask, source)
+
+
+def _mask_from_parsing(
+    parsing: str | os.PathLike | Integer[np.ndarray, "h w"], labels: Collection[int]
+) -> tuple[Float[np.ndarray, "h w"], str]:
+    if isinstance(parsing, np.ndarray):
+        source, numbers = "the parsing map", parsing
+    else:
+        source = f"the parsing map {parsing}"
+        with open_image(parsing) as image:
+            if image.mode not in ("1", "L", "P", "I", "I;16"):
+                raise UserError(
+                    f"{source} has colour channels ({image.mode}): it must be a one-channel image "
+                    "of label numbers"
+                )
+            numbers = np.asarray(image)
+    if numbers.dtype == bool:
+        numbers = numbers.astype(np.uint8)
+    if numbers.ndim != 2 or not np.issubdtype(numbers.dtype, np.integer):
+        raise UserError(
+            f"{source} has shape {numbers.shape} and type {numbers.dtype}: "
+            "it must be (h, w) integers"
+        )
+    return np.isin(numbers, list(labels)).astype(np.float32), source
+
+
+def read_mask(path: str | os.PathLike) -> Float[np.ndarray, "h w"]:
+    """A mask file as float32 in [0, 1]: grey values are soft, a file of only 0 and 1 is hard."""
+    with open_image(path) as image:
+        if image.mode in ("I", "I;16", "I;16B"):
+            values, full = np.asarray(image).astype(np.float32), 65535.0
+        else:
+            colours = np.asarray(image.convert("RGB"))
+            if (colours != colours[..., :1]).any():
+                raise UserError(
+                    f"the mask file {path} has colours: a mask is grey, white on the head"
+                )
+            values, full = colours[..., 0].astype(np.float32), 255.0
+    if values.max(initial=0.0) <= 1.0:
+        full = 1.0
+    return np.clip(values / full, 0.0, 1.0)
+
+
+def ellipse_mask(
+    shape: tuple[int, int], points: Float[np.ndarray, "5 2"]
+) -> Float[np.ndarray, "h w"]:
+    """An upright head's ellipse, turned, scaled and shifted with the points; the edge is 1 px soft.
+
+    The distance to the ellipse is taken to first order, f / |grad f|.
+    """
+    to_template = similarity_transform(points, ARCFACE_TEMPLATE)
+    scale = np.hypot(to_template[0, 0], to_template[1, 0])
+    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    where = transform_points(np.stack([columns, rows], -1).reshape(-1, 2), to_template)
+    unit = (where - _HEAD_CENTRE) / _HEAD_HALF_AXES
+    radius = np.linalg.norm(unit, axis=-1)
+    slope = np.linalg.norm(unit / _HEAD_HALF_AXES, axis=-1)
+    distance = radius * (radius - 1.0) / np.maximum(slope, 1e-9) / scale
+    return np.clip(0.5 - distance, 0.0, 1.0).reshape(shape).astype(np.float32)
+
+
+def crop_square(points: Float[np.ndarray, "5 2"], size: float = 112.0) -> Float[np.ndarray, "4"]:
+    """Box (left, top, right, bottom) around what the aligned crop shows of the photo."""
+    from_template = invert_affine(similarity_transform(points, ARCFACE_TEMPLATE))
+    corners = np.array([[0.0, 0.0], [size, 0.0], [0.0, size], [size, size]])
+    corners = transform_points(corners, from_template)
+    return np.concatenate([corners.min(0), corners.max(0)])
+
+
+def _box_weights(inputs: int, outputs: int) -> Float[np.ndarray, "outputs inputs"]:
+    """Row i: how much of output cell i each input cell covers; every row sums to 1."""
+    edges = np.arange(outputs + 1) * (inputs / outputs)
+    cells = np.arange(inputs)
+    low = np.maximum(edges[:-1, None], cells)
+    high = np.minimum(edges[1:, None], cells + 1)
+    return (np.maximum(high - low, 0.0) * (outputs / inputs)).astype(np.float32)
+
+
+def resize_area(
+    mask: Float[Array, "*batch h w"], size: tuple[int, int]
+) -> Float[Array, "*batch height width"]:
+    """Area averaging to ``size`` (height, width), exact for every ratio; pure, works inside jit.
+
+    Each output cell is the integral of the input over it, by a matrix from both sides: the mean
+    is kept, and a cell that the mask covers partly gets that part.
+    """
+    rows = jnp.asarray(_box_weights(mask.shape[-2], size[0]))
+    columns = jnp.asarray(_box_weights(mask.shape[-1], size[1]))
+    # Lower precision of an accelerator's matrix units would make 1 come out as 0.998.
+    return jnp.einsum(
+        "ph,...hw,qw->...pq", rows, mask, columns, precision=jax.lax.Precision.HIGHEST
+    )

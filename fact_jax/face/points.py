@@ -1,0 +1,244 @@
+"""The five points of a face: from a file, or from a detector."""
+
+import functools
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, UInt8
+
+from fact_jax.errors import UserError
+from fact_jax.face.mask import crop_square
+
+DEFAULT_PACK = "buffalo_l"
+_PACKS = Path("~/.insightface/models")
+_MAX_SIDECAR_BYTES = 1 << 20
+_ORDER = "left eye, right eye, nose tip, left and right mouth corner, as the viewer sees them"
+_POINT_NAMES = ("left eye", "right eye", "nose tip", "left mouth corner", "right mouth corner")
+
+
+class Face(NamedTuple):
+    """Five points (x, y) in pixels of the upright photo, box (left, top, right, bottom), score."""
+
+    points: Float[np.ndarray, "5 2"]
+    box: Float[np.ndarray, "4"]
+    score: float = 1.0
+
+
+def find_face(
+    photo_path: str | os.PathLike,
+    image: UInt8[np.ndarray, "h w 3"],
+    *,
+    points_file: str | os.PathLike | None = None,
+    pack: str | os.PathLike | None = None,
+    index: int | None = None,
+) -> tuple[Face, str]:
+    """The face of a photo, and a note for the user ("" when there is nothing to say).
+
+    Looks in this order: ``points_file``; ``NAME.points.json`` and ``NAME.json`` beside the photo;
+    the detector of ``pack`` (a folder or a pack's name; ``buffalo_l`` where it is installed).
+    Of several faces the largest is taken and the note says so; ``index`` chooses another, counted
+    from 0 at the left. Raises UserError when there is no face or nothing to find it with.
+    """
+    photo_path = Path(photo_path)
+    notes = []
+    sidecar = Path(points_file) if points_file is not None else _sidecar_of(photo_path)
+    if sidecar is not None:
+        faces = read_sidecar(sidecar)
+        _check_inside(faces, image.shape[1], image.shape[0], sidecar)
+        where = sidecar
+    else:
+        folder = _pack_folder(pack, photo_path)
+        faces = detect_faces(image, folder)
+        where = photo_path
+        if not (folder / "MODEL.LICENSE").exists():
+            notes.append(
+                f"the face in {photo_path} was found by the model pack {folder}, which holds no "
+                "licence file: insightface's public packs are for non-commercial research only"
+            )
+    if not faces:
+        raise UserError(
+            f"no face found in {where}: use a photo that shows one, or write its five points to "
+            f'{photo_path.with_suffix(".points.json")} as {{"points": [[x, y], ...]}} ({_ORDER})'
+        )
+    face, note = _choose(faces, index, where)
+    return face, "; ".join([*notes, note] if note else notes)
+
+
+def read_sidecar(path: str | os.PathLike) -> list[Face]:
+    """Faces from JSON: ``{"points": [[x, y], ...]}`` for one, ``{"faces": [...]}`` for several.
+
+    Each of ``faces`` holds ``points`` and may hold ``box``; a face without gets the box of its aligned crop. Raises UserError, one line, for
+    anything else than that.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: name a JSON file of face points")
+    if not path.exists():
+        raise UserError(f"no such file: {path}")
+    if path.stat().st_size > _MAX_SIDECAR_BYTES:
+        raise UserError(f"{path} is too large for face points: at most {_MAX_SIDECAR_BYTES} bytes")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {error}") from None
+    if isinstance(content, dict) and isinstance(content.get("faces"), list):
+        return [_face(entry, f"{path}, face {i}") for i, entry in enumerate(content["faces"])]
+    if isinstance(content, dict) and "points" in content:
+        return [_face(content, str(path))]
+    raise UserError(
+        f'{path} holds no face points: expected {{"points": [[x, y], ...]}} with five points '
+        f'({_ORDER}) or {{"faces": [{{"points": ...}}, ...]}}'
+    )
+
+
+def detect_faces(image: UInt8[np.ndarray, "h w 3"], pack: str | os.PathLike) -> list[Face]:
+    """All faces that the detector of a local insightface model pack sees, from left to right.
+
+    ``pack`` is a folder of .onnx files or the name of one under ~/.insightface/models; nothing is
+    ever downloaded. Raises UserError when insightface or the pack is missing.
+    """
+    folder = _existing_pack(pack)
+    try:
+        found = _load_detector(folder).get(np.ascontiguousarray(image[..., ::-1]))  # wants BGR
+    except UserError:
+        raise
+    except Exception as error:  # onnxruntime's errors share no base class
+        raise UserError(f"the face detector of {folder} failed: {_line(error)}") from None
+    faces = [
+        Face(
+            np.asarray(one.kps, np.float32), np.asarray(one.bbox, np.float32), float(one.det_score)
+        )
+        for one in found
+        if one.kps is not None
+    ]
+    return _from_left(faces)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_detector(folder: Path) -> Any:
+    try:
+        from insightface.app import FaceAnalysis
+    except ImportError as error:
+        raise UserError(
+            f"finding faces needs insightface and onnxruntime ({_line(error)}): "
+            "pip install 'fact-jax[data]'"
+        ) from None
+    try:
+        # On the CPU everywhere: a photo takes a fraction of a second and machines agree.
+        detector = FaceAnalysis(
+            name=str(folder), allowed_modules=["detection"], providers=["CPUExecutionProvider"]
+        )
+        detector.prepare(ctx_id=-1)
+    except Exception as error:  # a bad pack fails with whatever its first bad file causes
+        raise UserError(
+            f"the model pack {folder} has no face detector that loads: {_line(error)}"
+        ) from None
+    return detector
+
+
+def _existing_pack(pack: str | os.PathLike) -> Path:
+    for folder in (Path(pack).expanduser(), _PACKS.expanduser() / pack):
+        if folder.is_dir():
+            if not any(folder.glob("*.onnx")):
+                raise UserError(f"the model pack {folder} holds no .onnx file")
+            return folder
+    raise UserError(
+        f"no model pack {pack}: neither a folder nor a name under {_PACKS}; unpack an insightface "
+        "pack there (from github.com/deepinsight/insightface, its weights are for non-commercial "
+        "research only)"
+    )
+
+
+def _pack_folder(pack: str | os.PathLike | None, photo_path: Path) -> Path:
+    if pack is not None:
+        return _existing_pack(pack)
+    default = _PACKS.expanduser() / DEFAULT_PACK
+    if default.is_dir():
+        return _existing_pack(default)
+    raise UserError(
+        f"no face points for {photo_path}: write them to {photo_path.with_suffix('.points.json')} "
+        f'as {{"points": [[x, y], ...]}} ({_ORDER}), or install a detector: '
+        f"pip install 'fact-jax[data]' and unpack the insightface pack {DEFAULT_PACK} into "
+        f"{_PACKS / DEFAULT_PACK}"
+    )
+
+
+def _sidecar_of(photo_path: Path) -> Path | None:
+    for suffix in (".points.json", ".json"):
+        if photo_path.with_suffix(suffix).is_file():
+            return photo_path.with_suffix(suffix)
+    return None
+
+
+def _from_left(faces: list[Face]) -> list[Face]:
+    return sorted(faces, key=lambda face: float(face.box[0] + face.box[2]))
+
+
+def _area(face: Face) -> float:
+    left, top, right, bottom = face.box
+    return float((right - left) * (bottom - top))
+
+
+def _choose(faces: list[Face], index: int | None, where: Path) -> tuple[Face, str]:
+    faces = _from_left(faces)
+    if index is not None:
+        if not 0 <= index < len(faces):
+            raise UserError(
+                f"no face {index} in {where}: {len(faces)} found, counted from 0 at the left"
+            )
+        return faces[index], ""
+    largest = max(range(len(faces)), key=lambda i: _area(faces[i]))
+    if len(faces) == 1:
+        return faces[0], ""
+    box = ", ".join(f"{value:.0f}" for value in faces[largest].box)
+    return faces[largest], (
+        f"{len(faces)} faces found in {where}, took the largest "
+        f"(face {largest}, counted from 0 at the left; box {box})"
+    )
+
+
+def _face(entry: Any, where: str) -> Face:
+    if not isinstance(entry, dict) or "points" not in entry:
+        raise UserError(f'{where}: expected an object with "points"')
+    points = _numbers(entry["points"], (5, 2), f'{where}: "points"', f"five [x, y] ({_ORDER})")
+    across = points[1] - points[0]
+    down = points[3:].mean(0) - points[:2].mean(0)
+    if across @ across < 1.0:
+        raise UserError(f"{where}: the eyes lie less than one pixel apart")
+    if across[0] * down[1] - across[1] * down[0] <= 0:
+        raise UserError(f"{where}: the points are mirrored or out of order: give {_ORDER}")
+    box = crop_square(points)
+    if entry.get("box") is not None:
+        box = _numbers(entry["box"], (4,), f'{where}: "box"', "[left, top, right, bottom]")
+        if box[2] <= box[0] or box[3] <= box[1]:
+            raise UserError(f'{where}: "box" is empty: give [left, top, right, bottom]')
+    return Face(points.astype(np.float32), box.astype(np.float32))
+
+
+def _numbers(value: Any, shape: tuple[int, ...], where: str, wanted: str) -> np.ndarray:
+    try:
+        numbers = np.array(value, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        numbers = np.empty(0)
+    if numbers.shape != shape or not np.isfinite(numbers).all():
+        raise UserError(f"{where} must be {wanted}, finite numbers in pixels")
+    return numbers
+
+
+def _check_inside(faces: list[Face], width: int, height: int, path: Path) -> None:
+    for face in faces:
+        for name, (x, y) in zip(_POINT_NAMES, face.points, strict=True):
+            if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
+                raise UserError(
+                    f"{path}: the {name} ({x:g}, {y:g}) lies outside the photo, "
+                    f"which is {width} x {height} upright"
+                )
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
