@@ -1,0 +1,93 @@
+"""How one layer's tensors look in PyTorch and in JAX: each kind owns both directions, side by side.
+
+Arrays are numpy; the results are views where a transposition suffices.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+Turn = Callable[[np.ndarray, int], np.ndarray]
+"""Turns a tensor to the other layout; the number is how many axes the other side has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One tensor of a layer: its name on either side (empty: the path itself) and both turns."""
+
+    torch: str
+    jax: str
+    to_jax: Turn
+    to_torch: Turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A sort of layer. Every leaf is optional: which ones exist, the model says."""
+
+    name: str
+    leaves: tuple[Leaf, ...]
+
+
+def _same(array: np.ndarray, ndim: int) -> np.ndarray:
+    return array
+
+
+def _linear_to_jax(weight: np.ndarray, ndim: int) -> np.ndarray:
+    """(out, in) -> (in, out)"""
+    return weight.T
+
+
+def _linear_to_torch(kernel: np.ndarray, ndim: int) -> np.ndarray:
+    """(in, out) -> (out, in)"""
+    return kernel.T
+
+
+def _conv_to_jax(weight: np.ndarray, ndim: int) -> np.ndarray:
+    """(out, in, h, w) -> (h, w, in, out)"""
+    return weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight
+
+
+def _conv_to_torch(kernel: np.ndarray, ndim: int) -> np.ndarray:
+    """(h, w, in, out) -> (out, in, h, w)"""
+    return kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel
+
+
+def _pointwise_to_jax(weight: np.ndarray, ndim: int) -> np.ndarray:
+    """(out, in) or (out, in, 1, 1) -> (in, out) or (1, 1, in, out), whichever the model has"""
+    if weight.ndim == 4 and weight.shape[2:] != (1, 1):
+        return _conv_to_jax(weight, ndim)
+    kernel = weight.reshape(weight.shape[:2]).T
+    return kernel[None, None] if ndim == 4 else kernel
+
+
+def _pointwise_to_torch(kernel: np.ndarray, ndim: int) -> np.ndarray:
+    """(in, out) or (1, 1, in, out) -> (out, in) or (out, in, 1, 1), whichever the file had"""
+    if kernel.ndim == 4 and kernel.shape[:2] != (1, 1):
+        return _conv_to_torch(kernel, ndim)
+    weight = kernel.reshape(kernel.shape[-2:]).T
+    return weight[:, :, None, None] if ndim == 4 else weight
+
+
+_BIAS = Leaf("bias", "bias", _same, _same)
+_SCALE = Leaf("weight", "scale", _same, _same)
+
+LINEAR = Kind("linear", (Leaf("weight", "kernel", _linear_to_jax, _linear_to_torch), _BIAS))
+CONV = Kind("conv", (Leaf("weight", "kernel", _conv_to_jax, _conv_to_torch), _BIAS))
+POINTWISE = Kind(
+    "pointwise", (Leaf("weight", "kernel", _pointwise_to_jax, _pointwise_to_torch), _BIAS)
+)
+"""A linear layer over channels that files hold as a matrix or as a 1 x 1 convolution."""
+NORM = Kind("norm", (_SCALE, _BIAS))
+BATCHNORM = Kind(
+    "batchnorm",
+    (
+        _SCALE,
+        _BIAS,
+        Leaf("running_mean", "mean", _same, _same),
+        Leaf("running_var", "var", _same, _same),
+    ),
+)
+EMBED = Kind("embed", (Leaf("weight", "embedding", _same, _same),))
+RAW = Kind("raw", (Leaf("", "", _same, _same),))

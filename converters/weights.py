@@ -1,0 +1,229 @@
+"""From a PyTorch state to a module and back, bit for bit: ``load_state`` and ``dump_state``."""
+
+import dataclasses
+import functools
+import importlib
+import logging
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
+import numpy as np
+from flax import nnx
+
+from converters.mapping import Place, Shapes, fits, match_module, match_state, table
+from converters.rules import ADAPTER_MARK
+from fact_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_MODELS = {
+    "unet": ("unet", "UNet", "UNetConfig"),
+    "vae": ("vae", "AutoencoderKL", "VAEConfig"),
+    "clip_text": ("clip_text", "CLIPTextModel", "CLIPTextConfig"),
+    "transface": ("transface", "TransFace", "TransFaceConfig"),
+    "resampler": ("resampler", "Resampler", "ResamplerConfig"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """What a tensor was called and looked like in the file it came from.
+
+    ``bits`` holds the numbers of tensors that the module has no place for.
+    """
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    bits: bytes | None = None
+
+    @classmethod
+    def of(cls, key: str, array: np.ndarray, keep: bool = False) -> "Tensor":
+        bits = np.ascontiguousarray(array).tobytes() if keep else None
+        return cls(key, array.dtype.name, array.shape, bits)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a module's weights came from: what is needed to write the very same file again.
+
+    It hangs on the module as the static attribute ``origin`` and goes with it through
+    ``nnx.split`` and ``nnx.merge``; a module that was never loaded has none.
+    """
+
+    prefix: str
+    tensors: tuple[Tensor, ...]
+
+    def __hash__(self) -> int:
+        return hash((self.prefix, len(self.tensors)))
+
+
+def load_state(
+    kind: str, state: Mapping[str, np.ndarray], config, *, dtype=jnp.float32
+) -> nnx.Module:
+    """Build a model from a flat PyTorch state.
+
+    ``kind`` is one of unet, vae, clip_text, transface, resampler. ``config`` is the peer's
+    configuration as a dict (or our frozen config). A ``unet`` state may hold the released
+    ``...attn2.processor.*`` keys: then the UNet has adapters. Whatever precision the file has,
+    parameters are of ``dtype``; :func:`dump_state` gives the file's own precision back.
+
+    Raises one UserError that lists every missing, unexpected and misshapen key.
+    """
+    table(kind)
+    config = read_config(kind, config, state)
+    graph, flat = skeleton(kind, config)
+    prefix, sources, ignored = match_state(kind, state, _shapes(flat))
+    values = {}
+    for path, places in sources.items():
+        winner = places[-1]
+        ndim = len(flat[path].get_value().shape)
+        values[path] = _to_device(winner.leaf.to_jax(state[winner.torch], ndim), dtype)
+    kept = {*ignored, *_overridden(sources, state)}
+    module = _assemble(graph, flat, values)
+    module.origin = Origin(
+        prefix, tuple(Tensor.of(key, array, key in kept) for key, array in state.items())
+    )
+    return module
+
+
+def dump_state(module: nnx.Module) -> dict[str, np.ndarray]:
+    """The module's weights as a flat PyTorch state: keys, order, precision and bits of the source.
+
+    A tensor that was loaded in half precision and has been trained since, so that half precision
+    cannot hold it any more, stays in float32. A module that was never loaded gets the peers' own
+    names, float32. Raises one UserError that lists every parameter that does not fit.
+    """
+    kind = kind_of(module)
+    origin = getattr(module, "origin", None)
+    prefix = origin.prefix if origin else table(kind).prefixes[0]
+    flat = parameters(module)
+    _, expected = skeleton(kind, module.config)
+    names = match_module(kind, _shapes(flat), _shapes(expected), prefix)
+    places = {place.torch: place for options in names.values() for place in options}
+
+    state, written = {}, set()
+    for tensor in origin.tensors if origin else ():
+        place = places.get(tensor.key)
+        if tensor.bits is not None:
+            array = np.frombuffer(tensor.bits, np.dtype(tensor.dtype)).reshape(tensor.shape).copy()
+        elif place is None:
+            continue  # the module has lost this part since, as a base without its adapter
+        else:
+            array = _to_host(flat[place.jax], place, len(tensor.shape), tensor.dtype)
+        state[tensor.key] = array
+        if place is not None:
+            written.add(place.jax)
+    for path, options in names.items():
+        if path not in written:
+            state[options[0].torch] = _to_host(flat[path], options[0])
+    return state
+
+
+def read_config(kind: str, config, state: Mapping[str, np.ndarray] | None = None):
+    """The peer's configuration (a dict) as ours, with what the state adds: the adapters' width."""
+    _, _, config_class = _model(kind)
+    if not isinstance(config, config_class):
+        if not isinstance(config, Mapping):
+            raise UserError(f"the {kind} configuration is not a dictionary of settings")
+        try:
+            config = config_class.from_dict(config)
+        except (TypeError, ValueError) as err:
+            raise UserError(f"the {kind} configuration does not make sense: {err}") from err
+    if kind == "unet":
+        mark = f"{ADAPTER_MARK}linear.weight"
+        widths = {a.shape[-1] for k, a in (state or {}).items() if k.endswith(mark) and a.ndim == 2}
+        if widths:
+            config = dataclasses.replace(config, face_dim=max(widths))
+    return config
+
+
+def skeleton(kind: str, config) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
+    """A model's structure and the shapes of its parameters by path; nothing is computed."""
+    graph, items = _skeleton(kind, config)
+    return graph, dict(items)
+
+
+@functools.lru_cache(maxsize=16)
+def _skeleton(kind: str, config):
+    _, model, _ = _model(kind)
+    try:
+        module = nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))
+    except (TypeError, ValueError, ZeroDivisionError, IndexError) as err:
+        raise UserError(f"no {kind} can be built from its configuration: {err}") from err
+    graph, state = nnx.split(module)
+    return graph, tuple((_dotted(path), var) for path, var in nnx.to_flat_state(state))
+
+
+def parameters(module: nnx.Module) -> dict[str, nnx.Variable]:
+    """Every variable of a module by its dotted path."""
+    return {_dotted(path): var for path, var in nnx.to_flat_state(nnx.state(module))}
+
+
+def kind_of(module: nnx.Module) -> str:
+    """The kind that :func:`load_state` makes this module of."""
+    for kind, (_, name, _) in _MODELS.items():
+        if type(module).__name__ == name and isinstance(module, _model(kind)[1]):
+            return kind
+    raise UserError(f"a {type(module).__name__} is none of: {', '.join(_MODELS)}")
+
+
+def _model(kind: str):
+    file, model, config = _MODELS[kind]
+    module = importlib.import_module(f"fact_jax.models.{file}")
+    return kind, getattr(module, model), getattr(module, config)
+
+
+def _dotted(path: tuple) -> str:
+    return ".".join(map(str, path))
+
+
+def _shapes(flat: Mapping[str, nnx.Variable]) -> Shapes:
+    return {path: tuple(var.get_value().shape) for path, var in flat.items()}
+
+
+def _assemble(graph: nnx.GraphDef, flat: dict[str, nnx.Variable], values: dict) -> nnx.Module:
+    split = [(tuple(_index(p) for p in path.split(".")), path) for path in flat]
+    state = nnx.from_flat_state([(keys, flat[path].replace(values[path])) for keys, path in split])
+    return nnx.merge(graph, state)
+
+
+def _index(part: str) -> str | int:
+    return int(part) if part.isdigit() else part
+
+
+def _to_device(view: np.ndarray, dtype) -> jnp.ndarray:
+    # One copy in the order and precision wanted; jax may keep this buffer, nobody else has it.
+    return jnp.asarray(np.array(view, dtype=jnp.dtype(dtype), order="C", copy=True))
+
+
+def _to_host(
+    var: nnx.Variable, place: Place, ndim: int | None = None, dtype: str | None = None
+) -> np.ndarray:
+    value = np.asarray(var.get_value())
+    wanted = np.dtype(dtype) if dtype else value.dtype
+    if wanted != value.dtype and not fits(value, wanted):
+        wanted = value.dtype
+    view = place.leaf.to_torch(value, value.ndim if ndim is None else ndim)
+    return np.array(view, dtype=wanted, order="C", copy=True)
+
+
+def _overridden(sources: Mapping[str, list[Place]], state: Mapping[str, np.ndarray]) -> set[str]:
+    """Keys whose numbers a second copy replaced. Says what it found, in one line."""
+    doubled = [(places[0].torch, places[-1].torch) for places in sources.values() if places[1:]]
+    beaten = {
+        base
+        for base, copy in doubled
+        if state[base].astype(np.float32).tobytes() != state[copy].astype(np.float32).tobytes()
+    }
+    if beaten:
+        log.warning(
+            "%d tensors differ from the second copy that the file holds of them, and the copy "
+            "wins, as in the released code: %s",
+            len(beaten),
+            ", ".join(copy for base, copy in doubled if base in beaten),
+        )
+    elif doubled:
+        log.info("dropped %d tensors that repeat others, as %s", len(doubled), doubled[0][1])
+    return beaten
