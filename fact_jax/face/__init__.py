@@ -1,19 +1,22 @@
 """Photo -> points, head mask, aligned crop: the same code for training and inference."""
 
 from fact_jax.face.align import ARCFACE_TEMPLATE, CROP_SIZE, align_batch, align_face
+from fact_jax.face.draw import draw_face
 from fact_jax.face.images import read_image
 from fact_jax.face.mask import head_mask, resize_area
 from fact_jax.face.photo import PreparedFace, limit_side, prepare_photo
-from fact_jax.face.points import Face, detect_faces, find_face, read_sidecar
+from fact_jax.face.points import ASTRONAUT_POINTS, Face, detect_faces, find_face, read_sidecar
 
 __all__ = [
     "ARCFACE_TEMPLATE",
+    "ASTRONAUT_POINTS",
     "CROP_SIZE",
     "Face",
     "PreparedFace",
     "align_batch",
     "align_face",
     "detect_faces",
+    "draw_face",
     "find_face",
     "head_mask",
     "limit_side",

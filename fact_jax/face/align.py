@@ -7,7 +7,7 @@ Everything is batched: one photo is a batch of one, and training and inference s
 """
 
 import numpy as np
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, UInt8
 
 CROP_SIZE = 112
 # Left eye, right eye, nose tip, left and right mouth corner (as seen by the viewer), x then y.
@@ -149,12 +149,16 @@ def blank_background(
     images: UInt8[np.ndarray, "*batch h w 3"], masks: Float[np.ndarray, "*batch h w"]
 ) -> UInt8[np.ndarray, "*batch h w 3"]:
     """The images times their masks in [0, 1], rounded: black where the mask is 0."""
-    return np.rint(images * np.asarray(masks, np.float32)[..., None]).astype(np.uint8)
+    masks = np.asarray(masks, np.float32)
+    blanked = np.empty_like(images)
+    for channel in range(3):
+        blanked[..., channel] = np.rint(images[..., channel] * masks)
+    return blanked
 
 
 def _source_coordinates(
     inverse: Float[np.ndarray, "b 3"], height: int, width: int
-) -> tuple[Integer[np.ndarray, "b height width"], Float[np.ndarray, "b height width"]]:
+) -> tuple[Float[np.ndarray, "b height width"], Float[np.ndarray, "b height width"]]:
     """One image coordinate of every output pixel, as floor and fraction.
 
     A float32 product is exact in float64, so adding there and rounding to float32 is what a fused

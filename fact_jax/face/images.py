@@ -4,7 +4,6 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
@@ -22,11 +21,6 @@ def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
 
     Size is checked before anything is decoded, so a small file cannot ask for all the memory.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name an image file")
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -35,8 +29,10 @@ def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
         raise UserError(f"{path} is not an image that Pillow can read") from None
     except Image.DecompressionBombError:
         raise UserError(f"{path} is too large: at most {MAX_PIXELS:,} pixels") from None
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read: {_line(error)}") from None
+    except OSError as error:
+        raise UserError(file_error(path, error)) from None
+    except (ValueError, SyntaxError) as error:
+        raise UserError(f"{path} is not an image: {one_line(error)}") from None
     with image:
         width, height = image.size
         if width * height > MAX_PIXELS:
@@ -46,7 +42,7 @@ def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
         try:
             image.load()
         except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
-            raise UserError(f"{path} is truncated or damaged: {_line(error)}") from None
+            raise UserError(f"{path} is truncated or damaged: {one_line(error)}") from None
         yield image
 
 
@@ -70,6 +66,15 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
     return pixels
 
 
-def _line(error: BaseException) -> str:
-    """An error's text as one line."""
+def one_line(error: BaseException) -> str:
+    """An error's text on one line."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def file_error(path: str | os.PathLike, error: OSError) -> str:
+    """What to tell a person when ``path`` could not be opened."""
+    if isinstance(error, FileNotFoundError):
+        return f"no such file: {path}"
+    if isinstance(error, IsADirectoryError):
+        return f"{path} is a folder: name a file"
+    return f"{path} cannot be read: {error.strerror or one_line(error)}"

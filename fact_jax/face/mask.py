@@ -7,7 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Integer
+from jaxtyping import Array, Float, Shaped
+from PIL import Image
 
 from fact_jax.errors import UserError
 from fact_jax.face.align import (
@@ -41,7 +42,7 @@ def head_mask(
     image_shape: tuple[int, ...],
     points: Float[np.ndarray, "5 2"],
     *,
-    parsing: str | os.PathLike | Integer[np.ndarray, "h w"] | None = None,
+    parsing: str | os.PathLike | Shaped[np.ndarray, "..."] | None = None,
     mask_file: str | os.PathLike | None = None,
     labels: Collection[int] = HEAD_LABELS,
 ) -> HeadMask:
@@ -70,7 +71,7 @@ def head_mask(
 
 
 def _mask_from_parsing(
-    parsing: str | os.PathLike | Integer[np.ndarray, "h w"], labels: Collection[int]
+    parsing: str | os.PathLike | Shaped[np.ndarray, "..."], labels: Collection[int]
 ) -> tuple[Float[np.ndarray, "h w"], str]:
     if isinstance(parsing, np.ndarray):
         source, numbers = "the parsing map", parsing
@@ -94,11 +95,17 @@ def _mask_from_parsing(
 
 
 def read_mask(path: str | os.PathLike) -> Float[np.ndarray, "h w"]:
-    """A mask file as float32 in [0, 1]: grey values are soft, a file of only 0 and 1 is hard."""
+    """A mask file as float32 in [0, 1]: grey values are soft, a file of only 0 and 1 is hard.
+
+    What is transparent is background.
+    """
     with open_image(path) as image:
         if image.mode in ("I", "I;16", "I;16B"):
             values, full = np.asarray(image).astype(np.float32), 65535.0
         else:
+            if image.has_transparency_data:
+                cover = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", cover.size, "black"), cover)
             colours = np.asarray(image.convert("RGB"))
             if (colours != colours[..., :1]).any():
                 raise UserError(
@@ -119,12 +126,13 @@ def ellipse_mask(
     """
     to_template = similarity_transform(points, ARCFACE_TEMPLATE)
     scale = np.hypot(to_template[0, 0], to_template[1, 0])
-    rows, columns = np.mgrid[: shape[0], : shape[1]]
+    rows, columns = np.mgrid[: shape[0], : shape[1]].astype(np.float64)
     where = transform_points(np.stack([columns, rows], -1).reshape(-1, 2), to_template)
     unit = (where - _HEAD_CENTRE) / _HEAD_HALF_AXES
     radius = np.linalg.norm(unit, axis=-1)
     slope = np.linalg.norm(unit / _HEAD_HALF_AXES, axis=-1)
-    distance = radius * (radius - 1.0) / np.maximum(slope, 1e-9) / scale
+    # Both vanish at the centre, where any length will do.
+    distance = (radius - 1.0) * (radius + 1e-6) / (slope + 1e-8) / scale
     return np.clip(0.5 - distance, 0.0, 1.0).reshape(shape).astype(np.float32)
 
 
@@ -146,7 +154,7 @@ def _box_weights(inputs: int, outputs: int) -> Float[np.ndarray, "outputs inputs
 
 
 def resize_area(
-    mask: Float[Array, "*batch h w"], size: tuple[int, int]
+    mask: Float[Array | np.ndarray, "*batch h w"], size: tuple[int, int]
 ) -> Float[Array, "*batch height width"]:
     """Area averaging to ``size`` (height, width), exact for every ratio; pure, works inside jit.
 

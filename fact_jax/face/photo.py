@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, Shaped, UInt8
 from PIL import Image
 
 from fact_jax.face.align import CROP_SIZE, align_face
@@ -51,7 +51,7 @@ def prepare_photo(
     *,
     points_file: str | os.PathLike | None = None,
     mask_file: str | os.PathLike | None = None,
-    parsing: str | os.PathLike | Integer[np.ndarray, "h w"] | None = None,
+    parsing: str | os.PathLike | Shaped[np.ndarray, "..."] | None = None,
     pack: str | os.PathLike | None = None,
     index: int | None = None,
     crop_size: int = CROP_SIZE,
@@ -70,7 +70,7 @@ def prepare_photo(
     else:
         mask, source = head_mask(full.shape, face.points, parsing=parsing, mask_file=mask_file)
         if mask.shape != image.shape[:2]:
-            mask = np.clip(resize_area(mask, image.shape[:2]), 0.0, 1.0)
+            mask = np.clip(np.asarray(resize_area(mask, image.shape[:2])), 0.0, 1.0)
     crop = align_face(image, points, crop_size, mask)
     notes = (note,) if note else ()
     return PreparedFace(image, points, mask, crop, (*notes, f"{Path(path)}: head from {source}"))

@@ -10,7 +10,11 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from fact_jax.errors import UserError
+from fact_jax.face.images import file_error, one_line
 from fact_jax.face.mask import crop_square
+
+# Points marked by eye on ``skimage.data.astronaut()``, the photo of examples and reports.
+ASTRONAUT_POINTS = Path(__file__).with_name("data") / "astronaut.points.json"
 
 DEFAULT_PACK = "buffalo_l"
 _PACKS = Path("~/.insightface/models")
@@ -53,11 +57,7 @@ def find_face(
         folder = _pack_folder(pack, photo_path)
         faces = detect_faces(image, folder)
         where = photo_path
-        if not (folder / "MODEL.LICENSE").exists():
-            notes.append(
-                f"the face in {photo_path} was found by the model pack {folder}, which holds no "
-                "licence file: insightface's public packs are for non-commercial research only"
-            )
+        notes.append(_licence_note(folder))
     if not faces:
         raise UserError(
             f"no face found in {where}: use a photo that shows one, or write its five points to "
@@ -70,22 +70,20 @@ def find_face(
 def read_sidecar(path: str | os.PathLike) -> list[Face]:
     """Faces from JSON: ``{"points": [[x, y], ...]}`` for one, ``{"faces": [...]}`` for several.
 
-    Each of ``faces`` holds ``points`` and may hold ``box``; a face without gets the box of its aligned crop. Raises UserError, one line, for
-    anything else than that.
+    Each of ``faces`` holds ``points`` and may hold ``box``; a face without gets the box of its
+    aligned crop. Raises UserError, one line, for anything else than that.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise UserError(f"{path} is a folder: name a JSON file of face points")
-    if not path.exists():
-        raise UserError(f"no such file: {path}")
-    if path.stat().st_size > _MAX_SIDECAR_BYTES:
+    try:
+        with open(path, "rb") as handle:
+            text = handle.read(_MAX_SIDECAR_BYTES + 1)
+    except OSError as error:
+        raise UserError(file_error(path, error)) from None
+    if len(text) > _MAX_SIDECAR_BYTES:
         raise UserError(f"{path} is too large for face points: at most {_MAX_SIDECAR_BYTES} bytes")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {error}") from None
+        raise UserError(f"{path} is not JSON: {one_line(error)}") from None
     if isinstance(content, dict) and isinstance(content.get("faces"), list):
         return [_face(entry, f"{path}, face {i}") for i, entry in enumerate(content["faces"])]
     if isinstance(content, dict) and "points" in content:
@@ -108,7 +106,7 @@ def detect_faces(image: UInt8[np.ndarray, "h w 3"], pack: str | os.PathLike) -> 
     except UserError:
         raise
     except Exception as error:  # onnxruntime's errors share no base class
-        raise UserError(f"the face detector of {folder} failed: {_line(error)}") from None
+        raise UserError(f"the face detector of {folder} failed: {one_line(error)}") from None
     faces = [
         Face(
             np.asarray(one.kps, np.float32), np.asarray(one.bbox, np.float32), float(one.det_score)
@@ -125,7 +123,7 @@ def _load_detector(folder: Path) -> Any:
         from insightface.app import FaceAnalysis
     except ImportError as error:
         raise UserError(
-            f"finding faces needs insightface and onnxruntime ({_line(error)}): "
+            f"finding faces needs insightface and onnxruntime ({one_line(error)}): "
             "pip install 'fact-jax[data]'"
         ) from None
     try:
@@ -136,7 +134,7 @@ def _load_detector(folder: Path) -> Any:
         detector.prepare(ctx_id=-1)
     except Exception as error:  # a bad pack fails with whatever its first bad file causes
         raise UserError(
-            f"the model pack {folder} has no face detector that loads: {_line(error)}"
+            f"the model pack {folder} has no face detector that loads: {one_line(error)}"
         ) from None
     return detector
 
@@ -144,13 +142,23 @@ def _load_detector(folder: Path) -> Any:
 def _existing_pack(pack: str | os.PathLike) -> Path:
     for folder in (Path(pack).expanduser(), _PACKS.expanduser() / pack):
         if folder.is_dir():
-            if not any(folder.glob("*.onnx")):
+            if not any(folder.rglob("*.onnx")):
                 raise UserError(f"the model pack {folder} holds no .onnx file")
             return folder
     raise UserError(
         f"no model pack {pack}: neither a folder nor a name under {_PACKS}; unpack an insightface "
         "pack there (from github.com/deepinsight/insightface, its weights are for non-commercial "
         "research only)"
+    )
+
+
+def _licence_note(folder: Path) -> str:
+    licence = next(folder.rglob("MODEL.LICENSE"), None)
+    if licence is not None:
+        return f"face detection by the model pack {folder}, under the terms in {licence}"
+    return (
+        f"face detection by the model pack {folder}, which holds no licence file: insightface's "
+        "public packs are for non-commercial research only"
     )
 
 
@@ -238,7 +246,3 @@ def _check_inside(faces: list[Face], width: int, height: int, path: Path) -> Non
                     f"{path}: the {name} ({x:g}, {y:g}) lies outside the photo, "
                     f"which is {width} x {height} upright"
                 )
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
