@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
@@ -123,8 +123,7 @@ def guess_kind(keys: Iterable[str]) -> tuple[str | None, float]:
     for kind in TABLES:
         prefix = prefix_of(kind, keys)
         known = sum(
-            place_of(kind, key, prefix) is not None or is_ignored(kind, key, prefix)
-            for key in keys
+            place_of(kind, key, prefix) is not None or is_ignored(kind, key, prefix) for key in keys
         )
         if keys and known / len(keys) > share:
             best, share = kind, known / len(keys)
@@ -153,12 +152,13 @@ class Difference:
 
 
 def match_state(
-    kind: str, state: Mapping[str, np.ndarray], targets: Shapes
+    kind: str, state: Mapping[str, np.ndarray], targets: Shapes, held: Collection[str] = ()
 ) -> tuple[str, dict[str, list[Place]], list[str]]:
     """Decide where every tensor of a PyTorch state goes; read none of them.
 
     Returns the prefix of the keys, for every path of ours its sources (the winner last), and the
-    ignored keys. Raises one UserError with everything that does not fit.
+    ignored keys. Paths that are ``held`` already need no source. Raises one UserError with
+    everything that does not fit.
     """
     prefix = prefix_of(kind, state)
     difference, ignored = Difference(), []
@@ -174,7 +174,7 @@ def match_state(
             _check(place, array, targets[place.jax], difference)
     for path, places in sources.items():
         main = [place.torch for place in places if not place.overrides]
-        if not main:
+        if not main and path not in held:
             names = names_of(kind, path, prefix)
             difference.missing.append(names[0].torch if names else path)
         elif len(main) > 1:
@@ -200,9 +200,7 @@ def _check(
         difference.other.append(f"{place.torch}: {array.dtype} that float32 cannot hold exactly")
 
 
-def match_module(
-    kind: str, shapes: Shapes, targets: Shapes, prefix: str
-) -> dict[str, list[Place]]:
+def match_module(kind: str, shapes: Shapes, targets: Shapes, prefix: str) -> dict[str, list[Place]]:
     """The other direction: for every path of a module, the PyTorch names it may have.
 
     ``targets`` is what a model of this configuration has. Raises one UserError with everything

@@ -35,7 +35,9 @@ class Ignored:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """All rules of one model. ``prefixes`` are what may stand before every key; we write the first.
+    """All rules of one model.
+
+    ``prefixes`` are what may stand before every key of a file; we write the first.
     """
 
     rules: tuple[Rule, ...]
@@ -115,7 +117,9 @@ VAE = Table(
             ("encoder", "decoder"),
             *same(CONV, "conv_in", "conv_out"),
             *same(NORM, "conv_norm_out"),
-            *under(("down_blocks.{i}", "mid_block", "up_blocks.{i}"), *under("resnets.{j}", *RESNET)),
+            *under(
+                ("down_blocks.{i}", "mid_block", "up_blocks.{i}"), *under("resnets.{j}", *RESNET)
+            ),
             *same(CONV, "down_blocks.{i}.downsamplers.{j}.conv"),
             *same(CONV, "up_blocks.{i}.upsamplers.{j}.conv"),
             *under("mid_block.attentions.{j}", *PIXEL_ATTENTION),

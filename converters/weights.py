@@ -4,14 +4,23 @@ import dataclasses
 import functools
 import importlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 from flax import nnx
 
-from converters.mapping import Place, Shapes, fits, match_module, match_state, table
+from converters.mapping import (
+    Place,
+    Shapes,
+    fits,
+    match_module,
+    match_state,
+    names_of,
+    table,
+)
 from converters.rules import ADAPTER_MARK
 from fact_jax.errors import UserError
 
@@ -72,20 +81,60 @@ def load_state(
     Raises one UserError that lists every missing, unexpected and misshapen key.
     """
     table(kind)
-    config = read_config(kind, config, state)
+    return _build(kind, state, read_config(kind, config, state), dtype)
+
+
+def add_state(module: nnx.Module, state: Mapping[str, np.ndarray], config) -> nnx.Module:
+    """A module with the weights of ``module`` and of ``state`` (an adapter's, say) together.
+
+    ``config`` is the configuration of the result. The parameters of ``module`` are shared, not
+    copied. Raises one UserError that lists every missing, unexpected and misshapen key.
+    """
+    return _build(kind_of(module), state, config, jnp.float32, base=module)
+
+
+def _build(
+    kind: str,
+    state: Mapping[str, np.ndarray],
+    config,
+    dtype,
+    base: nnx.Module | None = None,
+) -> nnx.Module:
     graph, flat = skeleton(kind, config)
-    prefix, sources, ignored = match_state(kind, state, _shapes(flat))
-    values = {}
+    held = parameters(base) if base is not None else {}
+    prefix, sources, ignored = match_state(kind, state, _shapes(flat), held)
+    values, replaced = {}, {}
     for path, places in sources.items():
-        winner = places[-1]
-        ndim = len(flat[path].get_value().shape)
+        if not places:
+            values[path] = held[path].get_value()
+            continue
+        winner, ndim = places[-1], len(flat[path].get_value().shape)
         values[path] = _to_device(winner.leaf.to_jax(state[winner.torch], ndim), dtype)
+        if path in held:
+            replaced[names_of(kind, path, prefix)[0].torch] = (path, winner.torch)
     kept = {*ignored, *_overridden(sources, state)}
     module = _assemble(graph, flat, values)
-    module.origin = Origin(
-        prefix, tuple(Tensor.of(key, array, key in kept) for key, array in state.items())
-    )
+    tensors = [Tensor.of(key, array, key in kept) for key, array in state.items()]
+    module.origin = Origin(prefix, (*_base_tensors(base, replaced, state), *tensors))
     return module
+
+
+def _base_tensors(
+    base: nnx.Module | None, replaced: Mapping[str, tuple[str, str]], state: Mapping
+) -> list[Tensor]:
+    """What is known of the base's own file; numbers that an adapter's replace are kept aside."""
+    if base is None:
+        return []
+    origin = getattr(base, "origin", None)
+    tensors = {tensor.key: tensor for tensor in (origin.tensors if origin else ())}
+    differing = []
+    for key, (_, winner) in replaced.items():
+        array = dump_some(base, lambda name, key=key: name == key)[key]
+        if not _same_numbers(array, state[winner]):
+            tensors[key] = Tensor.of(key, array, keep=True)
+            differing.append(winner)
+    _say_overridden(differing, [winner for _, winner in replaced.values()])
+    return list(tensors.values())
 
 
 def dump_state(module: nnx.Module) -> dict[str, np.ndarray]:
@@ -95,6 +144,11 @@ def dump_state(module: nnx.Module) -> dict[str, np.ndarray]:
     cannot hold it any more, stays in float32. A module that was never loaded gets the peers' own
     names, float32. Raises one UserError that lists every parameter that does not fit.
     """
+    return dump_some(module, lambda key: True)
+
+
+def dump_some(module: nnx.Module, wanted: Callable[[str], bool]) -> dict[str, np.ndarray]:
+    """:func:`dump_state` of the keys that are ``wanted``; the others are not copied."""
     kind = kind_of(module)
     origin = getattr(module, "origin", None)
     prefix = origin.prefix if origin else table(kind).prefixes[0]
@@ -106,6 +160,10 @@ def dump_state(module: nnx.Module) -> dict[str, np.ndarray]:
     state, written = {}, set()
     for tensor in origin.tensors if origin else ():
         place = places.get(tensor.key)
+        if place is not None and not place.overrides:
+            written.add(place.jax)
+        if not wanted(tensor.key):
+            continue
         if tensor.bits is not None:
             array = np.frombuffer(tensor.bits, np.dtype(tensor.dtype)).reshape(tensor.shape).copy()
         elif place is None:
@@ -113,10 +171,8 @@ def dump_state(module: nnx.Module) -> dict[str, np.ndarray]:
         else:
             array = _to_host(flat[place.jax], place, len(tensor.shape), tensor.dtype)
         state[tensor.key] = array
-        if place is not None:
-            written.add(place.jax)
     for path, options in names.items():
-        if path not in written:
+        if path not in written and wanted(options[0].torch):
             state[options[0].torch] = _to_host(flat[path], options[0])
     return state
 
@@ -149,11 +205,24 @@ def skeleton(kind: str, config) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
 def _skeleton(kind: str, config):
     _, model, _ = _model(kind)
     try:
-        module = nnx.eval_shape(lambda: model(config, rngs=nnx.Rngs(0)))
+        module = nnx.eval_shape(lambda: model(config, rngs=_SameKey()))
     except (TypeError, ValueError, ZeroDivisionError, IndexError) as err:
         raise UserError(f"no {kind} can be built from its configuration: {err}") from err
     graph, state = nnx.split(module)
     return graph, tuple((_dotted(path), var) for path, var in nnx.to_flat_state(state))
+
+
+class _SameKey:
+    """Stands in for ``nnx.Rngs`` where no number is ever drawn.
+
+    The counters of real ones make abstract evaluation quadratic in the number of layers.
+    """
+
+    def __init__(self):
+        self._key = jax.random.key(0)
+
+    def params(self) -> jax.Array:
+        return self._key
 
 
 def parameters(module: nnx.Module) -> dict[str, nnx.Variable]:
@@ -210,20 +279,24 @@ def _to_host(
 
 
 def _overridden(sources: Mapping[str, list[Place]], state: Mapping[str, np.ndarray]) -> set[str]:
-    """Keys whose numbers a second copy replaced. Says what it found, in one line."""
+    """Keys whose numbers a second copy in the same file replaced."""
     doubled = [(places[0].torch, places[-1].torch) for places in sources.values() if places[1:]]
-    beaten = {
-        base
-        for base, copy in doubled
-        if state[base].astype(np.float32).tobytes() != state[copy].astype(np.float32).tobytes()
-    }
-    if beaten:
+    beaten = {base: copy for base, copy in doubled if not _same_numbers(state[base], state[copy])}
+    _say_overridden(list(beaten.values()), [copy for _, copy in doubled])
+    return set(beaten)
+
+
+def _same_numbers(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.astype(np.float32).tobytes() == other.astype(np.float32).tobytes()
+
+
+def _say_overridden(differing: list[str], copies: list[str]) -> None:
+    if differing:
         log.warning(
-            "%d tensors differ from the second copy that the file holds of them, and the copy "
-            "wins, as in the released code: %s",
-            len(beaten),
-            ", ".join(copy for base, copy in doubled if base in beaten),
+            "%d tensors hold a second copy of the base's weights that differs from them, and the "
+            "copy wins, as in the released code: %s",
+            len(differing),
+            ", ".join(differing),
         )
-    elif doubled:
-        log.info("dropped %d tensors that repeat others, as %s", len(doubled), doubled[0][1])
-    return beaten
+    elif copies:
+        log.info("%d tensors repeat the base's own weights, as %s", len(copies), copies[0])

@@ -1,0 +1,127 @@
+"""A Stable Diffusion 1.5 base as a diffusers pipeline folder, read and written."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from converters.readers import local_folder, read_json, read_weights
+from converters.rules import ADAPTER_MARK
+from converters.tokenizer import Tokenizer, read_tokenizer, write_tokenizer
+from converters.weights import dump_some, load_state
+from converters.writers import whole_folder, write_json, write_safetensors
+from fact_jax.errors import UserError
+from fact_jax.models.clip_text import CLIPTextModel
+from fact_jax.models.unet import UNet
+from fact_jax.models.vae import AutoencoderKL
+from fact_jax.schedules import NoiseSchedule
+
+PARTS = {
+    "unet": ("unet", "diffusion_pytorch_model"),
+    "vae": ("vae", "diffusion_pytorch_model"),
+    "text_encoder": ("clip_text", "model"),
+}
+"""Folder of each model: its kind, and what its weight files are called."""
+_SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
+_SCHEDULERS = {
+    "DDIMScheduler": {"clip_sample": False},
+    "PNDMScheduler": {"skip_prk_steps": True},
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pipeline:
+    """Everything that a base model is. ``scheduler_class`` is what diffusers is told to use."""
+
+    unet: UNet
+    vae: AutoencoderKL
+    text_encoder: CLIPTextModel
+    tokenizer: Tokenizer
+    schedule: NoiseSchedule
+    scheduler_class: str = "DDIMScheduler"
+
+
+def load_pipeline(
+    path: str | os.PathLike, *, variant: str | None = None, dtype=jnp.float32
+) -> Pipeline:
+    """Read a diffusers folder, or a Hub repository of that name if there is no such folder.
+
+    ``variant`` (as fp16) picks the weight files of that name; parameters are of ``dtype``
+    whatever the files hold. Raises UserError naming the folder and what is wrong with it.
+    """
+    folder = local_folder(path, _SMALL_FILES, variant)
+    absent = [part for part in (*PARTS, "tokenizer", "scheduler") if not (folder / part).is_dir()]
+    if absent:
+        raise UserError(f"{folder}: not a whole diffusers pipeline: it has no {', '.join(absent)}")
+    models = {part: load_part(folder / part, variant=variant, dtype=dtype) for part in PARTS}
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    longest = models["text_encoder"].config.max_position_embeddings
+    tokenizer = read_tokenizer(folder / "tokenizer", longest)
+    vocabulary = models["text_encoder"].config.vocab_size
+    if max(tokenizer.vocab.values()) >= vocabulary:
+        raise UserError(
+            f"{folder}: the tokenizer has more tokens than the text encoder's {vocabulary}"
+        )
+    return Pipeline(
+        **models,
+        tokenizer=tokenizer,
+        schedule=NoiseSchedule.from_dict(scheduler),
+        scheduler_class=scheduler.get("_class_name", "DDIMScheduler"),
+    )
+
+
+def load_part(folder: Path, *, variant: str | None = None, dtype=jnp.float32):
+    """One model of a pipeline folder, by the folder's name."""
+    kind, stem = PARTS[folder.name]
+    try:
+        config = read_json(folder / "config.json")
+        return load_state(kind, read_weights(folder, stem, variant), config, dtype=dtype)
+    except UserError as err:
+        where = "" if str(err).startswith(str(folder)) else f"{folder}: "
+        raise UserError(f"{where}{err}") from err
+
+
+def save_pipeline(pipeline: Pipeline, path: str | os.PathLike, *, force: bool = False) -> None:
+    """Write a diffusers folder that ``StableDiffusionPipeline.from_pretrained`` opens.
+
+    Adapters in the UNet are left out: ``save_adapter`` writes those. Nothing appears at ``path``
+    before it is whole. Raises UserError if ``path`` exists and ``force`` is not given.
+    """
+    with whole_folder(path, force=force) as folder:
+        for part, (_, stem) in PARTS.items():
+            save_part(getattr(pipeline, part), folder / part, stem)
+        write_tokenizer(pipeline.tokenizer, folder / "tokenizer")
+        write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(pipeline))
+        write_json(folder / "model_index.json", _index(pipeline))
+
+
+def save_part(module, folder: Path, stem: str) -> None:
+    """Write one model's folder: its config and its weights, without adapters."""
+    state = dump_some(module, lambda key: ADAPTER_MARK not in key)
+    write_safetensors(folder / f"{stem}.safetensors", state, {"format": "pt"})
+    precision = max({str(a.dtype) for a in state.values()}, key=lambda d: np.dtype(d).itemsize)
+    write_json(folder / "config.json", {**module.config.to_dict(), "torch_dtype": precision})
+
+
+def _scheduler(pipeline: Pipeline) -> dict:
+    name, facts = pipeline.scheduler_class, pipeline.schedule.to_dict()
+    if name not in _SCHEDULERS:
+        facts.pop("set_alpha_to_one")
+    return {"_class_name": name, **facts, **_SCHEDULERS.get(name, {})}
+
+
+def _index(pipeline: Pipeline) -> dict:
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "requires_safety_checker": False,
+        "safety_checker": [None, None],
+        "scheduler": ["diffusers", pipeline.scheduler_class],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
