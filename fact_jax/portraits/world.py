@@ -1,0 +1,52 @@
+"""The world as one call: person numbers and variation seeds in, labelled portraits out."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from fact_jax.portraits.captions import captions
+from fact_jax.portraits.identity import sample_identity
+from fact_jax.portraits.render import Portrait, render
+from fact_jax.portraits.scene import sample_scene
+
+
+@partial(jax.jit, static_argnames="size")
+def portraits(ids: Int[Array, "b"], seeds: Int[Array, "b"], size: int = 64) -> Portrait:
+    """Draw the people `ids` in the scenes `seeds`."""
+    return render(sample_identity(ids), sample_scene(seeds), size)
+
+
+class Batch(NamedTuple):
+    """Portraits on the host, as a data set holds them."""
+
+    ids: Int[np.ndarray, "n"]
+    images: UInt8[np.ndarray, "n h w 3"]
+    portrait: Portrait  # all fields as numpy, `image` included
+    captions: list[str]
+
+
+def to_uint8(images: Float[np.ndarray, "*b h w 3"]) -> UInt8[np.ndarray, "*b h w 3"]:
+    """[0, 1] -> 0..255, rounded."""
+    return (np.clip(images, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+
+
+def make_batch(ids: Sequence[int], seeds: Sequence[int], size: int = 64, chunk: int = 256) -> Batch:
+    """Draw any number of portraits in chunks of one compiled shape, into numpy arrays."""
+    ids, seeds = np.asarray(ids, np.int32), np.asarray(seeds, np.int32)
+    if ids.shape != seeds.shape or ids.ndim != 1 or ids.size == 0:
+        raise ValueError(f"ids and seeds are equally long lists, got {ids.shape}, {seeds.shape}")
+    chunk = min(chunk, ids.size)
+    padded = -ids.size % chunk
+    pieces, lines = [], []
+    for start in range(0, ids.size + padded, chunk):
+        rows = np.minimum(np.arange(start, start + chunk), ids.size - 1)
+        piece = portraits(jnp.asarray(ids[rows]), jnp.asarray(seeds[rows]), size)
+        lines += captions(sample_scene(jnp.asarray(seeds[rows])))
+        pieces.append(jax.tree.map(np.asarray, piece))
+    portrait = jax.tree.map(lambda *a: np.concatenate(a)[: ids.size], *pieces)
+    return Batch(ids, to_uint8(portrait.image), portrait, lines[: ids.size])
