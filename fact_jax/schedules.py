@@ -22,6 +22,8 @@ BETA_SCHEDULES = ("scaled_linear", "linear")
 PREDICTION_TYPES = ("epsilon", "v_prediction")
 TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
+Timesteps = Int[Array, " b"] | Int[Array, ""] | int  # one for each sample, or one for all
+
 # Settings of diffusers that change the mathematics and that we do not follow: refused, not ignored.
 _UNSUPPORTED = {"trained_betas": None, "rescale_betas_zero_snr": False, "thresholding": False}
 
@@ -116,7 +118,7 @@ def alphas_cumprod(schedule: NoiseSchedule) -> Float[Array, " t"]:
 
 
 def signal_and_noise(
-    schedule: NoiseSchedule, t: Int[Array, "*b"], ndim: int
+    schedule: NoiseSchedule, t: Timesteps, ndim: int
 ) -> tuple[Float[Array, "..."], Float[Array, "..."]]:
     """sqrt(abar_t) and sqrt(1 - abar_t), with trailing axes of size 1 up to ``ndim`` axes."""
     abar = alphas_cumprod(schedule)[t]
@@ -125,21 +127,15 @@ def signal_and_noise(
 
 
 def add_noise(
-    schedule: NoiseSchedule,
-    x0: Float[Array, "b ..."],
-    noise: Float[Array, "b ..."],
-    t: Int[Array, "*b"],
+    schedule: NoiseSchedule, x0: Float[Array, "b ..."], noise: Float[Array, "b ..."], t: Timesteps
 ) -> Float[Array, "b ..."]:
-    """x_t from x_0 and unit noise; ``t`` is one timestep or one for each sample."""
+    """x_t from x_0 and unit noise."""
     a, s = signal_and_noise(schedule, t, x0.ndim)
     return a * x0 + s * noise
 
 
 def training_target(
-    schedule: NoiseSchedule,
-    x0: Float[Array, "b ..."],
-    noise: Float[Array, "b ..."],
-    t: Int[Array, "*b"],
+    schedule: NoiseSchedule, x0: Float[Array, "b ..."], noise: Float[Array, "b ..."], t: Timesteps
 ) -> Float[Array, "b ..."]:
     """What the network should answer at x_t: the noise, or v."""
     if schedule.prediction_type == "epsilon":
@@ -148,28 +144,34 @@ def training_target(
     return a * noise - s * x0
 
 
-def to_x0(
+def split_output(
     schedule: NoiseSchedule,
     output: Float[Array, "b ..."],
     x: Float[Array, "b ..."],
-    t: Int[Array, "*b"],
+    signal: Float[Array, "..."] | float,
+    noise: Float[Array, "..."] | float,
+) -> tuple[Float[Array, "b ..."], Float[Array, "b ..."]]:
+    """The clean latents and the noise that ``output`` implies at x = signal * x_0 + noise * eps.
+
+    ``signal`` and ``noise`` broadcast against x, and signal^2 + noise^2 = 1.
+    """
+    if schedule.prediction_type == "epsilon":
+        return (x - noise * output) / signal, output
+    return signal * x - noise * output, signal * output + noise * x
+
+
+def to_x0(
+    schedule: NoiseSchedule, output: Float[Array, "b ..."], x: Float[Array, "b ..."], t: Timesteps
 ) -> Float[Array, "b ..."]:
     """The clean latents that the network's output at x_t implies."""
-    a, s = signal_and_noise(schedule, t, x.ndim)
-    return (x - s * output) / a if schedule.prediction_type == "epsilon" else a * x - s * output
+    return split_output(schedule, output, x, *signal_and_noise(schedule, t, x.ndim))[0]
 
 
 def to_epsilon(
-    schedule: NoiseSchedule,
-    output: Float[Array, "b ..."],
-    x: Float[Array, "b ..."],
-    t: Int[Array, "*b"],
+    schedule: NoiseSchedule, output: Float[Array, "b ..."], x: Float[Array, "b ..."], t: Timesteps
 ) -> Float[Array, "b ..."]:
     """The noise that the network's output at x_t implies."""
-    if schedule.prediction_type == "epsilon":
-        return output
-    a, s = signal_and_noise(schedule, t, x.ndim)
-    return a * output + s * x
+    return split_output(schedule, output, x, *signal_and_noise(schedule, t, x.ndim))[1]
 
 
 def timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:

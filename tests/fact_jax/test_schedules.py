@@ -1,0 +1,158 @@
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from fact_jax.errors import UserError
+from fact_jax.schedules import (
+    NoiseSchedule,
+    add_noise,
+    alphas_cumprod,
+    timesteps,
+    to_epsilon,
+    to_x0,
+    training_target,
+)
+
+BOTH = pytest.mark.parametrize("schedule", [NoiseSchedule.sd15(), NoiseSchedule.mini()])
+
+
+def coarse(prediction_type):
+    """Two timesteps with abar 0.75 and 0.1875."""
+    return NoiseSchedule(
+        num_train_timesteps=2, beta_start=0.25, beta_end=0.75, prediction_type=prediction_type
+    )
+
+
+def random(*shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_alphas_cumprod_by_hand():
+    np.testing.assert_allclose(alphas_cumprod(coarse("epsilon")), [0.75, 0.1875], atol=1e-7)
+    scaled = NoiseSchedule(
+        num_train_timesteps=3, beta_start=0.01, beta_end=0.09, beta_schedule="scaled_linear"
+    )
+    np.testing.assert_allclose(alphas_cumprod(scaled), [0.99, 0.9504, 0.864864], atol=1e-7)
+
+
+def test_noise_and_targets_by_hand():
+    x0, noise = jnp.full((2, 1, 1, 1), 2.0), jnp.full((2, 1, 1, 1), 1.0)
+    t = jnp.array([0, 1])
+    a, s = np.sqrt([0.75, 0.1875]), np.sqrt([0.25, 0.8125])
+    x = add_noise(coarse("epsilon"), x0, noise, t)
+    np.testing.assert_allclose(x.ravel(), 2 * a + s, atol=1e-6)
+    np.testing.assert_array_equal(training_target(coarse("epsilon"), x0, noise, t), noise)
+    v = training_target(coarse("v_prediction"), x0, noise, t)
+    np.testing.assert_allclose(v.ravel(), a - 2 * s, atol=1e-6)
+
+
+def test_one_timestep_for_all_samples():
+    x0, noise = random(3, 2, 4, 1), random(3, 2, 4, 1, seed=1)
+    schedule = NoiseSchedule.mini()
+    one = add_noise(schedule, x0, noise, 300)
+    np.testing.assert_array_equal(one, add_noise(schedule, x0, noise, jnp.full(3, 300)))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_output_gives_back_x0_and_noise(prediction_type):
+    schedule = NoiseSchedule(beta_end=0.012, prediction_type=prediction_type)
+    x0, noise, t = random(3, 2, 5, 4), random(3, 2, 5, 4, seed=1), jnp.array([0, 400, 900])
+    x = add_noise(schedule, x0, noise, t)
+    target = training_target(schedule, x0, noise, t)
+    np.testing.assert_allclose(to_x0(schedule, target, x, t), x0, atol=1e-5)
+    np.testing.assert_allclose(to_epsilon(schedule, target, x, t), noise, atol=1e-5)
+
+
+def test_the_same_inside_jit():
+    x0, noise, t = random(2, 3, 1, 4), random(2, 3, 1, 4, seed=1), jnp.array([5, 995])
+    inside = jax.jit(add_noise, static_argnums=0)(NoiseSchedule.sd15(), x0, noise, t)
+    np.testing.assert_allclose(
+        inside, add_noise(NoiseSchedule.sd15(), x0, noise, t), rtol=1e-6, atol=1e-6
+    )
+
+
+@BOTH
+def test_as_diffusers(schedule):
+    peer = diffusers.DDPMScheduler.from_config(schedule.to_dict())
+    np.testing.assert_allclose(alphas_cumprod(schedule), peer.alphas_cumprod.numpy(), atol=2e-7)
+    x0, noise, t = random(3, 4, 2, 1), random(3, 4, 2, 1, seed=1), np.array([0, 617, 999])
+    arguments = (torch.from_numpy(x0), torch.from_numpy(noise), torch.from_numpy(t))
+    np.testing.assert_allclose(
+        add_noise(schedule, x0, noise, jnp.asarray(t)), peer.add_noise(*arguments), atol=1e-6
+    )
+    if schedule.prediction_type == "v_prediction":
+        v = training_target(schedule, x0, noise, jnp.asarray(t))
+        np.testing.assert_allclose(v, peer.get_velocity(*arguments), atol=1e-6)
+
+
+def test_the_miniature_ends_in_noise():
+    assert alphas_cumprod(NoiseSchedule.mini())[-1] < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("spacing", "offset", "expected"),
+    [
+        ("leading", 1, [751, 501, 251, 1]),
+        ("leading", 0, [750, 500, 250, 0]),
+        ("linspace", 1, [999, 666, 333, 0]),
+        ("trailing", 1, [999, 749, 499, 249]),
+    ],
+)
+def test_timesteps_by_hand(spacing, offset, expected):
+    schedule = NoiseSchedule(timestep_spacing=spacing, steps_offset=offset)
+    assert timesteps(schedule, 4).tolist() == expected
+
+
+def test_timesteps_of_the_golden_run():
+    assert timesteps(NoiseSchedule.sd15(), 6).tolist() == [831, 665, 499, 333, 167, 1]
+
+
+@pytest.mark.parametrize("steps", [0, -3, 1001, 1000])
+def test_impossible_numbers_of_steps(steps):
+    with pytest.raises(UserError, match="steps"):
+        timesteps(NoiseSchedule.sd15(), steps)  # 1000 steps from offset 1 would end at 1000
+
+
+@BOTH
+def test_dict_round_trip(schedule):
+    assert NoiseSchedule.from_dict(schedule.to_dict()) == schedule
+    saved = dict(diffusers.PNDMScheduler.from_config(schedule.to_dict()).config)
+    assert NoiseSchedule.from_dict(saved) == schedule
+
+
+def test_absent_keys_mean_what_the_class_means():
+    released = {
+        "_class_name": "PNDMScheduler",
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "steps_offset": 1,
+        "trained_betas": None,
+        "clip_sample": False,
+        "skip_prk_steps": True,
+    }
+    assert NoiseSchedule.from_dict(released) == NoiseSchedule.sd15()
+    for name in ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LCMScheduler"):
+        peer = getattr(diffusers, name)(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
+        ours = NoiseSchedule.from_dict({"_class_name": name})
+        theirs = NoiseSchedule.from_dict(dict(peer.config) | {"_class_name": name})
+        assert ours == theirs, name
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("prediction_type", "sample"),
+        ("beta_schedule", "squaredcos_cap_v2"),
+        ("timestep_spacing", "leeding"),
+        ("rescale_betas_zero_snr", True),
+        ("trained_betas", [0.1, 0.2]),
+        ("thresholding", True),
+    ],
+)
+def test_settings_we_do_not_follow_are_refused(key, value):
+    with pytest.raises(UserError, match=key):
+        NoiseSchedule.from_dict({key: value})
