@@ -1,0 +1,75 @@
+"""fact-train: train what FACT is made of."""
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fact_jax.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns the exit status (0 done, 2 bad input, 128 + signal when stopped)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _parser()
+    # argparse gives up on positionals that follow an option: take them as overrides.
+    arguments, rest = parser.parse_known_args(argv)
+    if arguments.command != "run" or any(text.startswith("-") for text in rest):
+        arguments = parser.parse_args(argv)
+        rest = []
+    try:
+        if arguments.command == "configs":
+            return _configs()
+        command = shlex.join(["fact-train", *argv])
+        return _run(arguments.config, arguments.override + rest, arguments.out, command)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="fact-train", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser(
+        "run",
+        help="train an experiment, or go on with it",
+        description="Train an experiment. Started again with the same folder it goes on from the "
+        "newest checkpoint, as if it had never stopped.",
+    )
+    run.add_argument(
+        "config", metavar="CONFIG", help="a name from `fact-train configs`, or a .py file"
+    )
+    run.add_argument(
+        "override",
+        metavar="key=value",
+        nargs="*",
+        help="a setting, as optimizer.learning_rate=3e-4",
+    )
+    run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default runs/NAME)")
+    commands.add_parser("configs", help="list the experiments", description="List the experiments.")
+    return parser
+
+
+def _configs() -> int:
+    from train.config import list_configs
+
+    for name, line in list_configs():
+        print(f"{name:20s} {line}")
+    return 0
+
+
+def _run(name: str, overrides: Sequence[str], out: Path | None, command: str) -> int:
+    from train.config import load_config, override
+
+    short, config = load_config(name)
+    config = override(config, overrides)
+
+    from train.loop import run
+
+    outcome = run(config, out or Path("runs") / short, command)
+    return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
+
+
+if __name__ == "__main__":
+    sys.exit(main())

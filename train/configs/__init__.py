@@ -1,0 +1,1 @@
+"""Experiments, one file each: its docstring says command, hardware, duration and result."""

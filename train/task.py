@@ -1,0 +1,49 @@
+"""What the engine asks of a task: data, a loss, pictures to look at, files to use."""
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float
+
+PyTree = Any
+
+
+class Source(Protocol):
+    """Host data."""
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        """The batch of a step, a pure function of it: that is what makes resuming exact."""
+
+
+class Task(Protocol):
+    """One thing to train. Built as ``Class(config: TrainConfig)``.
+
+    A task may also define ``state_update(trainable, aux) -> trainable``, for what is not learned by
+    gradient (batch-norm statistics): ``loss`` then puts a tree under the metric name ``"aux"``,
+    and the engine hands it over, on the device, with the updated weights.
+    """
+
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
+        """(trainable, frozen): nested pure dicts of arrays, trainable in float32."""
+
+    def source(self) -> Source:
+        """The training data."""
+
+    def loss(
+        self,
+        trainable: PyTree,
+        frozen: PyTree,
+        batch: dict[str, Array],
+        *,
+        step: Array,
+        key: jax.Array,
+    ) -> tuple[Float[Array, ""], dict[str, Any]]:
+        """Scalar loss in float32, and scalar metrics with flat names such as ``loss/mse``."""
+
+    def samples(self, trainable: PyTree, frozen: PyTree, key: jax.Array) -> dict[str, np.ndarray]:
+        """Name -> uint8 picture (h, w, 3); the key is the same at every call. May be empty."""
+
+    def export(self, trainable: PyTree, frozen: PyTree, directory: Path, step: int) -> None:
+        """Write files that inference can open into an empty directory."""

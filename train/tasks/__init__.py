@@ -1,0 +1,28 @@
+"""What can be trained: name -> (module, class), imported only when it runs."""
+
+import importlib
+from difflib import get_close_matches
+from typing import TYPE_CHECKING
+
+from fact_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from train.config import TrainConfig
+    from train.task import Task
+
+TASKS: dict[str, tuple[str, str]] = {
+    "vae": ("train.tasks.vae", "VAETask"),
+    "base": ("train.tasks.base", "BaseTask"),
+    "encoder": ("train.tasks.encoder", "EncoderTask"),
+    "judge": ("train.tasks.judge", "JudgeTask"),
+    "adapter": ("train.tasks.adapter", "AdapterTask"),
+}
+
+
+def make_task(config: "TrainConfig") -> "Task":
+    """Build the task that ``config.task`` names: ``Class(config)``."""
+    if config.task not in TASKS:
+        near = get_close_matches(config.task, TASKS, n=1, cutoff=0.0)[0]
+        raise UserError(f"no task {config.task!r}; the nearest is {near!r}")
+    module, name = TASKS[config.task]
+    return getattr(importlib.import_module(module), name)(config)
