@@ -38,14 +38,16 @@ def to_uint8(images: Float[np.ndarray, "*b h w 3"]) -> UInt8[np.ndarray, "*b h w
 def make_batch(
     ids: Sequence[int], seeds: Sequence[int], size: int = 64, chunk: int | None = None
 ) -> Batch:
-    """Draw any number of portraits in chunks of one compiled shape, into numpy arrays."""
+    """Draw any number of portraits into numpy arrays.
+
+    The last chunk is filled up and cut off again, so that there is one shape to compile.
+    """
     ids, seeds = np.asarray(ids, np.int32), np.asarray(seeds, np.int32)
     if ids.shape != seeds.shape or ids.ndim != 1 or ids.size == 0:
         raise ValueError(f"ids and seeds are equally long lists, got {ids.shape}, {seeds.shape}")
     if chunk is None:
         # Small enough to stay in a core's cache on a CPU; large enough to fill an accelerator.
         chunk = 16 if jax.default_backend() == "cpu" else 512
-    chunk = min(chunk, ids.size)
     padded = -ids.size % chunk
     pieces, lines = [], []
     for start in range(0, ids.size + padded, chunk):

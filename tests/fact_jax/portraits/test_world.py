@@ -38,11 +38,10 @@ def test_everything_is_finite_and_in_range(many):
 
 
 def test_same_numbers_give_the_same_pictures_in_any_batch(many):
-    again = make_batch([7, 300, 7], [1007, 1300, 1007], chunk=2)
+    again = make_batch([7, 300, 7], [1007, 1300, 1007])
     rows = [7, 300, 7]
-    # Differently compiled batch sizes may round differently, never visibly.
-    np.testing.assert_allclose(again.portrait.image, many.portrait.image[rows], atol=1e-4)
-    np.testing.assert_allclose(again.portrait.points, many.portrait.points[rows], atol=1e-4)
+    np.testing.assert_array_equal(again.portrait.image, many.portrait.image[rows])
+    np.testing.assert_array_equal(again.portrait.points, many.portrait.points[rows])
     assert again.captions == [many.captions[i] for i in rows]
 
 
@@ -96,9 +95,7 @@ def test_true_colours_are_the_painted_ones(many):
 
 
 def test_one_person_in_two_scenes_and_two_people_in_one():
-    who = sample_identity(jnp.asarray([5, 5, 6]))
-    scene = sample_scene(jnp.asarray([1, 2, 1]))
-    portrait = render(who, scene)
+    portrait = make_batch([5, 5, 6], [1, 2, 1]).portrait
     np.testing.assert_array_equal(portrait.skin[0], portrait.skin[1])
     np.testing.assert_array_equal(portrait.hair[0], portrait.hair[1])
     assert np.abs(portrait.skin[0] - portrait.skin[2]).max() > 0.01
@@ -113,17 +110,17 @@ def test_one_person_in_two_scenes_and_two_people_in_one():
 
 
 def test_larger_pictures_show_the_same_thing():
-    ids, seeds = jnp.asarray([3, 9]), jnp.asarray([4, 8])
-    small, large = portraits(ids, seeds), portraits(ids, seeds, size=128)
+    small = make_batch([3, 9], [4, 8]).portrait
+    large = jax.tree.map(np.asarray, portraits(jnp.asarray([3, 9]), jnp.asarray([4, 8]), size=128))
     halved = large.image.reshape(2, 64, 2, 64, 2, 3).mean((2, 4))
-    assert float(jnp.abs(halved - small.image).mean()) < 0.02
+    assert np.abs(halved - small.image).mean() < 0.02
     np.testing.assert_allclose(large.points, (small.points + 0.5) * 2 - 0.5, atol=1e-3)
 
 
 def test_surprise_opens_the_mouth():
     """The mouth's middle is dark when surprised: the label says what is drawn."""
-    who = sample_identity(jnp.arange(64))
-    scene = sample_scene(jnp.arange(64))
+    who = sample_identity(jnp.arange(32))
+    scene = sample_scene(jnp.arange(32))
     darkness = {}
     for name in ("neutral", "surprised"):
         index = jnp.full_like(scene.expression, EXPRESSIONS.index(name))
