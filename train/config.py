@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,12 @@ from typing import Any, Literal
 from fact_jax.errors import UserError
 
 CONFIGS = Path(__file__).parent / "configs"
+
+
+def _require_positive(node: Any, *names: str) -> None:
+    for name in names:
+        if getattr(node, name) < 1:
+            raise ValueError(f"{name} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +57,9 @@ class CheckpointConfig:
     every: int = 1000
     keep: int = 2
 
+    def __post_init__(self):
+        _require_positive(self, "every", "keep")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
@@ -57,6 +67,9 @@ class LogConfig:
 
     every: int = 50
     samples_every: int = 0
+
+    def __post_init__(self):
+        _require_positive(self, "every")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,6 +87,9 @@ class TrainConfig:
     log: LogConfig = LogConfig()
     options: Any
 
+    def __post_init__(self):
+        _require_positive(self, "steps", "batch_size")
+
 
 def load_config(name: str | Path) -> tuple[str, TrainConfig]:
     """Read an experiment by name or path: (short name, config)."""
@@ -84,7 +100,11 @@ def load_config(name: str | Path) -> tuple[str, TrainConfig]:
         raise UserError(f"no experiment {str(name)!r} ({path} does not exist); {hint}")
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    sys.modules[spec.name] = module  # so that an experiment may bring its own options and task
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from error
     config = getattr(module, "config", None)
     if not isinstance(config, TrainConfig):
         raise UserError(f"{path} defines no `config = TrainConfig(...)`")
@@ -185,6 +205,6 @@ def _convert(value: Any, hint: Any) -> Any:
 
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(typing.get_args(hint))
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     return names.get(hint, str(hint))

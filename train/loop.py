@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import os
 import queue
 import shutil
 import signal
@@ -141,10 +142,10 @@ class _Loop:
 
 
 def claim_folder(config: TrainConfig, folder: Path) -> None:
-    """Make the folder this run's own; UserError if it holds a run with another configuration."""
+    """Make the folder this run's own; UserError if it was trained with another configuration."""
     path = folder / "config.json"
     new = to_json(config)
-    if path.exists():
+    if path.exists() and any(folder.glob("checkpoints/*")):
         old = json.loads(path.read_text())
         differing = [
             f"{key} {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
@@ -156,8 +157,13 @@ def claim_folder(config: TrainConfig, folder: Path) -> None:
                 f"{folder} holds a run with another configuration ({'; '.join(differing)}); "
                 "give the same values to resume it, or another --out"
             )
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(new, indent=1) + "\n")
+    try:
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(new, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write in {folder}: {error.strerror}; choose another --out"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -170,6 +176,10 @@ def replace_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(leftover, ignore_errors=True)
     fresh.mkdir(parents=True)
     yield fresh
+    for path in fresh.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
     if target.exists():
         target.rename(old)
     fresh.rename(target)

@@ -1,4 +1,4 @@
-"""A task small enough to be killed often: a two-layer network that learns a sine, through noise."""
+"""A task small enough to be killed often: two layers that learn a sine, through noise."""
 
 import dataclasses
 from pathlib import Path
@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from train.config import TrainConfig
+from train.config import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from train.partition import paths
+from train.tasks import TASKS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,8 @@ class ToyTask:
         return {"grid": np.asarray(jax.random.randint(key, (4, 6, 3), 0, 255), np.uint8)}
 
     def export(self, trainable, frozen, directory: Path, step: int):
-        save_file({"gate": np.asarray(trainable["gate"])}, directory / "toy.safetensors")
+        arrays = {path: np.asarray(leaf) for path, leaf in paths(trainable)}
+        save_file(arrays, directory / "toy.safetensors")
 
 
 class ToySource:
@@ -66,3 +69,17 @@ class ToySource:
             -2, 2, (self.config.batch_size, 1)
         )
         return {"x": x.astype(np.float32), "y": np.sin(x).astype(np.float32)}
+
+
+TASKS["toy"] = (__name__, "ToyTask")
+
+config = TrainConfig(
+    task="toy",
+    steps=60,
+    batch_size=8,
+    seed=3,
+    optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=5),
+    checkpoint=CheckpointConfig(every=7, keep=3),
+    log=LogConfig(every=10),
+    options=ToyOptions(),
+)

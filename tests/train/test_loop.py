@@ -1,0 +1,239 @@
+"""A run in its folder: what it leaves there, and that stopping it changes nothing."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file
+
+from fact_jax.errors import UserError
+from train.config import CheckpointConfig, override
+from train.loop import prefetch, replace_folder, run
+
+ROOT = Path(__file__).parents[2]
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def start_program(toy_file, folder, *overrides):
+    command = [sys.executable, "-m", "train.cli", "run", str(toy_file), "--out", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [*command, *overrides],
+        cwd=folder.parent,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(folder, step, program, limit=120):
+    """Until the metrics of a step at or past ``step`` stand in the folder."""
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        assert program.poll() is None, program.stderr.read()
+        path = folder / "metrics.jsonl"
+        text = path.read_text() if path.exists() else ""
+        complete = text[: text.rfind("\n") + 1].splitlines()
+        if complete and json.loads(complete[-1])["step"] >= step:
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} did not come within {limit} s")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """(folder, outcome) of the toy experiment run through."""
+    from tests.train.conftest import TOY
+    from train.config import load_config
+
+    folder = tmp_path_factory.mktemp("toy") / "run"
+    config = override(load_config(TOY)[1], ["log.samples_every=40"])
+    return folder, run(config, folder, "fact-train run toy")
+
+
+def test_what_a_run_leaves(finished):
+    folder, outcome = finished
+    assert int(outcome.state.step) == 60
+    assert outcome.stopped_by is None
+    assert [row["step"] for row in rows(folder)] == [1, 10, 20, 30, 40, 50, 60]
+    assert rows(folder)[-1]["loss"] < 0.2 * rows(folder)[0]["loss"]
+    assert rows(folder)[-1]["loss/mse"] == rows(folder)[-1]["loss"]
+    saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert saved == ["00000049", "00000056", "00000060"]
+    assert sorted(path.name for path in (folder / "samples").iterdir()) == [
+        "grid-00000040.png",
+        "grid-00000060.png",
+    ]
+    first, last = (Image.open(folder / "samples" / f"grid-{n:08d}.png") for n in (40, 60))
+    assert last.size == (6, 4)
+    np.testing.assert_array_equal(first, last)  # the toy draws from the key alone, which is fixed
+    exported = load_file(folder / "export" / "toy.safetensors")
+    np.testing.assert_array_equal(exported["gate"], outcome.state.ema["gate"])
+    assert json.loads((folder / "export" / "training.json").read_text())["step"] == 60
+    assert "fact-train run toy" in (folder / "log.txt").read_text().splitlines()[0]
+    assert list((folder / "tensorboard").iterdir())
+
+
+def test_frozen_is_untouched_and_statistics_count_every_step(finished):
+    _, outcome = finished
+    np.testing.assert_array_equal(outcome.frozen["shift"], np.float32([0.5]))
+    np.testing.assert_array_equal(outcome.state.params["count"], [60.0])
+
+
+def test_resumed_is_uninterrupted(finished, toy_config, tmp_path):
+    # The first part ends between two checkpoints and two log lines, with other settings of both.
+    folder = tmp_path / "run"
+    run(override(toy_config, ["steps=33", "checkpoint.every=5", "log.every=4"]), folder)
+    outcome = run(toy_config, folder)
+    assert_same(outcome.state, finished[1].state)
+    steps = [row["step"] for row in rows(folder)]
+    assert steps == [1, *range(4, 33, 4), 33, 40, 50, 60]
+
+
+def test_a_finished_run_started_again_stays_as_it_is(finished, toy_config):
+    folder, before = finished
+    assert_same(run(toy_config, folder).state, before.state)
+
+
+def test_another_configuration_is_refused_with_its_keys(finished, toy_config):
+    folder, _ = finished
+    other = override(toy_config, ["seed=4", "options.width=8", "log.every=1", "steps=61"])
+    with pytest.raises(UserError) as caught:
+        run(other, folder)
+    message = str(caught.value)
+    assert "options.width 16 -> 8; seed 3 -> 4" in message
+    assert "log.every" not in message
+    assert "steps" not in message
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(toy_config, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match="not finite 10 times in a row, up to step 24"):
+        run(override(toy_config, ["options.poison=(14,60)"]), folder)
+    saved = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert "00000014" in saved
+
+
+def test_nine_bad_steps_are_only_counted(toy_config, tmp_path):
+    outcome = run(override(toy_config, ["options.poison=(3,12)", "steps=20"]), tmp_path / "run")
+    assert int(outcome.state.skipped) == 9
+    assert [row["skipped"] for row in rows(tmp_path / "run")] == [0, 7, 9]
+    assert all(row["loss"] is not None for row in rows(tmp_path / "run"))
+
+
+def damage_flip(folder):
+    largest = max((p for p in folder.rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
+def damage_truncate(folder):
+    for path in [p for p in folder.rglob("*") if p.is_file()]:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("damage", [damage_flip, damage_truncate])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    damage, toy_config, finished, tmp_path, capsys
+):
+    folder = tmp_path / "run"
+    run(override(toy_config, ["steps=21"]), folder)
+    damage(folder / "checkpoints" / "00000021")
+    outcome = run(toy_config, folder)
+    errors = capsys.readouterr().err
+    assert "warning: checkpoint 21 cannot be read" in errors
+    assert "resuming at step 14" in errors
+    assert_same(outcome.state, finished[1].state)
+    assert (folder / "checkpoints-unreadable" / "00000021").is_dir()
+
+
+def test_no_readable_checkpoint_is_an_error_not_a_fresh_start(toy_config, tmp_path):
+    config = dataclasses.replace(toy_config, steps=5, checkpoint=CheckpointConfig(every=9))
+    run(config, tmp_path / "run")
+    damage_truncate(tmp_path / "run" / "checkpoints" / "00000005")
+    with pytest.raises(UserError, match="none of the checkpoints in"):
+        run(config, tmp_path / "run")
+
+
+def test_killed_three_times_is_uninterrupted(toy_file, toy_config, tmp_path):
+    settings = ["steps=240", "checkpoint.every=11", "log.every=1"]
+    reference = start_program(toy_file, tmp_path / "reference", *settings)
+    folder = tmp_path / "killed"
+    chance = random.Random()
+    moments = sorted(chance.sample(range(5, 225), 3))
+    for moment in moments:
+        program = start_program(toy_file, folder, *settings)
+        wait_for_step(folder, moment, program)
+        time.sleep(chance.uniform(0.0, 0.05))
+        program.kill()
+        assert program.wait() == -signal.SIGKILL, f"over before it was killed, moments {moments}"
+        program.stderr.close()
+    for program in (start_program(toy_file, folder, *settings), reference):
+        _, errors = program.communicate(timeout=300)
+        assert program.returncode == 0, errors
+    config = override(toy_config, settings)
+    ends = [run(config, path).state for path in (folder, tmp_path / "reference")]
+    assert int(ends[0].step) == 240
+    assert_same(*ends)
+    exports = [load_file(path / "export" / "toy.safetensors") for path in tmp_path.iterdir()]
+    assert_same(*exports)
+    assert [row["step"] for row in rows(folder)] == list(range(1, 241))
+
+
+def test_sigterm_saves_and_exits_with_143(toy_file, tmp_path):
+    folder = tmp_path / "run"
+    program = start_program(toy_file, folder, "steps=100000", "checkpoint.every=100000")
+    wait_for_step(folder, 20, program)
+    program.terminate()
+    _, errors = program.communicate(timeout=60)
+    assert program.returncode == 143, errors
+    (saved,) = (folder / "checkpoints").iterdir()
+    assert int(saved.name) >= 20
+    assert json.loads((folder / "export" / "training.json").read_text())["step"] == int(saved.name)
+
+
+def test_an_error_in_the_data_reaches_the_caller():
+    class Broken:
+        def batch(self, step):
+            if step == 2:
+                raise OSError("disk gone")
+            return {"x": np.zeros(step + 1)}
+
+    with prefetch(Broken(), 0, 5) as batches:
+        assert [next(batches)[0], next(batches)[0]] == [1, 2]
+        with pytest.raises(OSError, match="disk gone"):
+            next(batches)
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "export"
+    with replace_folder(target) as folder:
+        (folder / "a").write_text("1")
+    with contextlib.suppress(RuntimeError), replace_folder(target) as folder:
+        (folder / "b").write_text("2")
+        raise RuntimeError
+    assert [path.name for path in target.iterdir()] == ["a"]
+    with replace_folder(target) as folder:
+        (folder / "c").write_text("3")
+    assert [path.name for path in target.iterdir()] == ["c"]
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]

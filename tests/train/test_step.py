@@ -1,0 +1,109 @@
+"""One step: by hand, skipped, in bfloat16, with running statistics."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from train.config import EMAConfig, OptimizerConfig, TrainConfig
+from train.state import make_optimizer, make_state
+from train.step import make_train_step
+
+
+class Linear:
+    """loss = sum(weight * x), so that the gradient is x; the noise of the step is a metric."""
+
+    def loss(self, trainable, frozen, batch, *, step, key):
+        self.dtypes = {k: v.dtype for k, v in (trainable | frozen).items()}
+        loss = jnp.sum(trainable["weight"] * batch["x"]).astype(jnp.float32)
+        loss += jnp.sum(trainable["bias"] * frozen["scale"]).astype(jnp.float32)
+        return loss, {"noise": jax.random.normal(key), "seen": step}
+
+
+class Counting(Linear):
+    def loss(self, trainable, frozen, batch, **kwargs):
+        loss, metrics = super().loss(trainable, frozen, batch, **kwargs)
+        return loss, metrics | {"aux": batch["x"].mean()}
+
+    def state_update(self, trainable, aux):
+        return trainable | {"mean": 0.5 * trainable["mean"] + 0.5 * aux}
+
+
+CONFIG = TrainConfig(
+    task="toy",
+    steps=10,
+    batch_size=1,
+    optimizer=OptimizerConfig(learning_rate=0.5, weight_decay=0.1, clip_norm=1e9),
+    ema=EMAConfig(decay=0.75, warmup=False),
+    options=None,
+)
+X = np.array([[1.0, -2.0]], np.float32)
+
+
+def start(task, config=CONFIG, **extra):
+    params = {"weight": jnp.array([[4.0, 8.0]]), "bias": jnp.array([1.0]), **extra}
+    optimizer = make_optimizer(config.optimizer)
+    state = make_state(params, optimizer, config.ema)
+    return make_train_step(task, optimizer, config), state, {"scale": jnp.array([3.0])}
+
+
+def test_a_step_by_hand():
+    step, state, frozen = start(Linear())
+    state, metrics = step(state, frozen, {"x": X})
+    # w - lr (sign(g) + decay w), and no decay for the bias; Adam's bias correction is good to 1e-5
+    np.testing.assert_allclose(state.params["weight"], [[3.3, 8.1]], rtol=1e-5)
+    np.testing.assert_allclose(state.params["bias"], [0.5], rtol=1e-5)
+    np.testing.assert_allclose(state.ema["weight"], [[3.825, 8.025]], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], 4.0 - 16.0 + 3.0, rtol=1e-5)
+    np.testing.assert_allclose(metrics["gradient_norm"], np.sqrt(1 + 4 + 9), rtol=1e-5)
+    assert metrics["learning_rate"] == 0.5
+    assert int(state.step) == 1
+    assert float(frozen["scale"][0]) == 3.0
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_what_is_not_finite_is_skipped_and_counted(value):
+    step, state, frozen = start(Linear())
+    state, _ = step(state, frozen, {"x": X})
+    before = jax.device_get(state)
+    for count in (1, 2):
+        state, metrics = step(state, frozen, {"x": X * value})
+        assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == count
+    for name in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(state, name))
+    assert int(state.step) == 3
+    state, metrics = step(state, frozen, {"x": X})
+    assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (2, 0)
+    assert not np.array_equal(before.params["weight"], state.params["weight"])
+
+
+def test_bfloat16_computes_in_bfloat16_on_float32_masters():
+    task = Linear()
+    step, state, frozen = start(task, dataclasses.replace(CONFIG, precision="bfloat16"))
+    state, metrics = step(state, frozen, {"x": X})
+    assert set(task.dtypes.values()) == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}
+    assert metrics["loss"].dtype == jnp.float32
+    # The nearest bfloat16 to 8.1 is 8.125: the master kept what it is.
+    np.testing.assert_allclose(state.params["weight"], [[3.3, 8.1]], rtol=1e-5)
+
+
+def test_running_statistics_are_updated_and_stay_at_a_skip():
+    step, state, frozen = start(Counting(), mean=jnp.zeros(()))
+    state, metrics = step(state, frozen, {"x": X})
+    assert float(state.params["mean"]) == -0.25
+    assert "aux" not in metrics
+    state, _ = step(state, frozen, {"x": X * np.nan})
+    assert float(state.params["mean"]) == -0.25
+
+
+def test_randomness_is_the_seed_and_the_step():
+    step, state, frozen = start(Linear())
+    state, first = step(state, frozen, {"x": X})
+    _, second = step(state, frozen, {"x": X})
+    key = jax.random.key(CONFIG.seed)
+    for number, metrics in enumerate((first, second)):
+        assert metrics["noise"] == jax.random.normal(jax.random.fold_in(key, number))
+        assert metrics["seen"] == number
