@@ -28,7 +28,11 @@ SD15, MINI = NoiseSchedule.sd15(), NoiseSchedule.mini()
 
 
 def random(seed):
-    return np.random.default_rng(seed).standard_normal(SHAPE).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(SHAPE), jnp.float32)
+
+
+def to_torch(x):
+    return torch.from_numpy(np.array(x))
 
 
 def shares_at(schedule, t, xp):
@@ -87,12 +91,12 @@ def run_peer(monkeypatch, name, schedule, steps, latents, start=0, x0=None, **op
     ts = torch.from_numpy(ts) if name == "pndm" else peer.timesteps[start:]
     if hasattr(peer, "set_begin_index"):
         peer.set_begin_index(start)
-    x = torch.from_numpy(latents)
-    x = x * peer.init_noise_sigma if x0 is None else peer.add_noise(torch.from_numpy(x0), x, ts[:1])
+    x = to_torch(latents)
+    x = x * peer.init_noise_sigma if x0 is None else peer.add_noise(to_torch(x0), x, ts[:1])
 
     asked = []
     for i, t in zip(indices, ts, strict=True):
-        noise = torch.from_numpy(np.array(jax.random.normal(jax.random.fold_in(KEY, i), SHAPE)))
+        noise = to_torch(jax.random.normal(jax.random.fold_in(KEY, i), SHAPE))
         module = importlib.import_module(type(peer).__module__)
         if hasattr(module, "randn_tensor"):
             monkeypatch.setattr(module, "randn_tensor", lambda *_, noise=noise, **__: noise)
@@ -184,7 +188,7 @@ def test_timesteps_as_diffusers_at_every_length(name, spacing):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_model_that_knows_the_answer_is_believed(name):
     schedule = dataclasses.replace(SD15, set_alpha_to_one=True)
-    answer = jnp.asarray(random(6))
+    answer = random(6)
 
     def model(x, t, i):
         a, s = shares_at(schedule, t, jnp)

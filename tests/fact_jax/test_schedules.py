@@ -27,7 +27,7 @@ def coarse(prediction_type):
 
 
 def random(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def test_alphas_cumprod_by_hand():
@@ -79,7 +79,7 @@ def test_as_diffusers(schedule):
     peer = diffusers.DDPMScheduler.from_config(schedule.to_dict())
     np.testing.assert_allclose(alphas_cumprod(schedule), peer.alphas_cumprod.numpy(), atol=2e-7)
     x0, noise, t = random(3, 4, 2, 1), random(3, 4, 2, 1, seed=1), np.array([0, 617, 999])
-    arguments = (torch.from_numpy(x0), torch.from_numpy(noise), torch.from_numpy(t))
+    arguments = [torch.from_numpy(np.array(value)) for value in (x0, noise, t)]
     np.testing.assert_allclose(
         add_noise(schedule, x0, noise, jnp.asarray(t)), peer.add_noise(*arguments), atol=1e-6
     )
