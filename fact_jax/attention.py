@@ -55,9 +55,7 @@ def attention_tiled(
         scores = jnp.matmul(q_tile, keys, preferred_element_type=jnp.float32)
         weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
         total = weights.sum(-1, keepdims=True)
-        mixed = jnp.matmul(
-            weights.astype(values.dtype), values, preferred_element_type=jnp.float32
-        )
+        mixed = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return (mixed / total).astype(values.dtype)
 
     def one_head(head):

@@ -44,6 +44,21 @@ class CLIPTextConfig:
         return cls()
 
     @classmethod
+    def mini(cls, vocab_size: int) -> "CLIPTextConfig":
+        """The miniature; the vocabulary ends with its start and end tokens."""
+        return cls(
+            vocab_size=vocab_size,
+            hidden_size=64,
+            intermediate_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            bos_token_id=vocab_size - 2,
+            eos_token_id=vocab_size - 1,
+            pad_token_id=vocab_size - 1,
+        )
+
+    @classmethod
     def from_dict(cls, config: Mapping) -> "CLIPTextConfig":
         """Read transformers' ``text_encoder/config.json``."""
         names = [field.name for field in dataclasses.fields(cls)]

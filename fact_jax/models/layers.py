@@ -11,7 +11,6 @@ from fact_jax.attention import attention
 from fact_jax.errors import UserError
 
 
-
 def check_peer_config(model: str, config: Mapping, supported: Mapping[str, tuple]) -> None:
     """Refuse a peer's configuration whose value changes the forward pass in a way we do not have.
 

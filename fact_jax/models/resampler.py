@@ -35,7 +35,7 @@ class ResamplerConfig:
     @classmethod
     def mini(cls) -> "ResamplerConfig":
         """The miniature: tokens of the mini TransFace to 16 conditions for the mini UNet."""
-        return cls(dim=128, depth=2, dim_head=32, heads=4, embedding_dim=128, output_dim=96)
+        return cls(dim=128, depth=2, dim_head=32, heads=4, embedding_dim=128, output_dim=64)
 
     @classmethod
     def from_dict(cls, config: Mapping) -> "ResamplerConfig":

@@ -97,12 +97,13 @@ class UNetConfig:
             sample_size=8,
             in_channels=16,
             out_channels=16,
-            block_out_channels=(96, 192),
+            block_out_channels=(64, 128),
             down_attention=(True, True),
             up_attention=(True, True),
             layers_per_block=1,
-            cross_attention_dim=96,
-            heads=(3, 6),
+            cross_attention_dim=64,
+            heads=(2, 4),
+            norm_num_groups=16,
             face_dim=face_dim,
         )
 

@@ -53,11 +53,11 @@ class VAEConfig:
 
     @classmethod
     def mini(cls) -> "VAEConfig":
-        """The miniature: 64 x 64 pictures, 8 x 8 x 16 latents."""
+        """The miniature: 64 x 64 pictures, 8 x 8 x 16 latents; narrow where pixels are many."""
         return cls(
             sample_size=64,
             latent_channels=16,
-            block_out_channels=(16, 32, 64, 96),
+            block_out_channels=(8, 16, 48, 96),
             layers_per_block=1,
             norm_num_groups=8,
             scaling_factor=1.0,

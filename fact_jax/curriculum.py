@@ -1,0 +1,70 @@
+"""Drop, shuffle and FAIR weight as pure functions of the step.
+
+FACT trains its adapter so that nothing but identity is worth copying: the condition comes, with a
+growing probability, from another photo of the same person, and sometimes there is none at all.
+"""
+
+import dataclasses
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stage:
+    """``steps`` steps over which both values go from their first number to their second."""
+
+    steps: int
+    shuffle: tuple[float, float] = (0.0, 0.0)
+    fair_weight: tuple[float, float] = (0.0, 0.0)
+    ramp: Literal["linear", "cosine"] = "linear"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drop:
+    """Probabilities of leaving out the face alone, the text alone, and both."""
+
+    face: float = 0.05
+    text: float = 0.05
+    both: float = 0.05
+
+
+def stage_values(
+    stages: tuple[Stage, ...], step: Int[Array, ""] | int
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Shuffle probability and FAIR weight at ``step``; after the last stage its end values hold."""
+    shuffle, weight = (jnp.asarray(pair[0], jnp.float32) for pair in _ends(stages[0]))
+    first = 0
+    for stage in stages:
+        progress = jnp.clip((step - first) / max(stage.steps, 1), 0.0, 1.0)
+        if stage.ramp == "cosine":
+            progress = 0.5 - 0.5 * jnp.cos(jnp.pi * progress)
+        begun = jnp.asarray(step) >= first
+        shuffle, weight = (
+            jnp.where(begun, low + (high - low) * progress, value)
+            for value, (low, high) in zip((shuffle, weight), _ends(stage), strict=True)
+        )
+        first += stage.steps
+    return shuffle, weight
+
+
+def _ends(stage: Stage) -> tuple[tuple[float, float], tuple[float, float]]:
+    return stage.shuffle, stage.fair_weight
+
+
+def draw_shuffle(key: jax.Array, probability: Float[Array, ""], count: int) -> Bool[Array, " b"]:
+    """Which samples take their condition from another photo of the same person."""
+    return jax.random.bernoulli(key, probability, (count,))
+
+
+def draw_drop(
+    key: jax.Array, drop: Drop, count: int
+) -> tuple[Bool[Array, " b"], Bool[Array, " b"]]:
+    """Which samples lose the face and which the text; one draw, so the three cases exclude."""
+    draw = jax.random.uniform(key, (count,))
+    face_only = draw < drop.face
+    text_only = (draw >= drop.face) & (draw < drop.face + drop.text)
+    both = (draw >= drop.face + drop.text) & (draw < drop.face + drop.text + drop.both)
+    return face_only | both, text_only | both

@@ -1,0 +1,73 @@
+"""What training minimises, as pure functions."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from fact_jax.face import resize_area
+
+
+def denoising_error(
+    output: Float[Array, "b h w c"],
+    target: Float[Array, "b h w c"],
+    weight: Float[Array, "b h w"] | None = None,
+) -> Float[Array, ""]:
+    """Mean squared error; ``weight`` (if any) multiplies each cell's square."""
+    squares = (output.astype(jnp.float32) - target.astype(jnp.float32)) ** 2
+    return squares.mean() if weight is None else (squares * weight[..., None]).mean()
+
+
+def fair_ratio(
+    x: Float[Array, "b n c"],
+    delta: Float[Array, "b n c"],
+    size: tuple[int, int],
+    mask: Float[Array, "b H W"],
+) -> Float[Array, " b"]:
+    """Face Adapting Increment Regularization of one block (FACT, arXiv 2410.12312).
+
+    || delta (1 - M) || / || x (1 - M) ||, norms over the tokens and channels of a sample: how much
+    the adapter adds outside the face, relative to what was there. ``mask`` (1 on the face, 0
+    elsewhere, any resolution) is brought to the block's ``size`` by area averaging. No cell outside
+    the face gives 0. The denominator is a constant to the gradient: inflating the base's features
+    must not lower the loss.
+    """
+    outside = 1.0 - resize_area(mask, size).reshape(mask.shape[0], -1, 1).astype(jnp.float32)
+    added = _norm(delta.astype(jnp.float32) * outside)
+    there = jax.lax.stop_gradient(_norm(x.astype(jnp.float32) * outside))
+    return jnp.where(there > 0, added / jnp.where(there > 0, there, 1.0), 0.0)
+
+
+def _norm(x: Float[Array, "b n c"]) -> Float[Array, " b"]:
+    """L2 norm of each sample whose gradient at 0 is 0 (an adapter that is silent starts there)."""
+    squares = (x**2).sum(axis=(1, 2))
+    positive = squares > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, squares, 1.0)), 0.0)
+
+
+def arcface_loss(
+    embeddings: Float[Array, "b k"],
+    centres: Float[Array, "k p"],
+    labels: Int[Array, " b"],
+    *,
+    scale: float = 32.0,
+    margin: float = 0.5,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Additive angular margin loss (ArcFace, arXiv 1801.07698) and the accuracy without margin."""
+    embeddings, centres = embeddings.astype(jnp.float32), centres.astype(jnp.float32)
+    cosine = normalize(embeddings) @ normalize(centres, axis=0)
+    own = jnp.take_along_axis(cosine, labels[:, None], axis=1)
+    own = jnp.clip(own, -1 + 1e-6, 1 - 1e-6)
+    shifted = own * math.cos(margin) - jnp.sqrt(1 - own**2) * math.sin(margin)
+    # Past pi - margin the cosine would turn upwards again.
+    shifted = jnp.where(own > math.cos(math.pi - margin), shifted, own - margin * math.sin(margin))
+    chosen = labels[:, None] == jnp.arange(cosine.shape[1])
+    log_probability = jax.nn.log_softmax(scale * jnp.where(chosen, shifted, cosine))
+    loss = -jnp.take_along_axis(log_probability, labels[:, None], axis=1).mean()
+    return loss, (cosine.argmax(axis=1) == labels).mean()
+
+
+def normalize(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:
+    """Unit length along an axis; zero stays zero."""
+    return x / jnp.sqrt(jnp.maximum((x**2).sum(axis, keepdims=True), 1e-12))

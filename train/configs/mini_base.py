@@ -1,0 +1,20 @@
+"""The miniature's base model: text to 64 x 64 portraits, with CLIP text encoder and UNet.
+
+fact-train run mini_base --out runs/mini_base options.vae=runs/mini_vae/export/vae
+"""
+
+from train.config import CheckpointConfig, EMAConfig, LogConfig, OptimizerConfig, TrainConfig
+from train.tasks.base import BaseOptions
+
+config = TrainConfig(
+    task="base",
+    steps=12000,
+    batch_size=32,
+    optimizer=OptimizerConfig(
+        learning_rate=1e-3, weight_decay=1e-2, warmup_steps=200, schedule="cosine", b2=0.99
+    ),
+    ema=EMAConfig(decay=0.999),
+    checkpoint=CheckpointConfig(every=500),
+    log=LogConfig(every=50, samples_every=1000),
+    options=BaseOptions(),
+)

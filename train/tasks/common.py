@@ -1,0 +1,127 @@
+"""What the tasks share: modules as pure dicts, portraits as data, pictures to look at."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, UInt8
+
+from fact_jax.face import align_batch
+from fact_jax.models.vae import AutoencoderKL
+from fact_jax.portraits import SPLITS, Batch, make_batch
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A module taken apart: its structure, and its arrays as a nested dict."""
+
+    graph: nnx.GraphDef
+    arrays: dict
+
+    def module(self, arrays: PyTree) -> Any:
+        """The module with these arrays (traced ones too)."""
+        return nnx.merge(self.graph, arrays)
+
+
+def split(module: nnx.Module) -> Split:
+    """Take a module apart into structure and arrays."""
+    graph, state = nnx.split(module)
+    return Split(graph, nnx.to_pure_dict(state))
+
+
+def to_signed(images: UInt8[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:
+    """0..255 to [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_picture(images: Float[Array, "*b h w c"]) -> UInt8[np.ndarray, "*b h w c"]:
+    """[-1, 1] (clipped) to 0..255."""
+    images = np.asarray(images, np.float32)
+    return np.rint(np.clip(images * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
+
+
+def draw_portraits(split_name: str, people: int, photos: int, offset: int = 0) -> Batch:
+    """``people`` x ``photos`` portraits of a split's first people, person after person.
+
+    No two portraits of the whole world share a scene seed: it is the person's number times 1,000
+    plus the number of the photo.
+    """
+    ids = np.asarray(SPLITS[split_name][:people])
+    if len(ids) < people:
+        raise ValueError(f"split {split_name!r} has {len(ids)} people, {people} were asked for")
+    seeds = (ids[:, None] * 1000 + offset + np.arange(photos)).reshape(-1)
+    return make_batch(np.repeat(ids, photos), seeds)
+
+
+def align_portraits(batch: Batch, size: int) -> UInt8[np.ndarray, "n s s 3"]:
+    """Aligned crops of portraits with everything but the head blanked, as FACT's encoder wants."""
+    return align_batch(batch.images, batch.portrait.points, batch.portrait.head_mask, size)
+
+
+def draw_crops(
+    split_name: str, people: int, photos: int, size: int, offset: int = 0
+) -> UInt8[np.ndarray, "n s s 3"]:
+    """Aligned crops of a split's first people, person after person."""
+    return align_portraits(draw_portraits(split_name, people, photos, offset), size)
+
+
+@dataclasses.dataclass(frozen=True)
+class ShuffledRows:
+    """Rows of in-memory arrays in an order that depends on the seed and the step alone.
+
+    Every epoch visits each row once; ``batch`` of any step costs the same.
+    """
+
+    arrays: dict[str, np.ndarray]
+    batch_size: int
+    seed: int
+
+    def rows(self, step: int) -> Int[np.ndarray, " b"]:
+        """The rows of a step's batch."""
+        count = len(next(iter(self.arrays.values())))
+        first = step * self.batch_size
+        wanted = np.arange(first, first + self.batch_size)
+        orders = {epoch: _permutation(self.seed, int(epoch), count) for epoch in wanted // count}
+        return np.asarray([orders[i // count][i % count] for i in wanted])
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        rows = self.rows(step)
+        return {name: array[rows] for name, array in self.arrays.items()}
+
+
+@functools.lru_cache(maxsize=4)
+def _permutation(seed: int, epoch: int, count: int) -> Int[np.ndarray, " n"]:
+    return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def in_chunks(function: Callable[[Array], PyTree], values: np.ndarray, chunk: int = 128) -> PyTree:
+    """Apply a jitted function of a batch to many rows, a chunk of one shape at a time."""
+    chunk = min(chunk, len(values))
+    pieces = []
+    for start in range(0, len(values), chunk):
+        part = values[start : start + chunk]
+        padded = np.concatenate([part, np.repeat(part[-1:], chunk - len(part), axis=0)])
+        out = jax.tree.map(lambda a, n=len(part): np.asarray(a)[:n], function(jnp.asarray(padded)))
+        pieces.append(out)
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+
+
+def encode_images(
+    vae: AutoencoderKL, images: UInt8[np.ndarray, "n h w 3"]
+) -> Float[np.ndarray, "n h w c"]:
+    """Scaled latent means of pictures, in chunks."""
+    scale = vae.config.scaling_factor
+    graph, state = nnx.split(vae)
+
+    @jax.jit
+    def encode(batch):
+        return nnx.merge(graph, state).encode(to_signed(batch))[0] * scale
+
+    return in_chunks(encode, images)

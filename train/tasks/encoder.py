@@ -1,0 +1,77 @@
+"""Train the miniature's TransFace with ArcFace on people of the ``encoder`` split."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from converters import save_encoder
+from fact_jax.losses import arcface_loss
+from fact_jax.models.transface import TransFace, TransFaceConfig
+from train.config import TrainConfig
+from train.tasks.common import ShuffledRows, draw_crops, split, to_signed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderOptions:
+    """How many people are told apart, from how many photos of each."""
+
+    people: int = 2000
+    photos: int = 10
+
+
+class EncoderTask:
+    """Tell people apart by their aligned crops (additive angular margin)."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.options: EncoderOptions = config.options
+        self.encoder = split(TransFace(TransFaceConfig.mini(), rngs=nnx.Rngs(config.seed)))
+
+    def init(self, key):
+        size = TransFaceConfig.mini().num_classes
+        centres = 0.01 * jax.random.normal(key, (size, self.options.people))
+        return {"encoder": self.encoder.arrays, "centres": centres}, {}
+
+    def source(self):
+        crops = draw_crops(
+            "encoder", self.options.people, self.options.photos, TransFaceConfig.mini().img_size
+        )
+        labels = np.repeat(np.arange(self.options.people, dtype=np.int32), self.options.photos)
+        arrays = {"crops": crops, "labels": labels}
+        return ShuffledRows(arrays, self.config.batch_size, self.config.seed)
+
+    def loss(self, trainable, frozen, batch, *, step, key):
+        encoder = self.encoder.module(trainable["encoder"])
+        encoder.train()
+        _, embeddings = encoder(to_signed(batch["crops"]))
+        loss, accuracy = arcface_loss(embeddings, trainable["centres"], batch["labels"])
+        statistics = nnx.to_pure_dict(nnx.state(encoder, nnx.BatchStat))
+        return loss, {"accuracy": accuracy, "aux": statistics}
+
+    def state_update(self, trainable, statistics):
+        """Put the batch normalisations' running statistics beside the learned weights."""
+        return {**trainable, "encoder": overlay(trainable["encoder"], statistics)}
+
+    def samples(self, trainable, frozen, key):
+        return {}
+
+    def export(self, trainable, frozen, directory: Path, step: int) -> None:
+        save_encoder(self.encoder.module(trainable["encoder"]), directory / "encoder")
+
+
+def overlay(tree: dict, changes: dict) -> dict:
+    """``tree`` with the leaves that ``changes`` holds in their place."""
+    return {
+        name: (
+            value
+            if name not in changes
+            else overlay(value, changes[name])
+            if isinstance(value, dict)
+            else jnp.asarray(changes[name], value.dtype)
+        )
+        for name, value in tree.items()
+    }

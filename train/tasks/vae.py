@@ -1,0 +1,74 @@
+"""Train the miniature's AutoencoderKL on portraits of the ``base`` split."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from converters.pipeline import save_part
+from fact_jax.models.vae import AutoencoderKL, VAEConfig
+from fact_jax.portraits import contact_sheet
+from train.config import TrainConfig
+from train.tasks.common import ShuffledRows, draw_portraits, split, to_picture, to_signed
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VAEOptions:
+    """``head_weight`` is the extra weight of the head's pixels; ``kl_weight`` is a latent's."""
+
+    people: int = 6000
+    photos: int = 2
+    kl_weight: float = 1e-3
+    head_weight: float = 2.0
+
+
+class VAETask:
+    """Reconstruct portraits: absolute error (sharp edges), the head weighted, and a little KL."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.options: VAEOptions = config.options
+        self.vae = split(AutoencoderKL(VAEConfig.mini(), rngs=nnx.Rngs(config.seed)))
+
+    def init(self, key):
+        return self.vae.arrays, {}
+
+    def source(self):
+        batch = draw_portraits("base", self.options.people, self.options.photos)
+        masks = np.rint(batch.portrait.head_mask * 255).astype(np.uint8)
+        arrays = {"images": batch.images, "head": masks}
+        return ShuffledRows(arrays, self.config.batch_size, self.config.seed)
+
+    def loss(self, trainable, frozen, batch, *, step, key):
+        vae = self.vae.module(trainable)
+        images = to_signed(batch["images"])
+        mean, log_variance = vae.encode(images)
+        latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+        error = vae.decode(latents) - images
+        weight = 1.0 + self.options.head_weight * batch["head"][..., None] / 255.0
+        absolute = (weight * jnp.abs(error)).mean()
+        kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1.0 - log_variance).mean()
+        psnr = -10 * jnp.log10((error**2).mean() / 4)
+        metrics = {"loss/absolute": absolute, "loss/kl": kl, "psnr": psnr}
+        return absolute + self.options.kl_weight * kl, metrics
+
+    def samples(self, trainable, frozen, key):
+        images = draw_portraits("test", 8, 1).images
+        decoded = jax.jit(self._round_trip)(trainable, jnp.asarray(images))
+        pairs = np.concatenate([images, to_picture(decoded)])
+        return {"reconstruction": contact_sheet(pairs, 8)}
+
+    def _round_trip(self, arrays, images):
+        vae = self.vae.module(arrays)
+        return vae.decode(vae.encode(to_signed(images))[0])
+
+    def export(self, trainable, frozen, directory: Path, step: int) -> None:
+        """Write ``vae/`` as diffusers has it, its scaling factor giving latents of unit variance."""
+        vae = self.vae.module(trainable)
+        images = to_signed(jnp.asarray(draw_portraits("base", 256, 1).images))
+        deviation = float(jax.jit(lambda x: vae.encode(x)[0].std())(images))
+        vae.config = dataclasses.replace(vae.config, scaling_factor=round(1 / deviation, 5))
+        save_part(vae, directory / "vae", "diffusion_pytorch_model")
