@@ -23,7 +23,7 @@ from fact_jax.samplers import (
 from fact_jax.schedules import NoiseSchedule, alphas_cumprod_numpy, timesteps
 
 SHAPE = (2, 3, 5, 4)
-KEY = jax.random.key(7)
+KEY = jax.random.key(7, impl="rbg")  # its draws compile four times faster than threefry's
 SD15, MINI = NoiseSchedule.sd15(), NoiseSchedule.mini()
 
 
@@ -231,7 +231,7 @@ def test_noise_follows_the_key(name):
         return SAMPLERS[name](lambda x, t, i: 0.5 * x, random(8), SD15, steps=3, key=key)
 
     np.testing.assert_array_equal(sample(KEY), sample(KEY))
-    assert np.abs(sample(KEY) - sample(jax.random.key(8))).max() > 0.1
+    assert np.abs(sample(KEY) - sample(jax.random.key(8, impl="rbg"))).max() > 0.1
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
