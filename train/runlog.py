@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -25,8 +26,7 @@ class RunLog:
         self._metrics = open(run / "metrics.jsonl", "a")  # noqa: SIM115
         self._text = open(run / "log.txt", "a")  # noqa: SIM115
         self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
-        terminal = sys.stderr.isatty()
-        self._bar = tqdm(initial=start, total=steps, unit="step") if terminal else None
+        self._bar = tqdm(initial=start, total=steps, unit="step") if has_screen() else None
         self._began = self._last = time.monotonic()
         self._last_step = start
 
@@ -79,32 +79,36 @@ class RunLog:
         for name, picture in pictures.items():
             with atomic_write(self._run / "samples" / f"{name}-{step:08d}.png") as temporary:
                 Image.fromarray(picture).save(temporary, format="PNG")
-            self._board.add_image(name, np.atleast_3d(picture), step, dataformats="HWC")
+            self._board.add_image(name, picture, step, dataformats="HWC")
+
+
+def has_screen() -> bool:
+    """Is stderr a terminal with room for a bar? Some consoles are terminals of no size."""
+    return sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0
 
 
 def console_line(step: int, steps: int, values: dict[str, float], left: float) -> str:
     """``step 50/1000  loss 0.1  ...  3.2 steps/s  4 min left``."""
-    hidden = {"steps_per_second", "skipped_in_a_row"} | (
-        {"skipped"} if not values["skipped"] else set()
-    )
+    hidden = {"steps_per_second", "skipped_in_a_row"}
+    if not values["skipped"]:
+        hidden.add("skipped")
     names = ["loss"] + sorted(name for name in values if name != "loss" and name not in hidden)
     shown = "  ".join(f"{name} {values[name]:.4g}" for name in names)
     duration = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
-    return (
-        f"step {step}/{steps}  {shown}  {values['steps_per_second']:.2f} steps/s  {duration} left"
-    )
+    speed = f"{values['steps_per_second']:.2f} steps/s"
+    return f"step {step}/{steps}  {shown}  {speed}  {duration} left"
 
 
 def average(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean of each metric over the rows in which it is finite; counters keep their last value."""
+    """Mean of each metric over the rows in which it is finite; counters and rate keep their last."""
     result = {}
     for name in rows[-1]:
         column = np.array([float(row[name]) for row in rows])
         finite = column[np.isfinite(column)]
-        keep_last = name in ("skipped", "skipped_in_a_row", "learning_rate")
-        result[name] = float(
-            column[-1] if keep_last else finite.mean() if len(finite) else math.nan
-        )
+        if name in ("skipped", "skipped_in_a_row", "learning_rate"):
+            result[name] = float(column[-1])
+        else:
+            result[name] = float(finite.mean()) if len(finite) else math.nan
     return result
 
 

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,9 +110,17 @@ def test_resumed_is_uninterrupted(finished, toy_config, tmp_path):
     assert steps == [1, *range(4, 33, 4), 33, 40, 50, 60]
 
 
-def test_a_finished_run_started_again_stays_as_it_is(finished, toy_config):
+def test_a_finished_run_started_again_only_mends_its_export(
+    finished, toy_config, monkeypatch, capsys
+):
     folder, before = finished
+    metrics = rows(folder)
+    shutil.rmtree(folder / "export")  # as if killed right after the last checkpoint
+    monkeypatch.setattr("train.checkpoints.versions", lambda: {"jax": "0.0"})
     assert_same(run(toy_config, folder).state, before.state)
+    assert load_file(folder / "export" / "toy.safetensors")
+    assert rows(folder) == metrics
+    assert "warning: jax changed since" in capsys.readouterr().err
 
 
 def test_another_configuration_is_refused_with_its_keys(finished, toy_config):
