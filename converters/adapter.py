@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,7 @@ from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.unet import UNet
 
 FORMAT, VERSION = "fact-adapter", "1"
-_RELEASED_DIM_HEAD = 64
+RELEASED_DIM_HEAD = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ def read_metadata(text: Mapping[str, str], source: str | os.PathLike) -> dict[st
     return metadata
 
 
-def infer_resampler(state: State, dim_head: int = _RELEASED_DIM_HEAD) -> dict[str, int]:
+def infer_resampler(state: State, dim_head: int = RELEASED_DIM_HEAD) -> dict[str, int]:
     """A resampler's configuration from its tensors' shapes and the width of a head."""
     try:
         inner = state["layers.0.0.to_q.weight"].shape[0]
@@ -200,6 +200,7 @@ def write_adapter(
     state: Mapping[str, np.ndarray],
     config: Mapping[str, object],
     metadata: Mapping[str, object] | None = None,
+    wrote: Callable[[int], None] | None = None,
 ) -> None:
     """Write a flat adapter state with released names as our adapter file."""
     if Path(path).suffix != ".safetensors":
@@ -209,4 +210,4 @@ def write_adapter(
         key: value if isinstance(value, str) else json.dumps(value)
         for key, value in ((metadata or {}) | own).items()
     }
-    write_safetensors(path, state, texts)
+    write_safetensors(path, state, texts, wrote)

@@ -27,7 +27,8 @@ DTYPES = {
 """The sorts of numbers that a safetensors file may hold, by the format's names."""
 _JSON_LIMIT = 64 * 2**20
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-_PICKLES = "PyTorch pickles (.ckpt, .pt, .bin)"
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+"""Endings of files that ``torch.save`` wrote."""
 
 
 def read_json(path: str | os.PathLike) -> dict:
@@ -90,7 +91,7 @@ def read_pickle(path: str | os.PathLike) -> State:
         import torch
     except ImportError as err:
         raise UserError(
-            f"{path}: reading {_PICKLES} needs PyTorch: pip install 'fact-jax[torch]'"
+            f"{path}: reading {path.suffix} files needs PyTorch: pip install 'fact-jax[torch]'"
         ) from err
     import pickle
     import zipfile
@@ -132,7 +133,7 @@ def read_file(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
     path = Path(path)
     if path.suffix == ".safetensors":
         return read_safetensors(path)
-    if path.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+    if path.suffix in PICKLES:
         return read_pickle(path), {}
     check_file(path)
     raise UserError(

@@ -68,18 +68,21 @@ RESNET = (
 FEED_FORWARD = same(LINEAR, "ff.net.0.proj", "ff.net.2")
 ATTENTION = same(LINEAR, "to_q", "to_k", "to_v", "to_out.0")
 
-ADAPTER = (
-    *same(LINEAR, "linear"),
-    *same(NORM, "norm1", "norm2"),
-    *under("attn", *ATTENTION),
-    *FEED_FORWARD,
-    *same(RAW, "alpha_attn", "alpha_dense"),
+FACE = tuple(
+    Rule(f"attn2.processor.{rule.torch}", f"face.{rule.jax}", rule.kind)
+    for rule in (
+        *same(LINEAR, "linear"),
+        *same(NORM, "norm1", "norm2"),
+        *under("attn", *ATTENTION),
+        *FEED_FORWARD,
+        *same(RAW, "alpha_attn", "alpha_dense"),
+    )
 )
 TRANSFORMER = (
     *same(NORM, "norm1", "norm2", "norm3"),
     *under(("attn1", "attn2"), *ATTENTION),
     *FEED_FORWARD,
-    *(Rule(f"attn2.processor.{r.torch}", f"face.{r.jax}", r.kind) for r in ADAPTER),
+    *FACE,
     # Released checkpoints hold the base's norm2 a second time; loaded last, it wins.
     Rule("attn2.processor.ln", "norm2", NORM, overrides=True),
 )
@@ -101,6 +104,19 @@ UNET = Table(
         *under(("down_blocks.{i}", "mid_block", "up_blocks.{i}"), *LEVEL),
     ),
 )
+
+ADAPTER = Table(
+    rules=under(
+        (
+            "down_blocks.{i}.attentions.{j}.transformer_blocks.{k}",
+            "mid_block.attentions.{j}.transformer_blocks.{k}",
+            "up_blocks.{i}.attentions.{j}.transformer_blocks.{k}",
+        ),
+        *FACE,
+        Rule("attn2.processor.ln", "norm2", NORM),
+    ),
+)
+"""The part of the UNet that is trained, alone: what checkpoints of adapters hold."""
 
 PIXEL_ATTENTION = (
     *same(NORM, "group_norm"),
@@ -183,6 +199,7 @@ RESAMPLER = Table(
 )
 
 TABLES = {
+    "adapter": ADAPTER,
     "unet": UNET,
     "vae": VAE,
     "clip_text": CLIP_TEXT,

@@ -6,9 +6,10 @@ import os
 import secrets
 import shutil
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from converters.readers import DTYPES
@@ -19,9 +20,15 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_safetensors(
-    path: str | os.PathLike, state: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+    path: str | os.PathLike,
+    state: Mapping[str, np.ndarray],
+    metadata: Mapping[str, str],
+    wrote: Callable[[int], None] | None = None,
 ) -> None:
-    """Write a safetensors file, tensor by tensor, in the order that the format's library has."""
+    """Write a safetensors file, tensor by tensor, in the order that the format's library has.
+
+    ``wrote`` is called with the number of bytes of every tensor.
+    """
     keys = sorted(state, key=lambda key: (-state[key].dtype.itemsize, key))
     header: dict = {"__metadata__": dict(metadata)}
     end = 0
@@ -39,6 +46,33 @@ def write_safetensors(
         handle.write(struct.pack("<Q", len(text)) + text)
         for key in keys:
             handle.write(np.ascontiguousarray(state[key]).reshape(-1).view(np.uint8).data)
+            if wrote is not None:
+                wrote(state[key].nbytes)
+
+
+def write_pickle(
+    path: str | os.PathLike,
+    state: Mapping[str, np.ndarray],
+    wrote: Callable[[int], None] | None = None,
+) -> None:
+    """Write a flat state as ``torch.save`` does. Needs PyTorch."""
+    try:
+        import torch
+    except ImportError as err:
+        raise UserError(
+            f"{path}: writing this file needs PyTorch: pip install 'fact-jax[torch]'"
+        ) from err
+
+    def tensor(array: np.ndarray):
+        array = np.array(array, order="C", copy=True)
+        if array.dtype == ml_dtypes.bfloat16:
+            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+        return torch.from_numpy(array)
+
+    with atomic_write(path) as temporary:
+        torch.save({key: tensor(array) for key, array in state.items()}, temporary)
+    if wrote is not None:
+        wrote(sum(array.nbytes for array in state.values()))
 
 
 def write_json(path: str | os.PathLike, value: Mapping) -> None:
