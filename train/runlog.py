@@ -100,7 +100,7 @@ def console_line(step: int, steps: int, values: dict[str, float], left: float) -
 
 
 def average(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean of each metric over the rows in which it is finite; counters and rate keep their last."""
+    """Mean of each metric over the rows in which it is finite; counters and the rate: the last."""
     result = {}
     for name in rows[-1]:
         column = np.array([float(row[name]) for row in rows])
