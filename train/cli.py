@@ -1,6 +1,7 @@
 """fact-train: train what FACT is made of."""
 
 import argparse
+import logging
 import shlex
 import sys
 from collections.abc import Sequence
@@ -69,6 +70,8 @@ def _run(name: str, overrides: Sequence[str], out: Path | None, command: str) ->
 
     from train.loop import run
 
+    # Orbax reports a damaged checkpoint there before the loop says the same in one line.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     outcome = run(config, out or Path("runs") / short, command)
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
 
