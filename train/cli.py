@@ -16,9 +16,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     # argparse gives up on positionals that follow an option: take them as overrides.
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command != "run" or any(text.startswith("-") for text in rest):
-        arguments = parser.parse_args(argv)
-        rest = []
+    unknown = [text for text in rest if text.startswith("-") or arguments.command != "run"]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if arguments.command == "configs":
             return _configs()
