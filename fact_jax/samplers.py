@@ -7,7 +7,8 @@ the int32 index of the step, ``timesteps[i] == t``, counted from the full trajec
 
 ``latents`` are unit noise; with ``start`` > 0 (image to image) they come from
 ``noise_latents_for_start``. The loop computes in float32. Where a sampler draws noise, it is
-``normal(fold_in(key, i))``.
+``normal(fold_in(key, i))``; with a vector of keys each sample draws from its own, and is the same
+picture in any batch.
 
 Noise levels are written as sigma = sqrt((1 - abar) / abar), and their signal and noise shares as
 a = 1 / sqrt(1 + sigma^2) and s = sigma a. All coefficients are computed on the host in float64.
@@ -287,6 +288,8 @@ def _float32(x: Array) -> Array:
 
 
 def _noise(key: Array, i: Array, like: Array) -> Array:
+    if key.ndim:
+        return jax.vmap(_noise, (0, None, 0))(key, i, like)
     return jax.random.normal(jax.random.fold_in(key, i), like.shape, like.dtype)
 
 

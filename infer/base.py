@@ -1,0 +1,144 @@
+"""What a request must agree with, read from small files before any model is loaded."""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from converters.adapter import read_metadata, split_state
+from converters.encoder import infer_encoder
+from converters.readers import State, local_folder, read_file, read_json
+from converters.tokenizer import Tokenizer, read_tokenizer, tokenize
+from fact_jax.errors import UserError
+from fact_jax.models.transface import TransFaceConfig
+from fact_jax.models.unet import UNetConfig
+from fact_jax.models.vae import VAEConfig
+from fact_jax.samplers import model_calls
+from fact_jax.schedules import NoiseSchedule
+from infer.request import Request, Settings
+
+# diffusers refuses other sizes, whatever the models are.
+_DIFFUSERS_FACTOR = 8
+_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
+_SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Base:
+    """The facts of a base model's folder that a request depends on."""
+
+    folder: Path
+    unet: UNetConfig
+    vae: VAEConfig
+    schedule: NoiseSchedule
+    tokenizer: Tokenizer
+
+    @functools.cached_property
+    def factor(self) -> int:
+        """Height and width of pictures are multiples of this."""
+        halvings = 2 ** (len(self.unet.block_out_channels) - 1)
+        return math.lcm(self.vae.downscale * halvings, _DIFFUSERS_FACTOR)
+
+    def latent_size(self, settings: Settings) -> tuple[int, int]:
+        """Height and width of the latents of a picture."""
+        own = self.unet.sample_size * self.vae.downscale
+        height, width = settings.height or own, settings.width or own
+        for name, pixels in (("height", height), ("width", width)):
+            if pixels % self.factor:
+                raise UserError(
+                    f"{name} {pixels}: with this base it must be a multiple of {self.factor}"
+                )
+        return height // self.vae.downscale, width // self.vae.downscale
+
+    def check(self, settings: Settings) -> None:
+        """Raises UserError if this base cannot do what the settings say."""
+        self.latent_size(settings)
+        model_calls(settings.sampler, self.schedule, settings.steps)
+
+    def cut_prompts(self, request: Request) -> list[str]:
+        """One line for each prompt that is longer than the text encoder takes."""
+        prompts = [*request.prompts, request.negative]
+        _, cut = tokenize(self.tokenizer, prompts)
+        longest = self.tokenizer.model_max_length
+        return [f"prompt longer than {longest} tokens: cut {end!r}" for end in cut if end]
+
+
+def read_base(name: str | os.PathLike) -> Base:
+    """Read what is known of a diffusers folder (or Hub repository) without its weights."""
+    folder = local_folder(name, _SMALL_FILES, None)
+    absent = [part for part in _PARTS if not (folder / part).is_dir()]
+    if absent:
+        raise UserError(f"{folder}: not a whole diffusers pipeline: it has no {', '.join(absent)}")
+    longest = read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
+    return Base(
+        folder=folder,
+        unet=_config(folder / "unet" / "config.json", UNetConfig),
+        vae=_config(folder / "vae" / "config.json", VAEConfig),
+        schedule=_config(folder / "scheduler" / "scheduler_config.json", NoiseSchedule),
+        tokenizer=read_tokenizer(folder / "tokenizer", longest),
+    )
+
+
+def _config(path: Path, config_class: type):
+    try:
+        return config_class.from_dict(read_json(path))
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: does not make sense: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaceFiles:
+    """The two files that a face needs, opened (memory maps) and checked for what they are."""
+
+    adapter: Path
+    adapter_state: State
+    metadata: dict[str, object]
+    encoder: Path
+    encoder_state: State
+    encoder_config: TransFaceConfig
+
+
+def read_face_files(adapter: str | os.PathLike, encoder: str | os.PathLike) -> FaceFiles:
+    """Open an adapter and an encoder; UserError if either is something else, or they do not fit."""
+    adapter, encoder = Path(adapter), Path(encoder)
+    state, text = read_file(adapter)
+    metadata = read_metadata(text, adapter)
+    resampler, _ = split_state(state, adapter)
+    weights = encoder / "model.safetensors" if encoder.is_dir() else encoder
+    encoder_state, _ = read_file(weights)
+    try:
+        found = infer_encoder(encoder_state)
+    except UserError as error:
+        raise UserError(f"{encoder}: {error}") from None
+    if encoder.is_dir():
+        found = read_json(encoder / "config.json")
+    try:
+        config = TransFaceConfig.from_dict(found)
+    except UserError as error:
+        raise UserError(f"{encoder}: {error}") from None
+    taken = resampler["proj_in.weight"].shape[1] if "proj_in.weight" in resampler else None
+    if taken != config.embed_dim:
+        raise UserError(
+            f"{adapter} was trained with another encoder: it takes tokens of width {taken}, "
+            f"{encoder} gives {config.embed_dim}"
+        )
+    return FaceFiles(
+        adapter=adapter,
+        adapter_state=state,
+        metadata=metadata,
+        encoder=encoder,
+        encoder_state=encoder_state,
+        encoder_config=config,
+    )
+
+
+def check_faces(face: FaceFiles | None, photos: Sequence) -> None:
+    """Photos and an adapter come together or not at all."""
+    if face is not None and not photos:
+        raise UserError("an adapter was given but no photo: whose face shall it be?")
+    if face is None and photos:
+        raise UserError("a photo was given but no adapter and encoder to put its face in")

@@ -1,0 +1,75 @@
+"""What the two backends have in common: requests in batches, one picture a prompt and seed."""
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import UInt8
+from tqdm import tqdm
+
+from fact_jax.errors import UserError
+from infer.base import Base, FaceFiles, check_faces
+from infer.photos import prepare_crops
+from infer.request import Request, Settings
+
+BATCH = 4
+
+
+class Drawer(Protocol):
+    """A loaded backend."""
+
+    base: Base
+    face: FaceFiles | None
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        crops: UInt8[np.ndarray, "#b p s s 3"] | None,
+        settings: Settings,
+        *,
+        bar: tqdm | None = None,
+    ) -> UInt8[np.ndarray, "b h w 3"]:
+        """One picture for each prompt, seed and person, all at once.
+
+        ``crops`` are the aligned faces of each picture's person (or of one for all pictures);
+        None draws with the base alone. ``bar`` moves by one a call of the UNet.
+        """
+        ...
+
+
+def generate(
+    drawer: Drawer,
+    request: Request,
+    crops: UInt8[np.ndarray, "p s s 3"] | None = None,
+    *,
+    batch: int = BATCH,
+) -> UInt8[np.ndarray, "b h w 3"]:
+    """All pictures of a request, in the order of ``request.pictures()``."""
+    return np.concatenate(list(generate_batches(drawer, request, crops, batch=batch)))
+
+
+def generate_batches(
+    drawer: Drawer,
+    request: Request,
+    crops: UInt8[np.ndarray, "p s s 3"] | None = None,
+    *,
+    batch: int = BATCH,
+    bar: tqdm | None = None,
+) -> Iterator[UInt8[np.ndarray, "b h w 3"]]:
+    """The pictures of a request, up to ``batch`` at a time; crops are made unless given."""
+    if batch < 1:
+        raise UserError(f"a batch holds at least one picture, got {batch}")
+    drawer.base.check(request)
+    check_faces(drawer.face, request.photos if crops is None else crops)
+    if crops is None and request.photos:
+        crops, _ = prepare_crops(request.photos, drawer.face.encoder_config.img_size)
+    people = None if crops is None else crops[None]
+    pictures = request.pictures()
+    batch = min(batch, len(pictures))
+    for start in range(0, len(pictures), batch):
+        part = pictures[start : start + batch]
+        # The last batch is filled up: another shape would be compiled anew.
+        full = part + part[-1:] * (batch - len(part))
+        prompts, seeds = zip(*full, strict=True)
+        yield drawer.draw(prompts, seeds, people, request, bar=bar)[: len(part)]

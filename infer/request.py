@@ -1,0 +1,87 @@
+"""What a person asks for: pictures of prompts, with the face of somebody's photos."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from fact_jax.errors import UserError
+from fact_jax.fact import Guidance
+from fact_jax.samplers import SAMPLERS
+
+MAX_GUIDANCE = 50.0
+MAX_SCALE = 2.0
+MAX_SEED = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Photo:
+    """A photo and what helps to find the face in it (``fact_jax.face.prepare_photo`` explains)."""
+
+    path: Path
+    points: Path | None = None
+    mask: Path | None = None
+    parsing: Path | None = None
+    pack: str | None = None
+    index: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How pictures are drawn, whatever is in them.
+
+    ``height`` and ``width`` are pixels; None is the base's own size. Raises UserError, one line,
+    for what no base could draw; ``infer.base.Base`` checks what depends on the base.
+    """
+
+    negative: str = ""
+    sampler: str = "pndm"
+    steps: int = 50
+    guidance: Guidance = dataclasses.field(default_factory=Guidance)
+    height: int | None = None
+    width: int | None = None
+
+    def __post_init__(self):
+        if self.sampler not in SAMPLERS:
+            raise UserError(f"no sampler {self.sampler!r}; known are {', '.join(SAMPLERS)}")
+        if self.steps < 1:
+            raise UserError(f"steps must be at least 1, got {self.steps}")
+        _check_range("guidance", self.guidance.text, 1.0, MAX_GUIDANCE)
+        if self.guidance.face is not None:
+            _check_range("face guidance", self.guidance.face, 0.0, MAX_GUIDANCE)
+        _check_range("face scale", self.guidance.face_scale, 0.0, MAX_SCALE)
+        for name in ("height", "width"):
+            pixels = getattr(self, name)
+            if pixels is not None and pixels < 1:
+                raise UserError(f"{name} must be positive, got {pixels}")
+
+    def settings(self) -> "Settings":
+        """These settings alone, hashable, without what a request adds."""
+        fields = dataclasses.fields(Settings)
+        return Settings(**{field.name: getattr(self, field.name) for field in fields})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request(Settings):
+    """Every prompt with every seed; ``photos`` are of one person, or none for the base alone."""
+
+    prompts: Sequence[str]
+    seeds: Sequence[int] = (0,)
+    photos: Sequence[Photo] = ()
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.prompts or not self.seeds:
+            raise UserError("at least one prompt and one seed are needed")
+        for seed in self.seeds:
+            if not 0 <= seed <= MAX_SEED:
+                raise UserError(f"a seed must lie in 0..{MAX_SEED}, got {seed}")
+
+    def pictures(self) -> list[tuple[str, int]]:
+        """Prompt and seed of every picture, in the order in which they are drawn."""
+        return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not (math.isfinite(value) and low <= value <= high):
+        raise UserError(f"{name} must lie in {low:g}..{high:g}, got {value:g}")
