@@ -1,0 +1,167 @@
+"""fact-convert as a user or a script calls it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from converters.cli import main
+from converters.readers import read_file
+from converters.writers import write_safetensors
+
+
+@pytest.fixture
+def adapter(released_checkpoint, tmp_path):
+    """The released checkpoint as our adapter file."""
+    out = tmp_path / "adapter.safetensors"
+    assert main(["to-torch", str(released_checkpoint), str(out), "--dim-head", "8"]) == 0
+    return out
+
+
+def fails(capsys, *arguments) -> str:
+    """Run with bad input: exit status 2 and one line, which is returned."""
+    capsys.readouterr()
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize("command", [[], ["inspect"], ["to-torch"], ["to-jax"], ["verify"]])
+def test_help_is_quick(command):
+    fastest = 9.0
+    for _ in range(3):  # the machine may be busy
+        start = time.perf_counter()
+        done = subprocess.run(
+            [sys.executable, "-m", "converters.cli", *command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        fastest = min(fastest, time.perf_counter() - start)
+    assert "usage: fact-convert" in done.stdout
+    assert fastest < 1
+
+
+def test_inspect_an_adapter(adapter, capsys):
+    capsys.readouterr()
+    assert main(["inspect", str(adapter), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["kind"] == "adapter"
+    assert about["format"] == "safetensors"
+    assert about["parts"]["adapter"] == {
+        "tensors": 304,
+        "parameters": 218448,
+        "dtypes": ["float32"],
+        "copies of the base's norm2": 32,
+    }
+    assert about["metadata"]["config"]["resampler"]["heads"] == 3
+    assert main(["inspect", str(adapter)]) == 0
+    assert "parameters 218,448" in capsys.readouterr().out
+
+
+def test_inspect_a_pipeline_and_a_single_model(pipeline_folder, capsys):
+    assert main(["inspect", str(pipeline_folder), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["kind"] == "pipeline"
+    assert set(about["parts"]) == {"unet", "vae", "clip_text"}
+    assert main(["inspect", str(pipeline_folder / "vae"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "vae"
+
+
+def test_inspect_an_unknown_file_names_the_nearest_kind(golden, tmp_path, capsys):
+    state = golden("transface", "state.")[0]
+    odd = {f"odd.{key}": array for key, array in state.items() if "blocks" in key}
+    few = {"norm.weight": state["norm.weight"]}
+    write_safetensors(tmp_path / "x.safetensors", odd | few, {})
+    assert main(["inspect", str(tmp_path / "x.safetensors"), "--json"]) == 0
+    about = json.loads(capsys.readouterr().out)
+    assert about["kind"] == "unknown"
+    assert about["unknown keys"] == {"nearest to transface": sorted(odd)}
+
+
+def test_there_and_back(released_checkpoint, adapter, same_bits, tmp_path, capsys):
+    assert main(["to-jax", str(adapter), str(tmp_path / "jax")]) == 0
+    assert main(["to-torch", str(tmp_path / "jax"), str(tmp_path / "back.ckpt")]) == 0
+    same_bits(read_file(released_checkpoint)[0], read_file(tmp_path / "back.ckpt")[0])
+    for one in (adapter, tmp_path / "jax", tmp_path / "back.ckpt"):
+        assert main(["verify", str(one), str(released_checkpoint)]) == 0
+    assert capsys.readouterr().out.endswith("the same numbers\n")
+
+
+def test_a_pipeline_is_copied(pipeline_folder, tmp_path):
+    assert main(["to-torch", str(pipeline_folder), str(tmp_path / "copy")]) == 0
+    assert main(["verify", str(pipeline_folder), str(tmp_path / "copy")]) == 0
+
+
+def test_verify_says_what_differs(tmp_path, capsys, golden):
+    state = {k: v.astype(np.float32) for k, v in golden("transface", "state.")[0].items()}
+    changed = dict(state)
+    changed["norm.weight"] = state["norm.weight"] + np.float32(0.25)
+    changed["norm.bias"] = np.full_like(state["norm.bias"], np.nan)
+    changed["senet.0.weight"] = state["senet.0.weight"][:1]
+    del changed["mask_token"]
+    write_safetensors(tmp_path / "a.safetensors", state, {})
+    write_safetensors(tmp_path / "b.safetensors", changed, {})
+    pair = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+    assert main(["verify", *pair]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "transface/norm.weight: largest difference 0.25, 32 of 32" in lines
+    assert f"only in {pair[0]}: transface/mask_token" in lines
+    assert any("senet.0.weight: (16, 16) against (1, 16)" in line for line in lines)
+    assert any("norm.bias" in line for line in lines)
+    assert lines[-1] == "different"
+    assert len(lines) == 5
+    assert main(["verify", *pair, "--tolerance", "0.3"]) == 1
+    assert "norm.weight" not in capsys.readouterr().out
+
+
+def test_verify_compares_numbers_not_precisions(tmp_path, golden):
+    state = golden("resampler", "state.")[0]
+    single = {f"local_fac_prj.{k}": v.astype(np.float32) for k, v in state.items()}
+    write_safetensors(tmp_path / "a.safetensors", state, {})
+    write_safetensors(tmp_path / "b.safetensors", single, {})
+    pair = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+    assert main(["verify", *pair]) == 0
+
+
+def test_nothing_is_overwritten_unless_forced(adapter, released_checkpoint, tmp_path, capsys):
+    before = adapter.read_bytes()
+    arguments = ["to-torch", released_checkpoint, adapter, "--dim-head", "8"]
+    assert "exists already" in fails(capsys, *arguments)
+    assert main([*map(str, arguments), "--force"]) == 0
+    assert adapter.read_bytes() == before
+    (tmp_path / "jax").mkdir()
+    (tmp_path / "jax" / "mine").touch()
+    assert "exists already" in fails(capsys, "to-jax", adapter, tmp_path / "jax")
+    assert os.listdir(tmp_path / "jax") == ["mine"]
+
+
+def test_bad_input_is_one_line(adapter, released_checkpoint, tmp_path, capsys):
+    out = tmp_path / "out.safetensors"
+    assert "no such file" in fails(capsys, "inspect", tmp_path / "absent.ckpt")
+    assert "no weights that are known" in fails(capsys, "inspect", tmp_path)
+    assert "heads cannot be 64 wide" in fails(capsys, "to-torch", released_checkpoint, out)
+    assert "ends in .safetensors, .ckpt" in fails(capsys, "to-torch", adapter, tmp_path / "x.zip")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(adapter.read_bytes()[:-100])
+    for command in (["inspect", cut], ["to-torch", cut, out], ["to-jax", cut, out]):
+        assert "not a whole safetensors file" in fails(capsys, *command)
+    assert "not a whole" in fails(capsys, "verify", adapter, cut)
+    state = read_file(adapter)[0] | {"surplus": np.zeros(1, np.float32)}
+    odd = tmp_path / "odd.safetensors"
+    write_safetensors(odd, state, {})
+    assert "1 unexpected (surplus)" in fails(capsys, "to-torch", odd, out, "--dim-head", "8")
+    assert not out.exists()
+
+
+def test_a_mistyped_command_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(["convert"])
+    assert caught.value.code == 2

@@ -1,0 +1,154 @@
+"""Checkpoints of the trainer."""
+
+import json
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx
+
+from converters import load_adapter, load_state
+from converters.formats import open_weights, save_jax, save_torch
+from converters.orbax import checksum, find_checkpoint, read_checkpoint
+from fact_jax.errors import UserError
+
+
+@pytest.fixture
+def adapted(golden, unet_config, resampler_config):
+    """An adapted UNet and a resampler, and their state by released names."""
+    adapter = golden("unet_adapter", "adapter.")[0]
+    resampler = golden("resampler", "state.")[0]
+    unet = load_state("unet", golden("unet_adapter", "unet.")[0] | adapter, unet_config)
+    state = adapter | {f"local_fac_prj.{key}": array for key, array in resampler.items()}
+    return unet, load_state("resampler", resampler, resampler_config), state
+
+
+@pytest.fixture
+def run(adapted, resampler_config, tmp_path):
+    """A run's folder as the trainer writes it: two steps, the running average beside."""
+    unet, resampler, _ = adapted
+    faces = nnx.split(unet, nnx.PathContains("face"), ...)[1]
+    params = {
+        "adapter": nnx.to_pure_dict(faces),
+        "resampler": nnx.to_pure_dict(nnx.state(resampler)),
+    }
+    with ocp.CheckpointManager(
+        (tmp_path / "run" / "checkpoints").resolve(),
+        options=ocp.CheckpointManagerOptions(step_format_fixed_length=8),
+    ) as manager:
+        for step, factor in ((10, 1.0), (20, 2.0)):
+            state = {
+                "params": jax.tree.map(lambda x, f=factor: x * f, params),
+                "ema": jax.tree.map(lambda x, f=factor: x * f * 4, params),
+                "opt_state": [{"mu": params["resampler"]}, ()],
+                "step": np.int32(step),
+            }
+            sums = {
+                f"ema/{'/'.join(map(str, path))}": checksum(np.asarray(leaf))
+                for path, leaf in nnx.to_flat_state(state["ema"])
+            }
+            meta = {
+                "config": {"options": {"resampler": resampler_config, "people": 3}},
+                "checksums": sums,
+            }
+            items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
+            manager.save(step, args=ocp.args.Composite(**items))
+            manager.wait_until_finished()
+    return tmp_path / "run"
+
+
+def test_the_newest_step_is_found(run):
+    newest = run / "checkpoints" / "00000020"
+    assert find_checkpoint(run) == find_checkpoint(run / "checkpoints") == newest
+    assert find_checkpoint(newest) == newest
+    (newest / "state" / "_METADATA").unlink()
+    assert find_checkpoint(run).name == "00000010"
+    assert find_checkpoint(run.parent) is None
+
+
+@pytest.mark.parametrize(("weights", "factor"), [("ema", 8), ("params", 2)])
+def test_a_run_becomes_an_adapter(run, adapted, tmp_path, weights, factor):
+    _, _, state = adapted
+    opened = open_weights(run, weights=weights)
+    assert opened.kind == "adapter"
+    save_torch(opened, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    assert adapter.metadata["step"] == 20
+    assert adapter.resampler.config.heads == 3
+    for key, array in adapter.state().items():
+        assert np.array_equal(array, state[key].astype(np.float32) * factor), key
+
+
+def test_a_changed_byte_is_noticed(run):
+    checkpoint = run / "checkpoints" / "00000020"
+    meta = json.loads((checkpoint / "meta" / "metadata").read_text())
+    meta["checksums"]["ema/resampler/latents"] += 1
+    (checkpoint / "meta" / "metadata").write_text(json.dumps(meta))
+    with pytest.raises(UserError, match=r"damaged, not what was written: resampler\.latents"):
+        read_checkpoint(run)
+    read_checkpoint(run, "params")
+
+
+def test_a_damaged_checkpoint_is_one_line(run):
+    for file in (run / "checkpoints" / "00000020" / "state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(UserError, match="damaged") as caught:
+        read_checkpoint(run)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_checksum_is_the_trainers():
+    train = pytest.importorskip("train.checkpoints")
+    from train.state import TrainState
+
+    rng = np.random.default_rng(0)
+    leaf = jax.numpy.asarray(rng.standard_normal((5, 3)), "float32")
+    zero = jax.numpy.zeros((), "int32")
+    state = TrainState({"a": leaf}, None, (), zero, zero, zero)
+    assert train.checksums(state)["params/a"] == checksum(np.asarray(leaf))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_released_to_jax_and_back(
+    released_checkpoint, resampler_config, same_bits, tmp_path, dtype
+):
+    import torch
+
+    held = torch.load(released_checkpoint, weights_only=True)
+    torch.save({k: v.to(getattr(torch, dtype)) for k, v in held.items()}, tmp_path / "x.ckpt")
+    released = open_weights(tmp_path / "x.ckpt")
+    save_jax(released, tmp_path / "jax", dim_head=8)
+    opened = open_weights(tmp_path / "jax")
+    save_torch(opened, tmp_path / "y.ckpt")
+    save_torch(opened, tmp_path / "y.safetensors")
+    for name in ("y.ckpt", "y.safetensors"):
+        again = open_weights(tmp_path / name)
+        for part, state in released.states.items():
+            same_bits(state, again.states[part])
+    assert load_adapter(tmp_path / "y.safetensors").resampler.config.to_dict() == resampler_config
+
+
+def test_an_encoder_to_jax_and_back(golden, same_bits, tmp_path):
+    from converters.writers import write_safetensors
+
+    state, _ = golden("transface", "state.")
+    write_safetensors(tmp_path / "x.safetensors", state, {})
+    save_jax(open_weights(tmp_path / "x.safetensors"), tmp_path / "jax")
+    save_torch(open_weights(tmp_path / "jax"), tmp_path / "y.pt")
+    same_bits(state, open_weights(tmp_path / "y.pt").states["transface"])
+
+
+def test_class_centres_are_training_only(golden, tmp_path):
+    from converters.orbax import to_jax, to_torch
+
+    params, kept = to_jax({"transface": golden("transface", "state.")[0]})
+    assert set(params) == {"encoder"}
+    assert set(kept["transface"]) == {f"feature.{i}.num_batches_tracked" for i in (1, 3)}
+    flat = {".".join(path): leaf for path, leaf in nnx.to_flat_state(params)}
+    states = to_torch(flat | {"centres": np.zeros((4, 3))}, kept)
+    assert set(states) == {"transface"}
+    with pytest.raises(UserError, match=r"1 unexpected \(surplus\)"):
+        to_torch(flat | {"encoder.surplus": np.zeros(1)}, kept)
+    with pytest.raises(UserError, match=r"1 unexpected \(surplus\)"):
+        to_jax({"transface": {"surplus": np.zeros(1)}})

@@ -1,0 +1,124 @@
+"""Pipeline folders: what diffusers wrote we read, what we wrote diffusers opens."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from converters import dump_state, load_pipeline, load_state, save_pipeline, tokenize
+from converters.weights import parameters
+from fact_jax.errors import UserError
+
+
+@pytest.fixture
+def folder(pipeline_folder, tmp_path):
+    return shutil.copytree(pipeline_folder, tmp_path / "base")
+
+
+def test_what_diffusers_wrote_is_read(pipeline_folder, peer_state, same_bits):
+    pipeline = load_pipeline(pipeline_folder)
+    same_bits(peer_state("unet")[0], dump_state(pipeline.unet))
+    same_bits(peer_state("vae")[0], dump_state(pipeline.vae))
+    same_bits(peer_state("clip_text")[0], dump_state(pipeline.text_encoder))
+    assert pipeline.schedule.beta_schedule == "scaled_linear"
+    assert pipeline.schedule.steps_offset == 1
+    assert pipeline.scheduler_class == "PNDMScheduler"
+    assert tokenize(pipeline.tokenizer, ["cat"])[0].shape == (1, 77)
+
+
+def test_diffusers_opens_what_we_wrote(pipeline_folder, peers, peer_state, same_bits, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    save_pipeline(load_pipeline(pipeline_folder), tmp_path / "copy")
+    opened = StableDiffusionPipeline.from_pretrained(tmp_path / "copy")
+    for part, kind in (("unet", "unet"), ("vae", "vae"), ("text_encoder", "clip_text")):
+        module = getattr(opened, part)
+        same_bits(peer_state(kind)[0], {k: v.numpy() for k, v in module.state_dict().items()})
+    reference = StableDiffusionPipeline.from_pretrained(pipeline_folder)
+    pictures = [
+        pipe("the cat", num_inference_steps=3, generator=torch.manual_seed(3), output_type="np")
+        for pipe in (opened, reference)
+    ]
+    assert np.array_equal(pictures[0].images, pictures[1].images)
+
+
+def test_half_precision_variants(peers, folder, same_bits, tmp_path):
+    for part, kind in (("unet", "unet"), ("vae", "vae"), ("text_encoder", "clip_text")):
+        for file in (folder / part).glob("*.safetensors"):
+            file.unlink()
+        half = type(peers[kind]).from_config if kind != "clip_text" else None
+        model = half(peers[kind].config) if half else type(peers[kind])(peers[kind].config)
+        model.load_state_dict(peers[kind].state_dict())
+        model.half().save_pretrained(folder / part, variant="fp16")
+    with pytest.raises(UserError, match="variant fp16"):
+        load_pipeline(folder)
+    pipeline = load_pipeline(folder, variant="fp16")
+    assert pipeline.unet.conv_in.kernel[...].dtype == jnp.float32
+    assert {array.dtype for array in dump_state(pipeline.unet).values()} == {np.dtype(np.float16)}
+    save_pipeline(pipeline, tmp_path / "copy")
+    again = load_pipeline(tmp_path / "copy", dtype=jnp.bfloat16)
+    same_bits(dump_state(pipeline.vae), dump_state(load_pipeline(tmp_path / "copy").vae))
+    assert again.vae.encoder.conv_in.kernel[...].dtype == jnp.bfloat16
+
+
+def test_adapters_are_left_out(golden, unet_config, pipeline_folder, tmp_path):
+    import dataclasses
+
+    pipeline = load_pipeline(pipeline_folder)
+    base, adapter = golden("unet_adapter", "unet.")[0], golden("unet_adapter", "adapter.")[0]
+    unet = load_state("unet", base | adapter, unet_config)
+    save_pipeline(dataclasses.replace(pipeline, unet=unet), tmp_path / "copy")
+    saved = load_pipeline(tmp_path / "copy").unet
+    assert saved.config.face_dim is None
+    assert set(dump_state(saved)) == set(base)
+    assert len(parameters(saved)) == len(base)
+
+
+def test_nothing_is_replaced_unless_forced(pipeline_folder, folder):
+    pipeline = load_pipeline(pipeline_folder)
+    with pytest.raises(UserError, match="exists already"):
+        save_pipeline(pipeline, folder)
+    save_pipeline(pipeline, folder, force=True)
+    load_pipeline(folder)
+
+
+def test_the_text_encoders_length_holds(folder):
+    file = folder / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 10**30}))
+    assert load_pipeline(folder).tokenizer.model_max_length == 77
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda f: shutil.rmtree(f / "vae"), "it has no vae"),
+        (lambda f: shutil.rmtree(f / "tokenizer"), "it has no tokenizer"),
+        (lambda f: (f / "unet" / "config.json").unlink(), r"unet/config\.json: no such file"),
+        (lambda f: (f / "unet" / "config.json").write_text("{"), r"unet/config\.json: not valid"),
+        (
+            lambda f: shutil.copy(f / "unet" / "config.json", f / "vae" / "config.json"),
+            "base/vae: ",
+        ),
+        (
+            lambda f: shutil.copy(
+                f / "unet" / "diffusion_pytorch_model.safetensors",
+                f / "vae" / "diffusion_pytorch_model.safetensors",
+            ),
+            "base/vae: these are unet weights, but vae weights were wanted",
+        ),
+        (
+            lambda f: (f / "scheduler" / "scheduler_config.json").write_text(
+                '{"beta_schedule": "odd"}'
+            ),
+            "beta_schedule is 'odd'",
+        ),
+    ],
+)
+def test_damaged_folders(folder, damage, reason):
+    damage(folder)
+    with pytest.raises(UserError, match=reason) as caught:
+        load_pipeline(folder)
+    assert "\n" not in str(caught.value)
