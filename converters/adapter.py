@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from converters.readers import State, read_file
@@ -52,34 +53,28 @@ class Adapter:
         }
 
 
-def load_adapter(path: str | os.PathLike, *, resampler_config=None) -> Adapter:
-    """Read an adapter file of either format.
+def load_adapter(path: str | os.PathLike, *, resampler_config=None, dtype=jnp.float32) -> Adapter:
+    """Read an adapter file of either format; the resampler's parameters are of ``dtype``.
 
     ``resampler_config`` is only needed for a ``.ckpt`` whose heads are not 64 wide: such files do
     not say. Raises UserError for anything else than a whole adapter file.
     """
     state, text = read_file(path)
-    return adapter_from_state(state, read_metadata(text, path), path, resampler_config)
-
-
-def adapter_from_state(
-    state: State, metadata: Mapping, source: str | os.PathLike, resampler_config=None
-) -> Adapter:
-    """An adapter from the flat state of a whole adapter file; ``source`` is for messages."""
-    resampler, blocks = split_state(state, source)
+    metadata = read_metadata(text, path)
+    resampler, blocks = split_state(state, path)
     if resampler_config is None:
         resampler_config = metadata.get("config", {}).get("resampler")
     try:
         config = read_config("resampler", resampler_config or infer_resampler(resampler))
-        module = load_state("resampler", resampler, config)
+        module = load_state("resampler", resampler, config, dtype=dtype)
     except UserError as err:
-        raise UserError(f"{source}: {err}") from err
+        raise UserError(f"{path}: {err}") from err
     adapter = Adapter(blocks=blocks, resampler=module, metadata=metadata)
     for name, block in blocks.items():
         linear = block.get("linear.weight")
         if linear is None or linear.ndim != 2 or linear.shape[1] != adapter.face_dim:
             raise UserError(
-                f"{source}: {name}{ADAPTER_MARK}linear.weight does not take face tokens of width "
+                f"{path}: {name}{ADAPTER_MARK}linear.weight does not take face tokens of width "
                 f"{adapter.face_dim}, which its resampler gives"
             )
     return adapter
@@ -150,8 +145,11 @@ def attach_adapter(unet: UNet, adapter: Adapter) -> UNet:
     """A UNet with the adapter in it; the base's parameters are shared, ``unet`` stays as it is.
 
     Where a released file holds its own copy of the base's ``norm2`` and it differs, it wins, and
-    this is said. Raises UserError if the adapter was made for another sort of base.
+    this is said. Raises UserError if the adapter was made for another sort of base, or if there
+    is one in ``unet`` already.
     """
+    if unet.config.face_dim is not None:
+        raise UserError("this UNet has an adapter already: attach the other one to its base")
     widths = {path: block.norm2.num_features for path, block in unet.transformer_blocks()}
     made_for = {path: block["linear.weight"].shape[0] for path, block in adapter.blocks.items()}
     if widths != made_for:

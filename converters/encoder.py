@@ -5,6 +5,8 @@ import os
 import re
 from pathlib import Path
 
+import jax.numpy as jnp
+
 from converters.readers import State, read_file, read_json
 from converters.weights import dump_state, load_state
 from converters.writers import write_json, write_safetensors
@@ -15,11 +17,11 @@ _RELEASED_SIZE = 112
 _RELEASED_HEADS = 8
 
 
-def load_encoder(path: str | os.PathLike, *, config=None) -> TransFace:
+def load_encoder(path: str | os.PathLike, *, config=None, dtype=jnp.float32) -> TransFace:
     """Read a TransFace: a folder with ``config.json`` and ``model.safetensors``, or one file.
 
     A single file (the released ``.pt``) does not say its head count: it is taken to be 8, as in
-    all public sizes, unless ``config`` says more.
+    all public sizes, unless ``config`` says more. Parameters are of ``dtype``.
     """
     path = Path(path)
     if path.is_dir():
@@ -28,7 +30,7 @@ def load_encoder(path: str | os.PathLike, *, config=None) -> TransFace:
     else:
         state, _ = read_file(path)
     try:
-        return load_state("transface", state, config or infer_encoder(state))
+        return load_state("transface", state, config or infer_encoder(state), dtype=dtype)
     except UserError as err:
         raise UserError(f"{path}: {err}") from err
 

@@ -207,9 +207,10 @@ def _provenance(weights: Weights) -> dict[str, object]:
 
 def _adapter_config(weights: Weights, dim_head: int | None) -> Mapping[str, object]:
     """What the file shall say of the adapter's models: what its source says, else the shapes."""
-    for said in (weights.metadata.get("adapter"), weights.metadata.get("config")):
+    config = weights.metadata.get("config") or {}
+    for said in (weights.metadata.get("adapter"), config, config.get("options")):
         if isinstance(said, Mapping) and isinstance(said.get("resampler"), Mapping):
-            return said
+            return {key: said[key] for key in ("unet", "resampler") if key in said}
     if dim_head is None and weights.format == "checkpoint":
         raise UserError(f"{weights.path}: does not say how wide a head is; give --dim-head")
     resampler = {

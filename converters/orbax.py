@@ -19,7 +19,7 @@ from converters.writers import whole_folder
 from fact_jax.errors import UserError
 
 _HEADS = {
-    "adapter": "unet",
+    "adapter": "adapter",
     "resampler": "resampler",
     "unet": "unet",
     "clip_text": "text_encoder",
@@ -27,6 +27,8 @@ _HEADS = {
     "transface": "encoder",
 }
 """What each kind is called in ``params`` where several are trained together."""
+_TRAINING_ONLY = {"centres"}
+"""What is trained beside a model and thrown away: the class centres of the encoder's loss."""
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path | None:
@@ -150,15 +152,14 @@ def _by_kind(flat: State) -> dict[str, State]:
     heads: dict[str, State] = {}
     for path, array in flat.items():
         head, _, rest = path.partition(".")
-        heads.setdefault(head, {})[rest] = array
-    if not set(heads) <= set(_HEADS.values()):
-        return {_most_likely(flat): flat}
-    return {_most_likely(part): part for part in heads.values()}
-
-
-def _most_likely(flat: State) -> str:
+        if head not in _TRAINING_ONLY:
+            heads.setdefault(head, {})[rest] = array
+    kinds = {head: kind for kind, head in _HEADS.items()}
+    if set(heads) <= set(kinds):
+        return {kinds[head]: part for head, part in heads.items()}
+    # One model, not under a name of its own: the kind that knows the most of its paths.
     known = {kind: sum(bool(names_of(kind, path, "")) for path in flat) for kind in TABLES}
-    return max(known, key=known.get)
+    return {max(known, key=known.get): flat}
 
 
 def _prefix(kind: str) -> str:

@@ -89,7 +89,8 @@ def add_state(module: nnx.Module, state: Mapping[str, np.ndarray], config) -> nn
     ``config`` is the configuration of the result. The parameters of ``module`` are shared, not
     copied. Raises one UserError that lists every missing, unexpected and misshapen key.
     """
-    return _build(kind_of(module), state, config, jnp.float32, base=module)
+    dtype = next(iter(parameters(module).values())).get_value().dtype
+    return _build(kind_of(module), state, config, dtype, base=module)
 
 
 def _build(
@@ -110,7 +111,7 @@ def _build(
         winner, ndim = places[-1], len(flat[path].get_value().shape)
         values[path] = _to_device(winner.leaf.to_jax(state[winner.torch], ndim), dtype)
         if path in held:
-            replaced[names_of(kind, path, prefix)[0].torch] = (path, winner.torch)
+            replaced[names_of(kind, path, prefix)[0].torch] = winner.torch
     kept = {*ignored, *_overridden(sources, state)}
     module = _assemble(graph, flat, values)
     tensors = [Tensor.of(key, array, key in kept) for key, array in state.items()]
@@ -119,7 +120,7 @@ def _build(
 
 
 def _base_tensors(
-    base: nnx.Module | None, replaced: Mapping[str, tuple[str, str]], state: Mapping
+    base: nnx.Module | None, replaced: Mapping[str, str], state: Mapping
 ) -> list[Tensor]:
     """What is known of the base's own file; numbers that an adapter's replace are kept aside."""
     if base is None:
@@ -127,12 +128,11 @@ def _base_tensors(
     origin = getattr(base, "origin", None)
     tensors = {tensor.key: tensor for tensor in (origin.tensors if origin else ())}
     differing = []
-    for key, (_, winner) in replaced.items():
-        array = dump_some(base, lambda name, key=key: name == key)[key]
-        if not _same_numbers(array, state[winner]):
+    for key, array in dump_some(base, lambda name: name in replaced).items():
+        if not _same_numbers(array, state[replaced[key]]):
             tensors[key] = Tensor.of(key, array, keep=True)
-            differing.append(winner)
-    _say_overridden(differing, [winner for _, winner in replaced.values()])
+            differing.append(replaced[key])
+    _say_overridden(differing, list(replaced.values()))
     return list(tensors.values())
 
 
@@ -196,17 +196,17 @@ def read_config(kind: str, config, state: Mapping[str, np.ndarray] | None = None
 
 def skeleton(kind: str, config) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
     """A model's structure and the shapes of its parameters by path; nothing is computed."""
-    graph, items = _skeleton(kind, config)
+    try:
+        graph, items = _skeleton(kind, config)
+    except (TypeError, ValueError, ZeroDivisionError, IndexError, AttributeError) as err:
+        raise UserError(f"no {kind} can be built from its configuration: {err}") from err
     return graph, dict(items)
 
 
 @functools.lru_cache(maxsize=16)
 def _skeleton(kind: str, config):
     _, model, _ = _model(kind)
-    try:
-        module = nnx.eval_shape(lambda: model(config, rngs=_SameKey()))
-    except (TypeError, ValueError, ZeroDivisionError, IndexError) as err:
-        raise UserError(f"no {kind} can be built from its configuration: {err}") from err
+    module = nnx.eval_shape(lambda: model(config, rngs=_SameKey()))
     graph, state = nnx.split(module)
     return graph, tuple((_dotted(path), var) for path, var in nnx.to_flat_state(state))
 

@@ -72,6 +72,17 @@ def test_attaching_shares_the_base(base, released):
     assert kernel.unsafe_buffer_pointer() == base.conv_in.kernel.get_value().unsafe_buffer_pointer()
 
 
+def test_a_second_adapter_is_refused(base, released):
+    with pytest.raises(UserError, match="has an adapter already"):
+        attach_adapter(attach_adapter(base, released), released)
+
+
+def test_adapter_and_base_have_one_precision(golden, unet_config, released):
+    base = load_state("unet", golden("unet_adapter", "unet.")[0], unet_config, dtype=jnp.bfloat16)
+    unet = attach_adapter(base, released)
+    assert {var.get_value().dtype for var in parameters(unet).values()} == {np.dtype("bfloat16")}
+
+
 def test_a_norm2_of_its_own_replaces_the_bases_and_is_written_back(
     base, released_state, resampler_config, golden, same_bits, tmp_path, caplog
 ):

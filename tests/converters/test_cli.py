@@ -114,7 +114,7 @@ def test_verify_says_what_differs(tmp_path, capsys, golden):
     lines = capsys.readouterr().out.splitlines()
     assert "transface/norm.weight: largest difference 0.25, 32 of 32" in lines
     assert f"only in {pair[0]}: transface/mask_token" in lines
-    assert any("senet.0.weight: (16, 16) against (1, 16)" in line for line in lines)
+    assert any("senet.0.weight: (16, 512) against (1, 512)" in line for line in lines)
     assert any("norm.bias" in line for line in lines)
     assert lines[-1] == "different"
     assert len(lines) == 5

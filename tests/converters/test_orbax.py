@@ -45,8 +45,10 @@ def run(adapted, resampler_config, tmp_path):
                 "step": np.int32(step),
             }
             sums = {
-                f"ema/{'/'.join(map(str, path))}": checksum(np.asarray(leaf))
-                for path, leaf in nnx.to_flat_state(state["ema"])
+                f"ema/{jax.tree_util.keystr(path, simple=True, separator='/')}": checksum(
+                    np.asarray(leaf)
+                )
+                for path, leaf in jax.tree_util.tree_leaves_with_path(state["ema"])
             }
             meta = {
                 "config": {"options": {"resampler": resampler_config, "people": 3}},
@@ -145,7 +147,10 @@ def test_class_centres_are_training_only(golden, tmp_path):
     params, kept = to_jax({"transface": golden("transface", "state.")[0]})
     assert set(params) == {"encoder"}
     assert set(kept["transface"]) == {f"feature.{i}.num_batches_tracked" for i in (1, 3)}
-    flat = {".".join(path): leaf for path, leaf in nnx.to_flat_state(params)}
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="."): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
     states = to_torch(flat | {"centres": np.zeros((4, 3))}, kept)
     assert set(states) == {"transface"}
     with pytest.raises(UserError, match=r"1 unexpected \(surplus\)"):

@@ -268,6 +268,9 @@ def test_configurations_that_cannot_be(peer_state, golden):
     state, config = peer_state("unet")
     with pytest.raises(UserError, match="class_embed_type='timestep'"):
         load_state("unet", state, config | {"class_embed_type": "timestep"})
+    for odd in ({"layers_per_block": [1, 2]}, {"sample_size": {}}, {"block_out_channels": []}):
+        with pytest.raises(UserError, match="unet"):
+            load_state("unet", state, config | odd)
     with pytest.raises(UserError, match="not a dictionary"):
         load_state("unet", state, None)
     with pytest.raises(UserError, match="transface"):
