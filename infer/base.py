@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from converters.adapter import read_metadata, split_state
@@ -136,7 +135,7 @@ def read_face_files(adapter: str | os.PathLike, encoder: str | os.PathLike) -> F
     )
 
 
-def check_faces(face: FaceFiles | None, photos: Sequence) -> None:
+def check_faces(face: FaceFiles | None, photos: int) -> None:
     """Photos and an adapter come together or not at all."""
     if face is not None and not photos:
         raise UserError("an adapter was given but no photo: whose face shall it be?")

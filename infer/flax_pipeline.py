@@ -11,10 +11,10 @@ from flax import nnx
 from jaxtyping import Array, Int, UInt8
 from tqdm import tqdm
 
-from converters.adapter import adapter_from_state, attach_adapter
+from converters.adapter import attach_adapter, load_adapter
+from converters.encoder import load_encoder
 from converters.pipeline import load_pipeline
 from converters.tokenizer import tokenize
-from converters.weights import load_state
 from fact_jax.fact import Model, encode_face, guided_model, initial_noise, null_face
 from fact_jax.samplers import SAMPLERS
 from infer.base import Base, FaceFiles, read_base, read_face_files
@@ -61,10 +61,10 @@ class FlaxPipeline:
         models = {"unet": pipeline.unet, "vae": pipeline.vae}
         models["text_encoder"] = pipeline.text_encoder
         if face is not None:
-            adapter = adapter_from_state(face.adapter_state, face.metadata, face.adapter)
-            models["unet"] = attach_adapter(models["unet"], adapter)
-            models["resampler"] = adapter.resampler
-            models["encoder"] = load_state("transface", face.encoder_state, face.encoder_config)
+            trained = load_adapter(face.adapter)
+            models["unet"] = attach_adapter(models["unet"], trained)
+            models["resampler"] = trained.resampler
+            models["encoder"] = load_encoder(face.encoder)
         return cls(base, face, models, dtype)
 
     def generate(

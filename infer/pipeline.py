@@ -61,7 +61,7 @@ def generate_batches(
     if batch < 1:
         raise UserError(f"a batch holds at least one picture, got {batch}")
     drawer.base.check(request)
-    check_faces(drawer.face, request.photos if crops is None else crops)
+    check_faces(drawer.face, len(request.photos if crops is None else crops))
     if crops is None and request.photos:
         crops, _ = prepare_crops(request.photos, drawer.face.encoder_config.img_size)
     people = None if crops is None else crops[None]

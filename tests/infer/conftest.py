@@ -10,6 +10,14 @@ from PIL import Image
 
 POINTS = [[24.0, 28.0], [41.0, 27.0], [33.0, 38.0], [26.0, 46.0], [40.0, 45.0]]
 FACE_TOKENS, FACE_DIM = 5, 20
+ENCODER = {
+    "img_size": 32,
+    "patch_size": 9,
+    "embed_dim": 16,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 8,
+}
 
 
 class Files(NamedTuple):
@@ -90,37 +98,9 @@ def base_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def files(base_folder, tmp_path_factory) -> Files:
     """The base with a random adapter, its gates open, an encoder, and two photos with points."""
-    import dataclasses
-
-    from flax import nnx
-
-    from converters.adapter import save_adapter
-    from converters.encoder import save_encoder
-    from converters.readers import read_json
-    from fact_jax.models.resampler import Resampler, ResamplerConfig
-    from fact_jax.models.transface import TransFace, TransFaceConfig
-    from fact_jax.models.unet import UNet, UNetConfig
-
     folder = tmp_path_factory.mktemp("face")
-    config = UNetConfig.from_dict(read_json(base_folder / "unet" / "config.json"))
-    unet = UNet(dataclasses.replace(config, face_dim=FACE_DIM), rngs=nnx.Rngs(1))
-    for i, (_, block) in enumerate(unet.transformer_blocks()):
-        block.face.alpha_attn[...] = 1.0 - 0.1 * i
-        block.face.alpha_dense[...] = 0.8 + 0.1 * i
-    resampler = ResamplerConfig(
-        dim=16,
-        depth=2,
-        dim_head=8,
-        heads=2,
-        num_queries=FACE_TOKENS,
-        embedding_dim=16,
-        output_dim=FACE_DIM,
-    )
-    save_adapter(unet, Resampler(resampler, rngs=nnx.Rngs(2)), folder / "adapter.safetensors")
-    encoder = TransFaceConfig(
-        img_size=32, patch_size=9, embed_dim=16, depth=2, num_heads=2, num_classes=8
-    )
-    save_encoder(TransFace(encoder, rngs=nnx.Rngs(3)), folder / "encoder")
+    _write_adapter(folder / "adapter.safetensors", base_folder)
+    _write_encoder(folder / "encoder")
     photos = []
     for name, seed in (("one", 0), ("two", 1)):
         pixels = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), np.uint8)
@@ -129,3 +109,72 @@ def files(base_folder, tmp_path_factory) -> Files:
         sidecar = photos[-1].with_suffix(".points.json")
         sidecar.write_text(json.dumps({"points": POINTS}))
     return Files(base_folder, folder / "adapter.safetensors", folder / "encoder", *photos)
+
+
+def _amplify(state: dict) -> dict:
+    """Fresh layers whisper: a face must change a picture by far more than backends differ."""
+    for tensor in state.values():
+        if tensor.ndim > 1:
+            tensor *= 3.0
+    return state
+
+
+def _write_adapter(path: Path, base_folder: Path) -> None:
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from converters.adapter import describe, write_adapter
+    from converters.readers import read_json
+    from fact_jax.models.resampler import ResamplerConfig
+    from infer.torch_models import Resampler
+    from infer.torch_processors import FaceProcessor, text_blocks
+
+    torch.manual_seed(1)
+    config = ResamplerConfig(
+        dim=16,
+        depth=2,
+        dim_head=8,
+        heads=2,
+        num_queries=FACE_TOKENS,
+        embedding_dim=ENCODER["embed_dim"],
+        output_dim=FACE_DIM,
+    )
+    state = {f"local_fac_prj.{k}": v for k, v in _amplify(Resampler(config).state_dict()).items()}
+    unet = UNet2DConditionModel.from_config(read_json(base_folder / "unet" / "config.json"))
+    for i, (block, module) in enumerate(text_blocks(unet)):
+        adapter = FaceProcessor(module.attn2.to_q.in_features, module.attn2.heads, FACE_DIM)
+        own = adapter.state_dict()
+        own["alpha_attn"] += 1.0 - 0.1 * i
+        own["alpha_dense"] += 0.8 + 0.1 * i
+        _amplify(own)
+        state |= {f"{block}.attn2.processor.{k}": v for k, v in own.items()}
+    arrays = {key: tensor.detach().numpy() for key, tensor in state.items()}
+    write_adapter(path, arrays, describe(dict(unet.config), config))
+
+
+def _write_encoder(folder: Path) -> None:
+    import torch
+
+    from converters.writers import write_json, write_safetensors
+    from fact_jax.models.transface import TransFaceConfig
+    from infer.torch_models import TransFaceTokens
+
+    torch.manual_seed(2)
+    state = _amplify(TransFaceTokens(TransFaceConfig(**ENCODER)).state_dict())
+    arrays = {key: tensor.numpy() for key, tensor in state.items()}
+    tokens, dim, classes = 9, ENCODER["embed_dim"], ENCODER["num_classes"]
+    draw = np.random.default_rng(3)
+    arrays["pos_embed"] = draw.normal(size=(1, tokens, dim)).astype(np.float32)
+    arrays["mask_token"] = np.zeros((1, 1, dim), np.float32)
+    shapes = {
+        "senet.0.weight": (tokens, tokens * dim),
+        "senet.2.weight": (tokens, tokens),
+        "feature.0.weight": (dim, tokens * dim),
+        "feature.2.weight": (classes, dim),
+    }
+    for layer, width in ((1, dim), (3, classes)):
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            shapes[f"feature.{layer}.{name}"] = (width,)
+    arrays |= {key: np.ones(shape, np.float32) for key, shape in shapes.items()}
+    write_safetensors(folder / "model.safetensors", arrays, {"format": "pt"})
+    write_json(folder / "config.json", ENCODER)

@@ -1,6 +1,5 @@
 """JAX pictures: what they depend on, and what they must not depend on."""
 
-import dataclasses
 
 import numpy as np
 import pytest

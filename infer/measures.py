@@ -1,0 +1,187 @@
+"""What evaluation measures, as pure functions of numbers, and the table that shows them."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+
+RESAMPLINGS = 10_000
+_Z95 = 1.959964
+INTERVALS = (
+    f"95 % intervals: means by percentile bootstrap over people ({RESAMPLINGS:,} resamplings), "
+    "shares by Wilson's formula"
+)
+
+
+class Estimate(NamedTuple):
+    """A number with its 95 % interval, from ``n`` people."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """As JSON holds it: what is not finite is null."""
+        numbers = {key: getattr(self, key) for key in ("mean", "low", "high")}
+        return {k: v if math.isfinite(v) else None for k, v in numbers.items()} | {"n": self.n}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, float | int | None]) -> "Estimate":
+        """Back from ``to_dict``."""
+        return cls(**{key: math.nan if value is None else value for key, value in values.items()})
+
+
+def mean_interval(values: Float[np.ndarray, " n"]) -> Estimate:
+    """The mean; people for whom there is no value (NaN) are left out of it and of ``n``."""
+    values = np.asarray(values, np.float64)
+    values = values[np.isfinite(values)]
+    return ratio_interval(values, np.ones_like(values))
+
+
+def ratio_interval(
+    numerators: Float[np.ndarray, " n"], denominators: Float[np.ndarray, " n"]
+) -> Estimate:
+    """Mean of the numerators over mean of the denominators, each pair from one person."""
+    pairs = np.stack([numerators, denominators]).astype(np.float64)
+    pairs = pairs[:, np.isfinite(pairs).all(0)]
+    count = pairs.shape[1]
+    if not count:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    # The same people are drawn for every measure.
+    rows = np.random.default_rng(0).integers(0, count, (RESAMPLINGS, count))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        means = pairs.mean(1)
+        drawn = pairs[:, rows].mean(2)
+        low, high = np.quantile(drawn[0] / drawn[1], (0.025, 0.975))
+        return Estimate(float(means[0] / means[1]), float(low), float(high), count)
+
+
+def share_interval(hits: Bool[np.ndarray, " n"]) -> Estimate:
+    """The share of hits with Wilson's interval (1927), which holds near 0 and 1 too."""
+    count = len(hits)
+    share = float(np.mean(hits))
+    spread = _Z95**2 / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    return Estimate(share, max(centre - half, 0.0), min(centre + half, 1.0), count)
+
+
+def cosine(
+    a: Float[np.ndarray, "*batch k"], b: Float[np.ndarray, "*batch k"]
+) -> Float[np.ndarray, "*batch"]:
+    """Cosine of the angle between vectors; 0 where one of them is 0."""
+    lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
+    return np.sum(a * b, axis=-1) / np.where(lengths > 0, lengths, 1.0)
+
+
+def rank_one(
+    queries: Float[np.ndarray, "n k"], gallery: Float[np.ndarray, "n k"]
+) -> Bool[np.ndarray, " n"]:
+    """Is row i of the gallery more similar to query i than every other row? A tie is a miss."""
+    similarity = cosine(queries[:, None], gallery[None])
+    own = np.diagonal(similarity).copy()
+    np.fill_diagonal(similarity, -np.inf)
+    return own > similarity.max(1)
+
+
+def dilate(masks: Bool[np.ndarray, "n h w"]) -> Bool[np.ndarray, "n h w"]:
+    """Grown by one pixel to all eight sides."""
+    height, width = masks.shape[1:]
+    padded = np.pad(masks, ((0, 0), (1, 1), (1, 1)))
+    shifted = [padded[:, y : y + height, x : x + width] for y in range(3) for x in range(3)]
+    return np.any(shifted, axis=0)
+
+
+def change(
+    a: UInt8[np.ndarray, "n h w 3"],
+    b: UInt8[np.ndarray, "n h w 3"],
+    masks: Bool[np.ndarray, "n h w"],
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """Mean absolute difference of two pictures, as a part of full scale: (inside, outside).
+
+    NaN for a picture that has no pixel on that side.
+    """
+    difference = np.abs(a.astype(np.float64) - b.astype(np.float64)).mean(-1) / 255
+
+    def mean(where: Bool[np.ndarray, "n h w"]) -> Float[np.ndarray, " n"]:
+        count = where.sum((1, 2))
+        return np.where(
+            count > 0, (difference * where).sum((1, 2)) / np.maximum(count, 1), math.nan
+        )
+
+    return mean(masks), mean(~masks)
+
+
+class Row(NamedTuple):
+    """A line of the table; its cells are the measures ``<key>/fact``, ``/base`` and ``/true``."""
+
+    key: str
+    label: str
+    share: bool = False
+
+
+COLUMNS = {"fact": "FACT", "base": "base model", "true": "true photo"}
+SECTIONS: dict[str, tuple[Row, ...]] = {
+    "Identity (cosine of the independent recogniser's embeddings)": (
+        Row("reference", "similarity to the reference photo"),
+        Row("another", "similarity to another photo of the person"),
+        Row("wrong", "similarity to the next person's reference photo"),
+        Row("over_base", "FACT minus base model, to the reference"),
+        Row("over_wrong", "right minus wrong person"),
+        Row("rank_one", "rank-1: nearest of all people's other photos", share=True),
+    ),
+    "Change of pixels, FACT against base model (mean absolute, 1 = full scale)": (
+        Row("head/inside", "inside the head"),
+        Row("head/outside", "outside the head"),
+        Row("head/ratio", "outside / inside"),
+        Row("face/inside", "inside the face"),
+        Row("face/outside", "outside the face"),
+        Row("face/ratio", "outside / inside"),
+    ),
+    "Colours (mean absolute error over RGB, 1 = full scale)": (
+        Row("hair", "hair"),
+        Row("skin", "skin"),
+    ),
+    "Captions followed, by the parser": (
+        Row("caption/expression", "expression", share=True),
+        Row("caption/glasses", "glasses", share=True),
+        Row("caption/shirt", "shirt", share=True),
+        Row("caption/background", "background", share=True),
+        Row("caption/pattern", "pattern", share=True),
+        Row("caption/all", "mean of the five", share=True),
+    ),
+}
+
+
+def cell(estimate: Estimate, share: bool) -> str:
+    """``0.512 [0.480, 0.544]``, a share in percent."""
+    if not estimate.n:
+        return "-"
+    if share:
+        return "{:.0f} % [{:.0f}, {:.0f}]".format(*(100 * x for x in estimate[:3]))
+    return "{:.3f} [{:.3f}, {:.3f}]".format(*estimate[:3])
+
+
+def table(measures: Mapping[str, Estimate]) -> list[tuple[str, list[tuple[str, list[str]]]]]:
+    """Section by section: its title, and its lines as label and one text a column."""
+    sections = []
+    for title, rows in SECTIONS.items():
+        lines = []
+        for row in rows:
+            found = [measures.get(f"{row.key}/{column}") for column in COLUMNS]
+            texts = ["" if one is None else cell(one, row.share) for one in found]
+            lines.append((row.label, texts))
+        sections.append((title, lines))
+    return sections
+
+
+def plain_table(measures: Mapping[str, Estimate], notes: Sequence[str]) -> str:
+    """The table as text, with lines of explanation under it."""
+    text = [f"{'':48s}" + "".join(f"{name:>23s}" for name in COLUMNS.values())]
+    for title, lines in table(measures):
+        text += ["", title]
+        text += [f"  {label:46s}" + "".join(f"{c:>23s}" for c in cells) for label, cells in lines]
+    return "\n".join([*text, "", *notes]).rstrip() + "\n"

@@ -1,0 +1,150 @@
+"""Adapters in diffusers' own UNet: the released code's values, and nothing left behind."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+
+from fact_jax.errors import UserError
+from fact_jax.fact import Guidance
+from fact_jax.models.resampler import ResamplerConfig
+from fact_jax.models.transface import TransFaceConfig
+from infer.torch_models import Resampler, encoder_from, load_strictly
+from infer.torch_processors import FaceContext, FaceProcessor, text_blocks
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    with safe_open(GOLDEN / f"{name}.safetensors", framework="numpy") as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
+
+
+def part(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    return {k: v.astype(np.float32) for k, v in found.items()}
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """The golden UNet with its adapters installed, the context, and the golden tensors."""
+    tensors, facts = golden("unet_adapter")
+    config = json.loads(facts["unet_config"])
+    unet = UNet2DConditionModel.from_config(config)
+    load_strictly(unet, part(tensors, "unet."), "unet")
+    context = FaceContext()
+    states = part(tensors, "adapter.")
+    for path, block in text_blocks(unet):
+        state = part(states, f"{path}.attn2.processor.")
+        processor = FaceProcessor(
+            block.attn2.to_q.in_features, block.attn2.heads, 24, own_norm="ln.weight" in state
+        )
+        load_strictly(processor, state, path).install(path, block, context)
+    return unet, context, {k: torch.from_numpy(v) for k, v in tensors.items()}
+
+
+def predict(unet, tensors) -> torch.Tensor:
+    with torch.no_grad():
+        return unet(
+            tensors["in.latents"],
+            tensors["in.timesteps"],
+            encoder_hidden_states=tensors["in.text"],
+            return_dict=False,
+        )[0]
+
+
+def test_noise_prediction_of_the_released_code(adapted):
+    unet, context, tensors = adapted
+    with torch.no_grad():
+        context.keys = {
+            path: block.attn2.processor.face_keys(tensors["in.face"])
+            for path, block in text_blocks(unet)
+        }
+    context.scale = 1.0
+    ours = predict(unet, tensors)
+    torch.testing.assert_close(ours, tensors["out.noise_pred"], atol=1e-4, rtol=0)
+    assert (ours - tensors["out.base_noise_pred"]).abs().max() > 0.1
+    context.scale = 0.0
+    silent = predict(unet, tensors)
+    context.keys = None
+    absent = predict(unet, tensors)
+    for block_of_unet in text_blocks(unet):
+        block_of_unet[1].attn2.processor.remove()
+    plain = predict(unet, tensors)
+    assert torch.equal(silent, plain)
+    assert torch.equal(absent, plain)
+    torch.testing.assert_close(plain, tensors["out.base_noise_pred"], atol=1e-4, rtol=0)
+
+
+def test_encoder_and_resampler_of_the_released_code():
+    tensors, facts = golden("transface")
+    config = TransFaceConfig.from_dict(json.loads(facts["config"]))
+    encoder = encoder_from(part(tensors, "state."), config, "transface")
+    image = torch.from_numpy(tensors["in.image"])
+    local = torch.from_numpy(tensors["out.local"])
+    torch.testing.assert_close(encoder(image), local, atol=1e-4, rtol=0)
+
+    tensors, facts = golden("resampler")
+    resampler = Resampler(ResamplerConfig.from_dict(json.loads(facts["config"])))
+    load_strictly(resampler, part(tensors, "state."), "resampler")
+    tokens = torch.from_numpy(tensors["in.tokens"])
+    wanted = torch.from_numpy(tensors["out.face_tokens"])
+    torch.testing.assert_close(resampler(tokens), wanted, atol=1e-4, rtol=0)
+    null = torch.from_numpy(tensors["out.null_face_tokens"])
+    torch.testing.assert_close(resampler(torch.zeros_like(tokens)), null, atol=1e-4, rtol=0)
+
+
+def test_every_wrong_key_is_listed():
+    layer = torch.nn.Linear(2, 3)
+    state = {"weight": np.zeros((2, 3), np.float32), "gain": np.zeros(1, np.float32)}
+    with pytest.raises(UserError) as caught:
+        load_strictly(layer, state, "file")
+    assert str(caught.value) == (
+        "file: 1 missing (bias); 1 unexpected (gain); 1 misshapen (weight (2, 3) instead of (3, 2))"
+    )
+
+
+def test_unloaded_pipe_is_the_same_pipe(files):
+    from infer.torch_fact import load_fact, unload_fact
+    from infer.torch_pipeline import TorchPipeline
+
+    pipe = TorchPipeline.load(files.base).pipe
+    pipe.set_progress_bar_config(disable=True)
+    modules = dict(pipe.unet.named_modules())
+    processors = dict(pipe.unet.attn_processors)
+    state = {key: tensor.clone() for key, tensor in pipe.unet.state_dict().items()}
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def draw(steps: int = 2) -> np.ndarray:
+        return pipe(
+            "a man", num_inference_steps=steps, latents=noise, guidance_scale=3.0, output_type="np"
+        ).images
+
+    before = draw()
+    fact = load_fact(pipe, files.adapter, files.encoder)
+    assert any(".attn2.processor.alpha_attn" in key for key in pipe.unet.state_dict())
+    with pytest.raises(UserError, match="has a face adapter already"):
+        load_fact(pipe, files.adapter, files.encoder)
+    np.testing.assert_array_equal(draw(), before)
+    face = fact.face_tokens(np.zeros((1, 1, 32, 32, 3), np.uint8))
+    with fact.face(face, Guidance(text=3.0), [1.0, 1.0]):
+        assert np.abs(draw() - before).mean() > 0.01
+    with pytest.raises(UserError, match="more steps"), fact.face(face, Guidance(), [1.0]):
+        draw()
+    np.testing.assert_array_equal(draw(), before)
+    unload_fact(pipe)
+    np.testing.assert_array_equal(draw(), before)
+    assert {path: id(m) for path, m in modules.items()} == {
+        path: id(m) for path, m in pipe.unet.named_modules()
+    }
+    assert {path: id(p) for path, p in processors.items()} == {
+        path: id(p) for path, p in pipe.unet.attn_processors.items()
+    }
+    after = pipe.unet.state_dict()
+    assert list(after) == list(state)
+    assert all(torch.equal(after[key], tensor) for key, tensor in state.items())
+    assert all("forward" not in vars(module) for module in pipe.unet.modules())
