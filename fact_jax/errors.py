@@ -4,5 +4,5 @@
 class UserError(Exception):
     """Bad input: one line that says what was wrong, where, and what to do.
 
-    Programs print it as ``error: ...`` and exit with code 2; libraries raise it so that callers can.
+    Programs print it as ``error: ...`` and exit with code 2; the library raises it.
     """

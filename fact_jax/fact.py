@@ -52,7 +52,7 @@ class Guidance:
 def encode_face(
     encoder: TransFace, resampler: Resampler, crops: Float[Array, "b p s s 3"]
 ) -> Float[Array, "b m d"]:
-    """Face tokens of each person from ``p`` aligned crops in [-1, 1]; the photos' tokens in a row."""
+    """Face tokens of each person from ``p`` aligned crops in [-1, 1], photo after photo."""
     b, p = crops.shape[:2]
     tokens = encoder.tokens(crops.reshape(b * p, *crops.shape[2:]))
     return resampler(tokens).reshape(b, -1, resampler.config.output_dim)
@@ -70,7 +70,7 @@ def guided_model(
     text: Float[Array, "b n d"],
     negative_text: Float[Array, "b n d"],
     face: Float[Array, "b m f"] | None = None,
-    no_face: Float[Array, "1 m f"] | None = None,
+    no_face: Float[Array, "#b m f"] | None = None,
     guidance: Guidance,
     steps: int,
 ) -> Model:
@@ -78,13 +78,17 @@ def guided_model(
 
     Face keys and values are computed here, once a generation. With ``face`` None the adapters are
     left out and the result is the base model's. Branches, first to last: negative, (text without
-    face,) text with face.
+    face,) text with face. ``no_face`` is what a branch without the face sees; the guidance that has
+    no such branch needs none.
     """
     branches = [negative_text, text]
     weights = [1.0 - guidance.text, guidance.text]
     keys = None
     if face is not None:
-        empty = jnp.broadcast_to(no_face, face.shape) if no_face is not None else face
+        away = guidance.negative_face == "null" and guidance.text != 1.0
+        if no_face is None and (away or guidance.face is not None):
+            raise UserError("guidance away from the null face needs no_face (see null_face)")
+        empty = face if no_face is None else jnp.broadcast_to(no_face, face.shape)
         faces = [face if guidance.negative_face == "same" else empty, face]
         if guidance.face is not None:
             # e(0, 0) + g_t (e(t, 0) - e(0, 0)) + g_f (e(t, f) - e(t, 0))

@@ -34,6 +34,8 @@ def fair_ratio(
     must not lower the loss.
     """
     outside = 1.0 - resize_area(mask, size).reshape(mask.shape[0], -1, 1).astype(jnp.float32)
+    # The averages of an all-face mask may miss 1 by a rounding, which the ratio would blow up.
+    outside = jnp.where(outside > 1e-5, outside, 0.0)
     added = _norm(delta.astype(jnp.float32) * outside)
     there = jax.lax.stop_gradient(_norm(x.astype(jnp.float32) * outside))
     return jnp.where(there > 0, added / jnp.where(there > 0, there, 1.0), 0.0)

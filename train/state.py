@@ -31,7 +31,7 @@ def make_state(params: PyTree, optimizer: optax.GradientTransformation, ema: EMA
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float32:
             raise ValueError(f"trainable {path_name(path)} is {leaf.dtype}, masters are float32")
-    params = jax.tree.map(lambda leaf: jnp.array(leaf, copy=True), params)
+    params = jax.tree.map(lambda leaf: jnp.array(leaf, leaf.dtype, copy=True), params)
     return TrainState(
         params=params,
         ema=jax.tree.map(jnp.copy, params) if ema.decay else None,

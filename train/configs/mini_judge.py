@@ -8,7 +8,7 @@ from train.tasks.judge import JudgeOptions
 
 config = TrainConfig(
     task="judge",
-    steps=1500,
+    steps=1000,
     batch_size=64,
     optimizer=OptimizerConfig(
         learning_rate=2e-3, weight_decay=1e-2, warmup_steps=100, schedule="cosine", clip_norm=5.0

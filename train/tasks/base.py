@@ -23,7 +23,7 @@ from train.tasks.common import ShuffledRows, draw_portraits, encode_images, spli
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseOptions:
-    """``vae`` is a folder as the vae task exports it; ``head_weight`` is the head's extra weight."""
+    """``vae`` is a folder as the vae task exports it; ``head_weight`` weighs the head up."""
 
     vae: str = "miniature/base/vae"
     people: int = 10000

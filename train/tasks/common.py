@@ -47,7 +47,9 @@ def to_picture(images: Float[Array, "*b h w c"]) -> UInt8[np.ndarray, "*b h w c"
     return np.rint(np.clip(images * 0.5 + 0.5, 0, 1) * 255).astype(np.uint8)
 
 
-def draw_portraits(split_name: str, people: int, photos: int, offset: int = 0) -> Batch:
+def draw_portraits(
+    split_name: str, people: int, photos: int, offset: int = 0, size: int = 64
+) -> Batch:
     """``people`` x ``photos`` portraits of a split's first people, person after person.
 
     No two portraits of the whole world share a scene seed: it is the person's number times 1,000
@@ -57,7 +59,7 @@ def draw_portraits(split_name: str, people: int, photos: int, offset: int = 0) -
     if len(ids) < people:
         raise ValueError(f"split {split_name!r} has {len(ids)} people, {people} were asked for")
     seeds = (ids[:, None] * 1000 + offset + np.arange(photos)).reshape(-1)
-    return make_batch(np.repeat(ids, photos), seeds)
+    return make_batch(np.repeat(ids, photos), seeds, size)
 
 
 def align_portraits(batch: Batch, size: int) -> UInt8[np.ndarray, "n s s 3"]:
@@ -108,9 +110,9 @@ def in_chunks(function: Callable[[Array], PyTree], values: np.ndarray, chunk: in
     for start in range(0, len(values), chunk):
         part = values[start : start + chunk]
         padded = np.concatenate([part, np.repeat(part[-1:], chunk - len(part), axis=0)])
-        out = jax.tree.map(lambda a, n=len(part): np.asarray(a)[:n], function(jnp.asarray(padded)))
+        out = jax.tree.map(np.asarray, function(jnp.asarray(padded)))
         pieces.append(out)
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *pieces)
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(values)], *pieces)
 
 
 def encode_images(

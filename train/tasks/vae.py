@@ -26,7 +26,7 @@ class VAEOptions:
 
 
 class VAETask:
-    """Reconstruct portraits: absolute error (sharp edges), the head weighted, and a little KL."""
+    """Reconstruct portraits: absolute and squared error, the head weighted, and a little KL."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
@@ -50,10 +50,11 @@ class VAETask:
         error = vae.decode(latents) - images
         weight = 1.0 + self.options.head_weight * batch["head"][..., None] / 255.0
         absolute = (weight * jnp.abs(error)).mean()
+        square = (weight * error**2).mean()
         kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1.0 - log_variance).mean()
         psnr = -10 * jnp.log10((error**2).mean() / 4)
-        metrics = {"loss/absolute": absolute, "loss/kl": kl, "psnr": psnr}
-        return absolute + self.options.kl_weight * kl, metrics
+        metrics = {"loss/absolute": absolute, "loss/square": square, "loss/kl": kl, "psnr": psnr}
+        return absolute + square + self.options.kl_weight * kl, metrics
 
     def samples(self, trainable, frozen, key):
         images = draw_portraits("test", 8, 1).images
@@ -66,7 +67,7 @@ class VAETask:
         return vae.decode(vae.encode(to_signed(images))[0])
 
     def export(self, trainable, frozen, directory: Path, step: int) -> None:
-        """Write ``vae/`` as diffusers has it, its scaling factor giving latents of unit variance."""
+        """Write ``vae/`` as diffusers has it, scaled to latents of unit variance."""
         vae = self.vae.module(trainable)
         images = to_signed(jnp.asarray(draw_portraits("base", 256, 1).images))
         deviation = float(jax.jit(lambda x: vae.encode(x)[0].std())(images))

@@ -1,0 +1,28 @@
+"""FACT on the miniature: adapters and resampler, on the shipped base and encoder.
+
+fact-train run mini --out runs/mini
+"""
+
+from fact_jax.curriculum import Stage
+from train.config import CheckpointConfig, EMAConfig, LogConfig, OptimizerConfig, TrainConfig
+from train.tasks.adapter import AdapterOptions
+
+config = TrainConfig(
+    task="adapter",
+    steps=4000,
+    batch_size=32,
+    optimizer=OptimizerConfig(
+        learning_rate=1e-3, weight_decay=1e-2, warmup_steps=100, schedule="cosine", b2=0.99
+    ),
+    ema=EMAConfig(decay=0.998),
+    checkpoint=CheckpointConfig(every=250),
+    log=LogConfig(every=25, samples_every=500),
+    options=AdapterOptions(
+        stages=(
+            Stage(steps=800, shuffle=(0.0, 0.0)),
+            Stage(steps=1200, shuffle=(0.0, 0.9), fair_weight=(0.0, 0.01), ramp="cosine"),
+            Stage(steps=2000, shuffle=(0.9, 0.9), fair_weight=(0.01, 0.01)),
+        ),
+        face_weight=2.0,
+    ),
+)

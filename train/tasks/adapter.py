@@ -1,0 +1,257 @@
+"""Train FACT: the resampler and the face adapters, on a frozen base and a frozen encoder.
+
+L = MSE + lambda FAIR, with drop, shuffle and a curriculum (arXiv 2410.12312).
+"""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, Int
+
+from converters import Pipeline, load_encoder, load_pipeline, save_adapter, tokenize
+from fact_jax.curriculum import Drop, Stage, draw_drop, draw_shuffle, stage_values
+from fact_jax.errors import UserError
+from fact_jax.face import resize_area
+from fact_jax.fact import Guidance, encode_face, guided_model, null_face
+from fact_jax.losses import denoising_error, fair_ratio
+from fact_jax.models.adapter import FaceAdapter
+from fact_jax.models.resampler import Resampler, ResamplerConfig
+from fact_jax.models.transface import TransFace
+from fact_jax.models.unet import UNet
+from fact_jax.portraits import contact_sheet
+from fact_jax.samplers import sample_ddim
+from fact_jax.schedules import add_noise, training_target
+from train.config import TrainConfig
+from train.partition import assert_covers, merge, paths
+from train.tasks.common import (
+    ShuffledRows,
+    Split,
+    align_portraits,
+    draw_portraits,
+    encode_images,
+    in_chunks,
+    split,
+    to_picture,
+    to_signed,
+)
+
+MINI_RESAMPLER = ResamplerConfig.mini()
+DEFAULT_DROP = Drop()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """What is trained on what, and how.
+
+    ``start`` is how the adapter begins as exactly nothing: ``zero_gates`` as released, or
+    ``zero_projections``, whose gates stand at ``gate`` and whose two output projections are zero.
+    ``region`` is where FAIR lets the adapter work; ``face_weight`` is that region's extra weight
+    in the error.
+    """
+
+    base: str = "miniature/base"
+    encoder: str = "miniature/encoder"
+    resampler: ResamplerConfig = MINI_RESAMPLER
+    people: int = 3000
+    photos: int = 6
+    stages: tuple[Stage, ...]
+    drop: Drop = DEFAULT_DROP
+    start: Literal["zero_gates", "zero_projections"] = "zero_projections"
+    gate: float = 1.0
+    region: Literal["head", "face"] = "head"
+    face_weight: float = 0.0
+
+
+class AdapterTask:
+    """The adapter of every block and the resampler learn; everything else stays bit for bit."""
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.options: AdapterOptions = config.options
+        self.pipeline: Pipeline = load_pipeline(self.options.base)
+        self.encoder: TransFace = load_encoder(self.options.encoder)
+        self._check_widths()
+        rngs = nnx.Rngs(config.seed)
+        base = split(self.pipeline.unet)
+        self.face_dim = self.options.resampler.output_dim
+        unet_config = dataclasses.replace(self.pipeline.unet.config, face_dim=self.face_dim)
+        self.graph, shapes = nnx.split(nnx.eval_shape(lambda: UNet(unet_config, rngs=nnx.Rngs(0))))
+        self.adapters = new_adapters(self.pipeline.unet, self.options, rngs)
+        self.base = base.arrays
+        names = [
+            {name for name, _ in paths(tree)}
+            for tree in (nnx.to_pure_dict(shapes), self.adapters, self.base)
+        ]
+        assert_covers(*names)
+        self.resampler = split(Resampler(self.options.resampler, rngs=rngs))
+        self.text_encoder = split(self.pipeline.text_encoder)
+        self.size = self.pipeline.unet.config.sample_size * self.pipeline.vae.config.downscale
+        self._sample = jax.jit(self._generate)
+
+    def _check_widths(self):
+        resampler, encoder = self.options.resampler, self.encoder.config
+        text = self.pipeline.unet.config.cross_attention_dim
+        if (resampler.embedding_dim, resampler.output_dim) != (encoder.embed_dim, text):
+            raise UserError(
+                f"options.resampler goes from {resampler.embedding_dim} to {resampler.output_dim}, "
+                f"but {self.options.encoder} gives {encoder.embed_dim} and {self.options.base} "
+                f"takes {text}: set options.resampler.embedding_dim and .output_dim to these"
+            )
+
+    def unet(self, adapters: dict, base: dict) -> UNet:
+        """The adapted UNet from its two parts."""
+        return nnx.merge(self.graph, merge(base, adapters))
+
+    def init(self, key):
+        trainable = {"resampler": self.resampler.arrays, "adapter": self.adapters}
+        return trainable, {"unet": self.base, "text_encoder": self.text_encoder.arrays}
+
+    def source(self):
+        options = self.options
+        batch = draw_portraits("adapter", options.people, options.photos, size=self.size)
+        latents = encode_images(self.pipeline.vae, batch.images)
+        crops = align_portraits(batch, self.encoder.config.img_size)
+        mask = getattr(batch.portrait, f"{options.region}_mask")
+        arrays = {
+            "latents": latents,
+            "ids": tokenize(self.pipeline.tokenizer, batch.captions)[0],
+            "mask": np.asarray(resize_area(mask, latents.shape[1:3]), np.float32),
+            "tokens": encode_tokens(self.encoder, crops).astype(np.float16),
+        }
+        return PairedRows(arrays, self.config.batch_size, self.config.seed, options.photos)
+
+    def loss(self, trainable, frozen, batch, *, step, key):
+        options, schedule = self.options, self.pipeline.schedule
+        keys = jax.random.split(key, 4)
+        count = len(batch["latents"])
+        shuffle, fair_weight = stage_values(options.stages, step)
+        shuffled = draw_shuffle(keys[0], shuffle, count)
+        no_face, no_text = draw_drop(keys[1], options.drop, count)
+        dtype = trainable["resampler"]["latents"].dtype
+        tokens = jnp.where(shuffled[:, None, None], batch["partner"], batch["tokens"])
+        # The null condition is the resampler of all-zero tokens.
+        tokens = jnp.where(no_face[:, None, None], 0, tokens).astype(dtype)
+        ids = jnp.where(no_text[:, None], self._empty_prompt(), batch["ids"])
+        text = self.text_encoder.module(frozen["text_encoder"])(ids)
+        face = self.resampler.module(trainable["resampler"])(tokens)
+
+        latents = batch["latents"]
+        noise = jax.random.normal(keys[2], latents.shape)
+        t = jax.random.randint(keys[3], (count,), 0, schedule.num_train_timesteps)
+        noisy = add_noise(schedule, latents, noise, t).astype(dtype)
+        unet = self.unet(trainable["adapter"], frozen["unet"])
+        ratio = functools.partial(fair_ratio, mask=batch["mask"])
+        output, ratios = unet(noisy, t, text, face=face, on_increment=ratio)
+
+        target = training_target(schedule, latents, noise, t)
+        weight = 1.0 + options.face_weight * batch["mask"]
+        error = denoising_error(output, target, weight)
+        fair = jnp.stack(ratios).mean()
+        metrics = {
+            "loss/mse": denoising_error(output, target),
+            "loss/fair": fair,
+            "curriculum/shuffle": shuffle,
+            "curriculum/fair_weight": fair_weight,
+            "gate/attn": _mean_gate(trainable["adapter"], "alpha_attn"),
+            "gate/dense": _mean_gate(trainable["adapter"], "alpha_dense"),
+        }
+        return error + fair_weight * fair, metrics
+
+    def _empty_prompt(self) -> Int[np.ndarray, "1 n"]:
+        return tokenize(self.pipeline.tokenizer, [""])[0]
+
+    def samples(self, trainable, frozen, key):
+        """Reference photo, base, FACT: people of the test split, captions of other portraits."""
+        photos = draw_portraits("test", 8, 1, size=self.size)
+        others = draw_portraits("test", 8, 1, offset=1, size=self.size)
+        crops = to_signed(align_portraits(photos, self.encoder.config.img_size))
+        ids = tokenize(self.pipeline.tokenizer, others.captions)[0]
+        pictures = [photos.images]
+        for scale in (0.0, 1.0):
+            out = self._sample(trainable, frozen, jnp.asarray(crops), jnp.asarray(ids), scale, key)
+            pictures.append(to_picture(out))
+        return {"reference-base-fact": contact_sheet(np.concatenate(pictures), 8)}
+
+    def _generate(self, trainable, frozen, crops, ids, scale, key, steps: int = 25):
+        resampler = self.resampler.module(trainable["resampler"])
+        text_encoder = self.text_encoder.module(frozen["text_encoder"])
+        unet = self.unet(trainable["adapter"], frozen["unet"])
+        text = text_encoder(ids)
+        model = guided_model(
+            unet,
+            text=text,
+            negative_text=jnp.broadcast_to(text_encoder(self._empty_prompt()), text.shape),
+            face=encode_face(self.encoder, resampler, crops[:, None]),
+            no_face=null_face(resampler, self.encoder.config.tokens),
+            guidance=Guidance(text=3.0, face_scale=scale),
+            steps=steps,
+        )
+        config = unet.config
+        shape = (len(ids), config.sample_size, config.sample_size, config.in_channels)
+        noise = jax.random.normal(key, shape)
+        latents = sample_ddim(model, noise, self.pipeline.schedule, steps=steps)
+        return self.pipeline.vae.decode(latents / self.pipeline.vae.config.scaling_factor)
+
+    def export(self, trainable, frozen, directory: Path, step: int) -> None:
+        unet = self.unet(trainable["adapter"], frozen["unet"])
+        resampler = self.resampler.module(trainable["resampler"])
+        save_adapter(unet, resampler, directory / "adapter.safetensors", {"step": step})
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedRows(ShuffledRows):
+    """Rows with, beside each, the face tokens of another photo of the same person.
+
+    Rows stand person after person, ``photos`` of each.
+    """
+
+    photos: int
+
+    def batch(self, step: int) -> dict[str, np.ndarray]:
+        rows = self.rows(step)
+        batch = {name: array[rows] for name, array in self.arrays.items()}
+        hop = np.random.default_rng([self.seed, step, 1]).integers(1, self.photos, len(rows))
+        partner = rows - rows % self.photos + (rows % self.photos + hop) % self.photos
+        return {**batch, "partner": self.arrays["tokens"][partner]}
+
+
+def new_adapters(unet: UNet, options: AdapterOptions, rngs: nnx.Rngs) -> dict:
+    """Arrays of fresh adapters for every transformer block, nested by their paths in the UNet.
+
+    Whatever ``options.start``, they add exactly nothing before the first update.
+    """
+    tree: dict = {}
+    for path, block in unet.transformer_blocks():
+        dim, heads = block.norm1.num_features, block.attn1.heads
+        adapter = FaceAdapter(dim, heads, options.resampler.output_dim, rngs=rngs)
+        if options.start == "zero_projections":
+            adapter.alpha_attn[...] = adapter.alpha_dense[...] = jnp.asarray(options.gate)
+            for layer in (adapter.attn.to_out[0], adapter.ff.net[2]):
+                layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
+        node = tree
+        for part in path.split("."):
+            node = node.setdefault(int(part) if part.isdigit() else part, {})
+        node["face"] = split(adapter).arrays
+    return tree
+
+
+def encode_tokens(encoder: TransFace, crops: np.ndarray) -> Float[np.ndarray, "n t d"]:
+    """Face tokens of aligned uint8 crops, in chunks."""
+    parts: Split = split(encoder)
+
+    @jax.jit
+    def encode(batch):
+        return parts.module(parts.arrays).tokens(to_signed(batch))
+
+    return in_chunks(encode, crops)
+
+
+def _mean_gate(adapters: dict, name: str):
+    gates = [value for path, value in paths(adapters) if path.endswith(name)]
+    return jnp.abs(jnp.tanh(jnp.stack(gates).astype(jnp.float32))).mean()
