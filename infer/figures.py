@@ -1,0 +1,143 @@
+"""Pictures for reports: the grid of portraits, curves as SVG, images inside HTML."""
+
+import base64
+import html
+import io
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+AMPLIFY = 3
+"""How much stronger differences are shown than they are."""
+_GAP, _HEADER, _MARGIN = 6, 30, 76
+_INK, _FAINT = (38, 42, 52), (120, 126, 138)
+
+
+def difference(
+    a: UInt8[np.ndarray, "*batch h w 3"], b: UInt8[np.ndarray, "*batch h w 3"]
+) -> UInt8[np.ndarray, "*batch h w 3"]:
+    """How far two pictures are apart in each channel, ``AMPLIFY`` times, clipped."""
+    apart = AMPLIFY * np.abs(a.astype(np.int32) - b.astype(np.int32))
+    return np.minimum(apart, 255).astype(np.uint8)
+
+
+def enlarge(image: UInt8[np.ndarray, "h w 3"], factor: int) -> UInt8[np.ndarray, "H W 3"]:
+    """Larger by a whole factor, smoothly."""
+    size = (image.shape[1] * factor, image.shape[0] * factor)
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+
+
+def grid_picture(
+    columns: dict[str, UInt8[np.ndarray, "n h w 3"]], labels: Sequence[str], factor: int = 3
+) -> UInt8[np.ndarray, "H W 3"]:
+    """A column of pictures for each title, a row for each label, enlarged, on white."""
+    count, height, width, _ = next(iter(columns.values())).shape
+    height, width = height * factor, width * factor
+    size = (
+        _MARGIN + len(columns) * (width + _GAP) + _GAP,
+        _HEADER + count * (height + _GAP) + _GAP,
+    )
+    canvas = Image.new("RGB", size, "white")
+    brush = ImageDraw.Draw(canvas)
+    font = ImageFont.load_default(15)
+    small = ImageFont.load_default(12)
+    for row, label in enumerate(labels[:count]):
+        middle = _HEADER + row * (height + _GAP) + height // 2
+        lines = label.split("\n")
+        for i, line in enumerate(lines):
+            at = (_MARGIN // 2, middle + 16 * (i - (len(lines) - 1) / 2))
+            brush.text(at, line, fill=_FAINT, font=small, anchor="mm")
+    for column, (title, pictures) in enumerate(columns.items()):
+        left = _MARGIN + column * (width + _GAP)
+        brush.text((left + width // 2, _HEADER // 2), title, fill=_INK, font=font, anchor="mm")
+        for row, picture in enumerate(pictures):
+            tile = Image.fromarray(enlarge(picture, factor))
+            canvas.paste(tile, (left, _HEADER + row * (height + _GAP)))
+    return np.asarray(canvas)
+
+
+def data_uri(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
+    """A picture as the address of an <img>, lossless."""
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+class Series(NamedTuple):
+    """One line of a chart; values that are not finite are left out."""
+
+    name: str
+    colour: str
+    steps: Sequence[float]
+    values: Sequence[float]
+
+
+_WIDTH, _HEIGHT = 520, 220
+_LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 28, 26
+
+
+def svg_curves(title: str, series: Sequence[Series]) -> str:
+    """A chart over training steps as an <svg>: each value faint, their running mean strong."""
+    points = [
+        (line, [(x, y) for x, y in zip(line.steps, line.values, strict=True) if math.isfinite(y)])
+        for line in series
+    ]
+    points = [(line, found) for line, found in points if found]
+    parts = [
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">',
+        f"<title>{html.escape(title)}</title>",
+        f'<text x="{_LEFT}" y="16" class="title">{html.escape(title)}</text>',
+    ]
+    if not points:
+        return "".join([*parts, f'<text x="{_LEFT}" y="60">no values</text></svg>'])
+    xs = [x for _, found in points for x, _ in found]
+    ys = [y for _, found in points for _, y in found]
+    x_ticks, y_ticks = ticks(0.0, max(*xs, 1.0)), ticks(min(*ys, 0.0), max(ys))
+    low_y, high_y = y_ticks[0], y_ticks[-1]
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = x / x_ticks[-1]
+        up = (y - low_y) / (high_y - low_y)
+        return (
+            _LEFT + across * (_WIDTH - _LEFT - _RIGHT),
+            _HEIGHT - _BOTTOM - up * (_HEIGHT - _TOP - _BOTTOM),
+        )
+
+    for y in y_ticks:
+        level = place(0, y)[1]
+        parts.append(f'<path d="M{_LEFT} {level:.1f}H{_WIDTH - _RIGHT}" class="rule"/>')
+        parts.append(f'<text x="{_LEFT - 6}" y="{level + 4:.1f}" class="end">{y:g}</text>')
+    for x in x_ticks:
+        at = place(x, low_y)[0]
+        parts.append(f'<text x="{at:.1f}" y="{_HEIGHT - 8}" class="mid">{x:g}</text>')
+    for i, (line, found) in enumerate(points):
+        smooth = list(zip([x for x, _ in found], running_mean([y for _, y in found]), strict=True))
+        for way, style in ((found, 'class="raw"'), (smooth, 'class="mean"')):
+            path = "L".join("{:.1f} {:.1f}".format(*place(x, y)) for x, y in way)
+            parts.append(f'<path d="M{path}" stroke="{line.colour}" {style}/>')
+        name = html.escape(line.name)
+        parts.append(
+            f'<text x="{_WIDTH - _RIGHT}" y="{16 + 15 * i}" fill="{line.colour}" class="end">'
+            f"{name}</text>"
+        )
+    return "".join([*parts, "</svg>"])
+
+
+def running_mean(values: Sequence[float], reach: int = 4) -> list[float]:
+    """The mean of each value and up to ``reach`` on both sides of it."""
+    return [float(np.mean(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """Four to seven round numbers; the first is not above ``low``, the last not below ``high``."""
+    span = max(high - low, abs(high) * 1e-6, 1e-12)
+    rough = span / 4
+    unit = 10.0 ** math.floor(math.log10(rough))
+    step = next(m * unit for m in (1, 2, 2.5, 5, 10) if m * unit >= rough * (1 - 1e-9))
+    first = math.floor(low / step + 1e-9)
+    last = max(math.ceil(high / step - 1e-9), first + 1)
+    return [float(f"{i * step:.12g}") for i in range(first, last + 1)]

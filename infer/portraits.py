@@ -1,0 +1,41 @@
+"""Photos of made-up people as files, each with its points and head mask beside it."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fact_jax.errors import UserError
+from fact_jax.files import atomic_write
+from fact_jax.portraits import SPLITS, make_batch
+
+
+def write_portraits(split: str, people: int, photos: int, out: Path) -> list[Path]:
+    """Write ``PERSON-PHOTO.png``, ``.points.json`` and ``.mask.png``; gives the photos' paths.
+
+    The first people of a split; those of ``test`` are in no training set.
+    """
+    if not 1 <= people <= len(SPLITS[split]):
+        raise UserError(f"people must be 1 to {len(SPLITS[split])}, got {people}")
+    if not 1 <= photos <= 100:
+        raise UserError(f"photos must be 1 to 100, got {photos}")
+    ids = np.asarray(SPLITS[split][:people])
+    numbers = np.arange(photos)
+    batch = make_batch(np.repeat(ids, photos), (ids[:, None] * 1000 + numbers).reshape(-1))
+    paths = []
+    for i, image in enumerate(batch.images):
+        name = f"{batch.ids[i]:06d}-{i % photos}"
+        mask = np.rint(255 * batch.portrait.head_mask[i]).astype(np.uint8)
+        _save(mask, out / f"{name}.mask.png")
+        points = {"points": np.round(batch.portrait.points[i].astype(float), 3).tolist()}
+        with atomic_write(out / f"{name}.points.json") as temporary:
+            temporary.write_text(json.dumps(points) + "\n")
+        _save(image, out / f"{name}.png")
+        paths.append(out / f"{name}.png")
+    return paths
+
+
+def _save(pixels: np.ndarray, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG")
