@@ -13,6 +13,7 @@ from fact_jax.models.layers import Attention, FeedForward, layer_norm
 FaceKeys = tuple[Float[Array, "b m c"], Float[Array, "b m c"]]
 """Keys and values of the face tokens in one block; they depend on neither latents nor time."""
 Scale = float | Float[Array, ""] | Float[Array, " b"]
+"""The adapter's strength: one for all samples, or one a sample."""
 
 
 class FaceAdapter(nnx.Module):
@@ -48,7 +49,7 @@ class FaceAdapter(nnx.Module):
         mixed = self.attn.attend(visual, keys, values)
         first = scale * jnp.tanh(self.alpha_attn[...]).astype(x.dtype) * mixed
         hidden = x + first
-        second = scale * jnp.tanh(self.alpha_dense[...]).astype(x.dtype) * self.ff(
-            self.norm2(hidden)
+        second = (
+            scale * jnp.tanh(self.alpha_dense[...]).astype(x.dtype) * self.ff(self.norm2(hidden))
         )
         return hidden + second, first + second

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from fact_jax.attention import attention
 from fact_jax.errors import UserError
@@ -55,11 +56,12 @@ def merge_heads(x: Float[Array, "b n h d"]) -> Float[Array, "b n c"]:
     return x.reshape(*x.shape[:-2], -1)
 
 
-def timestep_embedding(timesteps: Float[Array, " b"], dim: int) -> Float[Array, "b d"]:
+def timestep_embedding(timesteps: Real[Array, " b"], dim: int) -> Float[Array, "b d"]:
     """Sinusoidal embedding, cosines first, as Stable Diffusion 1.5 has it."""
     half = dim // 2
-    frequencies = jnp.exp(-jnp.log(10000.0) * jnp.arange(half, dtype=jnp.float32) / half)
-    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    # In double precision: a timestep multiplies a frequency's rounding by up to a thousand.
+    frequencies = np.exp(-np.log(10000.0) * np.arange(half) / half)
+    angles = timesteps.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

@@ -63,9 +63,7 @@ class PerceiverAttention(nnx.Module):
         self, tokens: Float[Array, "b n d"], latents: Float[Array, "b m d"]
     ) -> Float[Array, "b m d"]:
         tokens, latents = self.norm1(tokens), self.norm2(latents)
-        keys, values = jnp.split(
-            self.to_kv(jnp.concatenate([tokens, latents], axis=1)), 2, axis=-1
-        )
+        keys, values = jnp.split(self.to_kv(jnp.concatenate([tokens, latents], axis=1)), 2, axis=-1)
         q, k, v = (split_heads(a, self.heads) for a in (self.to_q(latents), keys, values))
         return self.to_out(merge_heads(attention(q, k, v)))
 

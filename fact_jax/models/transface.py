@@ -46,9 +46,7 @@ class TransFaceConfig:
     @classmethod
     def mini(cls) -> "TransFaceConfig":
         """The miniature: 48 x 48 crops, 6 x 6 tokens."""
-        return cls(
-            img_size=48, patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=128
-        )
+        return cls(img_size=48, patch_size=8, embed_dim=128, depth=4, num_heads=4, num_classes=128)
 
     @property
     def tokens(self) -> int:
@@ -61,7 +59,12 @@ class TransFaceConfig:
         check_peer_config(
             "transface",
             config,
-            {"norm_layer": ("ln",), "qkv_bias": (False,), "mlp_ratio": (4, 4.0), "in_channels": (3,)},
+            {
+                "norm_layer": ("ln",),
+                "qkv_bias": (False,),
+                "mlp_ratio": (4, 4.0),
+                "in_channels": (3,),
+            },
         )
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: config[name] for name in names if name in config})
@@ -173,5 +176,10 @@ class TransFace(nnx.Module):
 
 def _batch_norm(dim: int, rngs: nnx.Rngs) -> nnx.BatchNorm:
     return nnx.BatchNorm(
-        dim, use_running_average=True, momentum=0.9, epsilon=2e-5, use_fast_variance=False, rngs=rngs
+        dim,
+        use_running_average=True,
+        momentum=0.9,
+        epsilon=2e-5,
+        use_fast_variance=False,
+        rngs=rngs,
     )

@@ -7,12 +7,12 @@ their scale are arguments of the call.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Real
 
 from fact_jax.errors import UserError
 from fact_jax.models.adapter import FaceAdapter, FaceKeys, Scale
@@ -29,6 +29,8 @@ from fact_jax.models.layers import (
     timestep_embedding,
 )
 
+AllFaceKeys = tuple[tuple[Float[Array, "b m _"], Float[Array, "b m _"]], ...]
+"""The adapters' keys and values in call order; each block has a width of its own."""
 OnIncrement = Callable[[Float[Array, "b n c"], Float[Array, "b n c"], tuple[int, int]], Any]
 
 _SUPPORTED = {
@@ -148,17 +150,8 @@ class UNetConfig:
         }
 
 
-_SHARED_KEYS = (
-    "sample_size",
-    "in_channels",
-    "out_channels",
-    "block_out_channels",
-    "layers_per_block",
-    "cross_attention_dim",
-    "norm_num_groups",
-    "norm_eps",
-    "use_linear_projection",
-)
+_OWN_KEYS = ("down_attention", "up_attention", "heads", "face_dim")
+_SHARED_KEYS = [f.name for f in dataclasses.fields(UNetConfig) if f.name not in _OWN_KEYS]
 
 
 def _attention_flags(config: Mapping, key: str, names: dict, default: tuple) -> tuple[bool, ...]:
@@ -177,9 +170,7 @@ def _name(names: dict[str, bool], flag: bool) -> str:
 class _FaceContext:
     """What a pass through the UNet carries for the adapters: their keys, scale, and results."""
 
-    def __init__(
-        self, keys: tuple[FaceKeys, ...], scale: Scale, on_increment: OnIncrement | None
-    ):
+    def __init__(self, keys: AllFaceKeys, scale: Scale, on_increment: OnIncrement | None):
         self.keys: Iterator[FaceKeys] = iter(keys)
         self.scale = scale
         self.on_increment = on_increment
@@ -235,10 +226,11 @@ class Block(nnx.Module):
     def __init__(
         self,
         widths: list[tuple[int, int]],
-        heads: int | None,
         config: UNetConfig,
         *,
-        resample: str | None = None,
+        transformers: int,
+        heads: int,
+        resample: Literal["down", "up"] | None = None,
         rngs: nnx.Rngs,
     ):
         time_dim = 4 * config.block_out_channels[0]
@@ -249,23 +241,17 @@ class Block(nnx.Module):
                 for i, o in widths
             ]
         )
-        outputs = widths[-1][1]
-        # The middle block has one transformer fewer than residual blocks.
-        transformers = len(widths) - (resample == "middle")
-        self.attentions = (
-            nnx.List(
-                [SpatialTransformer(outputs, heads, config, rngs=rngs) for _ in range(transformers)]
-            )
-            if heads
-            else None
+        width = widths[-1][1]
+        self.attentions = nnx.List(
+            [SpatialTransformer(width, heads, config, rngs=rngs) for _ in range(transformers)]
         )
-        if resample == "down":
-            self.downsamplers = nnx.List([Downsample(outputs, (1, 1), rngs=rngs)])
-        elif resample == "up":
-            self.upsamplers = nnx.List([Upsample(outputs, rngs=rngs)])
+        down, up = resample == "down", resample == "up"
+        self.downsamplers = nnx.List([Downsample(width, (1, 1), rngs=rngs)] if down else [])
+        self.upsamplers = nnx.List([Upsample(width, rngs=rngs)] if up else [])
 
     def attend(self, index: int, x, text, face: _FaceContext | None):
-        return x if self.attentions is None else self.attentions[index](x, text, face)
+        """Apply the transformer of this index, if the block has transformers."""
+        return self.attentions[index](x, text, face) if len(self.attentions) else x
 
 
 class TimeEmbedding(nnx.Module):
@@ -289,7 +275,11 @@ class UNet(nnx.Module):
         self.time_embedding = TimeEmbedding(widths[0], 4 * widths[0], rngs=rngs)
         self.down_blocks = nnx.List(_down_blocks(config, rngs))
         self.mid_block = Block(
-            [(widths[-1], widths[-1])] * 2, config.heads[-1], config, resample="middle", rngs=rngs
+            [(widths[-1], widths[-1])] * 2,
+            config,
+            transformers=1,
+            heads=config.heads[-1],
+            rngs=rngs,
         )
         self.up_blocks = nnx.List(_up_blocks(config, rngs))
         self.conv_norm_out = group_norm(widths[0], groups, config.norm_eps, rngs=rngs)
@@ -301,11 +291,11 @@ class UNet(nnx.Module):
         named += [("mid_block", self.mid_block)]
         named += [(f"up_blocks.{i}", block) for i, block in enumerate(self.up_blocks)]
         for path, block in named:
-            for j, transformer in enumerate(block.attentions or ()):
+            for j, transformer in enumerate(block.attentions):
                 for k, inner in enumerate(transformer.transformer_blocks):
                     yield f"{path}.attentions.{j}.transformer_blocks.{k}", inner
 
-    def face_keys(self, face: Float[Array, "b m f"]) -> tuple[FaceKeys, ...]:
+    def face_keys(self, face: Float[Array, "b m f"]) -> AllFaceKeys:
         """Keys and values of the face tokens in every adapted block, in call order.
 
         Pass the result as ``face`` to the calls of a whole generation.
@@ -317,14 +307,15 @@ class UNet(nnx.Module):
     def __call__(
         self,
         latents: Float[Array, "b h w c"],
-        timesteps: Int[Array, "*b"] | Float[Array, "*b"],
+        timesteps: Real[Array, ""] | Real[Array, " b"],
         text: Float[Array, "b n d"],
-        face: Float[Array, "b m f"] | tuple[FaceKeys, ...] | None = None,
+        face: Float[Array, "b m f"] | AllFaceKeys | None = None,
         face_scale: Scale = 1.0,
         on_increment: OnIncrement | None = None,
     ) -> Float[Array, "b h w o"] | tuple[Float[Array, "b h w o"], tuple]:
         """Predict the noise (or velocity) in ``latents`` (height and width of any size).
 
+        ``timesteps`` are whole or fractional, one for all samples or one a sample.
         ``face`` are face tokens or the result of :meth:`face_keys`; None leaves the adapters out.
         ``face_scale`` is a number or one a sample. With ``on_increment(x, delta, (h, w))``, called
         in every adapted block with its input and the increment it adds, the results come back as
@@ -344,19 +335,18 @@ class UNet(nnx.Module):
             for j, resnet in enumerate(block.resnets):
                 x = block.attend(j, resnet(x, time), text, context)
                 skips.append(x)
-            for sampler in getattr(block, "downsamplers", ()):
+            for sampler in block.downsamplers:
                 x = sampler(x)
                 skips.append(x)
 
-        x = self.mid_block.resnets[0](x, time)
-        for j, resnet in enumerate(list(self.mid_block.resnets)[1:]):
-            x = resnet(self.mid_block.attend(j, x, text, context), time)
+        first, last = self.mid_block.resnets
+        x = last(self.mid_block.attend(0, first(x, time), text, context), time)
 
         for block in self.up_blocks:
             for j, resnet in enumerate(block.resnets):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
                 x = block.attend(j, resnet(x, time), text, context)
-            for sampler in getattr(block, "upsamplers", ()):
+            for sampler in block.upsamplers:
                 x = sampler(x, skips[-1].shape[1:3])
 
         out = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
@@ -368,9 +358,16 @@ def _down_blocks(config: UNetConfig, rngs: nnx.Rngs) -> list[Block]:
     for level, width in enumerate(config.block_out_channels):
         widths = [(previous if j == 0 else width, width) for j in range(config.layers_per_block)]
         last = level == len(config.block_out_channels) - 1
-        heads = config.heads[level] if config.down_attention[level] else None
-        resample = None if last else "down"
-        blocks.append(Block(widths, heads, config, resample=resample, rngs=rngs))
+        blocks.append(
+            Block(
+                widths,
+                config,
+                transformers=len(widths) * config.down_attention[level],
+                heads=config.heads[level],
+                resample=None if last else "down",
+                rngs=rngs,
+            )
+        )
         previous = width
     return blocks
 
@@ -383,13 +380,18 @@ def _up_blocks(config: UNetConfig, rngs: nnx.Rngs) -> list[Block]:
         beside = outputs[min(level + 1, len(outputs) - 1)]  # the narrowest of the skips
         layers = config.layers_per_block + 1
         widths = [
-            (
-                (below if j == 0 else width) + (beside if j == layers - 1 else width),
-                width,
-            )
+            ((below if j == 0 else width) + (beside if j == layers - 1 else width), width)
             for j in range(layers)
         ]
         last = level == len(outputs) - 1
-        heads = config.heads[::-1][level] if config.up_attention[level] else None
-        blocks.append(Block(widths, heads, config, resample=None if last else "up", rngs=rngs))
+        blocks.append(
+            Block(
+                widths,
+                config,
+                transformers=layers * config.up_attention[level],
+                heads=config.heads[::-1][level],
+                resample=None if last else "up",
+                rngs=rngs,
+            )
+        )
     return blocks

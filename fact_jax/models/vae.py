@@ -53,13 +53,16 @@ class VAEConfig:
 
     @classmethod
     def mini(cls) -> "VAEConfig":
-        """The miniature: 64 x 64 pictures, 8 x 8 x 16 latents; narrow where pixels are many."""
+        """The miniature: 64 x 64 pictures, 8 x 8 x 16 latents; narrow where pixels are many.
+
+        Few groups: a group of one narrow channel would lose its mean, and the picture its colours.
+        """
         return cls(
             sample_size=64,
             latent_channels=16,
-            block_out_channels=(8, 16, 48, 96),
+            block_out_channels=(16, 16, 48, 96),
             layers_per_block=1,
-            norm_num_groups=8,
+            norm_num_groups=2,
             scaling_factor=1.0,
         )
 
@@ -115,10 +118,7 @@ class MiddleBlock(nnx.Module):
 
     def __init__(self, channels: int, groups: int, *, rngs: nnx.Rngs):
         self.resnets = nnx.List(
-            [
-                ResnetBlock(channels, channels, groups=groups, eps=_EPS, rngs=rngs)
-                for _ in range(2)
-            ]
+            [ResnetBlock(channels, channels, groups=groups, eps=_EPS, rngs=rngs) for _ in range(2)]
         )
         self.attentions = nnx.List([PixelAttention(channels, groups, rngs=rngs)])
 
@@ -172,9 +172,7 @@ class Encoder(nnx.Module):
                     config.layers_per_block,
                     groups,
                     # diffusers pads the VAE's strided convolutions on the far sides only.
-                    resampler=Downsample(width, (0, 1), rngs=rngs)
-                    if i < len(widths) - 1
-                    else None,
+                    resampler=Downsample(width, (0, 1), rngs=rngs) if i < len(widths) - 1 else None,
                     rngs=rngs,
                 )
                 for i, width in enumerate(widths)

@@ -1,0 +1,24 @@
+"""What every test shares: JAX on the CPU, and the golden files of the released code."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import numpy as np
+import pytest
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Tensors of a golden file whose keys start with a prefix, and the file's metadata."""
+    from safetensors import safe_open
+
+    def read(name: str, prefix: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+        with safe_open(GOLDEN / f"{name}.safetensors", framework="numpy") as opened:
+            keys = [key for key in opened.keys() if key.startswith(prefix)]  # noqa: SIM118
+            return {k.removeprefix(prefix): opened.get_tensor(k) for k in keys}, opened.metadata()
+
+    return read
