@@ -72,6 +72,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
         (length,) = struct.unpack("<Q", handle.read(8))
         header = json.loads(handle.read(length))
     header.pop("__metadata__", None)
+    _check_names(path, header)
     start = 8 + length
     data = np.memmap(path, np.uint8, "r") if path.stat().st_size > start else b""
     state = {}
@@ -115,8 +116,21 @@ def read_pickle(path: str | os.PathLike) -> State:
         raise UserError(f"{path}: holds no dictionary of tensors but a {type(held).__name__}")
     wrong = [str(k) for k, v in held.items() if not (isinstance(k, str) and torch.is_tensor(v))]
     if wrong:
-        raise UserError(f"{path}: not a flat dictionary of tensors: {', '.join(wrong)}")
-    return {key: _from_torch(tensor) for key, tensor in held.items()}
+        raise UserError(f"{path}: not a flat dictionary of tensors: {', '.join(map(ascii, wrong))}")
+    _check_names(path, held)
+    state = {}
+    for key, tensor in held.items():
+        try:
+            state[key] = _from_torch(tensor)
+        except (TypeError, RuntimeError) as err:
+            raise UserError(f"{path}: {key} is {tensor.dtype}, {tensor.layout}: {err}") from err
+    return state
+
+
+def _check_names(path: Path, keys: Iterable[str]) -> None:
+    # Keys are shown at the terminal: nothing in them may steer it.
+    if odd := [key for key in keys if not key.isprintable()]:
+        raise UserError(f"{path}: has keys that are no names: {', '.join(map(ascii, odd))}")
 
 
 def _from_torch(tensor) -> np.ndarray:

@@ -45,6 +45,8 @@ def test_help_is_quick(command):
             check=True,
         )
         fastest = min(fastest, time.perf_counter() - start)
+        if fastest < 1:
+            break
     assert "usage: fact-convert" in done.stdout
     assert fastest < 1
 

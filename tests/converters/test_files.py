@@ -64,6 +64,12 @@ def test_truncated_safetensors(state, tmp_path, cut):
         readers.read_safetensors(file)
 
 
+def test_a_key_that_would_steer_the_terminal(tmp_path):
+    save_file({"a\x1b[2J": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"keys that are no names: 'a\\x1b\[2J'"):
+        readers.read_safetensors(tmp_path / "x.safetensors")
+
+
 def test_a_header_that_claims_more_than_there_is(tmp_path):
     file = tmp_path / "x.safetensors"
     file.write_bytes(struct.pack("<Q", 2**40) + b"{}")
@@ -133,8 +139,10 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, layout):
 def test_pickles_that_are_no_states(tmp_path):
     for name, held, reason in (
         ("list", [torch.ones(1)], "no dictionary of tensors but a list"),
-        ("nested", {"state": {"a": torch.ones(1)}}, "not a flat dictionary of tensors: state"),
+        ("nested", {"state": {"a": torch.ones(1)}}, "not a flat dictionary of tensors: 'state'"),
         ("empty", {}, "no dictionary of tensors"),
+        ("odd", {"a\nb": torch.ones(1)}, r"keys that are no names: 'a\\nb'"),
+        ("sparse", {"a": torch.eye(3).to_sparse()}, "a is torch.float32, torch.sparse_coo"),
     ):
         torch.save(held, tmp_path / name)
         with pytest.raises(UserError, match=reason):
