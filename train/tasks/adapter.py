@@ -14,7 +14,15 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Float, Int
 
-from converters import Pipeline, load_encoder, load_pipeline, save_adapter, tokenize
+from converters import (
+    Pipeline,
+    attach_adapter,
+    load_adapter,
+    load_encoder,
+    load_pipeline,
+    save_adapter,
+    tokenize,
+)
 from fact_jax.curriculum import Drop, Stage, draw_drop, draw_shuffle, stage_values
 from fact_jax.errors import UserError
 from fact_jax.face import resize_area
@@ -28,7 +36,7 @@ from fact_jax.portraits import contact_sheet
 from fact_jax.samplers import sample_ddim
 from fact_jax.schedules import add_noise, training_target
 from train.config import TrainConfig
-from train.partition import assert_covers, merge, paths
+from train.partition import assert_covers, merge, paths, split_by_paths
 from train.tasks.common import (
     ShuffledRows,
     Split,
@@ -52,7 +60,8 @@ class AdapterOptions:
     ``start`` is how the adapter begins as exactly nothing: ``zero_gates`` as released, or
     ``zero_projections``, whose gates stand at ``gate`` and whose two output projections are zero.
     ``region`` is where FAIR lets the adapter work; ``face_weight`` is that region's extra weight
-    in the error.
+    in the error. With ``weights``, an adapter file, training goes on from its adapters and its
+    resampler instead.
     """
 
     base: str = "miniature/base"
@@ -64,6 +73,7 @@ class AdapterOptions:
     drop: Drop = DEFAULT_DROP
     start: Literal["zero_gates", "zero_projections"] = "zero_projections"
     gate: float = 1.0
+    weights: str | None = None
     region: Literal["head", "face"] = "head"
     face_weight: float = 0.0
 
@@ -78,18 +88,21 @@ class AdapterTask:
         self.encoder: TransFace = load_encoder(self.options.encoder)
         self._check_widths()
         rngs = nnx.Rngs(config.seed)
-        base = split(self.pipeline.unet)
         self.face_dim = self.options.resampler.output_dim
         unet_config = dataclasses.replace(self.pipeline.unet.config, face_dim=self.face_dim)
         self.graph, shapes = nnx.split(nnx.eval_shape(lambda: UNet(unet_config, rngs=nnx.Rngs(0))))
-        self.adapters = new_adapters(self.pipeline.unet, self.options, rngs)
-        self.base = base.arrays
+        if self.options.weights is None:
+            self.adapters = new_adapters(self.pipeline.unet, self.options, rngs)
+            self.base = split(self.pipeline.unet).arrays
+            resampler = Resampler(self.options.resampler, rngs=rngs)
+        else:
+            self.adapters, self.base, resampler = read_adapters(self.pipeline.unet, self.options)
         names = [
             {name for name, _ in paths(tree)}
             for tree in (nnx.to_pure_dict(shapes), self.adapters, self.base)
         ]
         assert_covers(*names)
-        self.resampler = split(Resampler(self.options.resampler, rngs=rngs))
+        self.resampler = split(resampler)
         self.text_encoder = split(self.pipeline.text_encoder)
         self.size = self.pipeline.unet.config.sample_size * self.pipeline.vae.config.downscale
         self._sample = jax.jit(self._generate)
@@ -239,6 +252,18 @@ def new_adapters(unet: UNet, options: AdapterOptions, rngs: nnx.Rngs) -> dict:
             node = node.setdefault(int(part) if part.isdigit() else part, {})
         node["face"] = split(adapter).arrays
     return tree
+
+
+def read_adapters(unet: UNet, options: AdapterOptions) -> tuple[dict, dict, Resampler]:
+    """Arrays of the adapters in ``options.weights``, arrays of the base, and the resampler."""
+    adapter = load_adapter(options.weights)
+    if adapter.resampler.config != options.resampler:
+        raise UserError(
+            f"{options.weights} has a resampler of another size ({adapter.resampler.config}) than "
+            f"options.resampler ({options.resampler}): set options.resampler to it"
+        )
+    adapted = split(attach_adapter(unet, adapter)).arrays
+    return *split_by_paths(adapted, ["(^|/)face/"]), adapter.resampler
 
 
 def encode_tokens(encoder: TransFace, crops: np.ndarray) -> Float[np.ndarray, "n t d"]:
