@@ -76,15 +76,14 @@ def _sentence(text: str) -> str:
     return text[0].upper() + text[1:]
 
 
-def _portraits(arguments: argparse.Namespace) -> int:
+def _portraits(arguments: argparse.Namespace) -> None:
     from infer.portraits import write_portraits
 
     for path in write_portraits(arguments.split, arguments.people, arguments.photos, arguments.out):
         print(path)
-    return 0
 
 
-def _evaluate(arguments: argparse.Namespace) -> int:
+def _evaluate(arguments: argparse.Namespace) -> None:
     from fact_jax.fact import Guidance
     from infer import evaluate
     from infer.flax_pipeline import FlaxPipeline
@@ -107,10 +106,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     measures = evaluate.measure(judges, people, pictures)
     about = evaluate.describe(pipeline, people, settings, arguments.seed)
     print(evaluate.save(arguments.out, about, measures, people, pictures), end="")
-    return 0
 
 
-def _report(arguments: argparse.Namespace) -> int:
+def _report(arguments: argparse.Namespace) -> None:
     from infer.report import Sources, write_report
 
     sources = Sources(
@@ -125,4 +123,3 @@ def _report(arguments: argparse.Namespace) -> int:
     )
     for path in write_report(sources, arguments.out):
         print(path)
-    return 0

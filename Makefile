@@ -1,0 +1,45 @@
+# make demo: the whole path, from portraits to a report.     make demo-scratch: trains from nothing.
+# make test, make test-slow, make lint.  Each builds .venv first if it is missing.
+# Another Python: make PYTHON=python3.12 demo.  PyTorch of PyPI, with CUDA: make TORCH_INDEX= demo.
+
+PYTHON ?= python3
+TORCH = torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-compile
+
+.PHONY: demo demo-scratch test test-slow lint clean
+
+demo: .venv/installed
+	$(BIN)/python demo.py
+
+demo-scratch: .venv/installed
+	$(BIN)/python demo.py --scratch
+
+test: .venv/installed
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow"
+
+test-slow: .venv/installed
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
+
+lint: .venv/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+# The stamp holds how many seconds it took, for the demo's report. PyTorch comes first and without
+# CUDA, which would be several GB: from where pip looks anyhow, from PyTorch's own index, or else
+# whatever PyPI has for this system.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info < (3, 13) else "error: Python 3.11 or 3.12 is needed: make PYTHON=python3.11")'
+	@echo "building .venv: a few minutes, once"
+	$(PYTHON) -m venv .venv
+	@date +%s > .venv/began
+	{ test -n "$(TORCH_INDEX)" && { \
+	  $(PIP) -c constraints.txt "$(TORCH)+cpu" 2> /dev/null \
+	  || $(PIP) -c constraints.txt "$(TORCH)+cpu" --extra-index-url "$(TORCH_INDEX)"; }; } \
+	|| $(PIP) -c constraints.txt "$(TORCH)"
+	$(PIP) -c constraints.txt -e '.[dev]'
+	@echo $$(( $$(date +%s) - $$(cat .venv/began) )) > $@
+
+clean:
+	rm -rf demo .venv build *.egg-info
