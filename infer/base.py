@@ -26,8 +26,9 @@ _SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Base:
-    """The facts of a base model's folder that a request depends on."""
+    """The facts of a base model that a request depends on; ``name`` is what it was asked for by."""
 
+    name: str
     folder: Path
     unet: UNetConfig
     vae: VAEConfig
@@ -72,6 +73,7 @@ def read_base(name: str | os.PathLike) -> Base:
         raise UserError(f"{folder}: not a whole diffusers pipeline: it has no {', '.join(absent)}")
     longest = read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
     return Base(
+        name=str(name),
         folder=folder,
         unet=_config(folder / "unet" / "config.json", UNetConfig),
         vae=_config(folder / "vae" / "config.json", VAEConfig),

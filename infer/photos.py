@@ -4,8 +4,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
+from PIL import Image
 
-from fact_jax.face import PreparedFace, prepare_photo
+from fact_jax.face import PreparedFace, draw_face, prepare_photo
 from infer.request import Photo
 
 
@@ -28,3 +29,11 @@ def prepare_crops(
     """The crops of all photos, and the lines that the user should see about them."""
     faces = [prepare(photo, size) for photo in photos]
     return np.stack([face.crop for face in faces]), [note for face in faces for note in face.notes]
+
+
+def show(face: PreparedFace) -> UInt8[np.ndarray, "h w 3"]:
+    """The photo with points and mask, and beside it the crop, as high as the photo."""
+    drawn = draw_face(face.image, face.points, face.mask)
+    side = len(drawn)
+    crop = Image.fromarray(face.crop).resize((side, side), Image.Resampling.BICUBIC)
+    return np.concatenate([drawn, np.asarray(crop)], axis=1)

@@ -1,0 +1,108 @@
+"""Pictures as PNG files that say how they were made."""
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image, PngImagePlugin
+
+from fact_jax.errors import UserError
+from fact_jax.files import atomic_write
+from infer.base import Base
+from infer.request import Request
+
+_NAME_LENGTH = 60
+
+
+def parameters(
+    request: Request, prompt: str, seed: int, base: Base, **files: object
+) -> dict[str, Any]:
+    """Everything that one picture of a request was made from, ready for JSON.
+
+    ``files`` name what the request does not hold: adapter, encoder, backend, precision.
+    """
+    height, width = (side * base.vae.downscale for side in base.latent_size(request))
+    faced = {"guidance": request.guidance.text}
+    if request.photos:
+        faced["face"] = {
+            "photos": [photo.path.name for photo in request.photos],
+            **{k: v for k, v in dataclasses.asdict(request.guidance).items() if k != "text"},
+        }
+    return {
+        "prompt": prompt,
+        "negative": request.negative,
+        "seed": seed,
+        "sampler": request.sampler,
+        "steps": request.steps,
+        "height": height,
+        "width": width,
+        **faced,
+        "base": base.name,
+        **{name: value if value is None else str(value) for name, value in files.items()},
+    }
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """The same for a person: the prompts on lines of their own, the rest as ``name: value``."""
+    lines = [str(values["prompt"])]
+    if values["negative"]:
+        lines.append(f"Negative prompt: {values['negative']}")
+    rest = {k: v for k, v in values.items() if k not in ("prompt", "negative") and v is not None}
+    rest |= {f"face {k}": v for k, v in rest.pop("face", {}).items() if v is not None}
+    return "\n".join([*lines, ", ".join(f"{k}: {_plain(v)}" for k, v in rest.items())])
+
+
+def _plain(value: object) -> str:
+    return " + ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def save_picture(
+    image: UInt8[np.ndarray, "h w 3"], folder: str | os.PathLike, values: Mapping[str, Any]
+) -> Path:
+    """Write a picture to ``folder`` under its prompt and seed, and return its path.
+
+    A name that is taken gets a number: nothing is ever overwritten. The PNG's text holds
+    ``parameters`` for people and ``fact_jax`` as JSON.
+    """
+    words = re.sub(r"[^\w]+", "-", str(values["prompt"]).lower()).strip("-")[:_NAME_LENGTH]
+    name = f"{words.rstrip('-') or 'picture'}-seed{values['seed']}"
+    text = {"parameters": describe(values), "fact_jax": json.dumps(values, ensure_ascii=False)}
+    path = _free_name(Path(folder), name)
+    save_png(image, path, text)
+    return path
+
+
+def save_png(
+    image: UInt8[np.ndarray, "h w 3"], path: str | os.PathLike, text: Mapping[str, str]
+) -> None:
+    """Write a PNG with text metadata, whole or not at all."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    with atomic_write(path) as temporary:
+        Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
+
+
+def _free_name(folder: Path, name: str) -> Path:
+    """The first path that no file has."""
+    number = 1
+    while (path := folder / f"{name}{f'-{number}' if number > 1 else ''}.png").exists():
+        number += 1
+    return path
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Raises UserError unless pictures could be written to ``folder``, which need not be there."""
+    there = Path(folder).absolute()
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"{folder}: {there} is not a folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{folder}: no permission to write in {there}")

@@ -1,0 +1,126 @@
+"""The two backends draw the same picture from the same request, and the adapter's controls hold."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from fact_jax.fact import Guidance
+from infer.flax_pipeline import FlaxPipeline
+from infer.photos import prepare_crops
+from infer.request import Photo, Request
+from infer.torch_pipeline import TorchPipeline
+
+# Mean difference of 8-bit pictures; the rest is rounding of the two libraries' sums.
+SAME = 1.0
+OTHER = 3.0
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """The pictures are tiny: compiling well costs more than it saves."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def flax(files):
+    return FlaxPipeline.load(files.base, files.adapter, files.encoder)
+
+
+@pytest.fixture(scope="module")
+def torch(files):
+    return TorchPipeline.load(files.base, files.adapter, files.encoder)
+
+
+@pytest.fixture(scope="module")
+def crops(files):
+    return prepare_crops([Photo(path=files.photo), Photo(path=files.other_photo)], 32)[0]
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> float:
+    assert one.shape == other.shape
+    return float(np.abs(one.astype(float) - other).mean())
+
+
+def request(**changes) -> Request:
+    plain = {"prompts": ("a smiling woman",), "seeds": (3,), "sampler": "ddim", "steps": 3}
+    return Request(**(plain | {"guidance": Guidance(text=3.0)} | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "photos"),
+    [
+        # Two prompts, two seeds, a wide picture, two photos of the person.
+        (
+            {
+                "prompts": ("a smiling woman", "a man in a red coat"),
+                "seeds": (3, 4),
+                "negative": "blurred",
+                "height": 16,
+                "width": 40,
+            },
+            2,
+        ),
+        # The multistep sampler calls the UNet once more than it steps.
+        (
+            {
+                "sampler": "pndm",
+                "steps": 5,
+                "guidance": Guidance(
+                    text=4.0, negative_face="same", face_scale=0.7, start=0.2, stop=0.8
+                ),
+            },
+            1,
+        ),
+        # The face has a guidance of its own, and is silent at first.
+        ({"sampler": "euler", "guidance": Guidance(text=3.0, face=2.0, start=0.3)}, 1),
+        # No guidance at all: one branch.
+        ({"sampler": "dpmpp_2m", "steps": 4, "guidance": Guidance(text=1.0, stop=0.5)}, 1),
+    ],
+    ids=["ddim", "pndm", "euler", "dpmpp_2m"],
+)
+def test_same_picture(flax, torch, crops, changes, photos):
+    asked = request(**changes)
+    ours, theirs = (p.generate(asked, crops[:photos]) for p in (flax, torch))
+    assert ours.dtype == np.uint8
+    assert len(ours) == len(asked.pictures())
+    assert difference(ours, theirs) <= SAME
+    without = dataclasses.replace(asked.guidance, face_scale=0.0)
+    base = torch.generate(dataclasses.replace(asked, guidance=without), crops[:photos])
+    assert difference(theirs, base) > OTHER
+
+
+def test_torch_controls(files, torch, crops):
+    """What the controls promise, in the backend that needs no compilation."""
+    plain = TorchPipeline.load(files.base)
+    base = plain.generate(request())
+    one = torch.generate(request(), crops[:1])
+    assert difference(one, base) > OTHER
+    assert difference(torch.generate(request(), crops[1:]), one) > OTHER
+    nothing = Guidance(text=3.0, start=0.5, stop=0.5)
+    silent = torch.generate(request(guidance=nothing), crops[:1])
+    np.testing.assert_array_equal(silent, base)
+    same = torch.generate(request(guidance=Guidance(text=3.0, negative_face="same")), crops[:1])
+    assert (same != one).any()
+    # A face guidance equal to the text's is the two branches of null face.
+    third = torch.generate(request(guidance=Guidance(text=3.0, face=3.0)), crops[:1])
+    assert difference(third, one) <= SAME
+
+
+def test_flax_window_of_nothing_is_the_base(files, flax, crops):
+    nothing = request(steps=1, guidance=Guidance(text=1.0, start=1.0))
+    base = FlaxPipeline.load(files.base).generate(nothing)
+    np.testing.assert_array_equal(flax.generate(nothing, crops[:1]), base)
+
+
+def test_stochastic_samplers_repeat_by_seed_in_any_batch(flax, crops):
+    """A picture's seed is all that it needs: the noise on the way is its own."""
+    asked = request(sampler="lcm", steps=2, seeds=(7, 8), guidance=Guidance(text=1.0))
+    together = flax.generate(asked, crops[:1])
+    one_by_one = flax.generate(asked, crops[:1], batch=1)
+    assert difference(together, one_by_one) <= SAME
+    assert difference(together[:1], together[1:]) > OTHER

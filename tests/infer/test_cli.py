@@ -1,0 +1,188 @@
+"""fact-infer as a person meets it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fact_jax.samplers import SAMPLERS
+from infer.cli import main
+
+
+@pytest.fixture
+def arguments(files, tmp_path):
+    """A whole command line for one small picture."""
+    return [
+        "generate",
+        *("--base", str(files.base)),
+        *("--adapter", str(files.adapter)),
+        *("--encoder", str(files.encoder)),
+        *("--photo", str(files.photo)),
+        *("--prompt", "a smiling woman"),
+        *("--sampler", "ddim"),
+        *("--steps", "2"),
+        *("--guidance", "3"),
+        *("--out", str(tmp_path / "out")),
+    ]
+
+
+def replaced(arguments: list[str], option: str, value: str | None) -> list[str]:
+    at = arguments.index(option)
+    return arguments[:at] + ([] if value is None else [option, value]) + arguments[at + 2 :]
+
+
+@pytest.mark.parametrize("command", ["", "generate", "face"])
+def test_help_imports_nothing_slow(command):
+    code = (
+        "import sys; from infer.cli import main\n"
+        "try: main(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "assert not {'jax', 'numpy', 'torch', 'PIL'} & set(sys.modules), sys.modules.keys()"
+    )
+    words = [command, "--help"] if command else ["--help"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: fact-infer" in done.stdout
+    if command == "generate":
+        assert ", ".join(SAMPLERS) in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("backend", ["flax", "torch"])
+def test_generate(arguments, backend, files, tmp_path, capsys):
+    words = " ".join(["smiling"] * 90)
+    changed = replaced(arguments, "--prompt", words)
+    options = ["--backend", backend, "--count", "2", "--seed", "5", "--face-scale", "0.5"]
+    assert main(changed + options) == 0
+    out, err = capsys.readouterr()
+    paths = [tmp_path / "out" / name.rsplit("/")[-1] for name in out.split()]
+    assert [str(path) for path in paths] == out.split()
+    assert len(paths) == 2
+    cut = " ".join(["smiling"] * 15)
+    assert f"warning: prompt longer than 77 tokens: cut '{cut}'" in err.splitlines()
+    assert f"note: {files.photo}: head from an ellipse fitted to the points" in err.splitlines()
+    with Image.open(paths[1]) as picture:
+        assert picture.size == (32, 32)
+        values = json.loads(picture.text["fact_jax"])
+    assert (values["seed"], values["backend"], values["prompt"]) == (6, backend, words)
+    assert values["face"]["face_scale"] == 0.5
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in paths}
+
+
+def test_base_alone(arguments, tmp_path, capsys):
+    for option in ("--adapter", "--encoder", "--photo"):
+        arguments = replaced(arguments, option, None)
+    assert main([*arguments, "--backend", "torch"]) == 0
+    (path,) = capsys.readouterr().out.split()
+    with Image.open(path) as picture:
+        assert "face" not in json.loads(picture.text["fact_jax"])
+
+
+def test_face_picture(files, tmp_path, capsys):
+    out = tmp_path / "face.png"
+    assert main(["face", str(files.photo), "--out", str(out), "--size", "48"]) == 0
+    assert capsys.readouterr().out.split() == [str(out)]
+    with Image.open(out) as picture:
+        assert picture.size == (64 + 72, 72)
+        assert len(np.unique(np.asarray(picture)[:, :64].reshape(-1, 3), axis=0)) > 100
+
+
+def spoilt(tmp_path, files) -> dict[str, str]:
+    """Bad files by what is wrong with them."""
+    made = {name: tmp_path / name for name in ("text.png", "cut.png", "lonely.png")}
+    made["text.png"].write_text("hello")
+    photo = files.photo.read_bytes()
+    made["cut.png"].write_bytes(photo[: len(photo) // 2])
+    made["lonely.png"].write_bytes(photo)
+    made["cut.safetensors"] = tmp_path / "cut.safetensors"
+    adapter = files.adapter.read_bytes()
+    made["cut.safetensors"].write_bytes(adapter[: len(adapter) // 2])
+    return {name: str(path) for name, path in made.items()}
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--photo", "/nowhere/a.png", "no such file: /nowhere/a.png"),
+        ("--photo", "text.png", "is not an image that Pillow can read"),
+        ("--photo", "cut.png", "is truncated or damaged"),
+        ("--photo", "lonely.png", "points.json"),
+        ("--photo", None, "whose face shall it be?"),
+        ("--adapter", "/nowhere/a.safetensors", "/nowhere/a.safetensors: no such file"),
+        ("--adapter", "cut.safetensors", "not a whole safetensors file"),
+        ("--adapter", "ENCODER", "not a FACT adapter"),
+        ("--adapter", "BASE", "not a file"),
+        ("--adapter", None, "--adapter and --encoder belong together"),
+        ("--encoder", "ADAPTER", "not a TransFace model"),
+        ("--base", "ADAPTER", "not a folder"),
+        ("--base", "/nowhere/base", "no such folder"),
+        ("--base", "EMPTY", "not a whole diffusers pipeline"),
+        ("--sampler", "heun", "no sampler 'heun'; known are ddim"),
+        ("--steps", "0", "steps must be at least 1"),
+        ("--steps", "many", "argument --steps: invalid int value: 'many'"),
+        ("--guidance", "0", "guidance must lie in 1..50"),
+        ("--out", "FILE", "is not a folder"),
+    ],
+)
+def test_bad_input_is_one_line(arguments, files, tmp_path, option, value, message, capsys):
+    places = spoilt(tmp_path, files) | {
+        "ENCODER": str(files.encoder / "model.safetensors"),
+        "ADAPTER": str(files.adapter),
+        "BASE": str(files.base),
+        "EMPTY": str(tmp_path),
+        "FILE": str(files.photo),
+    }
+    before = sorted(tmp_path.iterdir())
+    assert status(replaced(arguments, option, places.get(value, value))) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1, err
+    assert message in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--face-start", "0.8", "--face-stop", "0.2"], "0 <= start <= stop <= 1"),
+        (["--face-scale", "-1"], "face scale must lie in 0..2"),
+        (["--height", "20"], "height 20: with this base it must be a multiple of 8"),
+        (["--points", "a", "--points", "b"], "--points was given 2 times for 1 photos"),
+        (["--count", "0"], "--count must be at least 1"),
+        (["--backend", "numpy"], "invalid choice: 'numpy'"),
+    ],
+)
+def test_bad_options_are_one_line(arguments, options, message, capsys):
+    assert status(arguments + options) == 2
+    _, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1, err
+    assert message in err
+
+
+def test_adapter_for_another_base(arguments, files, tmp_path, capsys):
+    from converters.adapter import write_adapter
+    from converters.readers import read_file
+
+    state, about = read_file(files.adapter)
+    kept = {k: np.array(v) for k, v in state.items() if not k.startswith("mid_block.")}
+    other = tmp_path / "other.safetensors"
+    write_adapter(other, kept, json.loads(about["config"]))
+    changed = replaced(arguments, "--adapter", str(other))
+    for backend in ("flax", "torch"):
+        assert status([*changed, "--backend", backend]) == 2
+        *_, last = capsys.readouterr().err.splitlines()
+        assert last.startswith("error: ")
+        assert "for another base model" in last
+
+
+def status(arguments: list[str]) -> int:
+    try:
+        return main(arguments)
+    except SystemExit as stopped:  # argparse's way
+        return stopped.code

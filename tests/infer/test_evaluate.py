@@ -1,0 +1,146 @@
+"""Evaluation: who is compared with whom, on judges and pictures that are made up."""
+
+import json
+
+import numpy as np
+import pytest
+
+from fact_jax.errors import UserError
+from fact_jax.portraits import SPLITS
+from fact_jax.portraits.judge import ATTRIBUTES
+from infer.evaluate import Judgement, People, draw_people, measure, save
+from infer.measures import COLUMNS, SECTIONS
+
+COUNT = 3
+
+
+@pytest.fixture(scope="module")
+def people() -> People:
+    return draw_people(COUNT, 2, 32)
+
+
+class KnowingJudges:
+    """Judges that recognise a picture by its pixels and say what they were told of it."""
+
+    def __init__(self):
+        self._known: list[tuple[np.ndarray, Judgement]] = []
+
+    def tell(self, images: np.ndarray, judgement: Judgement) -> None:
+        self._known.append((images, judgement))
+
+    def __call__(self, images: np.ndarray) -> Judgement:
+        (found,) = [said for known, said in self._known if np.array_equal(known, images)]
+        return found
+
+
+def judgement(embeddings, people: People, *, attributes_right=True, colour_error=0.0) -> Judgement:
+    truth = people.scenes.portrait
+    head = np.zeros((COUNT, 64, 64), bool)
+    head[:, 10:20, 10:20] = True
+    return Judgement(
+        embeddings=np.asarray(embeddings, np.float32),
+        head=head,
+        face=head & False,
+        skin=truth.skin + colour_error,
+        hair=truth.hair - colour_error,
+        attributes={n: getattr(truth, n) + (not attributes_right) for n in ATTRIBUTES},
+    )
+
+
+@pytest.fixture(scope="module")
+def scored(people):
+    draw = np.random.default_rng(0)
+    base = draw.integers(0, 200, (COUNT, 64, 64, 3), np.uint8)
+    fact = base.copy()
+    fact[:, 9:21, 9:21] += 51  # the head, grown by one pixel
+    basis = np.eye(4)
+    judges = KnowingJudges()
+    judges.tell(fact, judgement(basis[:3] + basis[3], people, colour_error=0.1))
+    judges.tell(base, judgement(basis[[1, 2, 0]], people, attributes_right=False))
+    judges.tell(people.first_references, judgement(basis[:3], people))
+    judges.tell(people.another, judgement(basis[:3], people))
+    judges.tell(people.scenes.images, judgement(basis[:3], people))
+    pictures = {"base": base, "fact": fact}
+    return measure(judges, people, pictures), pictures
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("reference/fact", np.sqrt(0.5)),
+        ("reference/base", 0.0),
+        ("reference/true", 1.0),
+        ("wrong/fact", 0.0),
+        ("wrong/base", 1.0),  # the base drew the next person
+        ("over_wrong/fact", np.sqrt(0.5)),
+        ("over_base/fact", np.sqrt(0.5)),
+        ("rank_one/fact", 1.0),
+        ("rank_one/base", 0.0),
+        ("rank_one/true", 1.0),
+        ("head/inside/fact", 0.2),
+        ("head/outside/fact", 0.0),
+        ("head/ratio/fact", 0.0),
+        ("face/outside/fact", 0.2 * 144 / 4096),
+        ("hair/fact", 0.1),
+        ("skin/base", 0.0),
+        ("caption/shirt/fact", 1.0),
+        ("caption/all/base", 0.0),
+    ],
+)
+def test_measures_of_known_judgements(scored, name, value):
+    assert scored[0][name].mean == pytest.approx(value, abs=1e-6)
+    assert scored[0][name].n == COUNT
+
+
+def test_a_picture_without_a_face_counts_for_nobody(scored):
+    assert scored[0]["face/inside/fact"].n == 0
+
+
+def test_every_measure_has_a_place_in_the_table(scored):
+    shown = {
+        f"{row.key}/{column}" for rows in SECTIONS.values() for row in rows for column in COLUMNS
+    }
+    assert set(scored[0]) <= shown
+    assert all(
+        any(k.startswith(f"{r.key}/") for k in scored[0]) for s in SECTIONS.values() for r in s
+    )
+
+
+def test_people_are_of_the_test_split_in_scenes_of_their_own(people):
+    assert set(people.references.ids) <= set(SPLITS["test"])
+    assert people.crops.shape == (COUNT, 2, 32, 32, 3)
+    assert (people.first_references == people.references.images[[0, 2, 4]]).all()
+    shown = [people.first_references, people.references.images[1::2], people.scenes.images]
+    shown.append(people.another)
+    for i, one in enumerate(shown):
+        for other in shown[i + 1 :]:
+            assert (one != other).any((1, 2, 3)).all()
+    # The crops are of heads alone, and the same person's skin is in them.
+    assert (people.crops == 0).all(-1).mean() > 0.1
+
+
+def test_saved_evaluation_holds_all_that_the_table_shows(scored, people, tmp_path):
+    measures, pictures = scored
+    about = {
+        "people": COUNT,
+        "photos of each": 2,
+        "sampler": "ddim",
+        "steps": 2,
+        "guidance": {"text": 3.0, "face_scale": 1.0},
+        "seed": 0,
+    }
+    text = save(tmp_path, about, measures, people, pictures)
+    assert (tmp_path / "evaluation.txt").read_text() == text
+    assert "3 people" in text.splitlines()[0]
+    held = json.loads((tmp_path / "evaluation.json").read_text())
+    assert held["measures"]["head/inside/fact"]["mean"] == pytest.approx(0.2)
+    assert held["measures"]["face/inside/fact"]["mean"] is None
+    with np.load(tmp_path / "pictures.npz") as arrays:
+        assert (arrays["fact"] == pictures["fact"]).all()
+        assert arrays["captions"].tolist() == people.scenes.captions
+
+
+@pytest.mark.parametrize(("count", "photos"), [(1, 1), (2001, 1), (3, 0), (3, 9)])
+def test_impossible_numbers_are_refused(count, photos):
+    with pytest.raises(UserError, match="must be"):
+        draw_people(count, photos, 32)
