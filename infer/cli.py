@@ -9,7 +9,6 @@ from typing import NoReturn
 
 from fact_jax.errors import UserError
 from infer.cli_evaluate import add_commands
-from infer.cli_evaluate import add_commands
 
 # What SAMPLERS holds, which would be slow to import for a --help.
 _SAMPLERS = "ddim, pndm, euler, euler_ancestral, dpmpp_2m, dpmpp_2m_karras, lcm"
@@ -42,7 +41,6 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     _add_generate(commands)
     _add_face(commands)
-    add_commands(commands)
     add_commands(commands)
     return parser
 
