@@ -208,7 +208,7 @@ def _provenance(weights: Weights) -> dict[str, object]:
 def _adapter_config(weights: Weights, dim_head: int | None) -> Mapping[str, object]:
     """What the file shall say of the adapter's models: what its source says, else the shapes."""
     config = weights.metadata.get("config") or {}
-    for said in (weights.metadata.get("adapter"), config, config.get("options")):
+    for said in (weights.metadata.get("adapter"), config, _trained_with(config)):
         if isinstance(said, Mapping) and isinstance(said.get("resampler"), Mapping):
             return {key: said[key] for key in ("unet", "resampler") if key in said}
     if dim_head is None and weights.format == "checkpoint":
@@ -222,6 +222,13 @@ def _adapter_config(weights: Weights, dim_head: int | None) -> Mapping[str, obje
     except UserError as err:
         raise UserError(f"{weights.path}: {err} (--dim-head)") from err
     return {"resampler": read_config("resampler", found).to_dict()}
+
+
+def _trained_with(config: Mapping[str, object]) -> dict[str, object]:
+    """The resampler in the trainer's settings, which it stores by dotted names."""
+    mark = "options.resampler."
+    found = {k.removeprefix(mark): value for k, value in config.items() if k.startswith(mark)}
+    return {"resampler": found} if found else {}
 
 
 def compare(one: Weights, other: Weights, tolerance: float) -> list[str]:

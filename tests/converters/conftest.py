@@ -10,19 +10,6 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="session")
-def golden():
-    """Tensors of a golden file whose keys start with a prefix, and the file's metadata."""
-    from safetensors import safe_open
-
-    def read(name: str, prefix: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-        with safe_open(GOLDEN / f"{name}.safetensors", framework="numpy") as opened:
-            keys = [key for key in opened.keys() if key.startswith(prefix)]  # noqa: SIM118
-            return {k.removeprefix(prefix): opened.get_tensor(k) for k in keys}, opened.metadata()
-
-    return read
-
-
-@pytest.fixture(scope="session")
 def released_checkpoint() -> Path:
     """A pickled checkpoint in the released layout, with ``.processor.ln.*``."""
     return GOLDEN / "fact_release_layout.ckpt"

@@ -51,7 +51,8 @@ def run(adapted, resampler_config, tmp_path):
                 for path, leaf in jax.tree_util.tree_leaves_with_path(state["ema"])
             }
             meta = {
-                "config": {"options": {"resampler": resampler_config, "people": 3}},
+                "config": {f"options.resampler.{k}": v for k, v in resampler_config.items()}
+                | {"options.people": 3},
                 "checksums": sums,
             }
             items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
