@@ -54,12 +54,17 @@ class Recogniser(nnx.Module):
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.stages = _stages(rngs)
-        self.head = nnx.Linear(_WIDTHS[-1] * (CROP // 16) ** 2, 128, rngs=rngs)
+        self.head = nnx.Linear(_WIDTHS[-1] * (CROP // 16) ** 2, 128, use_bias=False, rngs=rngs)
+        # Centres the embeddings: without it what all faces share drowns what tells them apart.
+        self.centre = nnx.BatchNorm(
+            128, use_running_average=True, momentum=0.9, use_bias=False, use_scale=False, rngs=rngs
+        )
 
     def __call__(self, crops: Float[Array, "b s s 3"]) -> Float[Array, "b k"]:
+        """Embeddings (not normalised); ``train()`` makes the batch's own mean the centre."""
         for stage in self.stages:
             crops = stage(crops)
-        return self.head(crops.reshape(crops.shape[0], -1))
+        return self.centre(self.head(crops.reshape(crops.shape[0], -1)))
 
 
 class Parser(nnx.Module):
@@ -107,7 +112,7 @@ def save_judge(module: Recogniser | Parser, path: Path) -> None:
     """Write a judge's weights as safetensors, keyed by their paths."""
     arrays = {
         ".".join(map(str, key)): np.ascontiguousarray(value[...])
-        for key, value in nnx.to_flat_state(nnx.state(module, nnx.Param))
+        for key, value in nnx.to_flat_state(nnx.state(module))
     }
     with atomic_write(path) as temporary:
         save_file(arrays, temporary, {"fact_jax": json.dumps({"kind": type(module).__name__})})
@@ -122,7 +127,7 @@ def load_judge(kind: type[Recogniser] | type[Parser], path: Path) -> Recogniser 
     except Exception as error:  # the library's own errors are plain exceptions
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
     module = kind(rngs=nnx.Rngs(0))
-    state = nnx.state(module, nnx.Param)
+    state = nnx.state(module)
     flat = dict(nnx.to_flat_state(state))
     names = {".".join(map(str, key)): key for key in flat}
     wrong = sorted(

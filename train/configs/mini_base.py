@@ -8,13 +8,13 @@ from train.tasks.base import BaseOptions
 
 config = TrainConfig(
     task="base",
-    steps=12000,
-    batch_size=32,
+    steps=9000,
+    batch_size=16,
     optimizer=OptimizerConfig(
         learning_rate=1e-3, weight_decay=1e-2, warmup_steps=200, schedule="cosine", b2=0.99
     ),
     ema=EMAConfig(decay=0.999),
-    checkpoint=CheckpointConfig(every=500),
+    checkpoint=CheckpointConfig(every=1000),
     log=LogConfig(every=50, samples_every=1000),
     options=BaseOptions(),
 )

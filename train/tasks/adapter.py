@@ -23,6 +23,7 @@ from converters import (
     save_adapter,
     tokenize,
 )
+from converters.weights import skeleton
 from fact_jax.curriculum import Drop, Stage, draw_drop, draw_shuffle, stage_values
 from fact_jax.errors import UserError
 from fact_jax.face import resize_area
@@ -90,18 +91,15 @@ class AdapterTask:
         rngs = nnx.Rngs(config.seed)
         self.face_dim = self.options.resampler.output_dim
         unet_config = dataclasses.replace(self.pipeline.unet.config, face_dim=self.face_dim)
-        self.graph, shapes = nnx.split(nnx.eval_shape(lambda: UNet(unet_config, rngs=nnx.Rngs(0))))
+        self.graph, shapes = skeleton("unet", unet_config)
         if self.options.weights is None:
             self.adapters = new_adapters(self.pipeline.unet, self.options, rngs)
             self.base = split(self.pipeline.unet).arrays
             resampler = Resampler(self.options.resampler, rngs=rngs)
         else:
             self.adapters, self.base, resampler = read_adapters(self.pipeline.unet, self.options)
-        names = [
-            {name for name, _ in paths(tree)}
-            for tree in (nnx.to_pure_dict(shapes), self.adapters, self.base)
-        ]
-        assert_covers(*names)
+        trained, frozen = ({name for name, _ in paths(t)} for t in (self.adapters, self.base))
+        assert_covers({name.replace(".", "/") for name in shapes}, trained, frozen)
         self.resampler = split(resampler)
         self.text_encoder = split(self.pipeline.text_encoder)
         self.size = self.pipeline.unet.config.sample_size * self.pipeline.vae.config.downscale

@@ -26,7 +26,7 @@ class BaseOptions:
     """``vae`` is a folder as the vae task exports it; ``head_weight`` weighs the head up."""
 
     vae: str = "miniature/base/vae"
-    people: int = 10000
+    people: int = 5000
     photos: int = 4
     drop_text: float = 0.1
     head_weight: float = 1.0

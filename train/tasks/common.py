@@ -127,3 +127,17 @@ def encode_images(
         return nnx.merge(graph, state).encode(to_signed(batch))[0] * scale
 
     return in_chunks(encode, images)
+
+
+def overlay(tree: dict, changes: dict) -> dict:
+    """``tree`` with the leaves that ``changes`` holds in their place."""
+    return {
+        name: (
+            value
+            if name not in changes
+            else overlay(value, changes[name])
+            if isinstance(value, dict)
+            else jnp.asarray(changes[name], value.dtype)
+        )
+        for name, value in tree.items()
+    }

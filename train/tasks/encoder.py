@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -12,7 +11,7 @@ from converters import save_encoder
 from fact_jax.losses import arcface_loss
 from fact_jax.models.transface import TransFace, TransFaceConfig
 from train.config import TrainConfig
-from train.tasks.common import ShuffledRows, draw_crops, split, to_signed
+from train.tasks.common import ShuffledRows, draw_crops, overlay, split, to_signed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,17 +60,3 @@ class EncoderTask:
 
     def export(self, trainable, frozen, directory: Path, step: int) -> None:
         save_encoder(self.encoder.module(trainable["encoder"]), directory / "encoder")
-
-
-def overlay(tree: dict, changes: dict) -> dict:
-    """``tree`` with the leaves that ``changes`` holds in their place."""
-    return {
-        name: (
-            value
-            if name not in changes
-            else overlay(value, changes[name])
-            if isinstance(value, dict)
-            else jnp.asarray(changes[name], value.dtype)
-        )
-        for name, value in tree.items()
-    }

@@ -16,6 +16,7 @@ from train.tasks.common import (
     ShuffledRows,
     align_portraits,
     draw_portraits,
+    overlay,
     split,
     to_signed,
 )
@@ -65,7 +66,9 @@ class JudgeTask:
     def loss(self, trainable, frozen, batch, *, step, key):
         crop_key, image_key = jax.random.split(key)
         crops = self._soften(to_signed(batch["crops"]), crop_key)
-        embeddings = self.recogniser.module(trainable["recogniser"])(crops)
+        recogniser = self.recogniser.module(trainable["recogniser"])
+        recogniser.train()
+        embeddings = recogniser(crops)
         identity, accuracy = arcface_loss(embeddings, trainable["centres"], batch["person"])
 
         images = self._soften(to_signed(batch["images"]), image_key)
@@ -87,7 +90,12 @@ class JudgeTask:
         metrics = {"loss/identity": identity, "accuracy": accuracy, **right}
         metrics |= {f"loss/{name}": value for name, value in losses.items()}
         metrics["pixels/points"] = 16.0 * jnp.sqrt(2 * points.mean())
+        metrics["aux"] = nnx.to_pure_dict(nnx.state(recogniser, nnx.BatchStat))
         return identity + sum(losses.values()), metrics
+
+    def state_update(self, trainable, statistics):
+        """Put the recogniser's running centre beside the learned weights."""
+        return {**trainable, "recogniser": overlay(trainable["recogniser"], statistics)}
 
     def _soften(self, images, key):
         """Blur some pictures a little: generated ones are less sharp than drawn ones."""

@@ -1,0 +1,148 @@
+"""The adapter task: it starts as the base, leaves the base alone, and resumes exactly."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from converters import load_adapter, load_pipeline
+from fact_jax.errors import UserError
+from tests.train.tiny import RESAMPLER, tiny_config, write_tiny_miniature
+from train.loop import run
+from train.partition import paths
+from train.state import make_optimizer, make_state
+from train.step import make_train_step
+from train.tasks.adapter import AdapterTask, PairedRows
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("miniature")
+    write_tiny_miniature(folder)
+    return folder
+
+
+def assert_same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.mark.parametrize("start", ["zero_gates", "zero_projections"])
+def test_the_start_is_the_base_bit_for_bit(folder, start):
+    task = AdapterTask(tiny_config(folder, start=start))
+    trainable, frozen = task.init(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
+    text = jax.random.normal(jax.random.key(2), (2, 32, 12))
+    face = jax.random.normal(jax.random.key(3), (2, 4, 12))
+    adapted = task.unet(trainable["adapter"], frozen["unet"])
+    base = load_pipeline(folder / "base").unet
+    np.testing.assert_array_equal(adapted(x, 7, text, face=face), base(x, 7, text))
+
+
+@pytest.mark.parametrize("start", ["zero_gates", "zero_projections"])
+def test_fifty_steps_move_the_adapter_and_nothing_else(folder, start):
+    config = tiny_config(folder, start=start)
+    task = AdapterTask(config)
+    trainable, frozen = task.init(jax.random.key(0))
+    before = jax.tree.map(np.array, frozen)
+    optimizer = make_optimizer(config.optimizer)
+    state = make_state(trainable, optimizer, config.ema)
+    step, source = make_train_step(task, optimizer, config), task.source()
+    first = None
+    for i in range(50):
+        state, metrics = step(state, frozen, source.batch(i))
+        first = first or metrics
+        assert np.isfinite(metrics["loss"])
+    assert float(metrics["skipped"]) == 0
+    assert_same(before, jax.tree.map(np.array, frozen))
+    still = [
+        path
+        for (path, new), (_, old) in zip(paths(state.params), paths(trainable), strict=True)
+        # The dense gate's own layers learn only once that gate has opened, which it has by now.
+        if np.array_equal(new, old)
+    ]
+    assert still == []
+    # Silent at the start, and FAIR sees it when it speaks.
+    assert float(first["loss/fair"]) == 0.0 < float(metrics["loss/fair"])
+
+
+def test_stopped_and_resumed_is_uninterrupted(folder, tmp_path):
+    config = tiny_config(folder)
+    whole = run(config, tmp_path / "whole").state
+    run(dataclasses.replace(config, steps=4), tmp_path / "parts")
+    assert_same(whole, run(config, tmp_path / "parts").state)
+
+
+def test_the_export_opens_as_an_adapter_for_the_base(folder, tmp_path):
+    state = run(tiny_config(folder), tmp_path / "run").state
+    path = tmp_path / "run" / "export" / "adapter.safetensors"
+    assert load_adapter(path).metadata["step"] in (8, "8")
+    saved = load_file(path)[
+        "mid_block.attentions.0.transformer_blocks.0.attn2.processor.alpha_attn"
+    ]
+    adapter = state.ema["adapter"]["mid_block"]["attentions"][0]["transformer_blocks"][0]
+    assert saved == adapter["face"]["alpha_attn"]
+
+
+def test_going_on_from_an_adapter_file(folder, tmp_path):
+    run(tiny_config(folder), tmp_path / "first")
+    weights = tmp_path / "first" / "export" / "adapter.safetensors"
+    task = AdapterTask(tiny_config(folder, weights=str(weights)))
+    trainable, _ = task.init(jax.random.key(0))
+    gate = trainable["adapter"]["mid_block"]["attentions"][0]["transformer_blocks"][0]["face"]
+    key = "mid_block.attentions.0.transformer_blocks.0.attn2.processor.alpha_attn"
+    assert gate["alpha_attn"] == load_file(weights)[key] != 1.0
+
+
+def test_a_resampler_of_the_wrong_width_is_refused(folder):
+    config = tiny_config(folder)
+    wrong = dataclasses.replace(RESAMPLER, output_dim=13)
+    options = dataclasses.replace(config.options, resampler=wrong)
+    with pytest.raises(UserError, match=r"to 13, but .* takes 12"):
+        AdapterTask(dataclasses.replace(config, options=options))
+
+
+def test_partners_are_other_photos_of_the_same_person():
+    photos, people = 3, 7
+    tokens = np.arange(photos * people, dtype=np.float32)[:, None]
+    source = PairedRows({"tokens": tokens}, batch_size=5, seed=3, photos=photos)
+    seen = set()
+    for step in range(60):
+        batch = source.batch(step)
+        own, partner = batch["tokens"][:, 0], batch["partner"][:, 0]
+        assert (own // photos == partner // photos).all()
+        assert (own != partner).all()
+        seen |= set(((partner - own) % photos).astype(int))
+        assert_same(batch, source.batch(step))
+    assert seen == {1, 2}
+
+
+def test_every_epoch_visits_every_row_once():
+    source = PairedRows({"tokens": np.arange(12)[:, None]}, batch_size=4, seed=0, photos=3)
+    first, second = (
+        np.concatenate([source.rows(step) for step in range(3 * epoch, 3 * epoch + 3)])
+        for epoch in (0, 1)
+    )
+    assert sorted(first) == sorted(second) == list(range(12))
+    assert not np.array_equal(first, second)
+
+
+def test_null_condition_is_the_resampler_of_zeros(folder):
+    """With every face dropped, the condition no longer depends on whose photo it was."""
+    from fact_jax.curriculum import Drop
+
+    config = tiny_config(folder, drop=Drop(face=1.0, text=0.0, both=0.0))
+    task = AdapterTask(config)
+    trainable, frozen = task.init(jax.random.key(0))
+    batch = {k: jnp.asarray(v) for k, v in task.source().batch(0).items()}
+    other = batch | {"tokens": batch["tokens"][::-1], "partner": batch["partner"][::-1]}
+    # Gates open and projections not zero: a face would be heard.
+    loud = jax.tree.map(lambda a: a + 0.3, trainable)
+    losses = [
+        task.loss(loud, frozen, data, step=jnp.asarray(0), key=jax.random.key(5))[0]
+        for data in (batch, other)
+    ]
+    assert losses[0] == losses[1]
