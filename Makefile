@@ -8,7 +8,7 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-compile
 
-.PHONY: demo demo-scratch test test-slow lint clean
+.PHONY: demo demo-scratch test test-slow lint miniature clean
 
 demo: .venv/installed
 	$(BIN)/python demo.py
@@ -40,6 +40,18 @@ lint: .venv/installed
 	|| $(PIP) -c constraints.txt "$(TORCH)"
 	$(PIP) -c constraints.txt -e '.[dev]'
 	@echo $$(( $$(date +%s) - $$(cat .venv/began) )) > $@
+
+# Trains again, from nothing, everything that miniature/ ships.
+miniature: .venv/installed
+	$(BIN)/fact-train run mini_vae --out runs/mini_vae
+	$(BIN)/fact-train run mini_base --out runs/mini_base options.vae=runs/mini_vae/export/vae
+	$(BIN)/fact-train run mini_encoder --out runs/mini_encoder
+	$(BIN)/fact-train run mini_judge --out runs/mini_judge
+	$(BIN)/fact-train run mini --out runs/mini options.base=runs/mini_base/export/base options.encoder=runs/mini_encoder/export/encoder
+	for part in base encoder judge; do rm -rf miniature/$$part; cp -r runs/mini_$$part/export/$$part miniature/; done
+	mkdir -p miniature/adapter && cp runs/mini/export/adapter.safetensors miniature/adapter/
+	for run in vae base encoder judge; do mkdir -p miniature/logs/$$run && cp runs/mini_$$run/log.txt runs/mini_$$run/metrics.jsonl runs/mini_$$run/config.json miniature/logs/$$run/; done
+	mkdir -p miniature/logs/adapter && cp runs/mini/log.txt runs/mini/metrics.jsonl runs/mini/config.json miniature/logs/adapter/
 
 clean:
 	rm -rf demo .venv build *.egg-info
