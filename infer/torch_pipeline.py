@@ -1,10 +1,12 @@
 """Pictures by PyTorch: a stock StableDiffusionPipeline of diffusers with FACT in it."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Sequence
 
 import diffusers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -117,7 +119,8 @@ class TorchPipeline:
         if crops is None:
             return contextlib.nullcontext()
         indices, _ = model_calls(settings.sampler, self.base.schedule, settings.steps)
-        scales = settings.guidance.scale_at(jnp.asarray(indices), settings.steps)
+        scale_at = functools.partial(settings.guidance.scale_at, steps=settings.steps)
+        scales = jax.vmap(scale_at)(jnp.asarray(indices))
         face = self.fact.face_tokens(crops)
         face = face.expand(count, *face.shape[1:])
         return self.fact.face(face, settings.guidance, np.asarray(scales).tolist())

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -28,6 +29,14 @@ class Files(NamedTuple):
     encoder: Path
     photo: Path
     other_photo: Path
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """The pictures are tiny: compiling well costs more than it saves."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
@@ -15,15 +14,6 @@ from infer.torch_pipeline import TorchPipeline
 # Mean difference of 8-bit pictures; the rest is rounding of the two libraries' sums.
 SAME = 1.0
 OTHER = 3.0
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The pictures are tiny: compiling well costs more than it saves."""
-    before = jax.config.jax_disable_most_optimizations
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")
