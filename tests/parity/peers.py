@@ -1,15 +1,10 @@
 """Models of diffusers and transformers with random weights, and ours through the converter."""
 
-import functools
-
 import jax
 import numpy as np
 import torch
 
 from converters import load_state
-
-# Without LLVM's optimizations these models compile in half the time.
-quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:

@@ -6,7 +6,8 @@ import torch
 from flax import nnx
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from tests.parity.peers import assert_close, convert, quick_jit, randomize
+from tests.parity.peers import assert_close, convert, randomize
+from tests.quick import quick_jit
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])

@@ -12,7 +12,8 @@ from converters import load_state
 from fact_jax.fact import Guidance, encode_face, guided_model, null_face
 from fact_jax.samplers import SAMPLERS
 from fact_jax.schedules import NoiseSchedule
-from tests.parity.peers import assert_close, channels_last, quick_jit
+from tests.parity.peers import assert_close, channels_last
+from tests.quick import quick_jit
 
 
 @pytest.fixture(scope="module")

@@ -19,11 +19,11 @@ from tests.parity.peers import (
     channels_last,
     convert,
     normal,
-    quick_jit,
     randomize,
     to_torch,
 )
 from tests.parity.reference import adapted, random_adapters
+from tests.quick import quick_jit
 
 
 def count(kind: str, config, mark: str = "") -> int:

@@ -14,11 +14,11 @@ from tests.parity.peers import (
     channels_last,
     convert,
     normal,
-    quick_jit,
     randomize,
     to_torch,
 )
 from tests.parity.reference import SHAPES, adapted, face_adapter, random_adapters, weights_under
+from tests.quick import quick_jit
 
 FACE_DIM = 20
 CROSS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")

@@ -10,10 +10,10 @@ from tests.parity.peers import (
     channels_last,
     convert,
     normal,
-    quick_jit,
     randomize,
     to_torch,
 )
+from tests.quick import quick_jit
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,76 @@
+"""The plain form against the definition in double precision; the tiled form against the plain."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fact_jax import attention as module
+from fact_jax.attention import attention, attention_plain, attention_tiled
+from tests.fact_jax.tiny import normal
+
+Q, K, V = normal(1, 2, 10, 3, 4), normal(2, 2, 7, 3, 4), normal(3, 2, 7, 3, 4)
+
+
+def by_definition(q, k, v):
+    q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
+    out = np.empty((*q.shape[:3], v.shape[-1]))
+    for b, n, h in np.ndindex(q.shape[:3]):
+        weights = np.exp(k[b, :, h] @ q[b, n, h] / np.sqrt(q.shape[-1]))
+        out[b, n, h] = weights @ v[b, :, h] / weights.sum()
+    return out
+
+
+def test_by_hand():
+    """Scores 0 and ln 3 after the scale of 1/2: weights 1/4 and 3/4."""
+    q = jnp.array([2.0, 0, 0, 0]).reshape(1, 1, 1, 4)
+    k = jnp.array([[0.0, 5, 5, 5], [np.log(3), 0, 0, 0]]).reshape(1, 2, 1, 4)
+    v = jnp.array([[4.0, 0, 0, 1], [8.0, 0, 0, 1]]).reshape(1, 2, 1, 4)
+    expected = np.array([7.0, 0, 0, 1]).reshape(1, 1, 1, 4)
+    for form in (attention_plain, attention_tiled):
+        np.testing.assert_allclose(form(q, k, v), expected, atol=1e-6)
+
+
+def test_plain_is_the_definition():
+    np.testing.assert_allclose(attention_plain(Q, K, V), by_definition(Q, K, V), atol=1e-6)
+
+
+@pytest.mark.parametrize("tile", [4, 5, 64])
+def test_tiled_is_plain(tile):
+    """Ten queries by tiles of 4 (the last one padded), of 5, and of more than there are."""
+    weights = normal(4, *Q.shape)
+
+    def loss(form, *args):
+        return (form(*args) * weights).sum()
+
+    def tiled(q, k, v):
+        return attention_tiled(q, k, v, tile=tile)
+
+    np.testing.assert_allclose(tiled(Q, K, V), attention_plain(Q, K, V), atol=1e-6)
+    ours = jax.jit(jax.grad(lambda *a: loss(tiled, *a), argnums=(0, 1, 2)))(Q, K, V)
+    plain = jax.jit(jax.grad(lambda *a: loss(attention_plain, *a), argnums=(0, 1, 2)))(Q, K, V)
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+def test_large_scores_do_not_overflow():
+    for form in (attention_plain, attention_tiled):
+        assert np.isfinite(form(1e4 * Q, K, V)).all()
+
+
+def test_half_precision_stays_half_precision():
+    half = [x.astype(jnp.bfloat16) for x in (Q, K, V)]
+    for form in (attention_plain, attention_tiled):
+        out = form(*half)
+        assert out.dtype == jnp.bfloat16
+        # Eight bits of mantissa, outputs of order one.
+        np.testing.assert_allclose(out.astype(jnp.float32), by_definition(*half), atol=0.03)
+
+
+def test_the_size_of_the_matrix_decides(monkeypatch):
+    """Fourteen rows of the matrix fit; not one more."""
+    monkeypatch.setattr(module, "PLAIN_MATRIX_LIMIT", 70)
+    monkeypatch.setattr(module, "attention_tiled", lambda q, k, v: "tiled")
+    monkeypatch.setattr(module, "attention_plain", lambda q, k, v: "plain")
+    assert jax.tree.leaves(attention.__wrapped__(Q, K, V)) == ["plain"]
+    assert jax.tree.leaves(attention.__wrapped__(normal(1, 2, 11, 3, 4), K, V)) == ["tiled"]
