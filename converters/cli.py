@@ -51,6 +51,13 @@ def _parser() -> argparse.ArgumentParser:
             help="width of a head in the adapter's resampler, if SRC does not say (released: 64)",
         )
 
+        if name == "to-torch":
+            convert.add_argument(
+                "--dtype",
+                choices=("float32", "float16", "bfloat16"),
+                help="precision to round the weights to (that of SRC)",
+            )
+
     verify = _command(
         commands, "verify", _verify, "compare the numbers of two files or folders of any format"
     )
@@ -112,14 +119,20 @@ def _sentence(value) -> str:
 
 
 def _to_torch(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
     from tqdm import tqdm
 
     from converters.formats import save_torch
+    from converters.weights import in_precision
 
     weights = _open(arguments.source, arguments)
     if weights.format == "diffusers":
         return _copy_pipeline(arguments)
     _refuse_existing(arguments)
+    if arguments.dtype:
+        rounded = {k: in_precision(state, arguments.dtype) for k, state in weights.states.items()}
+        weights = dataclasses.replace(weights, states=rounded)
     total = sum(array.nbytes for _, array in weights.tensors())
     with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
         save_torch(weights, arguments.out, arguments.dim_head, bar.update)
@@ -132,7 +145,7 @@ def _copy_pipeline(arguments: argparse.Namespace) -> int:
 
     _refuse_existing(arguments)
     pipeline = load_pipeline(arguments.source, variant=arguments.variant)
-    save_pipeline(pipeline, arguments.out, force=arguments.force)
+    save_pipeline(pipeline, arguments.out, force=arguments.force, dtype=arguments.dtype)
     print(f"{arguments.out}: pipeline")
     return 0
 

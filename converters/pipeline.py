@@ -10,7 +10,7 @@ import numpy as np
 from converters.readers import local_folder, read_json, read_weights
 from converters.rules import ADAPTER_MARK
 from converters.tokenizer import Tokenizer, read_tokenizer, write_tokenizer
-from converters.weights import dump_some, load_state
+from converters.weights import dump_some, in_precision, load_state
 from converters.writers import whole_folder, write_json, write_safetensors
 from fact_jax.errors import UserError
 from fact_jax.models.clip_text import CLIPTextModel
@@ -83,24 +83,29 @@ def load_part(folder: Path, *, variant: str | None = None, dtype=jnp.float32):
         raise UserError(f"{where}{err}") from err
 
 
-def save_pipeline(pipeline: Pipeline, path: str | os.PathLike, *, force: bool = False) -> None:
+def save_pipeline(
+    pipeline: Pipeline, path: str | os.PathLike, *, force: bool = False, dtype: str | None = None
+) -> None:
     """Write a diffusers folder that ``StableDiffusionPipeline.from_pretrained`` opens.
 
     Adapters in the UNet are left out: ``save_adapter`` writes those. Nothing appears at ``path``
-    before it is whole. Raises UserError if ``path`` exists and ``force`` is not given.
+    before it is whole. ``dtype`` (as float16) rounds the weights to that precision; else they keep
+    theirs. Raises UserError if ``path`` exists and ``force`` is not given.
     """
     with whole_folder(path, force=force) as folder:
         for part, (_, stem) in PARTS.items():
-            save_part(getattr(pipeline, part), folder / part, stem)
+            save_part(getattr(pipeline, part), folder / part, stem, dtype)
         write_tokenizer(pipeline.tokenizer, folder / "tokenizer")
         write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(pipeline))
         write_json(folder / "model_index.json", _index(pipeline))
 
 
-def save_part(module, folder: Path, stem: str) -> None:
+def save_part(module, folder: Path, stem: str, dtype: str | None = None) -> None:
     """Write one model's folder: its config and its weights, without adapters."""
     state = dump_some(module, lambda key: ADAPTER_MARK not in key)
-    write_safetensors(folder / f"{stem}.safetensors", state, {"format": "pt"})
+    stored = in_precision(state, dtype)
+    write_safetensors(folder / f"{stem}.safetensors", stored, {"format": "pt"})
+    # Names the precision to compute in: transformers opens the file in it, whatever is stored.
     precision = max({str(a.dtype) for a in state.values()}, key=lambda d: np.dtype(d).itemsize)
     write_json(folder / "config.json", {**module.config.to_dict(), "torch_dtype": precision})
 

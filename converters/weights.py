@@ -16,6 +16,7 @@ from converters.mapping import (
     Place,
     Shapes,
     fits,
+    is_float,
     match_module,
     match_state,
     names_of,
@@ -174,6 +175,13 @@ def dump_some(module: nnx.Module, wanted: Callable[[str], bool]) -> dict[str, np
         if path not in written and wanted(options[0].torch):
             state[options[0].torch] = _to_host(flat[path], options[0])
     return state
+
+
+def in_precision(state: Mapping[str, np.ndarray], dtype: str | None) -> Mapping[str, np.ndarray]:
+    """A flat state with its floating tensors in ``dtype`` (a name, as float16); None: as it is."""
+    if dtype is None:
+        return state
+    return {k: a.astype(jnp.dtype(dtype)) if is_float(a.dtype) else a for k, a in state.items()}
 
 
 def read_config(kind: str, config, state: Mapping[str, np.ndarray] | None = None):

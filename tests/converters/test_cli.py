@@ -167,3 +167,24 @@ def test_a_mistyped_command_exits_with_2(capsys):
     with pytest.raises(SystemExit) as caught:
         main(["convert"])
     assert caught.value.code == 2
+
+
+def test_to_torch_in_another_precision(adapter, tmp_path):
+    half = tmp_path / "half.safetensors"
+    assert main(["to-torch", str(adapter), str(half), "--dtype", "bfloat16"]) == 0
+    (one, _), (other, _) = read_file(adapter), read_file(half)
+    assert {array.dtype.name for array in other.values()} == {"bfloat16"}
+    for key, array in one.items():
+        np.testing.assert_array_equal(other[key], array.astype(other[key].dtype))
+
+
+def test_a_pipeline_stored_in_half_still_computes_in_float32(pipeline_folder, tmp_path):
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    out = tmp_path / "half"
+    assert main(["to-torch", str(pipeline_folder), str(out), "--dtype", "float16"]) == 0
+    stored, _ = read_file(out / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {array.dtype.name for array in stored.values()} == {"float16"}
+    pipe = StableDiffusionPipeline.from_pretrained(out)
+    assert {p.dtype for p in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
