@@ -38,8 +38,8 @@ def grid_picture(
     count, height, width, _ = next(iter(columns.values())).shape
     height, width = height * factor, width * factor
     size = (
-        _MARGIN + len(columns) * (width + _GAP) + _GAP,
-        _HEADER + count * (height + _GAP) + _GAP,
+        _MARGIN + len(columns) * (width + _GAP),
+        _HEADER + count * (height + _GAP),
     )
     canvas = Image.new("RGB", size, "white")
     brush = ImageDraw.Draw(canvas)

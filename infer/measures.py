@@ -136,10 +136,10 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
     "Change of pixels, FACT against base model (mean absolute, 1 = full scale)": (
         Row("head/inside", "inside the head"),
         Row("head/outside", "outside the head"),
-        Row("head/ratio", "outside / inside"),
+        Row("head/ratio", "outside / inside the head"),
         Row("face/inside", "inside the face"),
         Row("face/outside", "outside the face"),
-        Row("face/ratio", "outside / inside"),
+        Row("face/ratio", "outside / inside the face"),
     ),
     "Colours (mean absolute error over RGB, 1 = full scale)": (
         Row("hair", "hair"),
@@ -180,8 +180,8 @@ def table(measures: Mapping[str, Estimate]) -> list[tuple[str, list[tuple[str, l
 
 def plain_table(measures: Mapping[str, Estimate], notes: Sequence[str]) -> str:
     """The table as text, with lines of explanation under it."""
-    text = [f"{'':48s}" + "".join(f"{name:>23s}" for name in COLUMNS.values())]
+    text = [f"{'':50s}" + "".join(f"{name:>23s}" for name in COLUMNS.values())]
     for title, lines in table(measures):
         text += ["", title]
-        text += [f"  {label:46s}" + "".join(f"{c:>23s}" for c in cells) for label, cells in lines]
+        text += [f"  {label:48s}" + "".join(f"{c:>23s}" for c in cells) for label, cells in lines]
     return "\n".join([*text, "", *notes]).rstrip() + "\n"

@@ -9,6 +9,7 @@ from fact_jax.portraits.shapes import (
     Canvas,
     Coverage,
     Plane,
+    Scalar,
     as_planes,
     below_parabola,
     box,
@@ -104,7 +105,7 @@ def paint_mouth(
     mx, my = x - layout.mouth_x, y - layout.mouth_y
     half, top, bottom = layout.mouth_half, layout.mouth_top, layout.mouth_bottom
 
-    def between(top: Plane, bottom: Plane, half: Plane) -> Plane:
+    def between(top: Scalar, bottom: Scalar, half: Scalar) -> Plane:
         upper = below_parabola(mx, my, top, -top / half**2)
         lower = -below_parabola(mx, my, bottom, -bottom / half**2)
         return jnp.maximum(upper, lower)

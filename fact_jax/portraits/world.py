@@ -36,7 +36,10 @@ def to_uint8(images: Float[np.ndarray, "*b h w 3"]) -> UInt8[np.ndarray, "*b h w
 
 
 def make_batch(
-    ids: Sequence[int], seeds: Sequence[int], size: int = 64, chunk: int | None = None
+    ids: Sequence[int] | Int[np.ndarray, "n"],
+    seeds: Sequence[int] | Int[np.ndarray, "n"],
+    size: int = 64,
+    chunk: int | None = None,
 ) -> Batch:
     """Draw any number of portraits into numpy arrays.
 
