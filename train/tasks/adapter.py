@@ -68,8 +68,8 @@ class AdapterOptions:
     base: str = "miniature/base"
     encoder: str = "miniature/encoder"
     resampler: ResamplerConfig = MINI_RESAMPLER
-    people: int = 3000
-    photos: int = 6
+    people: int = 2000
+    photos: int = 4
     stages: tuple[Stage, ...]
     drop: Drop = DEFAULT_DROP
     start: Literal["zero_gates", "zero_projections"] = "zero_projections"
