@@ -1,13 +1,19 @@
 """The two backends draw the same picture from the same request, and the adapter's controls hold."""
 
 import dataclasses
+import io
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from torch import bfloat16
+from tqdm import tqdm
 
 from fact_jax.fact import Guidance
+from fact_jax.samplers import num_model_calls
 from infer.flax_pipeline import FlaxPipeline
 from infer.photos import prepare_crops
+from infer.pipeline import generate_batches
 from infer.request import Photo, Request
 from infer.torch_pipeline import TorchPipeline
 
@@ -90,6 +96,9 @@ def test_torch_controls(files, torch, crops):
     base = plain.generate(request())
     one = torch.generate(request(), crops[:1])
     assert difference(one, base) > OTHER
+    with tqdm(file=io.StringIO()) as bar:
+        list(generate_batches(torch, request(sampler="pndm"), crops[:1], bar=bar))
+        assert bar.n == num_model_calls("pndm", 3)
     assert difference(torch.generate(request(), crops[1:]), one) > OTHER
     nothing = Guidance(text=3.0, start=0.5, stop=0.5)
     silent = torch.generate(request(guidance=nothing), crops[:1])
@@ -111,6 +120,22 @@ def test_stochastic_samplers_repeat_by_seed_in_any_batch(flax, crops):
     """A picture's seed is all that it needs: the noise on the way is its own."""
     asked = request(sampler="lcm", steps=2, seeds=(7, 8), guidance=Guidance(text=1.0))
     together = flax.generate(asked, crops[:1])
-    one_by_one = flax.generate(asked, crops[:1], batch=1)
+    with tqdm(file=io.StringIO()) as bar:
+        one_by_one = np.concatenate(
+            list(generate_batches(flax, asked, crops[:1], batch=1, bar=bar))
+        )
+        assert bar.n == 2 * num_model_calls("lcm", 2)
     assert difference(together, one_by_one) <= SAME
     assert difference(together[:1], together[1:]) > OTHER
+
+
+def test_half_precision(files, torch, crops):
+    """Eight bits of mantissa change less than who is in the picture."""
+    exact = torch.generate(request(steps=2), crops[:1])
+    someone_else = difference(torch.generate(request(steps=2), crops[1:]), exact)
+    for pipeline in (
+        FlaxPipeline.load(files.base, files.adapter, files.encoder, jnp.bfloat16),
+        TorchPipeline.load(files.base, files.adapter, files.encoder, bfloat16),
+    ):
+        half = pipeline.generate(request(steps=2), crops[:1])
+        assert 0 < difference(half, exact) < someone_else / 2

@@ -14,7 +14,7 @@ from fact_jax.fact import Guidance
 from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
 from infer.torch_models import Resampler, encoder_from, load_strictly
-from infer.torch_processors import FaceContext, FaceProcessor, text_blocks
+from infer.torch_processors import FaceContext, FaceProcessor, installed, text_blocks
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -29,7 +29,7 @@ def part(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     return {k: v.astype(np.float32) for k, v in found.items()}
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def adapted():
     """The golden UNet with its adapters installed, the context, and the golden tensors."""
     tensors, facts = golden("unet_adapter")
@@ -40,9 +40,7 @@ def adapted():
     states = part(tensors, "adapter.")
     for path, block in text_blocks(unet):
         state = part(states, f"{path}.attn2.processor.")
-        processor = FaceProcessor(
-            block.attn2.to_q.in_features, block.attn2.heads, 24, own_norm="ln.weight" in state
-        )
+        processor = FaceProcessor(block.attn2.to_q.in_features, block.attn2.heads, 24)
         load_strictly(processor, state, path).install(path, block, context)
     return unet, context, {k: torch.from_numpy(v) for k, v in tensors.items()}
 
@@ -61,8 +59,8 @@ def test_noise_prediction_of_the_released_code(adapted):
     unet, context, tensors = adapted
     with torch.no_grad():
         context.keys = {
-            path: block.attn2.processor.face_keys(tensors["in.face"])
-            for path, block in text_blocks(unet)
+            path: processor.face_keys(tensors["in.face"])
+            for path, processor in installed(unet).items()
         }
     context.scale = 1.0
     ours = predict(unet, tensors)
@@ -72,12 +70,32 @@ def test_noise_prediction_of_the_released_code(adapted):
     silent = predict(unet, tensors)
     context.keys = None
     absent = predict(unet, tensors)
-    for block_of_unet in text_blocks(unet):
-        block_of_unet[1].attn2.processor.remove()
+    for processor in installed(unet).values():
+        processor.remove()
     plain = predict(unet, tensors)
     assert torch.equal(silent, plain)
     assert torch.equal(absent, plain)
     torch.testing.assert_close(plain, tensors["out.base_noise_pred"], atol=1e-4, rtol=0)
+
+
+def test_copy_of_the_base_norm_wins_where_there_is_a_face(adapted):
+    """Released files hold the blocks' ``norm2`` again, and loaded last it counted."""
+    unet, context, tensors = adapted
+    plain = predict(unet, tensors)
+    for processor in installed(unet).values():
+        (width,) = processor.norm1.normalized_shape
+        processor.ln = torch.nn.LayerNorm(width)
+        torch.nn.init.normal_(processor.ln.weight)
+    assert torch.equal(predict(unet, tensors), plain)
+    context.keys = {}
+    armed = predict(unet, tensors)
+    copies = {path: processor.ln for path, processor in installed(unet).items()}
+    for processor in installed(unet).values():
+        processor.remove()
+    for path, block in text_blocks(unet):
+        block.norm2 = copies[path]
+    assert (armed - plain).abs().max() > 0.01
+    assert torch.equal(armed, predict(unet, tensors))
 
 
 def test_encoder_and_resampler_of_the_released_code():
