@@ -76,7 +76,7 @@ def stages(out: Path, scratch: bool) -> list[Stage]:
         _stage(
             "report",
             [
-                ["fact-infer", "report", "--run", run, *before, "--evaluation", evaluation]
+                ["fact-infer", "report", "--training", run, *before, "--evaluation", evaluation]
                 + ["--flax", out / "flax", "--torch", out / "torch"]
                 + ["--stages", out / "stages.json", "--out", out]
             ],

@@ -52,7 +52,7 @@ def _add_report(commands) -> None:
     text = "make report.html and grid.png of a training, its evaluation and its pictures"
     report = commands.add_parser("report", help=text, description=f"{_sentence(text)}.")
     report.set_defaults(run=_report)
-    report.add_argument("--run", type=Path, required=True, metavar="DIR", help="of fact-train")
+    report.add_argument("--training", type=Path, required=True, metavar="DIR", help="of fact-train")
     report.add_argument(
         "--before",
         type=Path,
@@ -112,7 +112,7 @@ def _report(arguments: argparse.Namespace) -> None:
     from infer.report import Sources, write_report
 
     sources = Sources(
-        run=arguments.run,
+        training=arguments.training,
         before=arguments.before,
         evaluation=arguments.evaluation,
         flax=arguments.flax,

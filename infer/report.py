@@ -55,7 +55,7 @@ svg path { fill: none; } svg .raw { opacity: .3; } svg .mean { stroke-width: 2; 
 class Sources:
     """What a report is made of; ``fact-infer report --help`` says what each is."""
 
-    run: Path
+    training: Path
     evaluation: Path
     before: Path | None = None
     flax: Path | None = None
@@ -68,9 +68,9 @@ class Sources:
 def write_report(sources: Sources, out: Path) -> list[Path]:
     """Write ``grid.png`` and ``report.html``; gives their paths. UserError names what is absent."""
     evaluation = _read_json(sources.evaluation / "evaluation.json")
-    grid = _grid(sources.evaluation / "pictures.npz")
+    grid, captions = _grid(sources.evaluation / "pictures.npz")
     sections = [
-        ("People whom nothing was trained on", _grid_section(grid, evaluation)),
+        ("People whom nothing was trained on", _grid_section(grid, captions, evaluation)),
         ("Measured", _table_section(evaluation)),
         ("Training", _training_section(sources)),
         ("The same request in JAX and in PyTorch", _backends_section(sources.flax, sources.torch)),
@@ -100,30 +100,34 @@ def _page(sections: list[tuple[str, str]]) -> str:
     )
 
 
-def _grid(path: Path) -> np.ndarray:
+def _grid(path: Path) -> tuple[np.ndarray, dict[int, str]]:
+    """The grid of the first people, and by their numbers what the pictures were to show."""
     try:
         with np.load(path) as held:
-            arrays = {name: held[name] for name in ("ids", "reference", "base", "fact")}
+            names = ("ids", "captions", "reference", "base", "fact")
+            arrays = {name: held[name][:GRID_PEOPLE] for name in names}
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise UserError(
             f"{path}: not the pictures of `fact-infer evaluate` ({error}): run it again"
         ) from None
-    arrays = {name: array[:GRID_PEOPLE] for name, array in arrays.items()}
     columns = {
         "reference photo": arrays["reference"],
         "base model": arrays["base"],
         "FACT": arrays["fact"],
         f"difference x {AMPLIFY}": difference(arrays["fact"], arrays["base"]),
     }
-    return grid_picture(columns, [f"person\n{number}" for number in arrays["ids"]])
+    captions = dict(zip(arrays["ids"].tolist(), arrays["captions"].tolist(), strict=True))
+    return grid_picture(columns, [f"person\n{number}" for number in captions]), captions
 
 
-def _grid_section(grid: np.ndarray, evaluation: dict[str, Any]) -> str:
+def _grid_section(grid: np.ndarray, captions: dict[int, str], evaluation: dict[str, Any]) -> str:
+    lines = "".join(f"<br>{number}: {html.escape(text)}" for number, text in captions.items())
     return (
         f'{_image(grid, "grid")}<p class="quiet">The first {GRID_PEOPLE} of '
         f"{evaluation['people']} people, not chosen. Base model and FACT draw the same caption "
         "from the same noise; FACT sees the reference photo too. The caption says nothing of the "
-        f"person. The difference of the two is shown {AMPLIFY} times as strong as it is.</p>"
+        f"person. The difference of the two is shown {AMPLIFY} times as strong as it is. "
+        f"The captions:{lines}</p>"
     )
 
 
@@ -144,8 +148,8 @@ def _table_section(evaluation: dict[str, Any]) -> str:
 
 
 def _training_section(sources: Sources) -> str:
-    rows = read_metrics(sources.run / "metrics.jsonl")
-    config = _read_json(sources.run / "config.json")
+    rows = read_metrics(sources.training / "metrics.jsonl")
+    config = _read_json(sources.training / "config.json")
     last = rows[-1]["step"] if rows else 0
     weights = config.get("options.weights")
     origin = f"It went on from {weights}{_step_of(weights)}." if weights else "It began at nothing."

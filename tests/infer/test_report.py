@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from fact_jax.errors import UserError
+from infer.cli import main
 from infer.figures import AMPLIFY
 from infer.measures import Estimate
 from infer.report import Sources, read_metrics, write_report
@@ -56,6 +57,7 @@ def sources(tmp_path) -> Sources:
     np.savez(
         evaluation / "pictures.npz",
         ids=np.arange(80000, 80007),
+        captions=np.array([f"a hat & {i}" for i in range(7)]),
         **dict(zip(names, pictures, strict=True)),
     )
     about = {
@@ -75,7 +77,7 @@ def sources(tmp_path) -> Sources:
     Image.fromarray(image).save(tmp_path / "torch" / "a" / "x-seed1.png")
     (tmp_path / "stages.json").write_text(json.dumps({"train": {"seconds": 61.4, "done": True}}))
     return Sources(
-        run=run,
+        training=run,
         evaluation=evaluation,
         flax=tmp_path / "flax",
         torch=tmp_path / "torch",
@@ -103,6 +105,8 @@ def test_report_says_what_the_sources_say(sources, tmp_path):
     words = report(sources, tmp_path / "out").words
     assert "0.500 [0.400, 0.600]" in words
     assert "one < note" in words
+    assert "80005: a hat & 5" in words
+    assert "80006" not in words
     assert "20 steps of 4 portraits, 30 people. It began at nothing." in words
     assert "1 pictures" in words
     assert "at most 1 of 255 levels, by 0.0002 on average" in words
@@ -110,9 +114,9 @@ def test_report_says_what_the_sources_say(sources, tmp_path):
 
 
 def test_report_of_a_resumed_run_says_so_and_draws_the_earlier_one(sources, tmp_path):
-    config = json.loads((sources.run / "config.json").read_text())
+    config = json.loads((sources.training / "config.json").read_text())
     config["options.weights"] = "shipped.safetensors"
-    (sources.run / "config.json").write_text(json.dumps(config))
+    (sources.training / "config.json").write_text(json.dumps(config))
     before = tmp_path / "before.jsonl"
     before.write_text("".join(json.dumps({"step": s, "loss/mse": 0.5}) + "\n" for s in (1, 400)))
     words = report(replace(sources, before=before), tmp_path / "out").words
@@ -137,8 +141,8 @@ def test_grid_shows_six_people_and_the_amplified_difference(sources, tmp_path):
     [
         lambda s: (s.evaluation / "pictures.npz").write_bytes(b"no"),
         lambda s: (s.evaluation / "evaluation.json").write_text("{"),
-        lambda s: (s.run / "metrics.jsonl").unlink(),
-        lambda s: (s.run / "config.json").unlink(),
+        lambda s: (s.training / "metrics.jsonl").unlink(),
+        lambda s: (s.training / "config.json").unlink(),
         lambda s: (s.torch / "a" / "x-seed1.png").unlink(),
         lambda s: (s.flax / "a" / "x-seed1.png").unlink(),
     ],
@@ -151,4 +155,11 @@ def test_what_is_missing_or_damaged_is_named_and_nothing_written(sources, tmp_pa
 
 
 def test_half_written_line_of_metrics_is_left_out(sources):
-    assert [row["step"] for row in read_metrics(sources.run / "metrics.jsonl")] == [1, 10, 20]
+    assert [row["step"] for row in read_metrics(sources.training / "metrics.jsonl")] == [1, 10, 20]
+
+
+def test_command_writes_the_report(sources, tmp_path, capsys):
+    out = tmp_path / "out"
+    options = ["--training", sources.training, "--evaluation", sources.evaluation, "--out", out]
+    assert main(["report", *map(str, options)]) == 0
+    assert capsys.readouterr().out.split() == [str(out / "grid.png"), str(out / "report.html")]
