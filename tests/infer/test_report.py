@@ -28,7 +28,7 @@ class Outline(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "img", "path"):
+        if tag not in ("meta", "img", "path", "br"):
             self.open.append(tag)
 
     def handle_startendtag(self, tag, attrs):
