@@ -9,7 +9,7 @@ from fact_jax.curriculum import Stage
 from train.config import CheckpointConfig, LogConfig
 from train.configs.mini import config as mini
 
-STEPS = 200
+STEPS = 300
 
 config = replace(
     mini,
