@@ -197,7 +197,9 @@ class AdapterTask:
         model = guided_model(
             unet,
             text=text,
-            negative_text=jnp.broadcast_to(text_encoder(self._empty_prompt()), text.shape),
+            negative_text=jnp.broadcast_to(
+                text_encoder(jnp.asarray(self._empty_prompt())), text.shape
+            ),
             face=encode_face(self.encoder, resampler, crops[:, None]),
             no_face=null_face(resampler, self.encoder.config.tokens),
             guidance=Guidance(text=3.0, face_scale=scale),
