@@ -96,11 +96,11 @@ def svg_curves(title: str, series: Sequence[Series]) -> str:
         return "".join([*parts, f'<text x="{_LEFT}" y="60">no values</text></svg>'])
     xs = [x for _, found in points for x, _ in found]
     ys = [y for _, found in points for _, y in found]
-    x_ticks, y_ticks = ticks(0.0, max(*xs, 1.0)), ticks(min(*ys, 0.0), max(ys))
+    high_x, y_ticks = max(*xs, 1.0), ticks(min(*ys, 0.0), max(ys))
     low_y, high_y = y_ticks[0], y_ticks[-1]
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = x / x_ticks[-1]
+        across = x / high_x
         up = (y - low_y) / (high_y - low_y)
         return (
             _LEFT + across * (_WIDTH - _LEFT - _RIGHT),
@@ -111,7 +111,7 @@ def svg_curves(title: str, series: Sequence[Series]) -> str:
         level = place(0, y)[1]
         parts.append(f'<path d="M{_LEFT} {level:.1f}H{_WIDTH - _RIGHT}" class="rule"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{level + 4:.1f}" class="end">{y:g}</text>')
-    for x in x_ticks:
+    for x in (x for x in ticks(0.0, high_x) if x <= high_x):
         at = place(x, low_y)[0]
         parts.append(f'<text x="{at:.1f}" y="{_HEIGHT - 8}" class="mid">{x:g}</text>')
     for i, (line, found) in enumerate(points):
@@ -119,11 +119,9 @@ def svg_curves(title: str, series: Sequence[Series]) -> str:
         for way, style in ((found, 'class="raw"'), (smooth, 'class="mean"')):
             path = "L".join("{:.1f} {:.1f}".format(*place(x, y)) for x, y in way)
             parts.append(f'<path d="M{path}" stroke="{line.colour}" {style}/>')
+        at = f'x="{_WIDTH - _RIGHT}" y="{_TOP + 12 + 15 * i}"'
         name = html.escape(line.name)
-        parts.append(
-            f'<text x="{_WIDTH - _RIGHT}" y="{16 + 15 * i}" fill="{line.colour}" class="end">'
-            f"{name}</text>"
-        )
+        parts.append(f'<text {at} fill="{line.colour}" class="end">{name}</text>')
     return "".join([*parts, "</svg>"])
 
 

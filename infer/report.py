@@ -24,7 +24,7 @@ GRID_PEOPLE = 6
 _BEFORE, _NOW = "#a9b1c0", "#2f6fdb"
 _CHARTS = {
     "loss/mse": "Denoising error (mean squared)",
-    "loss/fair": "FAIR: increment outside the head, as a part of what is there",
+    "loss/fair": "FAIR: the adapter's increment outside the head, relative",
     "curriculum/shuffle": "Curriculum: how often the photo is another one of the person",
     "curriculum/fair_weight": "Curriculum: weight of FAIR in the loss",
 }
@@ -123,7 +123,7 @@ def _grid(path: Path) -> tuple[np.ndarray, dict[int, str]]:
 def _grid_section(grid: np.ndarray, captions: dict[int, str], evaluation: dict[str, Any]) -> str:
     lines = "".join(f"<br>{number}: {html.escape(text)}" for number, text in captions.items())
     return (
-        f'{_image(grid, "grid")}<p class="quiet">The first {GRID_PEOPLE} of '
+        f'{_image(grid, "grid")}<p class="quiet">The first {len(captions)} of '
         f"{evaluation['people']} people, not chosen. Base model and FACT draw the same caption "
         "from the same noise; FACT sees the reference photo too. The caption says nothing of the "
         f"person. The difference of the two is shown {AMPLIFY} times as strong as it is. "
