@@ -105,9 +105,12 @@ def save_part(module, folder: Path, stem: str, dtype: str | None = None) -> None
     state = dump_some(module, lambda key: ADAPTER_MARK not in key)
     stored = in_precision(state, dtype)
     write_safetensors(folder / f"{stem}.safetensors", stored, {"format": "pt"})
-    # Names the precision to compute in: transformers opens the file in it, whatever is stored.
-    precision = max({str(a.dtype) for a in state.values()}, key=lambda d: np.dtype(d).itemsize)
-    write_json(folder / "config.json", {**module.config.to_dict(), "torch_dtype": precision})
+    config = module.config.to_dict()
+    if isinstance(module, CLIPTextModel):
+        # transformers opens the file in the precision named here, whatever is stored.
+        dtypes = {str(array.dtype) for array in state.values()}
+        config["torch_dtype"] = max(dtypes, key=lambda name: np.dtype(name).itemsize)
+    write_json(folder / "config.json", config)
 
 
 def _scheduler(pipeline: Pipeline) -> dict:
