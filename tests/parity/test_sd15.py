@@ -61,7 +61,7 @@ def test_parameters_of_the_adapters():
 
 @pytest.fixture(scope="module")
 def full():
-    """A peer of diffusers' own default size, 16 adapters, and what they answer; about 11 GB."""
+    """A peer of diffusers' own default size, 16 adapters, and what they answer; needs 9 GB."""
     torch.manual_seed(0)
     peer = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
     randomize(peer, seed=1)
