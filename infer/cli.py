@@ -188,6 +188,8 @@ def _add_photo_options(group: argparse._ActionsContainer, *, several: bool) -> N
 def _generate(arguments: argparse.Namespace) -> None:
     request = _request(arguments)
 
+    from tqdm import tqdm
+
     from infer.base import check_faces, read_base, read_face_files
     from infer.images import check_folder, parameters, save_picture
     from infer.photos import prepare_crops
@@ -224,7 +226,7 @@ def _generate(arguments: argparse.Namespace) -> None:
                     backend=arguments.backend,
                     precision=arguments.precision,
                 )
-                print(save_picture(image, arguments.out, values), flush=True)
+                tqdm.write(str(save_picture(image, arguments.out, values)))
 
 
 def _request(arguments: argparse.Namespace):

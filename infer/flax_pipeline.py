@@ -89,6 +89,8 @@ class FlaxPipeline:
         """One picture for each prompt, seed and person (``infer.pipeline.Drawer``)."""
         ids, _ = tokenize(self.base.tokenizer, [settings.negative, *prompts])
         self._bar = bar
+        if bar is not None and not bar.n:
+            bar.set_description("compiling")
         pictures = self._run(
             self._states,
             ids,
@@ -152,6 +154,7 @@ class FlaxPipeline:
 
     def _tick(self) -> None:
         if self._bar is not None:
+            self._bar.set_description("drawing", refresh=False)
             self._bar.update()
 
 
