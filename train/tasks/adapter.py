@@ -42,6 +42,7 @@ from train.tasks.common import (
     ShuffledRows,
     Split,
     align_portraits,
+    draw_crops,
     draw_portraits,
     encode_images,
     in_chunks,
@@ -49,8 +50,10 @@ from train.tasks.common import (
     to_picture,
     to_signed,
 )
+from train.tasks.whiten import whitening
 
 MINI_RESAMPLER = ResamplerConfig.mini()
+WHITENED_ON = 256  # people
 DEFAULT_DROP = Drop()
 
 
@@ -95,7 +98,7 @@ class AdapterTask:
         if self.options.weights is None:
             self.adapters = new_adapters(self.pipeline.unet, self.options, rngs)
             self.base = split(self.pipeline.unet).arrays
-            resampler = Resampler(self.options.resampler, rngs=rngs)
+            resampler = self._new_resampler(rngs)
         else:
             self.adapters, self.base, resampler = read_adapters(self.pipeline.unet, self.options)
         trained, frozen = ({name for name, _ in paths(t)} for t in (self.adapters, self.base))
@@ -104,6 +107,15 @@ class AdapterTask:
         self.text_encoder = split(self.pipeline.text_encoder)
         self.size = self.pipeline.unet.config.sample_size * self.pipeline.vae.config.downscale
         self._sample = jax.jit(self._generate)
+
+    def _new_resampler(self, rngs: nnx.Rngs) -> Resampler:
+        """A resampler that starts on whitened tokens."""
+        resampler = Resampler(self.options.resampler, rngs=rngs)
+        crops = draw_crops("adapter", WHITENED_ON, 1, self.encoder.config.img_size)
+        matrix, bias = whitening(encode_tokens(self.encoder, crops))
+        kernel = resampler.proj_in.kernel[...]
+        resampler.proj_in.kernel[...], resampler.proj_in.bias[...] = matrix @ kernel, bias @ kernel
+        return resampler
 
     def _check_widths(self):
         resampler, encoder = self.options.resampler, self.encoder.config
