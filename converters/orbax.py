@@ -56,7 +56,8 @@ def read_checkpoint(path: str | os.PathLike, weights: str = "ema") -> tuple[Stat
         raise UserError(f"{path}: no whole checkpoint in it")
     meta = _read_meta(folder)
     try:
-        name, tree = _restore(folder / "state", weights)
+        # Orbax finds nothing at a relative path.
+        name, tree = _restore((folder / "state").resolve(), weights)
     except UserError:
         raise
     except Exception as err:  # what Orbax raises for a damaged folder has no common type

@@ -93,6 +93,12 @@ def test_a_changed_byte_is_noticed(run):
     read_checkpoint(run, "params")
 
 
+def test_a_relative_path_is_read(run, monkeypatch):
+    monkeypatch.chdir(run.parent)
+    flat, _ = read_checkpoint("run")
+    assert flat.keys() == read_checkpoint(run)[0].keys()
+
+
 def test_a_damaged_checkpoint_is_one_line(run):
     for file in (run / "checkpoints" / "00000020" / "state").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
