@@ -30,7 +30,7 @@ class Guidance:
     text: float = 5.0
     face: float | None = None
     negative_face: Literal["null", "same"] = "null"
-    face_scale: float = 1.0
+    face_scale: float | Float[Array, ""] = 1.0
     start: float = 0.0
     stop: float = 1.0
 
