@@ -208,7 +208,7 @@ def _backends_section(flax: Path | None, torch: Path | None) -> str:
         both = np.concatenate([one, other], axis=1)
         shown.append(_figure(enlarge(both, 2), f"{name}: JAX left, PyTorch right"))
     return (
-        f"<p>{count} pictures, each drawn by both backends from the same noise: they differ by at "
+        f"<p>Pictures drawn by both backends from the same noise ({count}): they differ by at "
         f"most {largest} of 255 levels, by {total / count:.4f} on average.</p>"
         f'<div class="row">{"".join(shown)}</div>'
     )
@@ -257,9 +257,11 @@ def _astronaut(out: Path) -> Path:
 def _stages_section(path: Path | None) -> str:
     if path is None:
         return ""
+    seconds = {name: stage["seconds"] for name, stage in _read_json(path).items()}
+    seconds["together, without this report"] = sum(seconds.values())
     rows = "".join(
-        f"<tr><td>{html.escape(name)}</td><td>{stage['seconds']:.0f} s</td></tr>"
-        for name, stage in _read_json(path).items()
+        f"<tr><td>{html.escape(name)}</td><td>{value:.0f} s</td></tr>"
+        for name, value in seconds.items()
     )
     return f"<table><tbody>{rows}</tbody></table>"
 

@@ -108,7 +108,7 @@ def test_report_says_what_the_sources_say(sources, tmp_path):
     assert "80005: a hat & 5" in words
     assert "80006" not in words
     assert "20 steps of 4 portraits, 30 people. It began at nothing." in words
-    assert "1 pictures" in words
+    assert "from the same noise (1)" in words
     assert "at most 1 of 255 levels, by 0.0002 on average" in words
     assert "61 s" in words
 

@@ -5,7 +5,6 @@ fact-train run mini_demo --out demo/train
 
 from dataclasses import replace
 
-from fact_jax.curriculum import Stage
 from train.config import CheckpointConfig, LogConfig
 from train.configs.mini import config as mini
 
@@ -22,6 +21,6 @@ config = replace(
         people=300,
         weights="miniature/adapter/adapter.safetensors",
         # The stage in which the shipped run ended.
-        stages=(Stage(steps=STEPS, shuffle=(0.9, 0.9), fair_weight=(0.01, 0.01)),),
+        stages=(replace(mini.options.stages[-1], steps=STEPS),),
     ),
 )
