@@ -88,8 +88,7 @@ class AdapterTask:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.options: AdapterOptions = config.options
-        self.pipeline: Pipeline = load_pipeline(self.options.base)
-        self.encoder: TransFace = load_encoder(self.options.encoder)
+        self.pipeline, self.encoder = self._load()
         self._check_widths()
         rngs = nnx.Rngs(config.seed)
         self.face_dim = self.options.resampler.output_dim
@@ -107,6 +106,10 @@ class AdapterTask:
         self.text_encoder = split(self.pipeline.text_encoder)
         self.size = self.pipeline.unet.config.sample_size * self.pipeline.vae.config.downscale
         self._sample = jax.jit(self._generate)
+
+    def _load(self) -> tuple[Pipeline, TransFace]:
+        """Everything that stays frozen."""
+        return load_pipeline(self.options.base), load_encoder(self.options.encoder)
 
     def _new_resampler(self, rngs: nnx.Rngs) -> Resampler:
         """A resampler that starts on whitened tokens."""
