@@ -3,7 +3,7 @@
 from fact_jax.face.align import ARCFACE_TEMPLATE, CROP_SIZE, align_batch, align_face
 from fact_jax.face.draw import draw_face
 from fact_jax.face.images import read_image
-from fact_jax.face.mask import head_mask, resize_area
+from fact_jax.face.mask import area_weights, face_mask, head_mask, resize_area
 from fact_jax.face.photo import PreparedFace, limit_side, prepare_photo
 from fact_jax.face.points import ASTRONAUT_POINTS, Face, detect_faces, find_face, read_sidecar
 
@@ -15,8 +15,10 @@ __all__ = [
     "PreparedFace",
     "align_batch",
     "align_face",
+    "area_weights",
     "detect_faces",
     "draw_face",
+    "face_mask",
     "find_face",
     "head_mask",
     "limit_side",

@@ -29,6 +29,9 @@ HEAD_LABELS = frozenset({1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 17})
 # a smile pulls the points together and with them the fitted scale.
 _HEAD_CENTRE = (56.0, 51.0)
 _HEAD_HALF_AXES = (58.0, 74.0)
+# The face alone: from cheekbone to cheekbone about 140 mm, from the hairline to the chin 185 mm.
+_FACE_CENTRE = (56.0, 65.0)
+_FACE_HALF_AXES = (40.0, 52.0)
 
 
 class HeadMask(NamedTuple):
@@ -120,17 +123,31 @@ def read_mask(path: str | os.PathLike) -> Float[np.ndarray, "h w"]:
 def ellipse_mask(
     shape: tuple[int, int], points: Float[np.ndarray, "5 2"]
 ) -> Float[np.ndarray, "h w"]:
-    """An upright head's ellipse, turned, scaled and shifted with the points; the edge is 1 px soft.
+    """An upright head's ellipse, turned, scaled and shifted with the points; the edge is 1 px soft."""
+    return _ellipse(shape, points, _HEAD_CENTRE, _HEAD_HALF_AXES)
 
-    The distance to the ellipse is taken to first order, f / |grad f|.
-    """
+
+def face_mask(
+    head: Float[np.ndarray, "h w"], points: Float[np.ndarray, "5 2"]
+) -> Float[np.ndarray, "h w"]:
+    """The face without hair and ears: an ellipse fitted to the points, inside the head's mask."""
+    return head * _ellipse(head.shape, points, _FACE_CENTRE, _FACE_HALF_AXES)
+
+
+def _ellipse(
+    shape: tuple[int, int],
+    points: Float[np.ndarray, "5 2"],
+    centre: tuple[float, float],
+    half_axes: tuple[float, float],
+) -> Float[np.ndarray, "h w"]:
+    """An ellipse of the template in the photo; its distance is to first order, f / |grad f|."""
     to_template = similarity_transform(points, ARCFACE_TEMPLATE)
     scale = np.hypot(to_template[0, 0], to_template[1, 0])
     rows, columns = np.mgrid[: shape[0], : shape[1]].astype(np.float64)
     where = transform_points(np.stack([columns, rows], -1).reshape(-1, 2), to_template)
-    unit = (where - _HEAD_CENTRE) / _HEAD_HALF_AXES
+    unit = (where - centre) / half_axes
     radius = np.linalg.norm(unit, axis=-1)
-    slope = np.linalg.norm(unit / _HEAD_HALF_AXES, axis=-1)
+    slope = np.linalg.norm(unit / half_axes, axis=-1)
     # Both vanish at the centre, where any length will do.
     distance = (radius - 1.0) * (radius + 1e-6) / (slope + 1e-8) / scale
     return np.clip(0.5 - distance, 0.0, 1.0).reshape(shape).astype(np.float32)
@@ -144,7 +161,7 @@ def crop_square(points: Float[np.ndarray, "5 2"], size: float = 112.0) -> Float[
     return np.concatenate([corners.min(0), corners.max(0)])
 
 
-def _box_weights(inputs: int, outputs: int) -> Float[np.ndarray, "outputs inputs"]:
+def area_weights(inputs: int, outputs: int) -> Float[np.ndarray, "outputs inputs"]:
     """Row i: how much of output cell i each input cell covers; every row sums to 1."""
     edges = np.arange(outputs + 1) * (inputs / outputs)
     cells = np.arange(inputs)
@@ -161,8 +178,8 @@ def resize_area(
     Each output cell is the integral of the input over it, by a matrix from both sides: the mean
     is kept, and a cell that the mask covers partly gets that part.
     """
-    rows = jnp.asarray(_box_weights(mask.shape[-2], size[0]))
-    columns = jnp.asarray(_box_weights(mask.shape[-1], size[1]))
+    rows = jnp.asarray(area_weights(mask.shape[-2], size[0]))
+    columns = jnp.asarray(area_weights(mask.shape[-1], size[1]))
     # Lower precision of an accelerator's matrix units would make 1 come out as 0.998.
     return jnp.einsum(
         "ph,...hw,qw->...pq", rows, mask, columns, precision=jax.lax.Precision.HIGHEST

@@ -1,0 +1,1 @@
+"""Records on disk: written from photos and portraits, opened without TensorFlow, fed by Grain."""

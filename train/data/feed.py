@@ -1,0 +1,89 @@
+"""Batches from stored rows, by Grain: shuffled over the whole set, read and decoded by threads.
+
+Everything follows from the seed and the step: which rows a batch has, in which order, and who
+stands beside whom. So the step is the whole position, on any number of processes.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from typing import Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from fact_jax.errors import UserError
+from train.data.records import data_libraries
+
+_THREADS = 16
+_ENDLESS = 2**62
+
+
+class Rows(Protocol):
+    """Samples by number. ``fingerprint`` tells one data set from another."""
+
+    identities: Int[np.ndarray, " n"]
+    fingerprint: str
+
+    def load(self, number: int, partner: int) -> dict[str, np.ndarray]:
+        """A sample, with the face of row ``partner`` beside its own; shapes are always the same."""
+
+
+class Partners:
+    """For every row another photo of the same person; for an only photo itself."""
+
+    def __init__(self, identities: Int[np.ndarray, " n"]):
+        # Rows person after person, where each person begins, and where each row stands there.
+        self._by_person = np.argsort(identities, kind="stable").astype(np.int32)
+        _, person, counts = np.unique(identities, return_inverse=True, return_counts=True)
+        self._person, self._counts = person.astype(np.int32), counts.astype(np.int32)
+        self._begins = (np.cumsum(counts) - counts).astype(np.int32)
+        self._place = np.empty(len(identities), np.int32)
+        self._place[self._by_person] = np.arange(len(identities), dtype=np.int32)
+
+    def draw(self, row: int, rng: np.random.Generator) -> int:
+        """Each of the person's other photos with the same probability."""
+        person = self._person[row]
+        count, begin = int(self._counts[person]), int(self._begins[person])
+        if count == 1:
+            return row
+        hop = int(rng.integers(1, count))
+        return int(self._by_person[begin + (int(self._place[row]) - begin + hop) % count])
+
+
+class GrainSource:
+    """A ``train.task.Source`` of stored rows; every epoch visits each row once."""
+
+    def __init__(self, rows: Rows, batch_size: int, seed: int):
+        if not 0 <= seed < 2**32:
+            raise UserError(f"seed={seed}: the shuffle takes a seed from 0 to {2**32 - 1}")
+        self._grain = data_libraries().grain
+        self._rows, self._batch_size, self._seed = rows, batch_size, seed
+        self._count = len(rows.identities)
+        self._partners = Partners(rows.identities)
+        self._order = self._grain.MapDataset.range(self._count).seed(seed).shuffle().repeat()
+        text = f"{rows.fingerprint} {self._count} {batch_size} {seed}"
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
+
+    def choose(self, step: int, row: int) -> tuple[int, int]:
+        """Number of the sample, and of its partner, in a row of the batch after ``step`` steps."""
+        position = step * self._batch_size + row
+        number = int(self._order[position])
+        return number, self._partners.draw(number, np.random.default_rng([self._seed, position]))
+
+    def batches(self, start: int, rows: Int[np.ndarray, " r"]) -> Iterator[dict[str, np.ndarray]]:
+        """These rows of the batches after ``start``, ``start`` + 1, ... steps."""
+        rows = [int(row) for row in rows]
+
+        def load(position: int) -> dict[str, np.ndarray]:
+            ahead, place = divmod(position, len(rows))
+            return self._rows.load(*self.choose(start + ahead, rows[place]))
+
+        options = self._grain.ReadOptions(
+            num_threads=_THREADS, prefetch_buffer_size=max(_THREADS, 2 * len(rows))
+        )
+        samples = self._grain.MapDataset.range(_ENDLESS).map(load).to_iter_dataset(options)
+        iterator = iter(samples.batch(len(rows), drop_remainder=True))
+        try:
+            yield from iterator
+        finally:
+            iterator.close()
