@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from fact_jax.face import resize_area
+from fact_jax.schedules import NoiseSchedule, alphas_cumprod
 
 
 def denoising_error(
@@ -17,6 +18,22 @@ def denoising_error(
     """Mean squared error; ``weight`` (if any) multiplies each cell's square."""
     squares = (output.astype(jnp.float32) - target.astype(jnp.float32)) ** 2
     return squares.mean() if weight is None else (squares * weight[..., None]).mean()
+
+
+def min_snr_weight(
+    schedule: NoiseSchedule, t: Int[Array, " b"], gamma: float
+) -> Float[Array, " b"]:
+    """Min-SNR weight of each sample's squared error (arXiv 2303.09556, section 3.4).
+
+    SNR = abar / (1 - abar). The error of x_0 is to weigh min(SNR, gamma): that of the noise then
+    weighs min(SNR, gamma) / SNR, and that of v min(SNR, gamma) / (SNR + 1). Written without the
+    division by SNR, so that a last timestep of pure noise is no exception.
+    """
+    abar = alphas_cumprod(schedule)[t]
+    if schedule.prediction_type == "epsilon":
+        # An SNR below gamma leaves the weight at 1.
+        return jnp.minimum(1.0, gamma * (1 - abar) / jnp.maximum(abar, 1e-12))
+    return jnp.minimum(abar, gamma * (1 - abar))
 
 
 def fair_ratio(

@@ -134,6 +134,17 @@ def add_noise(
     return a * x0 + s * noise
 
 
+def offset_noise(
+    noise: Float[Array, "b h w c"], shift: Float[Array, "b c"], offset: float
+) -> Float[Array, "b h w c"]:
+    """Noise whose mean over a picture varies too: noise + offset * shift, ``shift`` unit noise.
+
+    Plain noise hardly touches a picture's mean, so that a model never learns to change it, and very
+    dark and very bright pictures stay out of reach (N. Guttenberg, "Diffusion with offset noise").
+    """
+    return noise + offset * shift[:, None, None, :]
+
+
 def training_target(
     schedule: NoiseSchedule, x0: Float[Array, "b ..."], noise: Float[Array, "b ..."], t: Timesteps
 ) -> Float[Array, "b ..."]:

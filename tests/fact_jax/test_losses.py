@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fact_jax.losses import arcface_loss, denoising_error, fair_ratio, normalize
+from fact_jax.losses import arcface_loss, denoising_error, fair_ratio, min_snr_weight, normalize
+from fact_jax.schedules import NoiseSchedule
 from tests.fact_jax.tiny import normal
 
 # Cells of 2 x 2 mask pixels: all face, half face, a quarter face, none.
@@ -91,6 +92,18 @@ def test_denoising_error_by_hand():
     assert denoising_error(output, target) == pytest.approx((4 + 9) / 4)
     weight = jnp.array([2.0, 0.5]).reshape(1, 1, 2)
     assert denoising_error(output, target, weight) == pytest.approx((2 * 4 + 0.5 * 9) / 4)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "expected"),
+    [("epsilon", (5 / 9, 1.0, 1.0)), ("v_prediction", (0.5, 0.675, 0.405))],
+)
+def test_min_snr_by_hand(prediction, expected):
+    """abar 0.9, 0.9 * 0.75, 0.9 * 0.75 * 0.6: only the first SNR, 9, is above 5; 9 + 1 = 10."""
+    schedule = NoiseSchedule(
+        num_train_timesteps=3, beta_start=0.1, beta_end=0.4, prediction_type=prediction
+    )
+    np.testing.assert_allclose(min_snr_weight(schedule, jnp.arange(3), 5.0), expected, rtol=1e-6)
 
 
 def test_arcface_by_hand():

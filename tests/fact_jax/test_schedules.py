@@ -10,6 +10,7 @@ from fact_jax.schedules import (
     NoiseSchedule,
     add_noise,
     alphas_cumprod,
+    offset_noise,
     timesteps,
     to_epsilon,
     to_x0,
@@ -47,6 +48,14 @@ def test_noise_and_targets_by_hand():
     np.testing.assert_array_equal(training_target(coarse("epsilon"), x0, noise, t), noise)
     v = training_target(coarse("v_prediction"), x0, noise, t)
     np.testing.assert_allclose(v.ravel(), a - 2 * s, atol=1e-6)
+
+
+def test_offset_noise_by_hand():
+    """One shift a channel of a picture, the same in every cell."""
+    noise = jnp.arange(8.0).reshape(2, 1, 2, 2)
+    shift = jnp.array([[10.0, 20], [0, -10]])
+    expected = [[[[1, 3], [3, 5]]], [[[4, 4], [6, 6]]]]
+    np.testing.assert_allclose(offset_noise(noise, shift, 0.1), expected, rtol=1e-6)
 
 
 def test_one_timestep_for_all_samples():
