@@ -18,13 +18,13 @@ from converters.tokenizer import tokenize
 from fact_jax.fact import Model, encode_face, guided_model, initial_noise, null_face
 from fact_jax.samplers import SAMPLERS
 from infer.base import Base, FaceFiles, read_base, read_face_files
-from infer.pipeline import BATCH, generate
-from infer.request import Request, Settings
+from infer.pipeline import Drawer
+from infer.request import Settings
 
 _HALF_PARTS = ("unet", "text_encoder")
 
 
-class FlaxPipeline:
+class FlaxPipeline(Drawer):
     """A base model, with or without a face adapter, ready to draw."""
 
     def __init__(
@@ -66,16 +66,6 @@ class FlaxPipeline:
             models["resampler"] = trained.resampler
             models["encoder"] = load_encoder(face.encoder)
         return cls(base, face, models, dtype)
-
-    def generate(
-        self,
-        request: Request,
-        crops: UInt8[np.ndarray, "p s s 3"] | None = None,
-        *,
-        batch: int = BATCH,
-    ) -> UInt8[np.ndarray, "b h w 3"]:
-        """The pictures of a request; its photos are read unless ``crops`` are given."""
-        return generate(self, request, crops, batch=batch)
 
     def draw(
         self,

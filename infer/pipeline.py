@@ -1,7 +1,7 @@
 """What the two backends have in common: requests in batches, one picture a prompt and seed."""
 
+import abc
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import numpy as np
 from jaxtyping import UInt8
@@ -15,12 +15,13 @@ from infer.request import Request, Settings
 BATCH = 4
 
 
-class Drawer(Protocol):
-    """A loaded backend."""
+class Drawer(abc.ABC):
+    """A loaded backend: a base model, with or without a face adapter, ready to draw."""
 
     base: Base
     face: FaceFiles | None
 
+    @abc.abstractmethod
     def draw(
         self,
         prompts: Sequence[str],
@@ -35,18 +36,19 @@ class Drawer(Protocol):
         ``crops`` are the aligned faces of each picture's person (or of one for all pictures);
         None draws with the base alone. ``bar`` moves by one a call of the UNet.
         """
-        ...
 
+    def generate(
+        self,
+        request: Request,
+        crops: UInt8[np.ndarray, "p s s 3"] | None = None,
+        *,
+        batch: int = BATCH,
+    ) -> UInt8[np.ndarray, "b h w 3"]:
+        """All pictures of a request, in the order of ``request.pictures()``.
 
-def generate(
-    drawer: Drawer,
-    request: Request,
-    crops: UInt8[np.ndarray, "p s s 3"] | None = None,
-    *,
-    batch: int = BATCH,
-) -> UInt8[np.ndarray, "b h w 3"]:
-    """All pictures of a request, in the order of ``request.pictures()``."""
-    return np.concatenate(list(generate_batches(drawer, request, crops, batch=batch)))
+        Its photos are read unless ``crops`` are given.
+        """
+        return np.concatenate(list(generate_batches(self, request, crops, batch=batch)))
 
 
 def generate_batches(

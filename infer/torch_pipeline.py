@@ -17,12 +17,12 @@ from converters.tokenizer import tokenize
 from fact_jax.fact import initial_noise
 from fact_jax.samplers import DIFFUSERS_SCHEDULERS, model_calls
 from infer.base import Base, FaceFiles, read_base, read_face_files
-from infer.pipeline import BATCH, generate
-from infer.request import Request, Settings
+from infer.pipeline import Drawer
+from infer.request import Settings
 from infer.torch_fact import FactTorch, load_fact
 
 
-class TorchPipeline:
+class TorchPipeline(Drawer):
     """A base model, with or without a face adapter, ready to draw; the twin of FlaxPipeline.
 
     From the same request both start with the same noise and give the same pictures, but for the
@@ -59,16 +59,6 @@ class TorchPipeline:
             local_files_only=True,
         )
         return cls(base, face, pipe.to("cuda" if torch.cuda.is_available() else "cpu"))
-
-    def generate(
-        self,
-        request: Request,
-        crops: UInt8[np.ndarray, "p s s 3"] | None = None,
-        *,
-        batch: int = BATCH,
-    ) -> UInt8[np.ndarray, "b h w 3"]:
-        """The pictures of a request; its photos are read unless ``crops`` are given."""
-        return generate(self, request, crops, batch=batch)
 
     def draw(
         self,

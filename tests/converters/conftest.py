@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.pipelines import pndm_scheduler, save_pipeline, small_parts
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
@@ -19,41 +21,10 @@ def released_checkpoint() -> Path:
 def peers():
     """diffusers and transformers models with random weights: unet, vae, clip_text."""
     import torch
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=24,
-        attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        sample_size=16,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    )
-    text = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=600,
-            hidden_size=24,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            max_position_embeddings=77,
-            bos_token_id=0,
-            eos_token_id=1,
-            pad_token_id=1,
-        )
-    )
-    return {"unet": unet, "vae": vae, "clip_text": text}
+    parts = small_parts(vocab_size=600, special=(0, 1))
+    return {"unet": parts["unet"], "vae": parts["vae"], "clip_text": parts["text_encoder"]}
 
 
 @pytest.fixture(scope="session")
@@ -86,28 +57,12 @@ def vocabulary():
 @pytest.fixture(scope="session")
 def pipeline_folder(peers, vocabulary, tmp_path_factory) -> Path:
     """A pipeline folder that diffusers itself wrote."""
-    from diffusers import PNDMScheduler, StableDiffusionPipeline
     from transformers import CLIPTokenizer
 
     vocab, merges = vocabulary
-    folder = tmp_path_factory.mktemp("base")
-    StableDiffusionPipeline(
-        unet=peers["unet"],
-        vae=peers["vae"],
-        text_encoder=peers["clip_text"],
-        tokenizer=CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77),
-        scheduler=PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            skip_prk_steps=True,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(folder)
-    return folder
+    parts = {("text_encoder" if kind == "clip_text" else kind): m for kind, m in peers.items()}
+    tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=77)
+    return save_pipeline(tmp_path_factory.mktemp("base"), parts, tokenizer, pndm_scheduler())
 
 
 @pytest.fixture

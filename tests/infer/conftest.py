@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.pipelines import save_pipeline, small_parts
+
 POINTS = [[24.0, 28.0], [41.0, 27.0], [33.0, 38.0], [26.0, 46.0], [40.0, 45.0]]
 FACE_TOKENS, FACE_DIM = 5, 20
 ENCODER = {
@@ -43,9 +45,8 @@ def quick_compilation():
 def base_folder(tmp_path_factory) -> Path:
     """UNet of two levels, VAE that halves once, text encoder and tokenizer; 32 x 32 pictures."""
     import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
-    from diffusers import UNet2DConditionModel as UNet
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from diffusers import DDIMScheduler
+    from transformers import CLIPTokenizer
 
     from converters.tokenizer import Tokenizer, write_tokenizer
     from fact_jax.portraits.tokens import caption_vocabulary
@@ -56,54 +57,23 @@ def base_folder(tmp_path_factory) -> Path:
     vocab, merges = caption_vocabulary()
     words = tmp_path_factory.mktemp("words")
     write_tokenizer(Tokenizer(vocab=vocab, merges=merges), words)
-    pipe = StableDiffusionPipeline(
-        unet=UNet(
-            sample_size=16,
-            in_channels=4,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            cross_attention_dim=24,
-            attention_head_dim=2,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        ),
-        vae=AutoencoderKL(
-            block_out_channels=(8, 8),
-            norm_num_groups=4,
-            layers_per_block=1,
-            sample_size=32,
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-        ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(vocab),
-                hidden_size=24,
-                intermediate_size=48,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                bos_token_id=len(vocab) - 2,
-                eos_token_id=len(vocab) - 1,
-                pad_token_id=len(vocab) - 1,
-            )
-        ),
-        tokenizer=CLIPTokenizer.from_pretrained(words),
-        scheduler=DDIMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            steps_offset=1,
-            set_alpha_to_one=False,
-            clip_sample=False,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
+    parts = small_parts(
+        vocab_size=len(vocab),
+        special=(len(vocab) - 2, len(vocab) - 1),
+        unet={"sample_size": 16},
+        vae={"block_out_channels": (8, 8), "sample_size": 32},
+        text={"num_hidden_layers": 1},
     )
-    folder = tmp_path_factory.mktemp("base")
-    pipe.save_pretrained(folder)
-    return folder
+    scheduler = DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        steps_offset=1,
+        set_alpha_to_one=False,
+        clip_sample=False,
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(words)
+    return save_pipeline(tmp_path_factory.mktemp("base"), parts, tokenizer, scheduler)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ import pytest
 from fact_jax.errors import UserError
 from fact_jax.fact import Guidance
 from infer.base import read_base
-from infer.pipeline import generate
+from infer.pipeline import Drawer
 from infer.request import Request, Settings
 
 
@@ -42,7 +42,7 @@ def test_base_refuses_what_it_cannot_draw(base_folder):
             base.check(Settings(**changes))
 
 
-class Recorder:
+class Recorder(Drawer):
     """Draws the first letter of the prompt and the seed."""
 
     face = None
@@ -61,10 +61,10 @@ class Recorder:
 def test_pictures_in_order_in_batches_of_one_shape(base_folder):
     drawer = Recorder(read_base(base_folder))
     asked = Request(prompts=("a", "b", "c"), seeds=range(5, 7))
-    pictures = generate(drawer, asked, batch=4)
+    pictures = drawer.generate(asked, batch=4)
     assert drawer.batches == [4, 4]
     assert pictures[:, 0, 0, :2].tolist() == [
         [ord(prompt), seed] for prompt, seed in asked.pictures()
     ]
     with pytest.raises(UserError, match="a batch holds at least one"):
-        generate(drawer, asked, batch=0)
+        drawer.generate(asked, batch=0)

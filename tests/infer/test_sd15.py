@@ -9,8 +9,36 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.pipelines import pndm_scheduler, save_pipeline, small_parts
+
 ROOT = Path(__file__).parents[2]
 SIDE = 256  # pixels; the weights are full size, the picture a quarter of the usual
+FULL_SIZE = {
+    "unet": {
+        "sample_size": SIDE // 8,
+        "block_out_channels": (320, 640, 1280, 1280),
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+        "down_block_types": ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    },
+    "vae": {
+        "block_out_channels": (128, 256, 512, 512),
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "sample_size": SIDE,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+    },
+    "text": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+    },
+}
 
 
 def program(*words) -> str:
@@ -26,14 +54,8 @@ def program(*words) -> str:
 def models(tmp_path_factory) -> Path:
     """``base/``, saved by diffusers itself, and ``encoder/`` (vit_s); 4.5 GB on disk."""
     import torch
-    from diffusers import (
-        AutoencoderKL,
-        PNDMScheduler,
-        StableDiffusionPipeline,
-        UNet2DConditionModel,
-    )
     from flax import nnx
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTokenizer
 
     from converters import Tokenizer, save_encoder
     from converters.tokenizer import write_tokenizer
@@ -44,42 +66,10 @@ def models(tmp_path_factory) -> Path:
     torch.manual_seed(0)
     vocab, merges = caption_vocabulary()
     write_tokenizer(Tokenizer(vocab=vocab, merges=merges), folder / "words")
-    pipe = StableDiffusionPipeline(
-        unet=UNet2DConditionModel(
-            sample_size=SIDE // 8, cross_attention_dim=768, attention_head_dim=8
-        ),
-        vae=AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            sample_size=SIDE,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-        ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                hidden_size=768,
-                intermediate_size=3072,
-                num_hidden_layers=12,
-                num_attention_heads=12,
-                eos_token_id=len(vocab) - 1,
-                bos_token_id=len(vocab) - 2,
-                pad_token_id=len(vocab) - 1,
-            )
-        ),
-        tokenizer=CLIPTokenizer.from_pretrained(folder / "words"),
-        scheduler=PNDMScheduler(
-            beta_start=0.00085,
-            beta_end=0.012,
-            beta_schedule="scaled_linear",
-            skip_prk_steps=True,
-            steps_offset=1,
-        ),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    pipe.save_pretrained(folder / "base")
-    del pipe
+    parts = small_parts(vocab_size=49408, special=(len(vocab) - 2, len(vocab) - 1), **FULL_SIZE)
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
+    save_pipeline(folder / "base", parts, tokenizer, pndm_scheduler())
+    del parts
     save_encoder(TransFace(TransFaceConfig.vit_s(), rngs=nnx.Rngs(0)), folder / "encoder")
     return folder
 
