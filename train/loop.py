@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from fact_jax.errors import UserError
 from fact_jax.files import atomic_write
@@ -24,7 +25,7 @@ from train.config import TrainConfig, to_json
 from train.runlog import RunLog, average
 from train.state import TrainState, make_optimizer, make_state
 from train.step import make_train_step
-from train.task import PyTree, Source, Task
+from train.task import PyTree, Task
 from train.tasks import make_task
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -91,8 +92,10 @@ class _Loop:
         config, rows = self.config, []
         in_flight: collections.deque = collections.deque()
         start = int(state.step)
-        with prefetch(self.task.source(), start, config.steps) as batches:
-            for step, batch in batches:
+        rows_here = np.arange(config.batch_size)
+        batches = self.task.source().batches(start, rows_here)
+        with prefetch(batches, start, config.steps) as ready:
+            for step, batch in ready:
                 state, metrics = train_step(state, self.frozen, batch)
                 rows.append(metrics)
                 in_flight.append(metrics["skipped_in_a_row"])
@@ -187,7 +190,9 @@ def replace_folder(target: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def prefetch(source: Source, start: int, stop: int, depth: int = 2) -> Iterator[Iterator]:
+def prefetch(
+    batches: Iterator[dict[str, np.ndarray]], start: int, stop: int, depth: int = 2
+) -> Iterator[Iterator]:
     """(step, its batch on the device) for start < step <= stop, made by a thread."""
     ready: queue.Queue[Any] = queue.Queue(depth)
     closing = threading.Event()
@@ -202,7 +207,7 @@ def prefetch(source: Source, start: int, stop: int, depth: int = 2) -> Iterator[
             for step in range(start, stop):
                 if closing.is_set():
                     return
-                put((step + 1, jax.device_put(source.batch(step))))
+                put((step + 1, jax.device_put(next(batches))))
             put(None)
         except BaseException as error:
             put(error)

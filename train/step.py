@@ -26,16 +26,17 @@ def make_train_step(
     """
     state_update = getattr(task, "state_update", None)
 
-    def loss_of(params, frozen, batch, step, key):
+    def loss_of(params, frozen, batch, step, keys):
         params, frozen = (cast(tree, config.precision) for tree in (params, frozen))
-        loss, metrics = task.loss(params, frozen, batch, step=step, key=key)
+        loss, metrics = task.loss(params, frozen, batch, step=step, keys=keys)
         return loss.astype(jnp.float32), metrics
 
     @functools.partial(jax.jit, donate_argnums=0)
     def train_step(state: TrainState, frozen: PyTree, batch: dict[str, jax.Array]):
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        keys = jax.random.split(key, config.batch_size)
         (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(
-            state.params, frozen, batch, state.step, key
+            state.params, frozen, batch, state.step, keys
         )
         metrics = dict(metrics)
         aux = metrics.pop("aux", None)

@@ -1,20 +1,26 @@
 """What the engine asks of a task: data, a loss, pictures to look at, files to use."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Key
 
 PyTree = Any
 
 
 class Source(Protocol):
-    """Host data."""
+    """Host data. The batch of a step is a pure function of the seed and the step, whatever the
+    number of processes: that is what makes resuming exact, and the step the whole position.
+    """
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        """The batch of a step, a pure function of it: that is what makes resuming exact."""
+    def batches(self, start: int, rows: Int[np.ndarray, " r"]) -> Iterator[dict[str, np.ndarray]]:
+        """These rows of the global batch of step ``start`` + 1, ``start`` + 2, ... without end.
+
+        ``rows`` are the ascending row numbers (of ``batch_size``) that this process needs.
+        """
 
 
 class Task(Protocol):
@@ -38,9 +44,13 @@ class Task(Protocol):
         batch: dict[str, Array],
         *,
         step: Array,
-        key: jax.Array,
+        keys: Key[Array, " b"],
     ) -> tuple[Float[Array, ""], dict[str, Any]]:
-        """Scalar loss in float32, and scalar metrics with flat names such as ``loss/mse``."""
+        """Scalar loss in float32, and scalar metrics with flat names such as ``loss/mse``.
+
+        The loss is a mean over samples, and what is random in a sample comes from its own key: so
+        neither devices nor microbatches, which split the batch, change the numbers.
+        """
 
     def samples(self, trainable: PyTree, frozen: PyTree, key: jax.Array) -> dict[str, np.ndarray]:
         """Name -> uint8 picture (h, w, 3); the key is the same at every call. May be empty."""

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fact_jax.curriculum import Drop, Stage, draw_drop, draw_shuffle, stage_values
+from fact_jax.curriculum import (
+    Drop,
+    Stage,
+    draw_drop,
+    draw_neutral,
+    draw_shuffle,
+    stage_values,
+)
 
 STAGES = (
     Stage(steps=100),
@@ -14,6 +21,10 @@ STAGES = (
     Stage(steps=10, shuffle=(0.9, 0.9), fair_weight=(0.02, 0.02)),
 )
 COUNT = 20_000
+
+
+def keys(seed, count=COUNT):
+    return jax.random.split(jax.random.key(seed), count)
 
 
 @pytest.mark.parametrize(
@@ -34,13 +45,13 @@ COUNT = 20_000
 )
 def test_stages_by_hand(step, shuffle, weight):
     for form in (step, jnp.asarray(step)):
-        np.testing.assert_allclose(stage_values(STAGES, form), (shuffle, weight), atol=1e-6)
+        np.testing.assert_allclose(stage_values(STAGES, form)[:2], (shuffle, weight), atol=1e-6)
 
 
 def test_the_end_of_a_ramp_holds():
     stages = (Stage(steps=10, shuffle=(0.1, 0.7), fair_weight=(0.3, 0.0), ramp="cosine"),)
     for step in (10, 11, 5000):
-        np.testing.assert_allclose(stage_values(stages, step), (0.7, 0.0), atol=1e-6)
+        np.testing.assert_allclose(stage_values(stages, step), (0.7, 0.0, 1.0), atol=1e-6)
 
 
 def test_a_stage_of_no_steps_is_never_seen():
@@ -48,9 +59,15 @@ def test_a_stage_of_no_steps_is_never_seen():
     assert stage_values(stages, 0)[0] == pytest.approx(0.1)
 
 
+def test_a_stage_without_text():
+    stages = (Stage(steps=3, text=False), Stage(steps=4), Stage(steps=2, text=False))
+    read = [float(stage_values(stages, step).text) for step in range(11)]
+    assert read == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]
+
+
 def test_stages_within_a_compiled_step():
     run = jax.jit(lambda step: stage_values(STAGES, step))
-    np.testing.assert_allclose(run(jnp.asarray(150, jnp.int32)), (0.2, 0.004), atol=1e-6)
+    np.testing.assert_allclose(run(jnp.asarray(150, jnp.int32)), (0.2, 0.004, 1.0), atol=1e-6)
 
 
 def assert_frequency(drawn, probability: float) -> None:
@@ -61,7 +78,7 @@ def assert_frequency(drawn, probability: float) -> None:
 
 def test_drops_exclude_each_other_and_have_their_frequencies():
     drop = Drop(face=0.05, text=0.1, both=0.2)
-    face, text = (np.asarray(x) for x in draw_drop(jax.random.key(1), drop, COUNT))
+    face, text = (np.asarray(x) for x in draw_drop(keys(1), drop))
     assert_frequency(face & ~text, 0.05)
     assert_frequency(text & ~face, 0.1)
     assert_frequency(face & text, 0.2)
@@ -75,12 +92,17 @@ def test_certain_drops():
         (Drop(face=0.0, text=0.0, both=1.0), (1, 1)),
         (Drop(face=0.0, text=0.0, both=0.0), (0, 0)),
     ):
-        drawn = draw_drop(jax.random.key(2), drop, 50)
+        drawn = draw_drop(keys(2, 50), drop)
         assert tuple(float(jnp.mean(x)) for x in drawn) == expected
 
 
 @pytest.mark.parametrize("probability", [0.0, 0.3, 1.0])
 def test_shuffle_has_its_frequency(probability):
-    drawn = np.asarray(draw_shuffle(jax.random.key(3), jnp.asarray(probability), COUNT))
+    drawn = np.asarray(draw_shuffle(keys(3), jnp.asarray(probability)))
     assert drawn.shape == (COUNT,)
     assert_frequency(drawn, probability)
+
+
+def test_neutral_captions_have_their_frequency():
+    assert_frequency(np.asarray(draw_neutral(keys(4), 0.2)), 0.2)
+    assert not np.any(draw_neutral(keys(4), 0.0))

@@ -222,13 +222,12 @@ def test_sigterm_saves_and_exits_with_143(toy_file, tmp_path):
 
 
 def test_an_error_in_the_data_reaches_the_caller():
-    class Broken:
-        def batch(self, step):
-            if step == 2:
-                raise OSError("disk gone")
-            return {"x": np.zeros(step + 1)}
+    def broken():
+        yield {"x": np.zeros(1)}
+        yield {"x": np.zeros(1)}
+        raise OSError("disk gone")
 
-    with prefetch(Broken(), 0, 5) as batches:
+    with prefetch(broken(), 0, 5) as batches:
         assert [next(batches)[0], next(batches)[0]] == [1, 2]
         with pytest.raises(OSError, match="disk gone"):
             next(batches)

@@ -15,11 +15,11 @@ from train.step import make_train_step
 class Linear:
     """loss = sum(weight * x), so that the gradient is x; the noise of the step is a metric."""
 
-    def loss(self, trainable, frozen, batch, *, step, key):
+    def loss(self, trainable, frozen, batch, *, step, keys):
         self.dtypes = {k: v.dtype for k, v in (trainable | frozen).items()}
         loss = jnp.sum(trainable["weight"] * batch["x"]).astype(jnp.float32)
         loss += jnp.sum(trainable["bias"] * frozen["scale"]).astype(jnp.float32)
-        return loss, {"noise": jax.random.normal(key), "seen": step}
+        return loss, {"noise": jax.random.normal(keys[0]), "seen": step}
 
 
 class Counting(Linear):
@@ -105,5 +105,6 @@ def test_randomness_is_the_seed_and_the_step():
     _, second = step(state, frozen, {"x": X})
     key = jax.random.key(CONFIG.seed)
     for number, metrics in enumerate((first, second)):
-        assert metrics["noise"] == jax.random.normal(jax.random.fold_in(key, number))
+        (first_sample,) = jax.random.split(jax.random.fold_in(key, number), CONFIG.batch_size)
+        assert metrics["noise"] == jax.random.normal(first_sample)
         assert metrics["seen"] == number

@@ -1,6 +1,7 @@
 """A task small enough to be killed often: two layers that learn a sine, through noise."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import jax
@@ -40,8 +41,8 @@ class ToyTask:
     def source(self):
         return ToySource(self.config)
 
-    def loss(self, trainable, frozen, batch, *, step, key):
-        x = batch["x"] + 0.01 * jax.random.normal(key, batch["x"].shape)
+    def loss(self, trainable, frozen, batch, *, step, keys):
+        x = batch["x"] + 0.01 * jax.vmap(jax.random.normal)(keys)[:, None]
         hidden = jnp.tanh(x @ trainable["layers"][0]["kernel"] + frozen["shift"])
         output = trainable["gate"] * (hidden @ trainable["layers"][1]["kernel"])
         mse = jnp.mean(jnp.square((output - batch["y"]).astype(jnp.float32)))
@@ -64,11 +65,11 @@ class ToySource:
     def __init__(self, config: TrainConfig):
         self.config = config
 
-    def batch(self, step: int):
-        x = np.random.default_rng((self.config.seed, step)).uniform(
-            -2, 2, (self.config.batch_size, 1)
-        )
-        return {"x": x.astype(np.float32), "y": np.sin(x).astype(np.float32)}
+    def batches(self, start, rows):
+        for step in itertools.count(start):
+            chance = np.random.default_rng((self.config.seed, step))
+            x = chance.uniform(-2, 2, (self.config.batch_size, 1))[rows]
+            yield {"x": x.astype(np.float32), "y": np.sin(x).astype(np.float32)}
 
 
 TASKS["toy"] = (__name__, "ToyTask")

@@ -37,19 +37,25 @@ from fact_jax.portraits import contact_sheet
 from fact_jax.samplers import sample_ddim
 from fact_jax.schedules import add_noise, training_target
 from train.config import TrainConfig
+from train.data.feed import GrainSource, Rows
+from train.data.rows import open_rows
 from train.partition import assert_covers, merge, paths, split_by_paths
 from train.tasks.common import (
     ShuffledRows,
     Split,
     align_portraits,
     draw_crops,
+    draw_normal,
     draw_portraits,
+    draw_timesteps,
     encode_images,
     in_chunks,
     split,
+    split_keys,
     to_picture,
     to_signed,
 )
+from train.tasks.encode import Encoders
 from train.tasks.whiten import whitening
 
 MINI_RESAMPLER = ResamplerConfig.mini()
@@ -66,6 +72,10 @@ class AdapterOptions:
     ``region`` is where FAIR lets the adapter work; ``face_weight`` is that region's extra weight
     in the error. With ``weights``, an adapter file, training goes on from its adapters and its
     resampler instead.
+
+    Photos are drawn from the portrait world, ``people`` x ``photos`` of them, or come from the
+    folder ``records`` and are encoded in every step, or from the folder ``cache``, which holds
+    them encoded (``fact-train cache``).
     """
 
     base: str = "miniature/base"
@@ -73,6 +83,8 @@ class AdapterOptions:
     resampler: ResamplerConfig = MINI_RESAMPLER
     people: int = 2000
     photos: int = 4
+    records: str | None = None
+    cache: str | None = None
     stages: tuple[Stage, ...]
     drop: Drop = DEFAULT_DROP
     start: Literal["zero_gates", "zero_projections"] = "zero_projections"
@@ -104,6 +116,7 @@ class AdapterTask:
         assert_covers({name.replace(".", "/") for name in shapes}, trained, frozen)
         self.resampler = split(resampler)
         self.text_encoder = split(self.pipeline.text_encoder)
+        self.encoders = Encoders(self.pipeline, self.encoder)
         self.size = self.pipeline.unet.config.sample_size * self.pipeline.vae.config.downscale
         self._sample = jax.jit(self._generate)
 
@@ -114,11 +127,29 @@ class AdapterTask:
     def _new_resampler(self, rngs: nnx.Rngs) -> Resampler:
         """A resampler that starts on whitened tokens."""
         resampler = Resampler(self.options.resampler, rngs=rngs)
-        crops = draw_crops("adapter", WHITENED_ON, 1, self.encoder.config.img_size)
-        matrix, bias = whitening(encode_tokens(self.encoder, crops))
+        matrix, bias = whitening(self._some_tokens())
         kernel = resampler.proj_in.kernel[...]
         resampler.proj_in.kernel[...], resampler.proj_in.bias[...] = matrix @ kernel, bias @ kernel
         return resampler
+
+    def _some_tokens(self) -> Float[np.ndarray, "n t d"]:
+        """Face tokens of a few hundred of the photos."""
+        if self.rows is None:
+            crops = draw_crops("adapter", WHITENED_ON, 1, self.encoder.config.img_size)
+            return encode_tokens(self.encoder, crops)
+        # One photo of each person, as far as there are so many.
+        _, first = np.unique(self.rows.identities, return_index=True)
+        some = [self.rows.load(int(row), int(row)) for row in first[:WHITENED_ON]]
+        if self.options.cache is not None:
+            return np.stack([row["tokens"] for row in some])
+        return encode_tokens(self.encoder, np.stack([row["crops"] for row in some]))
+
+    @functools.cached_property
+    def rows(self) -> Rows | None:
+        """The stored samples; None for the portrait world."""
+        if self.options.records is None and self.options.cache is None:
+            return None
+        return open_rows(self.options, self.pipeline, self.encoder, self.encoders)
 
     def _check_widths(self):
         resampler, encoder = self.options.resampler, self.encoder.config
@@ -136,10 +167,19 @@ class AdapterTask:
 
     def init(self, key):
         trainable = {"resampler": self.resampler.arrays, "adapter": self.adapters}
-        return trainable, {"unet": self.base, "text_encoder": self.text_encoder.arrays}
+        # The text encoder is always there: for what a caption is dropped to.
+        names = ["text_encoder"]
+        if self.options.records is not None and self.options.cache is None:
+            names += ["vae", "encoder"]
+        return trainable, {
+            "unet": self.base,
+            **{name: self.encoders.arrays[name] for name in names},
+        }
 
     def source(self):
         options = self.options
+        if self.rows is not None:
+            return GrainSource(self.rows, self.config.batch_size, self.config.seed)
         batch = draw_portraits("adapter", options.people, options.photos, size=self.size)
         latents = encode_images(self.pipeline.vae, batch.images)
         crops = align_portraits(batch, self.encoder.config.img_size)
@@ -152,24 +192,23 @@ class AdapterTask:
         }
         return PairedRows(arrays, self.config.batch_size, self.config.seed, options.photos)
 
-    def loss(self, trainable, frozen, batch, *, step, key):
+    def loss(self, trainable, frozen, batch, *, step, keys):
         options, schedule = self.options, self.pipeline.schedule
-        keys = jax.random.split(key, 4)
-        count = len(batch["latents"])
+        shuffle_keys, drop_keys, noise_keys, time_keys, latent_keys = split_keys(keys, 5)
         shuffle, fair_weight = stage_values(options.stages, step)
-        shuffled = draw_shuffle(keys[0], shuffle, count)
-        no_face, no_text = draw_drop(keys[1], options.drop, count)
+        shuffled = draw_shuffle(shuffle_keys, shuffle)
+        no_face, no_text = draw_drop(drop_keys, options.drop)
         dtype = trainable["resampler"]["latents"].dtype
-        tokens = jnp.where(shuffled[:, None, None], batch["partner"], batch["tokens"])
+        batch = self.encoders.encode_batch(frozen, batch, shuffled, latent_keys)
         # The null condition is the resampler of all-zero tokens.
-        tokens = jnp.where(no_face[:, None, None], 0, tokens).astype(dtype)
-        ids = jnp.where(no_text[:, None], self._empty_prompt(), batch["ids"])
-        text = self.text_encoder.module(frozen["text_encoder"])(ids)
+        tokens = jnp.where(no_face[:, None, None], 0, batch["tokens"]).astype(dtype)
+        empty = self.encoders.text(frozen, jnp.asarray(self._empty_prompt()))
+        text = jnp.where(no_text[:, None, None], empty, batch["text"]).astype(dtype)
         face = self.resampler.module(trainable["resampler"])(tokens)
 
         latents = batch["latents"]
-        noise = jax.random.normal(keys[2], latents.shape)
-        t = jax.random.randint(keys[3], (count,), 0, schedule.num_train_timesteps)
+        noise = draw_normal(noise_keys, latents.shape[1:])
+        t = draw_timesteps(time_keys, schedule.num_train_timesteps)
         noisy = add_noise(schedule, latents, noise, t).astype(dtype)
         unet = self.unet(trainable["adapter"], frozen["unet"])
         ratio = functools.partial(fair_ratio, mask=batch["mask"])
@@ -241,12 +280,11 @@ class PairedRows(ShuffledRows):
 
     photos: int
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        rows = self.rows(step)
-        batch = {name: array[rows] for name, array in self.arrays.items()}
-        hop = np.random.default_rng([self.seed, step, 1]).integers(1, self.photos, len(rows))
-        partner = rows - rows % self.photos + (rows % self.photos + hop) % self.photos
-        return {**batch, "partner": self.arrays["tokens"][partner]}
+    def batch(self, step: int, rows: Int[np.ndarray, " r"]) -> dict[str, np.ndarray]:
+        own = self.rows(step)
+        hop = np.random.default_rng([self.seed, step, 1]).integers(1, self.photos, len(own))
+        partner = own - own % self.photos + (own % self.photos + hop) % self.photos
+        return {**super().batch(step, rows), "partner": self.arrays["tokens"][partner[rows]]}
 
 
 def new_adapters(unet: UNet, options: AdapterOptions, rngs: nnx.Rngs) -> dict:

@@ -18,7 +18,16 @@ from fact_jax.portraits.tokens import caption_vocabulary
 from fact_jax.samplers import sample_ddim
 from fact_jax.schedules import NoiseSchedule, add_noise, training_target
 from train.config import TrainConfig
-from train.tasks.common import ShuffledRows, draw_portraits, encode_images, split, to_picture
+from train.tasks.common import (
+    ShuffledRows,
+    draw_normal,
+    draw_portraits,
+    draw_timesteps,
+    encode_images,
+    split,
+    split_keys,
+    to_picture,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,14 +69,13 @@ class BaseTask:
         arrays = {"latents": latents, "ids": ids, "head": head.astype(np.float32)}
         return ShuffledRows(arrays, self.config.batch_size, self.config.seed)
 
-    def loss(self, trainable, frozen, batch, *, step, key):
-        noise_key, time_key, drop_key = jax.random.split(key, 3)
+    def loss(self, trainable, frozen, batch, *, step, keys):
+        noise_keys, time_keys, drop_keys = split_keys(keys, 3)
         latents = batch["latents"]
-        noise = jax.random.normal(noise_key, latents.shape)
-        count = len(latents)
-        t = jax.random.randint(time_key, (count,), 0, self.schedule.num_train_timesteps)
-        dropped = jax.random.bernoulli(drop_key, self.options.drop_text, (count, 1))
-        ids = jnp.where(dropped, self._empty_prompt(), batch["ids"])
+        noise = draw_normal(noise_keys, latents.shape[1:])
+        t = draw_timesteps(time_keys, self.schedule.num_train_timesteps)
+        dropped = jax.vmap(lambda key: jax.random.bernoulli(key, self.options.drop_text))(drop_keys)
+        ids = jnp.where(dropped[:, None], self._empty_prompt(), batch["ids"])
         text = self.text_encoder.module(trainable["text_encoder"])(ids)
         noisy = add_noise(self.schedule, latents, noise, t)
         output = self.unet.module(trainable["unet"])(noisy, t, text)

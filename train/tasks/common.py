@@ -2,14 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from fact_jax.face import align_batch
 from fact_jax.models.vae import AutoencoderKL
@@ -48,16 +49,16 @@ def to_picture(images: Float[Array, "*b h w c"]) -> UInt8[np.ndarray, "*b h w c"
 
 
 def draw_portraits(
-    split_name: str, people: int, photos: int, offset: int = 0, size: int = 64
+    split_name: str, people: int, photos: int, offset: int = 0, size: int = 64, first: int = 0
 ) -> Batch:
-    """``people`` x ``photos`` portraits of a split's first people, person after person.
+    """``people`` x ``photos`` portraits of a split's people from ``first`` on, one by one.
 
     No two portraits of the whole world share a scene seed: it is the person's number times 1,000
     plus the number of the photo.
     """
-    ids = np.asarray(SPLITS[split_name][:people])
+    ids = np.asarray(SPLITS[split_name][first : first + people])
     if len(ids) < people:
-        raise ValueError(f"split {split_name!r} has {len(ids)} people, {people} were asked for")
+        raise ValueError(f"split {split_name!r} has {len(ids)} people there, not {people}")
     seeds = (ids[:, None] * 1000 + offset + np.arange(photos)).reshape(-1)
     return make_batch(np.repeat(ids, photos), seeds, size)
 
@@ -78,7 +79,7 @@ def draw_crops(
 class ShuffledRows:
     """Rows of in-memory arrays in an order that depends on the seed and the step alone.
 
-    Every epoch visits each row once; ``batch`` of any step costs the same.
+    Every epoch visits each row once; the batch of any step costs the same.
     """
 
     arrays: dict[str, np.ndarray]
@@ -93,14 +94,34 @@ class ShuffledRows:
         orders = {epoch: _permutation(self.seed, int(epoch), count) for epoch in wanted // count}
         return np.asarray([orders[i // count][i % count] for i in wanted])
 
-    def batch(self, step: int) -> dict[str, np.ndarray]:
-        rows = self.rows(step)
-        return {name: array[rows] for name, array in self.arrays.items()}
+    def batches(self, start: int, rows: Int[np.ndarray, " r"]) -> Iterator[dict[str, np.ndarray]]:
+        for step in itertools.count(start):
+            yield self.batch(step, rows)
+
+    def batch(self, step: int, rows: Int[np.ndarray, " r"]) -> dict[str, np.ndarray]:
+        """These rows of the batch after ``step`` steps."""
+        chosen = self.rows(step)[rows]
+        return {name: array[chosen] for name, array in self.arrays.items()}
 
 
 @functools.lru_cache(maxsize=4)
 def _permutation(seed: int, epoch: int, count: int) -> Int[np.ndarray, " n"]:
     return np.random.default_rng([seed, epoch]).permutation(count)
+
+
+def split_keys(keys: Key[Array, " b"], count: int) -> Key[Array, "count b"]:
+    """``count`` independent keys for each sample."""
+    return jax.vmap(lambda key: jax.random.split(key, count), out_axes=1)(keys)
+
+
+def draw_normal(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+    """Unit noise of this shape for each sample."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def draw_timesteps(keys: Key[Array, " b"], count: int) -> Int[Array, " b"]:
+    """A timestep below ``count`` for each sample."""
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, count))(keys)
 
 
 def in_chunks(function: Callable[[Array], PyTree], values: np.ndarray, chunk: int = 128) -> PyTree:

@@ -43,7 +43,7 @@ class EncoderTask:
         arrays = {"crops": crops, "labels": labels}
         return ShuffledRows(arrays, self.config.batch_size, self.config.seed)
 
-    def loss(self, trainable, frozen, batch, *, step, key):
+    def loss(self, trainable, frozen, batch, *, step, keys):
         encoder = self.encoder.module(trainable["encoder"])
         encoder.train()
         _, embeddings = encoder(to_signed(batch["crops"]))

@@ -18,6 +18,7 @@ from train.tasks.common import (
     draw_portraits,
     overlay,
     split,
+    split_keys,
     to_signed,
 )
 
@@ -63,15 +64,15 @@ class JudgeTask:
         }
         return ShuffledRows(arrays, self.config.batch_size, self.config.seed)
 
-    def loss(self, trainable, frozen, batch, *, step, key):
-        crop_key, image_key = jax.random.split(key)
-        crops = self._soften(to_signed(batch["crops"]), crop_key)
+    def loss(self, trainable, frozen, batch, *, step, keys):
+        crop_keys, image_keys = split_keys(keys, 2)
+        crops = self._soften(to_signed(batch["crops"]), crop_keys)
         recogniser = self.recogniser.module(trainable["recogniser"])
         recogniser.train()
         embeddings = recogniser(crops)
         identity, accuracy = arcface_loss(embeddings, trainable["centres"], batch["person"])
 
-        images = self._soften(to_signed(batch["images"]), image_key)
+        images = self._soften(to_signed(batch["images"]), image_keys)
         found = self.parser.module(trainable["parser"])(images)
         masks = batch["masks"] / 255.0
         points = ((found["points"] - batch["points"]) / 16.0) ** 2
@@ -97,13 +98,13 @@ class JudgeTask:
         """Put the recogniser's running centre beside the learned weights."""
         return {**trainable, "recogniser": overlay(trainable["recogniser"], statistics)}
 
-    def _soften(self, images, key):
+    def _soften(self, images, keys):
         """Blur some pictures a little: generated ones are less sharp than drawn ones."""
         blurred = jax.image.resize(
             images, (len(images), *(s // 2 for s in images.shape[1:3]), 3), "linear"
         )
         blurred = jax.image.resize(blurred, images.shape, "linear")
-        amount = jax.random.uniform(key, (len(images), 1, 1, 1)) * self.options.blur
+        amount = jax.vmap(jax.random.uniform)(keys)[:, None, None, None] * self.options.blur
         return images + amount * (blurred - images)
 
     def samples(self, trainable, frozen, key):

@@ -12,7 +12,14 @@ from converters.pipeline import save_part
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
 from fact_jax.portraits import contact_sheet
 from train.config import TrainConfig
-from train.tasks.common import ShuffledRows, draw_portraits, split, to_picture, to_signed
+from train.tasks.common import (
+    ShuffledRows,
+    draw_normal,
+    draw_portraits,
+    split,
+    to_picture,
+    to_signed,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,11 +49,11 @@ class VAETask:
         arrays = {"images": batch.images, "head": masks}
         return ShuffledRows(arrays, self.config.batch_size, self.config.seed)
 
-    def loss(self, trainable, frozen, batch, *, step, key):
+    def loss(self, trainable, frozen, batch, *, step, keys):
         vae = self.vae.module(trainable)
         images = to_signed(batch["images"])
         mean, log_variance = vae.encode(images)
-        latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+        latents = mean + jnp.exp(0.5 * log_variance) * draw_normal(keys, mean.shape[1:])
         error = vae.decode(latents) - images
         weight = 1.0 + self.options.head_weight * batch["head"][..., None] / 255.0
         absolute = (weight * jnp.abs(error)).mean()
