@@ -1,4 +1,8 @@
-"""Train the miniature's AutoencoderKL on portraits of the ``base`` split."""
+"""Train the miniature's AutoencoderKL on portraits of the ``base`` split.
+
+Later its decoder can be trained on by itself: the latents, and all that was trained on them, stay
+valid.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -8,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from converters.pipeline import save_part
+from converters.pipeline import load_part, save_part
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
 from fact_jax.portraits import contact_sheet
 from train.config import TrainConfig
+from train.partition import merge, split_by_paths
 from train.tasks.common import (
     ShuffledRows,
     draw_normal,
@@ -24,12 +29,16 @@ from train.tasks.common import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VAEOptions:
-    """``head_weight`` is the extra weight of the head's pixels; ``kl_weight`` is a latent's."""
+    """``head_weight`` is the extra weight of the head's pixels; ``kl_weight`` is a latent's.
+
+    With ``decoder_of``, a VAE's folder, its encoder stays bit for bit and its decoder learns on.
+    """
 
     people: int = 6000
     photos: int = 2
     kl_weight: float = 1e-3
     head_weight: float = 2.0
+    decoder_of: str | None = None
 
 
 class VAETask:
@@ -38,10 +47,15 @@ class VAETask:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.options: VAEOptions = config.options
-        self.vae = split(AutoencoderKL(VAEConfig.mini(), rngs=nnx.Rngs(config.seed)))
+        if self.options.decoder_of is None:
+            self.vae = split(AutoencoderKL(VAEConfig.mini(), rngs=nnx.Rngs(config.seed)))
+        else:
+            self.vae = split(load_part(Path(self.options.decoder_of)))
 
     def init(self, key):
-        return self.vae.arrays, {}
+        if self.options.decoder_of is None:
+            return self.vae.arrays, {}
+        return split_by_paths(self.vae.arrays, ["^decoder/", "^post_quant_conv/"])
 
     def source(self):
         batch = draw_portraits("base", self.options.people, self.options.photos)
@@ -50,7 +64,7 @@ class VAETask:
         return ShuffledRows(arrays, self.config.batch_size, self.config.seed)
 
     def loss(self, trainable, frozen, batch, *, step, keys):
-        vae = self.vae.module(trainable)
+        vae = self.vae.module(merge(frozen, trainable))
         images = to_signed(batch["images"])
         mean, log_variance = vae.encode(images)
         latents = mean + jnp.exp(0.5 * log_variance) * draw_normal(keys, mean.shape[1:])
@@ -65,7 +79,7 @@ class VAETask:
 
     def samples(self, trainable, frozen, key):
         images = draw_portraits("test", 8, 1).images
-        decoded = jax.jit(self._round_trip)(trainable, jnp.asarray(images))
+        decoded = jax.jit(self._round_trip)(merge(frozen, trainable), jnp.asarray(images))
         pairs = np.concatenate([images, to_picture(decoded)])
         return {"reconstruction": contact_sheet(pairs, 8)}
 
@@ -75,8 +89,9 @@ class VAETask:
 
     def export(self, trainable, frozen, directory: Path, step: int) -> None:
         """Write ``vae/`` as diffusers has it, scaled to latents of unit variance."""
-        vae = self.vae.module(trainable)
-        images = to_signed(jnp.asarray(draw_portraits("base", 256, 1).images))
-        deviation = float(jax.jit(lambda x: vae.encode(x)[0].std())(images))
-        vae.config = dataclasses.replace(vae.config, scaling_factor=round(1 / deviation, 5))
+        vae = self.vae.module(merge(frozen, trainable))
+        if self.options.decoder_of is None:
+            images = to_signed(jnp.asarray(draw_portraits("base", 256, 1).images))
+            deviation = float(jax.jit(lambda x: vae.encode(x)[0].std())(images))
+            vae.config = dataclasses.replace(vae.config, scaling_factor=round(1 / deviation, 5))
         save_part(vae, directory / "vae", "diffusion_pytorch_model")
