@@ -81,7 +81,7 @@ with tfds.core.registered.skip_registration():
 
         def _generate_examples(self) -> Iterator[tuple[int, dict]]:
             for example in self._examples:
-                # A picture as an open file is stored as it is; as an array it would need TensorFlow.
+                # An open file is stored as it is; an array would need TensorFlow.
                 pictures = {name: io.BytesIO(getattr(example, name)) for name in PICTURES}
                 texts = {name: getattr(example, name) for name in ("caption", "identity", "name")}
                 yield self._count, {**pictures, **texts, "points": example.points}

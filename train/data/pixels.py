@@ -11,29 +11,39 @@ from train.data.records import Records, decode
 
 
 class PixelRows:
-    """``images``, ``crops`` and ``partner_crops`` in 0..255, ``ids``, and ``mask`` in [0, 1].
+    """Rows with ``images``, ``crops`` and ``partner_crops`` in 0..255, ``ids``, and ``mask``.
 
-    ``region`` ("head" or "face") says which mask, averaged to ``cells`` x ``cells``.
+    ``region`` ("head" or "face") says which mask; it is averaged to ``cells`` x ``cells``.
     """
 
     def __init__(self, records: Records, tokenizer: Tokenizer, *, region: str, cells: int):
         self._records, self._tokenizer = records, tokenizer
-        self._mask, self._weights = f"{region}_mask", area_weights(records.size, cells)
+        self._region, self._weights = region, area_weights(records.size, cells)
         self.identities, self.fingerprint = records.identities, records.fingerprint
 
     def load(self, number: int, partner: int) -> dict[str, np.ndarray]:
-        own = self._records[number]
-        other = own if partner == number else self._records[partner]
-        caption = own["caption"].decode()
+        row = self._records[number]
+        other = row if partner == number else self._records[partner]
         return {
-            "images": self._pixels(own, "photo", number),
-            "crops": self._pixels(own, "crop", number),
-            "partner_crops": self._pixels(other, "crop", partner),
-            "ids": tokenize(self._tokenizer, [caption])[0][0],
-            "mask": self._shrink(self._pixels(own, self._mask, number)),
+            **self.sample(number, row),
+            "mask": self.mask(number, row, self._region),
+            "partner_crops": self._pixels(partner, other, "crop"),
         }
 
-    def _pixels(self, row: dict, name: str, number: int) -> np.ndarray:
+    def sample(self, number: int, row: dict) -> dict[str, np.ndarray]:
+        """What a record itself gives, but for the mask."""
+        return {
+            "images": self._pixels(number, row, "photo"),
+            "crops": self._pixels(number, row, "crop"),
+            "ids": tokenize(self._tokenizer, [row["caption"].decode()])[0][0],
+        }
+
+    def mask(self, number: int, row: dict, region: str) -> Float[np.ndarray, "h w"]:
+        """A mask in [0, 1], each cell the mean of what it covers."""
+        pixels = self._pixels(number, row, f"{region}_mask").astype(np.float32) / 255.0
+        return self._weights @ pixels @ self._weights.T
+
+    def _pixels(self, number: int, row: dict, name: str) -> np.ndarray:
         try:
             return decode(row[name])
         except (OSError, ValueError, SyntaxError) as error:
@@ -41,6 +51,3 @@ class PixelRows:
                 f"{self._records.folder}: the {name} of record {number} is damaged: "
                 f"{one_line(error)}"
             ) from error
-
-    def _shrink(self, mask: np.ndarray) -> Float[np.ndarray, "h w"]:
-        return self._weights @ (mask.astype(np.float32) / 255.0) @ self._weights.T

@@ -164,7 +164,7 @@ def read_identities(folder: Path, count: int) -> Int[np.ndarray, " n"]:
 def fingerprint_files(folder: Path) -> str:
     """Digest of the names and sizes of a folder's files, and of who is who."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.iterdir() if not path.name.startswith(".")):
         digest.update(f"{path.name} {path.stat().st_size}\n".encode())
     digest.update((folder / IDENTITIES).read_bytes() if (folder / IDENTITIES).is_file() else b"")
     return digest.hexdigest()[:32]

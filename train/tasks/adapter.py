@@ -115,7 +115,6 @@ class AdapterTask:
         trained, frozen = ({name for name, _ in paths(t)} for t in (self.adapters, self.base))
         assert_covers({name.replace(".", "/") for name in shapes}, trained, frozen)
         self.resampler = split(resampler)
-        self.text_encoder = split(self.pipeline.text_encoder)
         self.encoders = Encoders(self.pipeline, self.encoder)
         self.size = self.pipeline.unet.config.sample_size * self.pipeline.vae.config.downscale
         self._sample = jax.jit(self._generate)
@@ -195,9 +194,10 @@ class AdapterTask:
     def loss(self, trainable, frozen, batch, *, step, keys):
         options, schedule = self.options, self.pipeline.schedule
         shuffle_keys, drop_keys, noise_keys, time_keys, latent_keys = split_keys(keys, 5)
-        shuffle, fair_weight = stage_values(options.stages, step)
+        shuffle, fair_weight, with_text = stage_values(options.stages, step)
         shuffled = draw_shuffle(shuffle_keys, shuffle)
         no_face, no_text = draw_drop(drop_keys, options.drop)
+        no_text |= with_text == 0
         dtype = trainable["resampler"]["latents"].dtype
         batch = self.encoders.encode_batch(frozen, batch, shuffled, latent_keys)
         # The null condition is the resampler of all-zero tokens.
@@ -245,15 +245,13 @@ class AdapterTask:
 
     def _generate(self, trainable, frozen, crops, ids, scale, key, steps: int = 25):
         resampler = self.resampler.module(trainable["resampler"])
-        text_encoder = self.text_encoder.module(frozen["text_encoder"])
         unet = self.unet(trainable["adapter"], frozen["unet"])
-        text = text_encoder(ids)
+        text = self.encoders.text(frozen, ids)
+        empty = self.encoders.text(frozen, jnp.asarray(self._empty_prompt()))
         model = guided_model(
             unet,
             text=text,
-            negative_text=jnp.broadcast_to(
-                text_encoder(jnp.asarray(self._empty_prompt())), text.shape
-            ),
+            negative_text=jnp.broadcast_to(empty, text.shape),
             face=encode_face(self.encoder, resampler, crops[:, None]),
             no_face=null_face(resampler, self.encoder.config.tokens),
             guidance=Guidance(text=3.0, face_scale=scale),
