@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fact_jax.errors import UserError
+from train.data import cli as data_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,12 +17,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     # argparse gives up on positionals that follow an option: take them as overrides.
     arguments, rest = parser.parse_known_args(argv)
-    unknown = [text for text in rest if text.startswith("-") or arguments.command != "run"]
+    takes_settings = hasattr(arguments, "override")
+    unknown = [text for text in rest if text.startswith("-") or not takes_settings]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
         if arguments.command == "configs":
             return _configs()
+        if arguments.command == "plan":
+            return _plan(arguments, arguments.override + rest)
+        if arguments.command == "records":
+            return data_cli.write(arguments)
+        if arguments.command == "cache":
+            overrides = arguments.override + rest
+            return data_cli.cache(arguments.config, overrides, arguments.out, arguments.shard)
         command = shlex.join(["fact-train", *argv])
         return _run(arguments.config, arguments.override + rest, arguments.out, command)
     except UserError as error:
@@ -40,18 +49,50 @@ def _parser() -> argparse.ArgumentParser:
         description="Train an experiment. Started again with the same folder it goes on from the "
         "newest checkpoint, as if it had never stopped.",
     )
-    run.add_argument(
+    _add_experiment(run)
+    run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default runs/NAME)")
+    plan = commands.add_parser(
+        "plan",
+        help="what a step costs on chips that are not here",
+        description="Compile the real training step for TPUs that are not here (jax[tpu] must be "
+        "installed), or estimate it for GPUs: memory, arithmetic, collectives, step time, scaling. "
+        "The exit status is 0 if the step fits into memory, 1 if it does not.",
+    )
+    _add_experiment(plan)
+    chips = plan.add_mutually_exclusive_group(required=True)
+    chips.add_argument("--topology", metavar="TPU:SHAPE", help="as v5e:16x16, v5p:4x4x4, v6e:2x4")
+    chips.add_argument("--gpu", metavar="GPU[:COUNT]", help="as h100:64 (8 if it does not say)")
+    plan.add_argument("--global-batch", type=int, metavar="N", help="instead of batch_size")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    data_cli.add_records(commands)
+    _add_experiment(data_cli.add_cache(commands))
+    commands.add_parser("configs", help="list the experiments", description="List the experiments.")
+    return parser
+
+
+def _add_experiment(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "config", metavar="CONFIG", help="a name from `fact-train configs`, or a .py file"
     )
-    run.add_argument(
+    parser.add_argument(
         "override",
         metavar="key=value",
         nargs="*",
         help="a setting, as optimizer.learning_rate=3e-4",
     )
-    run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default runs/NAME)")
-    commands.add_parser("configs", help="list the experiments", description="List the experiments.")
-    return parser
+
+
+def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
+    from train.plan.program import plan
+
+    return plan(
+        arguments.config,
+        overrides,
+        topology=arguments.topology,
+        gpu=arguments.gpu,
+        global_batch=arguments.global_batch,
+        as_json=arguments.json,
+    )
 
 
 def _configs() -> int:
