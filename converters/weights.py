@@ -211,6 +211,13 @@ def skeleton(kind: str, config) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
     return graph, dict(items)
 
 
+def blank(kind: str, config) -> nnx.Module:
+    """A model whose parameters are zeros: under ``jax.eval_shape`` they take no memory."""
+    graph, flat = skeleton(kind, config)
+    shapes = {path: var.get_value() for path, var in flat.items()}
+    return _assemble(graph, flat, {p: jnp.zeros(s.shape, s.dtype) for p, s in shapes.items()})
+
+
 @functools.lru_cache(maxsize=16)
 def _skeleton(kind: str, config):
     _, model, _ = _model(kind)

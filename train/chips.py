@@ -17,8 +17,8 @@ class Chip:
     """One accelerator.
 
     ``link`` joins the ``domain`` chips of a full slice or node, ``network`` joins those (None where
-    none is published). ``devices`` is how many JAX sees on a chip; ``kinds`` are beginnings of
-    JAX's ``device_kind``.
+    none is published). ``kinds`` are beginnings of JAX's ``device_kind``. JAX shows the two halves
+    of a v7x chip as devices of their own: its entry is one half.
     """
 
     name: str
@@ -29,7 +29,6 @@ class Chip:
     link: float
     domain: int
     network: float | None
-    devices: int = 1
     source: str
 
 
@@ -83,13 +82,12 @@ CHIPS = {
         Chip(
             name="tpu7x",
             kinds=("TPU7x", "TPU v7"),
-            peak=2307 * TERA,
-            memory=192 * GIB,
-            bandwidth=7380 * GB,
-            link=600 * GB,
-            domain=9216,
-            network=12.5 * GB,
-            devices=2,
+            peak=2307 / 2 * TERA,
+            memory=192 / 2 * GIB,
+            bandwidth=7380 / 2 * GB,
+            link=600 / 2 * GB,
+            domain=9216 * 2,
+            network=12.5 / 2 * GB,
             source=_TPU + "tpu7x",
         ),
         # Eight GPUs a node behind NVLink switches, one network card each (DGX).

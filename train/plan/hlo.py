@@ -1,0 +1,146 @@
+"""The collectives of a compiled program, read from its text."""
+
+import collections
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*-> .*\{\s*$")
+_COLLECTIVE = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\(")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_ROUNDS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+# [2,4]<=[8], {{0,1},{2,3}}, or mesh['x'=4,'y'=2] {'y'}
+_GROUPS = re.compile(
+    r"replica_groups=(?:\[\d+,(?P<size>\d+)\]|\{\{(?P<first>[\d,]+)\}"
+    r"|mesh\[(?P<mesh>[^\]]*)\] ?\{(?P<axes>[^}]*)\})"
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Collective:
+    """One instruction: bytes of the whole (unscattered, gathered) arrays, on one device, a time.
+
+    ``group`` is how many devices take part (0: all), ``times`` how often a step runs it.
+    """
+
+    kind: str
+    bytes: int
+    arrays: int
+    group: int
+    times: int
+
+
+def read_collectives(text: str) -> list[Collective]:
+    """Every collective of a program's text.
+
+    A reduce-scatter of the TPU compiler stands as an all-reduce inside a fused computation named
+    ``all-reduce-scatter``. What is in a loop's body is run as often as the loop's condition says
+    (once where it does not say).
+    """
+    computations = dict(_computations(text))
+    times = _times(computations)
+    found = []
+    for name, lines in computations.items():
+        for line in lines:
+            if (match := _COLLECTIVE.search(line)) is None:
+                continue
+            kind, group = match["kind"], _group(line)
+            sizes = [_array_bytes(*array) for array in _ARRAY.findall(match["shape"])]
+            payload = sum(sizes)
+            if match["start"] and kind == "all-gather":  # (what goes in, what comes out)
+                payload, sizes = payload * group // (group + 1), sizes[len(sizes) // 2 :]
+            if match["start"] and kind == "collective-permute":
+                payload, sizes = sizes[0], sizes[:1]
+            if kind == "reduce-scatter":
+                payload *= group
+            if kind == "all-reduce" and "all-reduce-scatter" in name:
+                kind = "reduce-scatter"
+            found.append(
+                Collective(
+                    kind=kind, bytes=payload, arrays=len(sizes), group=group, times=times[name]
+                )
+            )
+    return found
+
+
+def summarize(collectives: list[Collective]) -> list[dict[str, Any]]:
+    """Collectives as JSON, those that are alike together, the largest first."""
+    counted: dict[tuple, int] = {}
+    for one in collectives:
+        key = (one.kind, one.bytes, one.arrays, one.group)
+        counted[key] = counted.get(key, 0) + one.times
+    rows = [
+        dict(zip(("kind", "bytes", "arrays", "group"), key, strict=True)) | {"times": times}
+        for key, times in counted.items()
+    ]
+    return sorted(rows, key=lambda row: -row["bytes"] * row["times"])
+
+
+def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    name, lines = "", []
+    for line in text.splitlines():
+        if (match := _COMPUTATION.match(line)) is not None:
+            name, lines = match["name"], []
+        elif line.startswith("}") and name:
+            yield name, lines
+            name = ""
+        elif name:
+            lines.append(line)
+
+
+def _times(computations: dict[str, list[str]]) -> dict[str, int]:
+    """How often each computation runs in a step."""
+    callers: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
+    for name, lines in computations.items():
+        for line in lines:
+            loop = _WHILE.search(line)
+            for called in _called(line):
+                rounds = _rounds(line, computations.get(loop[1], [])) if loop else 1
+                callers[called].append((name, rounds))
+    known: dict[str, int] = {}
+
+    def times(name: str) -> int:
+        if name not in known:
+            known[name] = sum(times(caller) * n for caller, n in callers[name]) or 1
+        return known[name]
+
+    return {name: times(name) for name in computations}
+
+
+def _called(line: str) -> list[str]:
+    branches = _BRANCHES.search(line)
+    inside = [part.strip(" %") for part in branches[1].split(",")] if branches else []
+    return _CALLED.findall(line) + inside
+
+
+def _rounds(line: str, condition: list[str]) -> int:
+    if (match := _ROUNDS.search(line)) is not None:
+        return int(match[1])
+    constants = [int(found[1]) for text in condition if (found := _CONSTANT.search(text))]
+    return max(constants, default=1)
+
+
+def _group(line: str) -> int:
+    match = _GROUPS.search(line)
+    if match is None:
+        return 0
+    if match["size"]:
+        return int(match["size"])
+    if match["first"]:
+        return len(match["first"].split(","))
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match["mesh"])}
+    return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", match["axes"]))
+
+
+def _array_bytes(dtype: str, dims: str) -> int:
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    return math.prod(map(int, filter(None, dims.split(",")))) * bits // 8

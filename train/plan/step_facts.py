@@ -1,0 +1,167 @@
+"""What is read from one training step: sizes, arithmetic, memory and collectives."""
+
+import contextlib
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from fact_jax import attention
+from fact_jax.errors import UserError
+from fact_jax.mesh import MeshConfig
+from fact_jax.sharding import batch_sharding, batch_ways, make_mesh
+from train.config import TrainConfig
+from train.plan.abstract import Abstract, batch_shapes, build
+from train.plan.hlo import read_collectives, summarize
+from train.plan.jaxprs import count_flops, count_loop_bytes, peak_bytes, trace
+from train.state import make_optimizer, state_shardings
+from train.step import TrainStep, check_batch, frozen_shardings, make_train_step
+
+PyTree = Any
+Facts = dict[str, Any]
+# What the compiler says of a program that is too large.
+_OVERFLOW = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def compiled_facts(config: TrainConfig, topology: str) -> Facts:
+    """Facts of the step compiled for a TPU topology."""
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:  # the compiler's own words, of no class that could be told apart
+        raise UserError(f"--topology {topology}: {str(error).splitlines()[0]}") from error
+    mesh = make_mesh(config.mesh, list(devices))
+    check_batch(config, mesh)
+    built = build(config)
+    facts = _sizes(built, mesh) | _counts(built, mesh)
+    start = time.monotonic()
+    facts |= {"compiled": True, "collectives": [], "accessed": 0}
+    lowered = make_step(built, mesh).lower(built.state, built.frozen, built.batch)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        facts |= read_overflow(str(error))
+    else:
+        memory = compiled.memory_analysis()
+        new = memory.output_size_in_bytes - memory.alias_size_in_bytes
+        facts["used"] = memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
+        facts["usable"] = None
+        again = facts["loop_bytes"] / len(devices)
+        facts["accessed"] = compiled.cost_analysis()["bytes accessed"] * config.accumulate + again
+        facts["collectives"] = summarize(read_collectives(compiled.as_text()))
+    facts["bytes"]["temporary"] = facts["used"] - sum(facts["bytes"].values())
+    return facts | {"seconds": time.monotonic() - start}
+
+
+def estimated_facts(config: TrainConfig, chips: int) -> Facts:
+    """Facts of the step on so many GPUs, without compiling it."""
+    start = time.monotonic()
+    mesh, alone = make_mesh(config.mesh), make_mesh(MeshConfig(), jax.devices()[:1])
+    check_batch(config, mesh)
+    built = build(config)
+    rows = config.batch_size // batch_ways(mesh)
+    part = dataclasses.replace(
+        built,
+        config=dataclasses.replace(config, batch_size=rows, mesh=MeshConfig()),
+        batch=batch_shapes(built.task, rows),
+    )
+    facts = _sizes(built, mesh) | _counts(part, alone)
+    for name in ("flops", "model_flops", "loop_bytes"):
+        facts[name] *= batch_ways(mesh)
+    sizes = facts["bytes"]
+    sizes["temporary"] = facts["live_bytes"]
+    gradients = {
+        "kind": "all-reduce",
+        "bytes": 4 * facts["parameters"]["trainable"],
+        "arrays": len(jax.tree.leaves(built.state.params)),
+        "group": chips,
+        "times": 1,
+    }
+    return facts | {
+        "compiled": False,
+        "collectives": [gradients] if chips > 1 else [],
+        "accessed": 2 * sum(sizes.values()),
+        "seconds": time.monotonic() - start,
+    }
+
+
+def read_overflow(message: str) -> Facts:
+    """``used`` and ``usable`` from the compiler's complaint that memory does not suffice."""
+    match = _OVERFLOW.search(message)
+    if match is None:
+        raise RuntimeError(f"the step does not compile: {message}")
+    used, usable = (
+        float(number) * _UNITS[unit] for number, unit in (match.groups()[:2], match.groups()[2:])
+    )
+    return {"used": used, "usable": usable}
+
+
+def make_step(built: Abstract, mesh: Mesh) -> TrainStep:
+    return make_train_step(built.task, make_optimizer(built.config.optimizer), built.config, mesh)
+
+
+def _sizes(built: Abstract, mesh: Mesh) -> Facts:
+    """Bytes on one device, and what they are bytes of."""
+    state = state_shardings(built.state, mesh)
+    sizes = {
+        "frozen": _share(built.frozen, frozen_shardings(built.frozen, built.config, mesh)),
+        "trainable": _share(built.state.params, state.params),
+        "optimizer": _share(built.state.opt_state, state.opt_state),
+        "ema": _share(built.state.ema, state.ema),
+        "batch": _share(built.batch, dict.fromkeys(built.batch, batch_sharding(mesh))),
+    }
+    return {
+        "notes": list(built.notes),
+        "parameters": {"frozen": _count(built.frozen), "trainable": _count(built.state.params)},
+        "bytes": sizes,
+    }
+
+
+def _counts(built: Abstract, mesh: Mesh) -> Facts:
+    """What the trace of the whole step says."""
+    jaxpr = _trace(built, mesh)
+    # Nothing computed twice: no recomputed blocks, and no tiles of attention.
+    config = dataclasses.replace(built.config, remat="none")
+    with _plain_attention():
+        plain = _trace(dataclasses.replace(build(config), batch=built.batch), mesh)
+    return {
+        "flops": count_flops(jaxpr),
+        "model_flops": count_flops(plain),
+        "loop_bytes": count_loop_bytes(jaxpr),
+        "live_bytes": peak_bytes(jaxpr),
+    }
+
+
+def _trace(built: Abstract, mesh: Mesh) -> Any:
+    return trace(make_step(built, mesh), built.state, built.frozen, built.batch)
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """No tiles, which are computed again in the backward pass."""
+    limit = attention.PLAIN_MATRIX_LIMIT
+    attention.PLAIN_MATRIX_LIMIT = math.inf
+    try:
+        yield
+    finally:
+        attention.PLAIN_MATRIX_LIMIT = limit
+
+
+def _share(tree: PyTree, shardings: PyTree) -> int:
+    """Bytes of a tree on one device."""
+    sizes = jax.tree.map(
+        lambda leaf, place: math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize,
+        tree,
+        shardings,
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def _count(tree: PyTree) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
