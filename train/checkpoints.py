@@ -1,63 +1,131 @@
 """Checkpoints of a run: saved in the background, verified when read."""
 
+import dataclasses
 import importlib.metadata
+import json
 import platform
-from collections.abc import Callable
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from fact_jax.errors import UserError
-from train.state import TrainState, path_name
+from train.agree import all_agree
+from train.checksums import checksums
+from train.config import CheckpointConfig
+from train.state import TrainState
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-class Checkpoints:
-    """The ``checkpoints`` folder of one run."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class About:
+    """What a checkpoint says of its run beside the weights.
 
-    def __init__(self, run: Path, *, keep: int, config: dict[str, Any]):
+    ``frozen`` is the content hash of what is not trained and not saved, ``data`` the fingerprint of
+    the training data (None where the source has none); the position in it is the step.
+    """
+
+    config: dict[str, Any]
+    frozen: str
+    data: str | None
+
+
+class Checkpoints:
+    """The ``checkpoints`` folder of one run. Use as a context manager.
+
+    Every process of a run calls the same methods in the same order.
+    """
+
+    def __init__(self, run: Path, *, keep: CheckpointConfig, about: About):
         self.folder = (run / "checkpoints").resolve()
         self._aside = self.folder.with_name("checkpoints-unreadable")
-        self._config = config
+        self._about = about
+        self._saving: int | None = None
+        self._keep = Keep(latest=keep.keep, every=keep.keep_every, best=keep.best)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
+                preservation_policy=self._keep,
                 step_format_fixed_length=8,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
             ),
         )
+        for step in self._manager.all_steps():
+            self._keep.score(step, self._meta_or_nothing(step).get("score"))
 
-    def save(self, state: TrainState) -> None:
-        """Start writing a checkpoint; returns once the state has been copied."""
-        meta = {"config": self._config, "versions": versions(), "checksums": checksums(state)}
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Wait until everything is on disk. An error that is already on its way goes first."""
+        try:
+            with self._one_line():
+                self._manager.wait_until_finished()
+                self._manager.close()
+        except UserError:
+            if kind is None:
+                raise
+
+    def save(self, state: TrainState, score: float | None = None) -> None:
+        """Start writing a checkpoint; returns once the state has been copied.
+
+        Of two checkpoints the one with the higher ``score`` is better. UserError if there is no
+        room for it, or if the one before could not be written.
+        """
+        step = int(state.step)
+        self._check_space(step, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        meta = dataclasses.asdict(self._about) | {
+            "versions": versions(),
+            "revision": revision(),
+            "processes": jax.process_count(),
+            "score": score,
+            "checksums": checksums(state),
+        }
         items = {
             "state": ocp.args.StandardSave(state._asdict()),
             "meta": ocp.args.JsonSave(meta),
         }
-        self._manager.save(int(state.step), args=ocp.args.Composite(**items), force=True)
+        self._keep.score(step, score)
+        with self._one_line():
+            # Waits for the one before, whose failure comes out here if it was not seen yet.
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._saving = step
+
+    def failure(self) -> UserError | None:
+        """Why the checkpoint that is being written in the background cannot be."""
+        try:
+            with self._one_line():
+                self._manager.check_for_errors()
+        except UserError as error:
+            return error
+        return None
 
     def restore(self, template: TrainState, warn: Callable[[str], None]) -> TrainState | None:
         """The newest state that can be read and is what was written, or None in a fresh run.
 
-        Unreadable ones that are newer are moved aside, each with a line to ``warn``.
+        It comes with the shardings of ``template``, whatever mesh and processes wrote it.
+        Unreadable ones that are newer are moved aside, each with a line to ``warn``. UserError if
+        the run was trained on another base, or if none can be read.
         """
         unreadable = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                state, meta = self._read(step, template)
-            except Exception as error:  # what Orbax raises for a damaged folder has no common type
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            found, reason = self._read(step, template)
+            if found is None:
                 warn(f"warning: checkpoint {step} cannot be read ({reason}); trying the one before")
                 unreadable.append(step)
                 continue
+            state, meta = found
             self._move_aside(unreadable)
             changed = [name for name, v in versions().items() if meta["versions"].get(name) != v]
+            if meta.get("data") != self._about.data:
+                changed.append("the training data")
             if changed:
                 warn(f"warning: {', '.join(changed)} changed since: bits may differ from here on")
             return state
@@ -68,29 +136,71 @@ class Checkpoints:
             )
         return None
 
-    def close(self) -> None:
-        """Wait until everything is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+    def _read(
+        self, step: int, template: TrainState
+    ) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
+        """(state and meta, "") or (None, why not), the same on every process."""
+        folder = self.folder / f"{step:08d}"
+        state, reason = None, "another process could not"
+        try:
+            meta = json.loads((folder / "meta" / "metadata").read_text())
+            written = meta["checksums"], meta["versions"]
+        except Exception as error:
+            reason = _first_line(error)
+        else:
+            self._check_base(step, meta)
+            try:
+                state = TrainState(**_restore(folder / "state", template._asdict()))
+            except Exception as error:  # Orbax's errors for a damaged folder have no common type
+                reason = _first_line(error)
+        if not all_agree(state is not None):
+            return None, reason
+        found = checksums(state)
+        for name in sorted(written[0].keys() | found.keys()):
+            if written[0].get(name) != found.get(name):
+                return None, f"{name} is not what was written"
+        return (state, meta), ""
 
-    def _read(self, step: int, template: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template._asdict())
-        read = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), meta=ocp.args.JsonRestore()
-            ),
-        )
-        state = TrainState(**read["state"])
-        written, found = read["meta"]["checksums"], checksums(state)
-        for name in written.keys() | found.keys():
-            if written.get(name) != found.get(name):
-                raise ValueError(f"{name} is not what was written")
-        return state, read["meta"]
+    def _check_base(self, step: int, meta: dict[str, Any]) -> None:
+        base = meta.get("frozen", self._about.frozen)
+        if base != self._about.frozen:
+            raise UserError(
+                f"checkpoint {step} in {self.folder} was trained on another frozen base "
+                f"(content {base[:12]}, here {self._about.frozen[:12]}): "
+                "give the same base files to resume it, or another --out"
+            )
+
+    def _meta_or_nothing(self, step: int) -> dict[str, Any]:
+        try:
+            return json.loads((self.folder / f"{step:08d}" / "meta" / "metadata").read_text())
+        except (OSError, ValueError):
+            return {}
+
+    def _check_space(self, step: int, needed: int) -> None:
+        # Checked before, not found out after: with half a checkpoint on it the disk is full.
+        free = shutil.disk_usage(self.folder).free
+        if not all_agree(free >= needed):
+            raise UserError(
+                f"no room for the checkpoint of step {step}: it needs {needed / 1e9:.3g} GB, the "
+                f"disk of {self.folder} has {free / 1e9:.3g} GB left; free some or lower "
+                "checkpoint.keep, then start again to go on from the one before"
+            )
+
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # from the saving thread, of any type
+            raise UserError(
+                f"the checkpoint of step {self._saving} could not be written in {self.folder} "
+                f"({_first_line(error)}); the ones before it are whole"
+            ) from error
 
     def _move_aside(self, steps: list[int]) -> None:
         # Their names must be free again when the run comes to these steps a second time.
-        for step in steps:
+        for step in steps if jax.process_index() == 0 else []:
             source = self.folder / f"{step:08d}"
             target = self._aside / source.name
             while target.exists():
@@ -98,21 +208,30 @@ class Checkpoints:
             target.parent.mkdir(exist_ok=True)
             source.rename(target)
         if steps:
+            all_agree(True)
             self._manager.reload()
 
 
-def checksums(state: TrainState) -> dict[str, int]:
-    """Leaf path -> a 32-bit sum of its bits, computed where the leaf lives.
+class Keep:
+    """Which checkpoints stay: the newest, those of every so many steps, and the best."""
 
-    Orbax notices missing bytes but not changed ones. The weights are odd, so that any single
-    changed word changes the sum.
-    """
-    return {
-        path_name(path): value
-        for path, value in jax.tree_util.tree_leaves_with_path(
-            jax.tree.map(int, jax.device_get(_sums(state)))
-        )
-    }
+    def __init__(self, *, latest: int, every: int = 0, best: int = 0):
+        self._latest, self._every, self._best = latest, every, best
+        self._scores: dict[int, float] = {}
+
+    def score(self, step: int, value: float | None) -> None:
+        """Remember how good a checkpoint is; without a score it is none of the best."""
+        if value is not None:
+            self._scores[step] = value
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax asks this of all checkpoints, the one being written included."""
+        steps = sorted(info.step for info in checkpoints)
+        scored = [step for step in steps if step in self._scores]
+        best = sorted(scored, key=lambda step: (self._scores[step], step))
+        kept = {*steps[-self._latest :], *best[len(best) - min(self._best, len(best)) :]}
+        kept |= {step for step in steps if self._every and step % self._every == 0}
+        return [info.step in kept for info in checkpoints]
 
 
 def versions() -> dict[str, str]:
@@ -121,11 +240,35 @@ def versions() -> dict[str, str]:
     return found | {"python": platform.python_version(), "backend": jax.default_backend()}
 
 
-@jax.jit
-def _sums(state: TrainState) -> TrainState:
-    def one(leaf):
-        unsigned = jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(leaf, unsigned).astype(jnp.uint32).reshape(-1)
-        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+def revision() -> str | None:
+    """The git revision of this program, with "+" if files differ from it; None outside git."""
+    here = Path(__file__).parent
 
-    return jax.tree.map(one, state)
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    # A package that lies in someone else's repository is not of that revision.
+    if commit is None or git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+        return None
+    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
+
+
+def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
+    # The manager's own way waits for all processes, for ever if one of them finds a damage.
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        return handler.restore(folder, args=ocp.args.StandardRestore(abstract))
+    finally:
+        handler.close()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fact_jax.errors import UserError
+from fact_jax.mesh import MeshConfig
 
 CONFIGS = Path(__file__).parent / "configs"
+DATA_PARALLEL = MeshConfig()
 
 
 def _require_positive(node: Any, *names: str) -> None:
@@ -52,35 +54,60 @@ class EMAConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """Save every so many steps (and at the end), keep the newest few."""
+    """Save every so many steps (and at the end).
+
+    What stays: the newest ``keep``; those of every ``keep_every`` steps (0: none); and the ``best``
+    ones: by the similarity watched at that very step where the task watches it every so many steps
+    (``log.samples_every``), otherwise by the mean loss since the checkpoint before.
+    """
 
     every: int = 1000
     keep: int = 2
+    keep_every: int = 0
+    best: int = 0
 
     def __post_init__(self):
         _require_positive(self, "every", "keep")
+        if min(self.keep_every, self.best) < 0:
+            raise ValueError("keep_every and best must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Metrics every ``every`` steps; sample images every ``samples_every`` (0: only at the end)."""
+    """Metrics every ``every`` steps; sample images every ``samples_every`` (0: only at the end).
+
+    ``profile_steps``: a profiler trace from the first to the second step, (0, 0) for none.
+    ``wandb``: to Weights & Biases too.
+    """
 
     every: int = 50
     samples_every: int = 0
+    profile_steps: tuple[int, int] = (0, 0)
+    wandb: bool = False
 
     def __post_init__(self):
         _require_positive(self, "every")
+        if not 0 <= self.profile_steps[0] <= self.profile_steps[1]:
+            raise ValueError("profile_steps must be a first and a last step")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """One experiment. ``task`` is a name in ``train.tasks.TASKS``, ``options`` is its dataclass."""
+    """One experiment. ``task`` is a name in ``train.tasks.TASKS``, ``options`` is its dataclass.
+
+    ``accumulate`` is into how many microbatches a step splits its batch. ``remat`` is what the
+    backward pass computes again instead of keeping it, block by block: nothing, everything but
+    matrix products, or everything.
+    """
 
     task: str
     steps: int
     batch_size: int
     seed: int = 0
     precision: Literal["float32", "bfloat16"] = "float32"
+    accumulate: int = 1
+    remat: Literal["none", "dots", "block"] = "none"
+    mesh: MeshConfig = DATA_PARALLEL
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EMAConfig = EMAConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -88,7 +115,7 @@ class TrainConfig:
     options: Any
 
     def __post_init__(self):
-        _require_positive(self, "steps", "batch_size")
+        _require_positive(self, "steps", "batch_size", "accumulate")
 
 
 def load_config(name: str | Path) -> tuple[str, TrainConfig]:
@@ -142,7 +169,23 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """Flat dotted keys with JSON values, as kept in a run's folder."""
-    return json.loads(json.dumps(dict(flatten(config)), default=str))
+    return json.loads(json.dumps(dict(flatten(config)), default=_plain))
+
+
+def defaults(config: Any, prefix: str = "") -> dict[str, Any]:
+    """The defaults, as :func:`to_json` writes them, of all settings that have one."""
+    found = {}
+    for field in dataclasses.fields(config):
+        value, key = getattr(config, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            found |= defaults(value, f"{key}.")
+        elif field.default is not dataclasses.MISSING:
+            found[key] = field.default
+    return json.loads(json.dumps(found, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
 
 
 def _replace(root: Any, node: Any, key: str, parts: list[str], text: str) -> Any:

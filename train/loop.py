@@ -3,15 +3,11 @@
 import collections
 import contextlib
 import dataclasses
-import datetime
+import functools
 import json
-import os
 import queue
-import shutil
-import signal
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +15,21 @@ import jax
 import numpy as np
 
 from fact_jax.errors import UserError
-from fact_jax.files import atomic_write
-from train.checkpoints import Checkpoints, versions
+from fact_jax.sharding import global_batch, local_copy, make_mesh, place, rows_of_process
+from train.agree import all_agree
+from train.checkpoints import About, Checkpoints, revision, versions
+from train.checksums import content_hash
 from train.config import TrainConfig, to_json
+from train.folder import claim_folder, describe_start, now, replace_folder
+from train.meter import Meter, Profile, step_flops
 from train.runlog import RunLog, average
-from train.state import TrainState, make_optimizer, make_state
-from train.step import make_train_step
-from train.task import PyTree, Task
+from train.state import TrainState, make_optimizer, place_state
+from train.step import cast, check_batch, frozen_shardings, make_train_step
+from train.stopping import Stopping
+from train.task import PyTree, Source, Task
 from train.tasks import make_task
 
 MAX_SKIPPED_IN_A_ROW = 10
-MAY_CHANGE = ("steps", "log.", "checkpoint.")
 # fold_in numbers that no step ever reaches.
 INIT_KEY, SAMPLE_KEY = 2**32 - 1, 2**32 - 2
 
@@ -44,39 +44,50 @@ class Outcome:
 
 
 def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
-    """Train, or go on with what ``folder`` holds of this very run."""
+    """Train, or go on with what ``folder`` holds of this very run.
+
+    On several processes, each of them calls this.
+    """
+    mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
     claim_folder(config, folder)
-    task, root = make_task(config), jax.random.key(config.seed)
-    optimizer = make_optimizer(config.optimizer)
-    params, frozen = task.init(jax.random.fold_in(root, INIT_KEY))
-    frozen = jax.tree.map(jax.numpy.asarray, frozen)
-    state = make_state(params, optimizer, config.ema)
-    del params
-    checkpoints = Checkpoints(folder, keep=config.checkpoint.keep, config=to_json(config))
-    warnings: list[str] = []
-    state = checkpoints.restore(state, warnings.append) or state
-    start = int(state.step)
-    with RunLog(folder, start=start, steps=config.steps) as log, _Signals() as signals:
-        now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        log.note(f"{now}  {command or 'train.loop.run'}")
-        for line in warnings:
-            log.say(line)
-        log.say(
-            f"{folder}: {_sizes(state, frozen)}, {'resuming at' if start else 'from'} step {start}"
+    with RunLog(folder, steps=config.steps, wandb=config.log.wandb) as log:
+        log.note(f"{now()}  {command or 'train.loop.run'}")
+        describe_start(folder, command)
+        with log.stage(f"{folder}: loading what the {config.task} task starts from"):
+            task, root = make_task(config), jax.random.key(config.seed)
+            params, frozen = task.init(jax.random.fold_in(root, INIT_KEY))
+            frozen = jax.tree.map(jax.numpy.asarray, frozen)
+            content = content_hash(frozen)
+            frozen = cast(frozen, config.precision)
+            frozen = place(frozen, frozen_shardings(frozen, config, mesh))
+            optimizer = make_optimizer(config.optimizer)
+            state = place_state(params, optimizer, config.ema, mesh)
+            del params
+        with log.stage("preparing the training data"):
+            source = task.source()
+        about = About(
+            config=to_json(config),
+            frozen=content,
+            data=getattr(source, "fingerprint", None),
         )
-        loop = _Loop(config, folder, task, frozen, checkpoints, log)
-        try:
+        with Checkpoints(folder, keep=config.checkpoint, about=about) as checkpoints:
+            state = checkpoints.restore(state, log.say) or state
+            start = int(state.step)
+            log.say(f"{_sizes(state, frozen)}, {'resuming at' if start else 'from'} step {start}")
+            log.begin(start, about.config)
+            loop = _Loop(config, folder, task, frozen, checkpoints, log)
             loop.repair_export(state)
-            state = loop.train(make_train_step(task, optimizer, config), state, signals)
-        finally:
-            checkpoints.close()
-        stopped = signals.caught if int(state.step) < config.steps else None
+            train_step = make_train_step(task, optimizer, config, mesh)
+            with Stopping() as stopping:
+                state = loop.train(train_step, source, state, stopping)
+        stopped = stopping.decided if int(state.step) < config.steps else None
         log.say(f"{'stopped' if stopped else 'done'} at step {int(state.step)}, saved in {folder}")
     return Outcome(state=state, frozen=frozen, stopped_by=stopped)
 
 
 class _Loop:
-    """What stays the same from step to step."""
+    """What stays the same from step to step, and what is waiting to be told."""
 
     def __init__(self, config, folder, task, frozen, checkpoints, log):
         self.config: TrainConfig = config
@@ -86,55 +97,107 @@ class _Loop:
         self.checkpoints: Checkpoints = checkpoints
         self.log: RunLog = log
         self.key = jax.random.fold_in(jax.random.key(config.seed), SAMPLE_KEY)
+        self.meter = Meter(config.batch_size)
+        self.rows: list[dict[str, jax.Array]] = []
+        self.losses: list[jax.Array] = []  # since the last checkpoint
 
-    def train(self, train_step, state: TrainState, signals: "_Signals") -> TrainState:
+    def train(self, train_step, source: Source, state: TrainState, stopping: Stopping):
         """Step until the end or a signal; the number of a step alone decides what is due."""
-        config, rows = self.config, []
+        config, start = self.config, int(state.step)
         in_flight: collections.deque = collections.deque()
-        start = int(state.step)
-        rows_here = np.arange(config.batch_size)
-        batches = self.task.source().batches(start, rows_here)
-        with prefetch(batches, start, config.steps) as ready:
-            for step, batch in ready:
-                state, metrics = train_step(state, self.frozen, batch)
-                rows.append(metrics)
+        profile = Profile(self.folder / "profile", config.log.profile_steps)
+        mesh = train_step.mesh
+        rows = rows_of_process(mesh, config.batch_size)
+        to_devices = functools.partial(global_batch, mesh, config.batch_size, rows)
+        batches = source.batches(start, rows)
+        compiled = None
+        with prefetch(batches, to_devices, start, config.steps) as ready:
+            for step, batch in self.meter.waits(ready):
+                if compiled is None:
+                    compiled = self._compile(train_step, state, batch)
+                profile.before(step)
+                state, metrics = compiled(state, self.frozen, batch)
                 in_flight.append(metrics["skipped_in_a_row"])
                 # Reading a value from two steps ago keeps the queue short and the device busy.
                 if len(in_flight) > 2:
                     self._check(step - 2, int(in_flight.popleft()))
-                self.log.advance()
-                last = step == config.steps or signals.caught is not None
-                if step == 1 or last or step % config.log.every == 0:
-                    self.log.metrics(step, average(jax.device_get(rows)))
-                    rows.clear()
-                if last or step % config.checkpoint.every == 0:
-                    self.save(state)
-                if step == config.steps or _due(step, config.log.samples_every):
-                    weights = _weights(state)
-                    self.log.pictures(step, self.task.samples(weights, self.frozen, self.key))
-                if last:
+                stop = stopping.decide(self.checkpoints.failure())
+                if profile.after(step, metrics, last=stop or step == config.steps):
+                    self.log.say(f"profiler trace up to step {step}: {self.folder / 'profile'}")
+                self._record(step, state, metrics, stop)
+                if stop:
                     break
         return state
 
-    def save(self, state: TrainState) -> None:
+    def _compile(self, train_step, state: TrainState, batch: dict[str, jax.Array]):
+        with self.log.stage("compiling the training step"):
+            traced = train_step.trace(state, self.frozen, batch)
+            compiled = traced.lower().compile()
+        self.meter.begin(step_flops(traced))
+        return compiled
+
+    def _record(self, step: int, state: TrainState, metrics: dict[str, jax.Array], stop: bool):
+        """Whatever is due after a step: pictures, a row of the log, a checkpoint."""
+        config, seen = self.config, {}
+        self.rows.append(metrics)
+        self.losses.append(metrics["loss"])
+        self.meter.step()
+        self.log.advance()
+        # Who is told to stop may have seconds left: the checkpoint comes before pictures.
+        if step == config.steps or (not stop and _due(step, config.log.samples_every)):
+            jax.block_until_ready(metrics)
+            with self.meter.aside():
+                seen = self._watch(step, state)
+        last = stop or step == config.steps
+        if step == 1 or last or seen or _due(step, config.log.every):
+            self.log.metrics(step, average(jax.device_get(self.rows)) | self.meter.row() | seen)
+            self.rows.clear()
+        if last or _due(step, config.checkpoint.every):
+            self.save(state, self._score(seen))
+            self.losses.clear()
+
+    def _watch(self, step: int, state: TrainState) -> dict[str, float]:
+        """Keep the task's pictures; its numbers go with the step's row."""
+        found = self.task.samples(*self._local(state), self.key)
+        numbers = {name: float(value) for name, value in found.items() if np.ndim(value) == 0}
+        self.log.pictures(step, {k: v for k, v in found.items() if k not in numbers})
+        return numbers
+
+    def _score(self, seen: dict[str, float]) -> float | None:
+        """How good a checkpoint is: the higher the better, None where that was not looked at."""
+        watched = getattr(self.task, "score", None)
+        if watched is not None and self.config.log.samples_every:
+            return seen.get(watched)
+        losses = np.asarray(jax.device_get(self.losses), np.float64)
+        losses = losses[np.isfinite(losses)]
+        return -float(losses.mean()) if len(losses) else None
+
+    def save(self, state: TrainState, score: float | None) -> None:
         """A checkpoint, and beside it the files that inference opens."""
-        self.checkpoints.save(state)
+        self.checkpoints.save(state, score)
         self.export(state)
 
     def export(self, state: TrainState) -> None:
         """Write ``export`` whole or not at all."""
-        step = int(state.step)
+        step, (weights, frozen) = int(state.step), self._local(state)
+        if jax.process_index() != 0:
+            return
         with replace_folder(self.folder / "export") as folder:
-            self.task.export(_weights(state), self.frozen, folder, step)
+            self.task.export(weights, frozen, folder, step)
             about = {"step": step, "config": to_json(self.config), "versions": versions()}
+            about["revision"] = revision()
             (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n")
 
     def repair_export(self, state: TrainState) -> None:
         """Bring ``export`` to the restored step, in case the run was killed between the two."""
         about = self.folder / "export" / "training.json"
         step = int(state.step)
-        if step and not (about.exists() and json.loads(about.read_text())["step"] == step):
+        if step and not all_agree(about.exists() and json.loads(about.read_text())["step"] == step):
             self.export(state)
+
+    def _local(self, state: TrainState) -> tuple[PyTree, PyTree]:
+        """The weights to look at and the frozen ones, whole on one device of each process."""
+        return local_copy(state.params if state.ema is None else state.ema), local_copy(self.frozen)
 
     def _check(self, step: int, in_a_row: int) -> None:
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -144,56 +207,15 @@ class _Loop:
             )
 
 
-def claim_folder(config: TrainConfig, folder: Path) -> None:
-    """Make the folder this run's own; UserError if it was trained with another configuration."""
-    path = folder / "config.json"
-    new = to_json(config)
-    if path.exists() and any(folder.glob("checkpoints/*")):
-        old = json.loads(path.read_text())
-        differing = [
-            f"{key} {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
-            for key in sorted(old.keys() | new.keys())
-            if old.get(key, ...) != new.get(key, ...) and not key.startswith(MAY_CHANGE)
-        ]
-        if differing:
-            raise UserError(
-                f"{folder} holds a run with another configuration ({'; '.join(differing)}); "
-                "give the same values to resume it, or another --out"
-            )
-    try:
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(new, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(
-            f"cannot write in {folder}: {error.strerror}; choose another --out"
-        ) from error
-
-
-@contextlib.contextmanager
-def replace_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder that takes the place of ``target`` when everything in it is written."""
-    fresh, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
-    if old.exists() and not target.exists():  # killed between the two renames
-        old.rename(target)
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    yield fresh
-    for path in fresh.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 @contextlib.contextmanager
 def prefetch(
-    batches: Iterator[dict[str, np.ndarray]], start: int, stop: int, depth: int = 2
+    batches: Iterator[dict[str, np.ndarray]],
+    to_devices: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
+    start: int,
+    stop: int,
+    depth: int = 2,
 ) -> Iterator[Iterator]:
-    """(step, its batch on the device) for start < step <= stop, made by a thread."""
+    """(step, its batch on the devices) for start < step <= stop, made by a thread."""
     ready: queue.Queue[Any] = queue.Queue(depth)
     closing = threading.Event()
 
@@ -207,7 +229,7 @@ def prefetch(
             for step in range(start, stop):
                 if closing.is_set():
                     return
-                put((step + 1, jax.device_put(next(batches))))
+                put((step + 1, to_devices(next(batches))))
             put(None)
         except BaseException as error:
             put(error)
@@ -225,33 +247,6 @@ def prefetch(
     finally:
         closing.set()
         thread.join()
-
-
-class _Signals:
-    """Remember SIGTERM or Ctrl-C until the step is over; a second one acts at once."""
-
-    def __init__(self):
-        self.caught: int | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> "_Signals":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._catch)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _catch(self, number: int, frame: object) -> None:
-        self.caught = number
-        print("stopping: saving a checkpoint (once more to stop at once)", file=sys.stderr)
-        signal.signal(number, self._before[number])
-
-
-def _weights(state: TrainState) -> PyTree:
-    return state.params if state.ema is None else state.ema
 
 
 def _due(step: int, every: int) -> bool:

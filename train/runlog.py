@@ -1,54 +1,93 @@
 """What a run tells: console, log.txt, metrics.jsonl, TensorBoard, sample pictures."""
 
+import contextlib
+import hashlib
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from fact_jax.errors import UserError
 from fact_jax.files import atomic_write
 
 
 class RunLog:
-    """The records of one run in its folder. Use as a context manager."""
+    """The records of one run in its folder, written by one process. Use as a context manager.
 
-    def __init__(self, run: Path, *, start: int, steps: int):
-        run.mkdir(parents=True, exist_ok=True)
-        self._run, self._steps, self._start = run, steps, start
-        drop_lines_past(run / "metrics.jsonl", start)
-        self._metrics = open(run / "metrics.jsonl", "a")  # noqa: SIM115
-        self._text = open(run / "log.txt", "a")  # noqa: SIM115
-        self._board = SummaryWriter(str(run / "tensorboard"), purge_step=start + 1)
-        self._bar = tqdm(initial=start, total=steps, unit="step") if has_screen() else None
-        self._began = self._last = time.monotonic()
-        self._last_step = start
+    It speaks from the start; ``begin`` opens the records when the step to go on from is known.
+    """
+
+    def __init__(self, run: Path, *, steps: int, wandb: bool = False):
+        self._run, self._steps = run, steps
+        self._speaks = jax.process_index() == 0
+        self._open = contextlib.ExitStack()
+        self._bar = self._metrics = self._board = None
+        self._wandb = load_wandb() if wandb and self._speaks else None
+        if self._speaks:
+            run.mkdir(parents=True, exist_ok=True)
+            self._text = self._open.enter_context(open(run / "log.txt", "a"))
 
     def __enter__(self) -> "RunLog":
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        self._board.close()
-        self._metrics.close()
-        self._text.close()
+        self._open.close()
+
+    def begin(self, start: int, config: dict[str, Any]) -> None:
+        """Open the records of the steps after ``start``; what they said of those is forgotten."""
+        if not self._speaks:
+            return
+        path = self._run / "metrics.jsonl"
+        drop_lines_past(path, start)
+        self._metrics = self._open.enter_context(open(path, "a"))
+        board = SummaryWriter(str(self._run / "tensorboard"), purge_step=start + 1)
+        self._board = self._open.enter_context(contextlib.closing(board))
+        if has_screen():
+            bar = tqdm(initial=start, total=self._steps, unit="step")
+            self._bar = self._open.enter_context(contextlib.closing(bar))
+        if self._wandb is not None:
+            # One name for the folder: a resumed run goes on in the same place.
+            name = hashlib.sha256(str(self._run.resolve()).encode()).hexdigest()[:16]
+            self._wandb.init(
+                project="fact-jax",
+                name=self._run.name,
+                id=name,
+                resume="allow",
+                dir=str(self._run),
+                config=config,
+            )
+            self._open.callback(self._wandb.finish)
 
     def say(self, line: str) -> None:
         """One line for the console and log.txt."""
-        tqdm.write(line, file=sys.stderr)
-        self.note(line)
+        if self._speaks:
+            tqdm.write(line, file=sys.stderr)
+            self.note(line)
 
     def note(self, line: str) -> None:
         """One line for log.txt alone."""
-        self._text.write(line + "\n")
-        self._text.flush()
+        if self._speaks:
+            self._text.write(line + "\n")
+            self._text.flush()
+
+    @contextlib.contextmanager
+    def stage(self, what: str) -> Iterator[None]:
+        """Say what is being done while it is, and how long it took if that was long."""
+        self.say(f"{what} ...")
+        began = time.monotonic()
+        yield
+        if (spent := time.monotonic() - began) > 5:
+            self.say(f"{what}: {spent:.0f} s")
 
     def advance(self) -> None:
         """One more step was started."""
@@ -57,16 +96,16 @@ class RunLog:
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record the metrics of a step everywhere."""
-        now = time.monotonic()
-        speed = (step - self._last_step) / max(now - self._last, 1e-9)
-        self._last, self._last_step = now, step
-        values = values | {"steps_per_second": speed}
+        if not self._speaks:
+            return
         row = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._metrics.write(json.dumps({"step": step, **row}) + "\n")
         self._metrics.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        left = (self._steps - step) / max(speed, 1e-9)
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+        left = (self._steps - step) / max(values["steps_per_second"], 1e-9)
         line = console_line(step, self._steps, values, left)
         if self._bar is None:
             self.say(line)
@@ -76,10 +115,21 @@ class RunLog:
 
     def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
         """Keep sample pictures as PNG files and in TensorBoard."""
-        for name, picture in pictures.items():
+        for name, picture in pictures.items() if self._speaks else ():
             with atomic_write(self._run / "samples" / f"{name}-{step:08d}.png") as temporary:
                 Image.fromarray(picture).save(temporary, format="PNG")
             self._board.add_image(name, picture, step, dataformats="HWC")
+            if self._wandb is not None:
+                self._wandb.log({name: self._wandb.Image(picture)}, step=step)
+
+
+def load_wandb() -> Any:
+    """The library, if it is there."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("log.wandb=true needs Weights & Biases: pip install wandb") from None
+    return wandb
 
 
 def has_screen() -> bool:
@@ -89,10 +139,12 @@ def has_screen() -> bool:
 
 def console_line(step: int, steps: int, values: dict[str, float], left: float) -> str:
     """``step 50/1000  loss 0.1  ...  3.2 steps/s  4 min left``."""
-    hidden = {"steps_per_second", "skipped_in_a_row"}
+    hidden = {"loss", "steps_per_second", "skipped_in_a_row"}
     if not values["skipped"]:
         hidden.add("skipped")
-    names = ["loss"] + sorted(name for name in values if name != "loss" and name not in hidden)
+    # What is told block by block would fill the screen: it is in the other records.
+    shown = {name for name in values if name not in hidden and not name.startswith("block/")}
+    names = ["loss", *sorted(shown)]
     shown = "  ".join(f"{name} {values[name]:.4g}" for name in names)
     duration = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
     speed = f"{values['steps_per_second']:.2f} steps/s"

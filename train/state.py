@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from fact_jax.errors import UserError
+from fact_jax.sharding import SPLIT, place, shardings, spread
 from train.config import EMAConfig, OptimizerConfig
 
 PyTree = Any
@@ -40,6 +42,29 @@ def make_state(params: PyTree, optimizer: optax.GradientTransformation, ema: EMA
         skipped=jnp.zeros((), jnp.int32),
         skipped_in_a_row=jnp.zeros((), jnp.int32),
     )
+
+
+def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
+    """Where each leaf lies: the masters by rule, and what only the update touches spread thinner.
+
+    The optimizer's trees end in the same paths as the parameters, and so follow their rules.
+    """
+    placed = shardings(state, SPLIT, mesh)
+    return placed._replace(
+        ema=spread(state.ema, placed.ema), opt_state=spread(state.opt_state, placed.opt_state)
+    )
+
+
+def place_state(
+    params: PyTree, optimizer: optax.GradientTransformation, ema: EMAConfig, mesh: Mesh
+) -> TrainState:
+    """:func:`make_state` on a mesh; no device ever holds more than its part of the rest."""
+
+    def make(params):
+        return make_state(params, optimizer, ema)
+
+    placed = state_shardings(jax.eval_shape(make, params), mesh)
+    return jax.jit(make, out_shardings=placed)(place(params, placed.params))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -20,7 +20,8 @@ from safetensors.numpy import load_file
 
 from fact_jax.errors import UserError
 from train.config import CheckpointConfig, override
-from train.loop import prefetch, replace_folder, run
+from train.folder import replace_folder
+from train.loop import prefetch, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -227,7 +228,7 @@ def test_an_error_in_the_data_reaches_the_caller():
         yield {"x": np.zeros(1)}
         raise OSError("disk gone")
 
-    with prefetch(broken(), 0, 5) as batches:
+    with prefetch(broken(), jax.device_put, 0, 5) as batches:
         assert [next(batches)[0], next(batches)[0]] == [1, 2]
         with pytest.raises(OSError, match="disk gone"):
             next(batches)

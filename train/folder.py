@@ -1,0 +1,91 @@
+"""A run's folder: whose it is, what it says of its making, and how files in it are replaced."""
+
+import contextlib
+import datetime
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+from fact_jax.errors import UserError
+from fact_jax.files import atomic_write
+from train.checkpoints import revision, versions
+from train.config import TrainConfig, defaults, to_json
+
+MAY_CHANGE = ("steps", "log.", "checkpoint.", "mesh.")
+
+
+def claim_folder(config: TrainConfig, folder: Path) -> None:
+    """Make the folder this run's own; UserError if it was trained with another configuration.
+
+    A setting that is younger than the run in the folder had its default there.
+    """
+    path = folder / "config.json"
+    new = to_json(config)
+    if path.exists() and any(folder.glob("checkpoints/*")):
+        old = defaults(config) | json.loads(path.read_text())
+        differing = [
+            f"{key} {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key, ...) != new.get(key, ...) and not key.startswith(MAY_CHANGE)
+        ]
+        if differing:
+            raise UserError(
+                f"{folder} holds a run with another configuration ({'; '.join(differing)}); "
+                "give the same values to resume it, or another --out"
+            )
+    _write(path, new)
+
+
+def describe_start(folder: Path, command: str) -> None:
+    """Write ``environment.json``: what this start of the run is made of, and where it runs."""
+    devices = jax.devices()
+    about = {
+        "started": now(),
+        "command": command,
+        "revision": revision(),
+        "versions": versions(),
+        "processes": jax.process_count(),
+        "devices": {"count": len(devices), "kind": devices[0].device_kind},
+    }
+    _write(folder / "environment.json", about)
+
+
+def now() -> str:
+    """The local time, with its offset."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _write(path: Path, values: dict) -> None:
+    if jax.process_index() != 0:
+        return
+    try:
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(values, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(
+            f"cannot write in {path.parent}: {error.strerror}; choose another --out"
+        ) from error
+
+
+@contextlib.contextmanager
+def replace_folder(target: Path) -> Iterator[Path]:
+    """Give an empty folder that takes the place of ``target`` when everything in it is written."""
+    fresh, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
+    if old.exists() and not target.exists():  # killed between the two renames
+        old.rename(target)
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    yield fresh
+    for path in fresh.rglob("*"):
+        if path.is_file():
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
