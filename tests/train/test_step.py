@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fact_jax.sharding import make_mesh
 from train.config import EMAConfig, OptimizerConfig, TrainConfig
 from train.state import make_optimizer, make_state
 from train.step import make_train_step
@@ -46,7 +47,8 @@ def start(task, config=CONFIG, **extra):
     params = {"weight": jnp.array([[4.0, 8.0]]), "bias": jnp.array([1.0]), **extra}
     optimizer = make_optimizer(config.optimizer)
     state = make_state(params, optimizer, config.ema)
-    return make_train_step(task, optimizer, config), state, {"scale": jnp.array([3.0])}
+    step = make_train_step(task, optimizer, config, make_mesh(config.mesh))
+    return step, state, {"scale": jnp.array([3.0])}
 
 
 def test_a_step_by_hand():

@@ -1,0 +1,44 @@
+"""The shape of a mesh of devices, as a setting: no JAX here, so that reading settings is quick."""
+
+import dataclasses
+from typing import Literal
+
+from fact_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Sizes of the mesh axes; ``data`` -1 takes all devices that are left.
+
+    ``slices`` > 1 is for several TPU slices: the ``data`` axis then runs over them, so that only
+    one sum of gradients crosses the slower network between them. ``base`` says whether the frozen
+    parameters are whole on every device or split over ``fsdp``.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+    slices: int = 1
+    base: Literal["replicated", "fsdp"] = "replicated"
+
+    def __post_init__(self):
+        sizes = (self.fsdp, self.tensor, self.slices)
+        if min(sizes) < 1 or (self.data < 1 and self.data != -1):
+            raise ValueError("mesh sizes must be at least 1 (data may be -1: all that are left)")
+
+    def sizes(self, devices: int) -> tuple[int, int, int]:
+        """(data, fsdp, tensor) on this many devices; UserError if they do not come out even."""
+        inner = self.fsdp * self.tensor
+        data = devices // inner if self.data == -1 else self.data
+        shape = f"{self.data}x{self.fsdp}x{self.tensor}"
+        if data * inner != devices:
+            raise UserError(
+                f"mesh {shape} (data x fsdp x tensor) does not divide {devices} devices: the "
+                f"product must be {devices}; mesh.data=-1 takes all that are left"
+            )
+        if data % self.slices:
+            raise UserError(
+                f"mesh {shape} on {devices} devices: data = {data} does not divide over "
+                f"mesh.slices = {self.slices}"
+            )
+        return data, self.fsdp, self.tensor
