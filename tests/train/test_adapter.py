@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 
 from converters import load_adapter, load_pipeline
 from fact_jax.errors import UserError
+from fact_jax.sharding import make_mesh
 from tests.train.tiny import RESAMPLER, tiny_config, write_tiny_miniature
 from train.loop import run
 from train.partition import paths
@@ -52,7 +53,8 @@ def test_fifty_steps_move_the_adapter_and_nothing_else(folder, start):
     before = jax.tree.map(np.array, frozen)
     optimizer = make_optimizer(config.optimizer)
     state = make_state(trainable, optimizer, config.ema)
-    step, rows = make_train_step(task, optimizer, config), np.arange(config.batch_size)
+    step = make_train_step(task, optimizer, config, make_mesh(config.mesh))
+    rows = np.arange(config.batch_size)
     first = None
     for batch in itertools.islice(task.source().batches(0, rows), 50):
         state, metrics = step(state, frozen, batch)
