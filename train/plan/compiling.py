@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,9 @@ def facts_of(request: Request) -> Facts:
             environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={request.chips}"
         with (
             open(Path(folder, "errors.txt"), "w+") as errors,
-            subprocess.Popen(command, env=environment, stderr=errors) as child,
+            subprocess.Popen(
+                command, env=environment, stdin=subprocess.PIPE, stderr=errors
+            ) as child,
         ):
             _watch(child, f"compiling for {request.topology}" if request.topology else "counting")
             errors.seek(0)
@@ -93,6 +96,7 @@ def _watch(child: subprocess.Popen, doing: str) -> None:
 
 def main(asked: str, found: str) -> None:
     """The fresh process."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     fields = json.loads(Path(asked).read_text())
     request = Request(**fields | {"overrides": tuple(fields["overrides"])})
     try:
@@ -100,6 +104,11 @@ def main(asked: str, found: str) -> None:
     except UserError as error:
         facts = {"error": str(error)}
     Path(found).write_text(json.dumps(facts))
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()  # ends when the other end is closed, however the parent ended
+    os._exit(1)
 
 
 def _facts(request: Request) -> Facts:

@@ -1,6 +1,7 @@
 """What is read from one training step: sizes, arithmetic, memory and collectives."""
 
 import contextlib
+import copy
 import dataclasses
 import math
 import re
@@ -127,9 +128,10 @@ def _counts(built: Abstract, mesh: Mesh) -> Facts:
     """What the trace of the whole step says."""
     jaxpr = _trace(built, mesh)
     # Nothing computed twice: no recomputed blocks, and no tiles of attention.
-    config = dataclasses.replace(built.config, remat="none")
+    task = copy.copy(built.task)
+    task.config = dataclasses.replace(built.config, remat="none")
     with _plain_attention():
-        plain = _trace(dataclasses.replace(build(config), batch=built.batch), mesh)
+        plain = _trace(dataclasses.replace(built, config=task.config, task=task), mesh)
     return {
         "flops": count_flops(jaxpr),
         "model_flops": count_flops(plain),

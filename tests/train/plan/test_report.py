@@ -1,0 +1,128 @@
+"""The verdict and what it advises, from made-up facts."""
+
+import dataclasses
+
+import pytest
+
+from fact_jax.errors import UserError
+from train.chips import CHIPS
+from train.config import load_config
+from train.plan.program import read_gpu, read_topology
+from train.plan.report import lines_of, make_report, suggestions, verdict
+from train.plan.step_facts import read_overflow
+
+GB = 1e9
+CONFIG = dataclasses.replace(load_config("mini")[1], batch_size=64, remat="block")
+PARTS = {"frozen": 2 * GB, "trainable": GB, "optimizer": 2 * GB, "ema": GB, "batch": 0}
+
+
+def facts(**changes):
+    return {
+        "notes": ["a note"],
+        "parameters": {"frozen": 10, "trainable": 5},
+        "bytes": PARTS | {"temporary": 8 * GB},
+        "flops": 64e12,
+        "model_flops": 48e12,
+        "accessed": 10 * GB,
+        "compiled": True,
+        "used": 14 * GB,
+        "usable": None,
+        "collectives": [
+            {"kind": "all-reduce", "bytes": GB, "arrays": 7, "group": 4, "times": 1},
+        ],
+        "seconds": 1.0,
+    } | changes
+
+
+def test_numbers_of_one_chip():
+    report = make_report(CONFIG, CHIPS["v5e"], 4, facts())
+    assert report["samples_a_chip"] == 16
+    assert report["flops"] == {"executed": 16e12, "model": 12e12}
+    roofline = report["roofline"]
+    assert roofline["arithmetic_seconds"] == pytest.approx(16 / 197)
+    assert roofline["memory_seconds"] == pytest.approx(10 / 819)
+    assert roofline["bound_by"] == "arithmetic"
+    assert roofline["samples_a_second_a_chip"] == pytest.approx(16 / (16 / 197))
+    assert [row["chips"] for row in report["scaling"]][::9] == [8, 4096]
+    eight = report["scaling"][0]["communication"]
+    assert eight == pytest.approx(2 * GB * 7 / 8 / 200e9, rel=1e-3)
+
+
+def test_it_fits():
+    report = make_report(CONFIG, CHIPS["v5e"], 4, facts())
+    assert report["memory"]["fits"]
+    assert verdict(report) == "fits, with 3.18 GB to spare"
+    text = "\n".join(lines_of(report))
+    for part in (
+        "note: a note",
+        "16 samples a chip",
+        "optimizer",
+        "all-reduce",
+        "4096",
+        "v5e: 197",
+    ):
+        assert part in text
+
+
+def test_it_does_not_fit():
+    """20 GB of 16 with 16 samples a chip: 14 GB are theirs, so 11 would fit."""
+    used = {"bytes": PARTS | {"temporary": 14 * GB}, "used": 20 * GB, "usable": 16 * GB}
+    report = make_report(CONFIG, CHIPS["v5e"], 4, facts(**used))
+    assert not report["memory"]["fits"]
+    said = verdict(report)
+    assert said.startswith("does not fit: 4.00 GB too much; try accumulate=2 ")
+    assert "--global-batch 44 (11 samples a chip)" in said
+    assert "mesh.fsdp=4 (frees up to 3.0 GB a chip)" in said
+
+
+def test_remat_is_advised_first():
+    plain = dataclasses.replace(CONFIG, remat="none")
+    assert suggestions(plain, 4, PARTS, 20 * GB, 16 * GB)[0].startswith("remat=block")
+
+
+def test_state_alone_is_too_much():
+    """No batch is small enough: only splitting helps, and on one chip nothing does."""
+    assert [s.split()[0] for s in suggestions(CONFIG, 4, PARTS, 20 * GB, 5 * GB)] == ["mesh.fsdp=4"]
+    assert suggestions(CONFIG, 1, PARTS, 20 * GB, 5 * GB) == ["a chip with more memory"]
+
+
+def test_estimate_leaves_a_part_of_a_gpu():
+    """79.0 of 85.9 GB are usable: 78 fit and 80 do not."""
+    for temporary, fits in ((72, True), (74, False)):
+        sizes = PARTS | {"temporary": temporary * GB}
+        report = make_report(CONFIG, CHIPS["h100"], 4, facts(compiled=False, bytes=sizes))
+        assert report["memory"]["usable"] == pytest.approx(0.92 * 80 * 2**30)
+        assert report["memory"]["used"] == (6 + temporary) * GB
+        assert report["memory"]["fits"] is fits
+
+
+def test_the_compilers_complaint():
+    message = (
+        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
+        "hbm. Used 17.20G of 15.75G hbm. Exceeded hbm capacity by 1.45G."
+    )
+    assert read_overflow(message) == {"used": 17.2 * 2**30, "usable": 15.75 * 2**30}
+    with pytest.raises(RuntimeError, match="does not compile"):
+        read_overflow("INTERNAL: something else")
+
+
+def test_reading_what_was_asked_for():
+    assert read_topology("v5e:16x16") == (CHIPS["v5e"], 256)
+    assert read_topology("v5p:4x4x8") == (CHIPS["v5p"], 128)
+    assert read_gpu("h100") == (CHIPS["h100"], 8)
+    assert read_gpu("H200:64") == (CHIPS["h200"], 64)
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "words"),
+    [
+        (read_topology, "v5e", "expected a TPU and its shape, as v5e:16x16"),
+        (read_topology, "v6:2x2", "the nearest is 'v6e'"),
+        (read_topology, "h100:2x2", "no data on a chip 'h100'"),
+        (read_gpu, "h100:0", "expected a GPU and how many"),
+        (read_gpu, "h10", "the nearest is 'h100'"),
+    ],
+)
+def test_what_cannot_be_read(read, text, words):
+    with pytest.raises(UserError, match=words):
+        read(text)
