@@ -5,6 +5,8 @@ L = MSE + lambda FAIR, with drop, shuffle and a curriculum (arXiv 2410.12312).
 
 import dataclasses
 import functools
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 from converters import (
     Pipeline,
@@ -24,18 +26,25 @@ from converters import (
     tokenize,
 )
 from converters.weights import skeleton
-from fact_jax.curriculum import Drop, Stage, draw_drop, draw_shuffle, stage_values
+from fact_jax.curriculum import (
+    Drop,
+    Stage,
+    draw_drop,
+    draw_neutral,
+    draw_shuffle,
+    stage_values,
+)
 from fact_jax.errors import UserError
 from fact_jax.face import resize_area
 from fact_jax.fact import Guidance, encode_face, guided_model, null_face
-from fact_jax.losses import denoising_error, fair_ratio
+from fact_jax.losses import denoising_error, fair_ratio, min_snr_weight
 from fact_jax.models.adapter import FaceAdapter
 from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.transface import TransFace
 from fact_jax.models.unet import UNet
 from fact_jax.portraits import contact_sheet
 from fact_jax.samplers import sample_ddim
-from fact_jax.schedules import add_noise, training_target
+from fact_jax.schedules import add_noise, offset_noise, training_target
 from train.config import TrainConfig
 from train.data.feed import GrainSource, Rows
 from train.data.rows import open_rows
@@ -73,6 +82,10 @@ class AdapterOptions:
     in the error. With ``weights``, an adapter file, training goes on from its adapters and its
     resampler instead.
 
+    ``min_snr`` is the gamma of Min-SNR weighting (arXiv 2303.09556 takes 5; 0: every timestep
+    weighs the same), ``noise_offset`` how much a picture's mean is noised beside its cells (0.05 is
+    usual), ``neutral`` the probability of ``neutral_caption`` in place of a sample's own.
+
     Photos are drawn from the portrait world, ``people`` x ``photos`` of them, or come from the
     folder ``records`` and are encoded in every step, or from the folder ``cache``, which holds
     them encoded (``fact-train cache``).
@@ -92,6 +105,10 @@ class AdapterOptions:
     weights: str | None = None
     region: Literal["head", "face"] = "head"
     face_weight: float = 0.0
+    min_snr: float = 0.0
+    noise_offset: float = 0.0
+    neutral: float = 0.0
+    neutral_caption: str = "a portrait of a person"
 
 
 class AdapterTask:
@@ -193,40 +210,57 @@ class AdapterTask:
 
     def loss(self, trainable, frozen, batch, *, step, keys):
         options, schedule = self.options, self.pipeline.schedule
-        shuffle_keys, drop_keys, noise_keys, time_keys, latent_keys = split_keys(keys, 5)
-        shuffle, fair_weight, with_text = stage_values(options.stages, step)
-        shuffled = draw_shuffle(shuffle_keys, shuffle)
+        shuffle_keys, drop_keys, noise_keys, time_keys, latent_keys, more = split_keys(keys, 6)
+        neutral_keys, offset_keys = split_keys(more, 2)
+        stage = stage_values(options.stages, step)
+        shuffled = draw_shuffle(shuffle_keys, stage.shuffle)
         no_face, no_text = draw_drop(drop_keys, options.drop)
-        no_text |= with_text == 0
+        no_text |= stage.text == 0
+        neutral = draw_neutral(neutral_keys, options.neutral)
         dtype = trainable["resampler"]["latents"].dtype
         batch = self.encoders.encode_batch(frozen, batch, shuffled, latent_keys)
         # The null condition is the resampler of all-zero tokens.
         tokens = jnp.where(no_face[:, None, None], 0, batch["tokens"]).astype(dtype)
-        empty = self.encoders.text(frozen, jnp.asarray(self._empty_prompt()))
-        text = jnp.where(no_text[:, None, None], empty, batch["text"]).astype(dtype)
+        text = self._captions(frozen, batch["text"], neutral, no_text).astype(dtype)
         face = self.resampler.module(trainable["resampler"])(tokens)
 
         latents = batch["latents"]
         noise = draw_normal(noise_keys, latents.shape[1:])
+        if options.noise_offset:
+            shift = draw_normal(offset_keys, latents.shape[-1:])
+            noise = offset_noise(noise, shift, options.noise_offset)
         t = draw_timesteps(time_keys, schedule.num_train_timesteps)
         noisy = add_noise(schedule, latents, noise, t).astype(dtype)
         unet = self.unet(trainable["adapter"], frozen["unet"])
         ratio = functools.partial(fair_ratio, mask=batch["mask"])
-        output, ratios = unet(noisy, t, text, face=face, on_increment=ratio)
+        output, ratios = unet(
+            noisy, t, text, face=face, on_increment=ratio, remat=self.config.remat
+        )
 
         target = training_target(schedule, latents, noise, t)
         weight = 1.0 + options.face_weight * batch["mask"]
+        if options.min_snr:
+            weight *= min_snr_weight(schedule, t, options.min_snr)[:, None, None]
         error = denoising_error(output, target, weight)
         fair = jnp.stack(ratios).mean()
         metrics = {
             "loss/mse": denoising_error(output, target),
             "loss/fair": fair,
-            "curriculum/shuffle": shuffle,
-            "curriculum/fair_weight": fair_weight,
-            "gate/attn": _mean_gate(trainable["adapter"], "alpha_attn"),
-            "gate/dense": _mean_gate(trainable["adapter"], "alpha_dense"),
+            "curriculum/shuffle": stage.shuffle,
+            "curriculum/fair_weight": stage.fair_weight,
+            "curriculum/text": stage.text,
+            **by_block(unet, ratios),
         }
-        return error + fair_weight * fair, metrics
+        return error + stage.fair_weight * fair, metrics
+
+    def _captions(self, frozen, text, neutral, no_text):
+        """Hidden states of the captions, some of them replaced by the neutral or the empty one."""
+        if self.options.neutral:
+            ids = tokenize(self.pipeline.tokenizer, [self.options.neutral_caption])[0]
+            states = self.encoders.text(frozen, jnp.asarray(ids))
+            text = jnp.where(neutral[:, None, None], states, text)
+        empty = self.encoders.text(frozen, jnp.asarray(self._empty_prompt()))
+        return jnp.where(no_text[:, None, None], empty, text)
 
     def _empty_prompt(self) -> Int[np.ndarray, "1 n"]:
         return tokenize(self.pipeline.tokenizer, [""])[0]
@@ -328,6 +362,15 @@ def encode_tokens(encoder: TransFace, crops: np.ndarray) -> Float[np.ndarray, "n
     return in_chunks(encode, crops)
 
 
-def _mean_gate(adapters: dict, name: str):
-    gates = [value for path, value in paths(adapters) if path.endswith(name)]
-    return jnp.abs(jnp.tanh(jnp.stack(gates).astype(jnp.float32))).mean()
+def by_block(unet: UNet, ratios: Sequence[Float[Array, " b"]]) -> dict[str, Float[Array, ""]]:
+    """FAIR and gates of each adapted block, and how far the gates are open on average."""
+    metrics, gates = {}, {"attn": [], "dense": []}
+    for (path, block), ratio in zip(unet.transformer_blocks(), ratios, strict=True):
+        name = re.sub("_blocks?|[.]attentions|[.]transformer", "", path)
+        metrics[f"block/fair/{name}"] = ratio.mean()
+        for which, found in gates.items():
+            alpha = getattr(block.face, f"alpha_{which}")[...].astype(jnp.float32)
+            metrics[f"block/alpha_{which}/{name}"] = alpha
+            found.append(jnp.abs(jnp.tanh(alpha)))
+    opened = {f"gate/{which}": jnp.stack(found).mean() for which, found in gates.items()}
+    return metrics | opened

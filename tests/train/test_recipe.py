@@ -1,0 +1,101 @@
+"""What the adapter's loss makes of its settings: captions, weights, what is told by block."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from converters import tokenize
+from fact_jax.curriculum import Drop, Stage
+from fact_jax.losses import min_snr_weight
+from tests.train.tiny import tiny_config, write_tiny_miniature
+from train.tasks.adapter import AdapterTask
+
+NEVER = Drop(face=0.0, text=0.0, both=0.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("miniature")
+    write_tiny_miniature(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def parts(folder):
+    """(task, trainable with open gates, frozen, a batch)."""
+    task = AdapterTask(tiny_config(folder, drop=NEVER))
+    trainable, frozen = task.init(jax.random.key(0))
+    batch = {k: jnp.asarray(v) for k, v in next(task.source().batches(0, np.arange(4))).items()}
+    return task, jax.tree.map(lambda leaf: leaf + 0.3, trainable), frozen, batch
+
+
+def loss_of(parts, batch=None, seed=5, step=0, **options):
+    """The loss and metrics with other options, all samples at one timestep."""
+    task, trainable, frozen, given = parts
+    batch = given if batch is None else batch
+    task.options = dataclasses.replace(task.config.options, **options)
+    keys = jnp.broadcast_to(jax.random.key(seed), len(batch["latents"]))
+    loss, metrics = task.loss(trainable, frozen, batch, step=jnp.asarray(step), keys=keys)
+    return float(loss), {name: float(value) for name, value in metrics.items()}
+
+
+def with_caption(parts, text):
+    task, *_, batch = parts
+    ids = tokenize(task.pipeline.tokenizer, [text])[0]
+    return batch | {"ids": jnp.broadcast_to(ids, batch["ids"].shape)}
+
+
+def test_a_neutral_caption_takes_the_place_of_the_own_one(parts):
+    caption = "a person with round glasses"
+    own = loss_of(parts)[0]
+    told = loss_of(parts, with_caption(parts, caption))[0]
+    assert own != pytest.approx(told, rel=1e-4)
+    replaced = loss_of(parts, neutral=1.0, neutral_caption=caption)[0]
+    assert replaced == pytest.approx(told, rel=1e-5)
+
+
+def test_a_stage_without_text_reads_no_caption(parts):
+    stages = (Stage(steps=2, text=False), Stage(steps=2))
+    empty = loss_of(parts, with_caption(parts, ""), stages=stages, step=2)[0]
+    silent, metrics = loss_of(parts, stages=stages, step=1, neutral=1.0)
+    assert silent == pytest.approx(empty, rel=1e-5)
+    assert metrics["curriculum/text"] == 0
+    read, metrics = loss_of(parts, stages=stages, step=2)
+    assert read != pytest.approx(empty, rel=1e-4)
+    assert metrics["curriculum/text"] == 1
+
+
+def test_min_snr_weighs_a_sample_by_its_timestep(parts):
+    schedule = parts[0].pipeline.schedule
+    possible = min_snr_weight(schedule, jnp.arange(schedule.num_train_timesteps), 5.0)
+    stages = (Stage(steps=1),)
+    ratios = []
+    for seed in (1, 2, 3):
+        loss, metrics = loss_of(parts, seed=seed, stages=stages, min_snr=5.0)
+        ratios.append(loss / metrics["loss/mse"])
+        assert np.abs(possible / ratios[-1] - 1).min() < 1e-3
+    assert len({round(ratio, 6) for ratio in ratios}) == 3
+
+
+def test_noise_offset_changes_the_noise(parts):
+    plain, shifted, more = (loss_of(parts, noise_offset=x)[0] for x in (0.0, 0.1, 2.0))
+    assert plain != shifted
+    assert more > plain  # the model of this test answers about nothing: its error is the target
+
+
+def test_fair_and_gates_by_block(parts):
+    _, trainable, *_ = parts
+    _, metrics = loss_of(parts)
+    names = ["down.0.0.0", "mid.0.0", "up.0.0.0", "up.0.1.0"]
+    for kind in ("fair", "alpha_attn", "alpha_dense"):
+        found = [name for name in metrics if name.startswith(f"block/{kind}/")]
+        assert found == [f"block/{kind}/{name}" for name in names]
+    fair = [metrics[f"block/fair/{name}"] for name in names]
+    assert metrics["loss/fair"] == pytest.approx(np.mean(fair), rel=1e-5)
+    assert len(set(fair)) == 4
+    face = trainable["adapter"]["mid_block"]["attentions"][0]["transformer_blocks"][0]["face"]
+    assert metrics["block/alpha_attn/mid.0.0"] == pytest.approx(float(face["alpha_attn"]))
+    assert metrics["gate/attn"] == pytest.approx(np.tanh(1.3), rel=1e-5)
