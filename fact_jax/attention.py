@@ -1,8 +1,10 @@
 """The attention operation. Every model calls :func:`attention`; how it is computed is decided here.
 
 The plain form materialises the (queries x keys) matrix and is best for short sequences. The tiled
-form walks over blocks of queries and recomputes each block in the backward pass, so that memory
-stays linear in the sequence (the idea of Rabe & Staats 2021, arXiv 2112.05682).
+forms walk over blocks of queries and recompute each block in the backward pass, so that memory
+stays linear in the sequence (the idea of Rabe & Staats 2021, arXiv 2112.05682): head by head, which
+is twice as fast on a CPU, or all heads and samples together, which keeps an accelerator busy and
+leaves them where a mesh of devices has put them.
 """
 
 import jax
@@ -12,7 +14,7 @@ from jaxtyping import Array, Float
 
 PLAIN_MATRIX_LIMIT = 1024 * 1280
 """Largest queries x keys matrix a head may materialise before the tiled form takes over."""
-TILE = 512
+TILE, TILE_TOGETHER = 512, 128
 
 
 def attention(
@@ -22,7 +24,7 @@ def attention(
     n, m = q.shape[1], k.shape[1]
     if n * m <= PLAIN_MATRIX_LIMIT:
         return attention_plain(q, k, v)
-    return attention_tiled(q, k, v)
+    return _by_platform(q, k, v)
 
 
 def attention_plain(
@@ -64,3 +66,42 @@ def attention_tiled(
 
     out = lax.map(one_head, (queries, keys, values))
     return out.reshape(b, h, tiles * tile, d)[:, :, :n].transpose(0, 2, 1, 3)
+
+
+def attention_together(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b m h d"],
+    v: Float[Array, "b m h d"],
+    tile: int = TILE_TOGETHER,
+) -> Float[Array, "b n h d"]:
+    """The same again, a tile of every head and sample at a time."""
+    b, n, h, d = q.shape
+    tile = min(tile, n)
+    tiles = -(-n // tile)
+    q = jnp.pad(q, ((0, 0), (0, tiles * tile - n), (0, 0), (0, 0)))
+    queries = q.reshape(b, tiles, tile, h, d).swapaxes(0, 1)
+    one_tile = jax.checkpoint(attention_plain)
+    out = lax.map(lambda q_tile: one_tile(q_tile, k, v), queries)
+    return out.swapaxes(0, 1).reshape(b, tiles * tile, h, d)[:, :n]
+
+
+@jax.custom_vjp
+def _by_platform(q, k, v):
+    """The tiled form that suits the platform the program is compiled for."""
+    return lax.platform_dependent(q, k, v, cpu=attention_tiled, default=attention_together)
+
+
+def _forward(q, k, v):
+    return _by_platform(q, k, v), (q, k, v)
+
+
+def _backward(saved, g):
+    # By hand, or both forms' intermediate results would be kept.
+    def gradient(form):
+        return lambda q, k, v, g: jax.vjp(form, q, k, v)[1](g)
+
+    forms = {"cpu": gradient(attention_tiled), "default": gradient(attention_together)}
+    return lax.platform_dependent(*saved, g, **forms)
+
+
+_by_platform.defvjp(_forward, _backward)

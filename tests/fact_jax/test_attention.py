@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fact_jax import attention as module
-from fact_jax.attention import attention, attention_plain, attention_tiled
+from fact_jax.attention import attention, attention_plain, attention_tiled, attention_together
 from tests.fact_jax.tiny import normal
 
 Q, K, V = normal(1, 2, 10, 3, 4), normal(2, 2, 7, 3, 4), normal(3, 2, 7, 3, 4)
@@ -27,7 +27,7 @@ def test_by_hand():
     k = jnp.array([[0.0, 5, 5, 5], [np.log(3), 0, 0, 0]]).reshape(1, 2, 1, 4)
     v = jnp.array([[4.0, 0, 0, 1], [8.0, 0, 0, 1]]).reshape(1, 2, 1, 4)
     expected = np.array([7.0, 0, 0, 1]).reshape(1, 1, 1, 4)
-    for form in (attention_plain, attention_tiled):
+    for form in (attention_plain, attention_tiled, attention_together):
         np.testing.assert_allclose(form(q, k, v), expected, atol=1e-6)
 
 
@@ -35,8 +35,9 @@ def test_plain_is_the_definition():
     np.testing.assert_allclose(attention_plain(Q, K, V), by_definition(Q, K, V), atol=1e-6)
 
 
+@pytest.mark.parametrize("form", [attention_tiled, attention_together])
 @pytest.mark.parametrize("tile", [4, 5, 64])
-def test_tiled_is_plain(tile):
+def test_tiled_is_plain(tile, form):
     """Ten queries by tiles of 4 (the last one padded), of 5, and of more than there are."""
     weights = normal(4, *Q.shape)
 
@@ -44,7 +45,7 @@ def test_tiled_is_plain(tile):
         return (form(*args) * weights).sum()
 
     def tiled(q, k, v):
-        return attention_tiled(q, k, v, tile=tile)
+        return form(q, k, v, tile=tile)
 
     np.testing.assert_allclose(tiled(Q, K, V), attention_plain(Q, K, V), atol=1e-6)
     ours = jax.jit(jax.grad(lambda *a: loss(tiled, *a), argnums=(0, 1, 2)))(Q, K, V)
@@ -54,13 +55,13 @@ def test_tiled_is_plain(tile):
 
 
 def test_large_scores_do_not_overflow():
-    for form in (attention_plain, attention_tiled):
+    for form in (attention_plain, attention_tiled, attention_together):
         assert np.isfinite(form(1e4 * Q, K, V)).all()
 
 
 def test_half_precision_stays_half_precision():
     half = [x.astype(jnp.bfloat16) for x in (Q, K, V)]
-    for form in (attention_plain, attention_tiled):
+    for form in (attention_plain, attention_tiled, attention_together):
         out = form(*half)
         assert out.dtype == jnp.bfloat16
         # Eight bits of mantissa, outputs of order one.
@@ -76,3 +77,15 @@ def test_the_size_of_the_matrix_decides(monkeypatch):
     attention(Q, K, V)
     attention(normal(1, 2, 11, 3, 4), K, V)
     assert called == ["plain", "tiled"]
+
+
+def test_the_gradient_on_this_platform(monkeypatch):
+    """What is differentiated is the form for the platform, whose gradient is written by hand."""
+    monkeypatch.setattr(module, "PLAIN_MATRIX_LIMIT", 1)
+    weights = normal(4, *Q.shape)
+    ours, plain = (
+        jax.jit(jax.grad(lambda *a, form=form: (form(*a) * weights).sum(), argnums=(0, 1, 2)))
+        for form in (attention, attention_plain)
+    )
+    for one, other in zip(ours(Q, K, V), plain(Q, K, V), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
