@@ -1,8 +1,6 @@
 """The adapter task without weights: every array a shape, from the base's small files alone."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,24 +85,15 @@ def build(config: TrainConfig) -> Abstract:
         state = make_state(params, make_optimizer(config.optimizer), config.ema)
         return state, cast(frozen, config.precision)
 
-    with _host_arrays():
-        state, frozen = jax.eval_shape(init)
-        batch = batch_shapes(built[0], config.batch_size)
+    state, frozen = jax.eval_shape(init)
     return Abstract(
         config=config,
         task=built[0],
         state=state,
         frozen=frozen,
-        batch=batch,
+        batch=batch_shapes(built[0], config.batch_size),
         notes=tuple(built[0].notes),
     )
-
-
-@contextlib.contextmanager
-def _host_arrays() -> Iterator[None]:
-    # Whatever is computed for real while shapes are built has no business on an accelerator.
-    with jax.default_device(jax.devices("cpu")[0]):
-        yield
 
 
 def batch_shapes(task: AdapterTask, count: int) -> dict[str, jax.ShapeDtypeStruct]:

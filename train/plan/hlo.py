@@ -17,7 +17,9 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _ROUNDS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
-_ARRAY = re.compile(r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\]")
+ARRAY = re.compile(
+    r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?"
+)  # type, dimensions, layout
 # [2,4]<=[8], {{0,1},{2,3}}, or mesh['x'=4,'y'=2] {'y'}
 _GROUPS = re.compile(
     r"replica_groups=(?:\[\d+,(?P<size>\d+)\]|\{\{(?P<first>[\d,]+)\}"
@@ -46,15 +48,15 @@ def read_collectives(text: str) -> list[Collective]:
     ``all-reduce-scatter``. What is in a loop's body is run as often as the loop's condition says
     (once where it does not say).
     """
-    computations = dict(_computations(text))
-    times = _times(computations)
+    parts = dict(computations(text))
+    times = runs(parts)
     found = []
-    for name, lines in computations.items():
+    for name, lines in parts.items():
         for line in lines:
             if (match := _COLLECTIVE.search(line)) is None:
                 continue
             kind, group = match["kind"], _group(line)
-            sizes = [_array_bytes(*array) for array in _ARRAY.findall(match["shape"])]
+            sizes = [array_bytes(*array[:2]) for array in ARRAY.findall(match["shape"])]
             payload = sum(sizes)
             if match["start"] and kind == "all-gather":  # (what goes in, what comes out)
                 payload, sizes = payload * group // (group + 1), sizes[len(sizes) // 2 :]
@@ -85,7 +87,8 @@ def summarize(collectives: list[Collective]) -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: -row["bytes"] * row["times"])
 
 
-def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
+def computations(text: str) -> Iterator[tuple[str, list[str]]]:
+    """(name, its lines) of every computation."""
     name, lines = "", []
     for line in text.splitlines():
         if (match := _COMPUTATION.match(line)) is not None:
@@ -97,14 +100,14 @@ def _computations(text: str) -> Iterator[tuple[str, list[str]]]:
             lines.append(line)
 
 
-def _times(computations: dict[str, list[str]]) -> dict[str, int]:
+def runs(parts: dict[str, list[str]]) -> dict[str, int]:
     """How often each computation runs in a step."""
     callers: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
-    for name, lines in computations.items():
+    for name, lines in parts.items():
         for line in lines:
             loop = _WHILE.search(line)
             for called in _called(line):
-                rounds = _rounds(line, computations.get(loop[1], [])) if loop else 1
+                rounds = _rounds(line, parts.get(loop[1], [])) if loop else 1
                 callers[called].append((name, rounds))
     known: dict[str, int] = {}
 
@@ -113,7 +116,7 @@ def _times(computations: dict[str, list[str]]) -> dict[str, int]:
             known[name] = sum(times(caller) * n for caller, n in callers[name]) or 1
         return known[name]
 
-    return {name: times(name) for name in computations}
+    return {name: times(name) for name in parts}
 
 
 def _called(line: str) -> list[str]:
@@ -141,6 +144,6 @@ def _group(line: str) -> int:
     return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", match["axes"]))
 
 
-def _array_bytes(dtype: str, dims: str) -> int:
+def array_bytes(dtype: str, dims: str) -> int:
     bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
     return math.prod(map(int, filter(None, dims.split(",")))) * bits // 8

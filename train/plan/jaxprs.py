@@ -27,24 +27,15 @@ def count_flops(jaxpr: Jaxpr) -> int:
     All else (norms, activations, softmax, optimizer) is left out, as is usual for utilisation. A
     ``while`` loop with products inside has no length to count by: ValueError.
     """
-    return _sum_over_loops(jaxpr, _product_flops)
-
-
-def count_loop_bytes(jaxpr: Jaxpr) -> int:
-    """Bytes that pass in and out of loop bodies after their first round.
-
-    What the compiler's own count of memory traffic leaves out, if what is made inside a round stays
-    on the chip.
-    """
-
-    def again(eqn: Any) -> int:
-        if eqn.primitive.name != "scan":
-            return 0
-        body = eqn.params["jaxpr"].jaxpr
-        around = sum(_bytes(var) for var in (*body.invars, *body.outvars))
-        return (eqn.params["length"] - 1) * around
-
-    return _sum_over_loops(jaxpr, again)
+    total = 0
+    for eqn in jaxpr.eqns:
+        inner = [count_flops(sub) for sub in jaxprs_in_params(eqn.params)]
+        name = eqn.primitive.name
+        if name == "while" and any(inner):
+            raise ValueError("a while loop has no known number of rounds: use a scan")
+        rounds = eqn.params["length"] if name == "scan" else 1
+        total += rounds * (max(inner) if name == "cond" else sum(inner)) + _product_flops(eqn)
+    return total
 
 
 def peak_bytes(jaxpr: Jaxpr) -> int:
@@ -71,20 +62,6 @@ def peak_bytes(jaxpr: Jaxpr) -> int:
             if last_use[var] == i and var in held:
                 live -= held.pop(var)
     return peak
-
-
-def _sum_over_loops(jaxpr: Jaxpr, of: Callable[[Any], int]) -> int:
-    """The sum of ``of`` over all equations, as often as each is run."""
-    total = 0
-    for eqn in jaxpr.eqns:
-        inner = [_sum_over_loops(sub, of) for sub in jaxprs_in_params(eqn.params)]
-        name = eqn.primitive.name
-        if name == "while" and any(inner):
-            raise ValueError("a while loop has no known number of rounds: use a scan")
-        if name == "scan":
-            inner = [eqn.params["length"] * count for count in inner]
-        total += of(eqn) + (max(inner) if name == "cond" else sum(inner))
-    return total
 
 
 def _product_flops(eqn: Any) -> int:

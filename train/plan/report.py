@@ -111,8 +111,8 @@ def _assumptions(chip: Chip, facts: Facts) -> list[str]:
     ]
     if facts["compiled"]:
         lines.append(
-            "memory traffic: the compiler's count, loop bodies again for every further round by "
-            "what passes in and out of them"
+            "memory traffic: what every instruction of the compiled program reads and writes, "
+            "loops in full, but for arrays that the compiler keeps on the chip"
         )
         lines.append("collectives: read from the compiled program")
     else:
@@ -158,11 +158,15 @@ def lines_of(report: Report) -> Iterator[str]:
         f"{flops['model'] / 1e12:.4g} of them the model's own"
     )
     yield "collectives a step" + ("" if report["collectives"] else ": none")
-    for found in report["collectives"]:
-        yield (
-            f"  {found['times']:4d} x {found['kind']:18s} {found['bytes'] / 1e6:12.6f} MB each, "
-            f"{found['arrays']} arrays, over {found['group'] or 'all'} devices"
-        )
+    for kind in PASSES:
+        rows = [found for found in report["collectives"] if found["kind"] == kind]
+        if rows:
+            sent = sum(found["bytes"] * found["times"] for found in rows)
+            yield (
+                f"  {sum(found['times'] for found in rows):4d} x {kind:18s} "
+                f"{sent / 1e6:12.6f} MB in all, {sent / memory['parts']['trainable']:7.2%} of what "
+                f"is trained"
+            )
     yield (
         f"roofline: {_ms(roofline['step_seconds'])} a step, bound by {roofline['bound_by']} "
         f"(arithmetic {_ms(roofline['arithmetic_seconds'])}, memory "

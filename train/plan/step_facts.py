@@ -20,7 +20,8 @@ from fact_jax.sharding import batch_sharding, batch_ways, make_mesh
 from train.config import TrainConfig
 from train.plan.abstract import Abstract, batch_shapes, build
 from train.plan.hlo import read_collectives, summarize
-from train.plan.jaxprs import count_flops, count_loop_bytes, peak_bytes, trace
+from train.plan.jaxprs import count_flops, peak_bytes, trace
+from train.plan.traffic import count_traffic
 from train.state import make_optimizer, state_shardings
 from train.step import TrainStep, check_batch, frozen_shardings, make_train_step
 
@@ -53,9 +54,9 @@ def compiled_facts(config: TrainConfig, topology: str) -> Facts:
         new = memory.output_size_in_bytes - memory.alias_size_in_bytes
         facts["used"] = memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
         facts["usable"] = None
-        again = facts["loop_bytes"] / len(devices)
-        facts["accessed"] = compiled.cost_analysis()["bytes accessed"] * config.accumulate + again
-        facts["collectives"] = summarize(read_collectives(compiled.as_text()))
+        text = compiled.as_text()
+        facts["accessed"] = count_traffic(text)
+        facts["collectives"] = summarize(read_collectives(text))
     facts["bytes"]["temporary"] = facts["used"] - sum(facts["bytes"].values())
     return facts | {"seconds": time.monotonic() - start}
 
@@ -73,7 +74,7 @@ def estimated_facts(config: TrainConfig, chips: int) -> Facts:
         batch=batch_shapes(built.task, rows),
     )
     facts = _sizes(built, mesh) | _counts(part, alone)
-    for name in ("flops", "model_flops", "loop_bytes"):
+    for name in ("flops", "model_flops"):
         facts[name] *= batch_ways(mesh)
     sizes = facts["bytes"]
     sizes["temporary"] = facts["live_bytes"]
@@ -135,7 +136,6 @@ def _counts(built: Abstract, mesh: Mesh) -> Facts:
     return {
         "flops": count_flops(jaxpr),
         "model_flops": count_flops(plain),
-        "loop_bytes": count_loop_bytes(jaxpr),
         "live_bytes": peak_bytes(jaxpr),
     }
 

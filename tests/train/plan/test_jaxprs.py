@@ -6,7 +6,7 @@ import pytest
 from jax import lax
 
 from fact_jax.attention import attention_plain, attention_tiled
-from train.plan.jaxprs import count_flops, count_loop_bytes, peak_bytes, trace
+from train.plan.jaxprs import count_flops, peak_bytes, trace
 
 
 def shape(*dims, dtype=jnp.float32):
@@ -93,15 +93,6 @@ def test_tiled_attention_counts_as_plain():
     expected = 2 * (2 * 2 * 3 * 1024 * 1024 * 8)
     assert count_flops(trace(attention_plain, *arguments)) == expected
     assert count_flops(trace(attention_tiled, *arguments)) == expected
-
-
-def test_bytes_of_loops():
-    """A round reads w (100 B) and the state (20 B) and writes the state: ten more rounds."""
-
-    def loop(w, x):
-        return lax.scan(lambda x, _: (jnp.tanh(w @ x), None), x, length=11)[0]
-
-    assert count_loop_bytes(trace(loop, shape(5, 5), shape(5))) == 10 * (100 + 20 + 20)
 
 
 def test_live_memory():

@@ -1,0 +1,120 @@
+"""`fact-train plan` from end to end: the real step, compiled for TPUs that are not here."""
+
+import importlib.util
+import json
+import shutil
+
+import jax
+import pytest
+
+from train.cli import main
+from train.config import load_config, override
+from train.plan.abstract import build
+
+needs_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="the TPU compiler is not installed: pip install 'jax[tpu]'",
+)
+SMALLER = {
+    "block_out_channels": [16],
+    "down_block_types": ["CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D"],
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def small_base(tmp_path_factory):
+    """The shipped base's small files (no weights) with a UNet of one level."""
+    folder = tmp_path_factory.mktemp("plan") / "base"
+    shutil.copytree("miniature/base", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | SMALLER))
+    return folder
+
+
+def run(capsys, *arguments) -> tuple[int, dict]:
+    status = main(["plan", *arguments, "--json"])
+    out, err = capsys.readouterr()
+    assert status < 2, err
+    return status, json.loads(out)
+
+
+def bytes_of(tree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def check(report: dict, config, chips: int) -> None:
+    """Memory by kind is the exact sum of shapes; only what is trained is ever sent."""
+    built = build(config)
+    params = jax.tree.leaves(built.state.params)
+    parts, trainable = report["memory"]["parts"], bytes_of(params)
+    matrices = bytes_of([leaf for leaf in params if leaf.ndim > 1])
+    assert report["parameters"] == {
+        "frozen": sum(leaf.size for leaf in jax.tree.leaves(built.frozen)),
+        "trainable": trainable // 4,
+    }
+    assert parts["frozen"] == bytes_of(built.frozen)
+    assert parts["trainable"] == trainable
+    assert parts["batch"] == bytes_of(built.batch) // chips
+    # What only the update touches is split over the chips, matrix by matrix.
+    assert parts["ema"] == trainable - matrices + matrices // chips
+    assert parts["optimizer"] == 2 * parts["ema"] + 4  # and Adam's counter
+    assert parts["temporary"] > 0
+    assert report["memory"]["used"] == sum(parts.values())
+
+    sent = {"all-reduce": 0, "reduce-scatter": 0, "all-gather": 0}
+    for found in report["collectives"]:
+        sent[found["kind"]] += found["bytes"] * found["times"]
+        assert found["group"] == chips
+    # Gradients are summed, in one way or the other, with a few scalars (losses, FAIR and gates by
+    # block, norms). What is gathered are the matrices whose update was split. No frozen byte.
+    scalars = sent["all-reduce"] + sent["reduce-scatter"] - trainable
+    assert 0 < scalars < 4 * 100
+    assert sent["all-gather"] == matrices
+
+
+@needs_compiler
+def test_unknown_topology(capsys):
+    assert main(["plan", "mini", "--topology", "v5e:3x5"]) == 2
+    assert capsys.readouterr().err.startswith("error: --topology v5e:3x5: ")
+
+
+def test_without_the_compiler(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert main(["plan", "mini", "--topology", "v5e:2x2"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "pip install 'jax[tpu]'" in error
+
+
+def test_estimate_for_gpus(small_base, capsys):
+    """Nothing is compiled; an absent encoder is assumed, and said to be."""
+    settings = [f"options.base={small_base}", "options.encoder=nowhere"]
+    assert main(["plan", "mini", *settings, "--gpu", "h100:4"]) == 2
+    assert "no public TransFace is 128 wide" in capsys.readouterr().err
+    status, report = run(capsys, "mini", settings[0], "--gpu", "h100:4", "--global-batch", "8")
+    assert status == 0
+    assert report["memory"]["estimated"]
+    assert report["memory"]["parts"]["temporary"] > 0
+    (gradients,) = report["collectives"]
+    assert gradients["bytes"] == report["memory"]["parts"]["trainable"]
+    assert report["flops"]["executed"] == report["flops"]["model"] > 0
+
+
+@needs_compiler
+def test_plan_of_a_small_step(small_base, capsys):
+    settings = [f"options.base={small_base}", "batch_size=8"]
+    status, report = run(capsys, "mini", *settings, "--topology", "v5e:2x2")
+    assert status == 0
+    assert report["memory"]["fits"]
+    check(report, override(load_config("mini")[1], settings), chips=4)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_plan_of_the_mini_step(capsys):
+    status, report = run(capsys, "mini", "--topology", "v5e:2x2", "--global-batch", "32")
+    assert status == 0
+    check(report, override(load_config("mini")[1], ["batch_size=32"]), chips=4)

@@ -1,0 +1,86 @@
+"""Memory traffic of short programs by hand."""
+# ruff: noqa: E501  (the compiler's lines are long)
+
+from train.plan.traffic import count_traffic
+
+ENTRY = """%fused.1 (param.2: f32[8,16], param.3: f32[8,16]) -> f32[8,16] {
+  %param.2 = f32[8,16]{1,0} parameter(0)
+  %param.3 = f32[8,16]{1,0} parameter(1)
+  %twice.4 = f32[8,16]{1,0} add(%param.2, %param.2)
+  ROOT %add.5 = f32[8,16]{1,0} add(%twice.4, %param.3)
+}
+
+ENTRY %main.6 (p.7: f32[8,16], q.8: f32[8,16]) -> f32[8,16] {
+  %p.7 = f32[8,16]{1,0:T(8,128)} parameter(0)
+  %q.8 = f32[8,16]{1,0:T(8,128)} parameter(1)
+  %bitcast.9 = f32[128]{0} bitcast(%p.7)
+  %fusion.10 = f32[8,16]{1,0:T(8,128)} fusion(%p.7, %q.8), kind=kLoop, calls=%fused.1
+  ROOT %multiply.11 = f32[8,16]{1,0:T(8,128)} multiply(%fusion.10, %q.8)
+}
+"""
+
+LOOP = """%slice_one.1 (param.2: f32[6,4], param.3: s32[]) -> f32[4] {
+  %param.2 = f32[6,4]{1,0} parameter(0)
+  %param.3 = s32[] parameter(1)
+  %zero.4 = s32[] constant(0)
+  %slice.5 = f32[1,4]{1,0} dynamic-slice(%param.2, %param.3, %zero.4), dynamic_slice_sizes={1,4}
+  ROOT %row.6 = f32[4]{0} bitcast(%slice.5)
+}
+
+%write_one.7 (param.8: f32[6,4], param.9: f32[4], param.10: s32[]) -> f32[6,4] {
+  %param.8 = f32[6,4]{1,0} parameter(0)
+  %param.9 = f32[4]{0} parameter(1)
+  %row.11 = f32[1,4]{1,0} bitcast(%param.9)
+  %param.10 = s32[] parameter(2)
+  %zero.12 = s32[] constant(0)
+  ROOT %update.13 = f32[6,4]{1,0} dynamic-update-slice(%param.8, %row.11, %param.10, %zero.12)
+}
+
+%cond.14 (t.15: (s32[], f32[6,4], f32[6,4])) -> pred[] {
+  %t.15 = (s32[], f32[6,4]{1,0}, f32[6,4]{1,0}) parameter(0)
+  %i.16 = s32[] get-tuple-element(%t.15), index=0
+  %six.17 = s32[] constant(6)
+  ROOT %less.18 = pred[]{:S(6)} compare(%i.16, %six.17), direction=LT
+}
+
+%body.19 (t.20: (s32[], f32[6,4], f32[6,4])) -> (s32[], f32[6,4], f32[6,4]) {
+  %t.20 = (s32[], f32[6,4]{1,0}, f32[6,4]{1,0}) parameter(0)
+  %i.21 = s32[]{:S(6)} get-tuple-element(%t.20), index=0
+  %all.22 = f32[6,4]{1,0} get-tuple-element(%t.20), index=1
+  %out.23 = f32[6,4]{1,0} get-tuple-element(%t.20), index=2
+  %row.24 = f32[4]{0:S(1)} fusion(%all.22, %i.21), kind=kLoop, calls=%slice_one.1
+  %new.25 = f32[6,4]{1,0} fusion(%out.23, %row.24, %i.21), kind=kLoop, calls=%write_one.7
+  ROOT %tuple.26 = (s32[], f32[6,4]{1,0}, f32[6,4]{1,0}) tuple(%i.21, %all.22, %new.25)
+}
+
+ENTRY %main.27 (p.28: f32[6,4]) -> (s32[], f32[6,4], f32[6,4]) {
+  %p.28 = f32[6,4]{1,0} parameter(0)
+  ROOT %while.29 = (s32[], f32[6,4]{1,0}, f32[6,4]{1,0}) while(%init.30), condition=%cond.14, body=%body.19
+}
+"""
+
+
+def test_a_fusion_is_one_instruction():
+    """Two operands in and a result out, twice; 512 B each. Nothing inside of a fusion counts."""
+    assert count_traffic(ENTRY) == 6 * 512
+
+
+def test_what_stays_on_the_chip_is_free():
+    """The fusion's result, written and read once, in the chip's own memory."""
+    near = ENTRY.replace("%fusion.10 = f32[8,16]{1,0:T(8,128)}", "%fusion.10 = f32[8,16]{1,0:S(1)}")
+    assert count_traffic(near) == 4 * 512
+
+
+def test_loop_reads_and_writes_slices():
+    """Six rounds: a row of 16 B read, one written into its place, and a counter compared (8 B)."""
+    assert count_traffic(LOOP) == 6 * (16 + 16) + 6 * 8
+
+
+def test_fetching_ahead_counts_once():
+    text = """ENTRY %main.1 (p.2: f32[64]) -> f32[64] {
+  %p.2 = f32[64]{0} parameter(0)
+  %copy-start.3 = (f32[64]{0:S(1)}, f32[64]{0}, u32[]{:S(2)}) copy-start(%p.2)
+  ROOT %copy-done.4 = f32[64]{0:S(1)} copy-done(%copy-start.3)
+}
+"""
+    assert count_traffic(text) == 256
