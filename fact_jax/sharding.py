@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
@@ -117,7 +117,7 @@ SPLIT: Rules = _matrix_rules("fsdp")
 """The same, and every matrix over ``fsdp``."""
 
 
-def shardings(tree: PyTree, rules: Rules, mesh: Mesh) -> PyTree:
+def shardings(tree: PyTree, rules: Rules, mesh: Mesh | AbstractMesh) -> PyTree:
     """The sharding of each leaf (array or ShapeDtypeStruct): the first rule found in its path.
 
     A path is ``a/b/c``. A mesh axis that does not divide its dimension is left out there; a leaf

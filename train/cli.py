@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             overrides = arguments.override + rest
             return data_cli.cache(arguments.config, overrides, arguments.out, arguments.shard)
         command = shlex.join(["fact-train", *argv])
-        return _run(arguments.config, arguments.override + rest, arguments.out, command)
+        return _run(arguments, arguments.override + rest, command)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -51,6 +51,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_experiment(run)
     run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default runs/NAME)")
+    several = run.add_argument_group("several processes")
+    several.add_argument(
+        "--coordinator",
+        metavar="HOST:PORT",
+        help="where process 0 listens; or auto, on a TPU pod or in a SLURM or Kubernetes job",
+    )
+    several.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    several.add_argument("--process", type=int, metavar="I", help="which this is, from 0")
     plan = commands.add_parser(
         "plan",
         help="what a step costs on chips that are not here",
@@ -103,17 +111,21 @@ def _configs() -> int:
     return 0
 
 
-def _run(name: str, overrides: Sequence[str], out: Path | None, command: str) -> int:
+def _run(arguments: argparse.Namespace, overrides: Sequence[str], command: str) -> int:
     from train.config import load_config, override
 
-    short, config = load_config(name)
+    short, config = load_config(arguments.config)
     config = override(config, overrides)
+
+    from train.distributed import initialize
+
+    initialize(arguments.coordinator, arguments.processes, arguments.process)
 
     from train.loop import run
 
     # Orbax reports a damaged checkpoint there before the loop says the same in one line.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-    outcome = run(config, out or Path("runs") / short, command)
+    outcome = run(config, arguments.out or Path("runs") / short, command)
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
 
 

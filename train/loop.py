@@ -20,6 +20,7 @@ from train.agree import all_agree
 from train.checkpoints import About, Checkpoints, revision, versions
 from train.checksums import content_hash
 from train.config import TrainConfig, to_json
+from train.distributed import check_alike, together
 from train.folder import claim_folder, describe_start, now, replace_folder
 from train.meter import Meter, Profile, step_flops
 from train.runlog import RunLog, average
@@ -48,15 +49,18 @@ def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
 
     On several processes, each of them calls this.
     """
+    check_alike(config)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    claim_folder(config, folder)
+    with together():
+        claim_folder(config, folder)
     with RunLog(folder, steps=config.steps, wandb=config.log.wandb) as log:
         log.note(f"{now()}  {command or 'train.loop.run'}")
         describe_start(folder, command)
         with log.stage(f"{folder}: loading what the {config.task} task starts from"):
-            task, root = make_task(config), jax.random.key(config.seed)
-            params, frozen = task.init(jax.random.fold_in(root, INIT_KEY))
+            with together():
+                task, root = make_task(config), jax.random.key(config.seed)
+                params, frozen = task.init(jax.random.fold_in(root, INIT_KEY))
             frozen = jax.tree.map(jax.numpy.asarray, frozen)
             content = content_hash(frozen)
             frozen = cast(frozen, config.precision)
@@ -64,7 +68,7 @@ def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
             optimizer = make_optimizer(config.optimizer)
             state = place_state(params, optimizer, config.ema, mesh)
             del params
-        with log.stage("preparing the training data"):
+        with log.stage("preparing the training data"), together():
             source = task.source()
         about = About(
             config=to_json(config),
@@ -81,6 +85,7 @@ def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
             train_step = make_train_step(task, optimizer, config, mesh)
             with Stopping() as stopping:
                 state = loop.train(train_step, source, state, stopping)
+        all_agree(True)  # nobody leaves while another still writes
         stopped = stopping.decided if int(state.step) < config.steps else None
         log.say(f"{'stopped' if stopped else 'done'} at step {int(state.step)}, saved in {folder}")
     return Outcome(state=state, frozen=frozen, stopped_by=stopped)

@@ -28,6 +28,7 @@ from fact_jax.models.layers import (
     layer_norm,
     timestep_embedding,
 )
+from fact_jax.models.remat import Remat, call_block
 
 AllFaceKeys = tuple[tuple[Float[Array, "b m _"], Float[Array, "b m _"]], ...]
 """The adapters' keys and values in call order; each block has a width of its own."""
@@ -167,14 +168,36 @@ def _name(names: dict[str, bool], flag: bool) -> str:
     return next(name for name, value in names.items() if value == flag)
 
 
-class _FaceContext:
-    """What a pass through the UNet carries for the adapters: their keys, scale, and results."""
+class _Pass:
+    """One pass through the UNet: what its blocks are given, and what the adapters give back."""
 
-    def __init__(self, keys: AllFaceKeys, scale: Scale, on_increment: OnIncrement | None):
-        self.keys: Iterator[FaceKeys] = iter(keys)
-        self.scale = scale
+    def __init__(
+        self,
+        time: Float[Array, "b t"],
+        text: Float[Array, "b n d"],
+        keys: AllFaceKeys | None,
+        scale: Scale,
+        on_increment: OnIncrement | None,
+        remat: Remat,
+    ):
+        self.time, self.text, self.scale, self.remat = time, text, scale, remat
+        self.keys: Iterator[FaceKeys] | None = None if keys is None else iter(keys)
         self.on_increment = on_increment
         self.results: list = []
+
+    def layer(self, block: "Block", index: int, x: Float[Array, "b h w c"]):
+        """The residual block of this index, and its transformer if there are any."""
+        x = call_block(self.remat, block.resnets[index], x, self.time)
+        if not len(block.attentions) or index == len(block.attentions):
+            return x
+        face = None if self.keys is None else next(self.keys)
+        arrays = (x, self.text, face, self.scale)
+        x, result = call_block(
+            self.remat, block.attentions[index], *arrays, on_increment=self.on_increment
+        )
+        if face is not None and self.on_increment is not None:
+            self.results.append(result)
+        return x
 
 
 class TransformerBlock(nnx.Module):
@@ -190,15 +213,24 @@ class TransformerBlock(nnx.Module):
         face_dim = config.face_dim
         self.face = FaceAdapter(dim, heads, face_dim, rngs=rngs) if face_dim else None
 
-    def __call__(self, x, text, face: _FaceContext | None, size: tuple[int, int]):
-        x = x + self.attn1(self.norm1(x))
+    def __call__(
+        self,
+        x: Float[Array, "b n c"],
+        text: Float[Array, "b k d"],
+        face: FaceKeys | None,
+        scale: Scale,
+        on_increment: OnIncrement | None,
+        size: tuple[int, int],
+    ) -> tuple[Float[Array, "b n c"], Any]:
+        """The tokens, and what ``on_increment`` made of the adapter's increment."""
+        x, result = x + self.attn1(self.norm1(x)), None
         if face is not None:
-            adapted, increment = self.face(x, next(face.keys), face.scale)
-            if face.on_increment is not None:
-                face.results.append(face.on_increment(x, increment, size))
+            adapted, increment = self.face(x, face, scale)
+            if on_increment is not None:
+                result = on_increment(x, increment, size)
             x = adapted
         x = x + self.attn2(self.norm2(x), text)
-        return x + self.ff(self.norm3(x))
+        return x + self.ff(self.norm3(x)), result
 
 
 class SpatialTransformer(nnx.Module):
@@ -212,12 +244,20 @@ class SpatialTransformer(nnx.Module):
         self.transformer_blocks = nnx.List([TransformerBlock(dim, heads, config, rngs=rngs)])
         self.proj_out = make(dim, dim, rngs=rngs)
 
-    def __call__(self, x, text, face: _FaceContext | None):
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        text: Float[Array, "b n d"],
+        face: FaceKeys | None,
+        scale: Scale,
+        on_increment: OnIncrement | None,
+    ) -> tuple[Float[Array, "b h w c"], Any]:
+        """The features, and what ``on_increment`` made of the adapter's increment."""
         b, h, w, c = x.shape
         tokens = self.proj_in(self.norm(x)).reshape(b, h * w, c)
-        for block in self.transformer_blocks:
-            tokens = block(tokens, text, face, (h, w))
-        return x + self.proj_out(tokens.reshape(b, h, w, c))
+        (block,) = self.transformer_blocks
+        tokens, result = block(tokens, text, face, scale, on_increment, (h, w))
+        return x + self.proj_out(tokens.reshape(b, h, w, c)), result
 
 
 class Block(nnx.Module):
@@ -248,10 +288,6 @@ class Block(nnx.Module):
         down, up = resample == "down", resample == "up"
         self.downsamplers = nnx.List([Downsample(width, (1, 1), rngs=rngs)] if down else [])
         self.upsamplers = nnx.List([Upsample(width, rngs=rngs)] if up else [])
-
-    def attend(self, index: int, x, text, face: _FaceContext | None):
-        """Apply the transformer of this index, if the block has transformers."""
-        return self.attentions[index](x, text, face) if len(self.attentions) else x
 
 
 class TimeEmbedding(nnx.Module):
@@ -312,6 +348,7 @@ class UNet(nnx.Module):
         face: Float[Array, "b m f"] | AllFaceKeys | None = None,
         face_scale: Scale = 1.0,
         on_increment: OnIncrement | None = None,
+        remat: Remat = "none",
     ) -> Float[Array, "b h w o"] | tuple[Float[Array, "b h w o"], tuple]:
         """Predict the noise (or velocity) in ``latents`` (height and width of any size).
 
@@ -319,38 +356,37 @@ class UNet(nnx.Module):
         ``face`` are face tokens or the result of :meth:`face_keys`; None leaves the adapters out.
         ``face_scale`` is a number or one a sample. With ``on_increment(x, delta, (h, w))``, called
         in every adapted block with its input and the increment it adds, the results come back as
-        a tuple beside the prediction: FAIR is computed so without a second pass.
+        a tuple beside the prediction: FAIR is computed so without a second pass. ``remat`` applies
+        to each residual and each transformer block.
         """
-        context = None
-        if face is not None:
-            keys = face if isinstance(face, tuple) else self.face_keys(face)
-            context = _FaceContext(keys, face_scale, on_increment)
+        keys = face if face is None or isinstance(face, tuple) else self.face_keys(face)
         timesteps = jnp.broadcast_to(jnp.atleast_1d(timesteps), latents.shape[:1])
         time = timestep_embedding(timesteps, self.config.block_out_channels[0])
         time = self.time_embedding(time.astype(latents.dtype))
 
+        run = _Pass(time, text, keys, face_scale, on_increment, remat)
+
         x = self.conv_in(latents)
         skips = [x]
         for block in self.down_blocks:
-            for j, resnet in enumerate(block.resnets):
-                x = block.attend(j, resnet(x, time), text, context)
+            for j in range(len(block.resnets)):
+                x = run.layer(block, j, x)
                 skips.append(x)
             for sampler in block.downsamplers:
                 x = sampler(x)
                 skips.append(x)
 
-        first, last = self.mid_block.resnets
-        x = last(self.mid_block.attend(0, first(x, time), text, context), time)
+        # The middle has a transformer less than it has residual blocks.
+        x = run.layer(self.mid_block, 1, run.layer(self.mid_block, 0, x))
 
         for block in self.up_blocks:
-            for j, resnet in enumerate(block.resnets):
-                x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = block.attend(j, resnet(x, time), text, context)
+            for j in range(len(block.resnets)):
+                x = run.layer(block, j, jnp.concatenate([x, skips.pop()], axis=-1))
             for sampler in block.upsamplers:
                 x = sampler(x, skips[-1].shape[1:3])
 
         out = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
-        return out if on_increment is None else (out, tuple(context.results if context else ()))
+        return out if on_increment is None else (out, tuple(run.results))
 
 
 def _down_blocks(config: UNetConfig, rngs: nnx.Rngs) -> list[Block]:

@@ -78,7 +78,7 @@ class BaseTask:
         ids = jnp.where(dropped[:, None], self._empty_prompt(), batch["ids"])
         text = self.text_encoder.module(trainable["text_encoder"])(ids)
         noisy = add_noise(self.schedule, latents, noise, t)
-        output = self.unet.module(trainable["unet"])(noisy, t, text)
+        output = self.unet.module(trainable["unet"])(noisy, t, text, remat=self.config.remat)
         error = (output - training_target(self.schedule, latents, noise, t)) ** 2
         weighted = error * (1.0 + self.options.head_weight * batch["head"][..., None])
         return weighted.mean(), {"loss/mse": error.mean()}

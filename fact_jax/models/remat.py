@@ -1,0 +1,28 @@
+"""Trading arithmetic for memory: blocks whose inner results the backward pass computes again."""
+
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+
+Remat = Literal["none", "dots", "block"]
+"""What is computed again: nothing; everything but products with weights; everything in a block."""
+
+_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "block": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def call_block(remat: Remat, module: nnx.Module, *arrays: Any, **static: Any) -> Any:
+    """``module(*arrays, **static)``, keeping of it for the backward pass what ``remat`` says."""
+    if remat == "none":
+        return module(*arrays, **static)
+    # Taken apart and merged again inside: a module must not cross a trace level as it is.
+    graph, state = nnx.split(module)
+
+    def call(state, *arrays):
+        return nnx.merge(graph, state)(*arrays, **static)
+
+    again = jax.checkpoint(call, policy=_POLICIES[remat])
+    return again(nnx.to_pure_dict(state), *arrays)
