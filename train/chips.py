@@ -17,8 +17,8 @@ class Chip:
     """One accelerator.
 
     ``link`` joins the ``domain`` chips of a full slice or node, ``network`` joins those (None where
-    none is published). ``kinds`` are beginnings of JAX's ``device_kind``. JAX shows the two halves
-    of a v7x chip as devices of their own: its entry is one half.
+    none is published). ``kinds`` are beginnings of JAX's ``device_kind``; ``devices`` is how many
+    of them JAX shows on one chip.
     """
 
     name: str
@@ -29,6 +29,7 @@ class Chip:
     link: float
     domain: int
     network: float | None
+    devices: int = 1
     source: str
 
 
@@ -82,12 +83,13 @@ CHIPS = {
         Chip(
             name="tpu7x",
             kinds=("TPU7x", "TPU v7"),
-            peak=2307 / 2 * TERA,
-            memory=192 / 2 * GIB,
-            bandwidth=7380 / 2 * GB,
-            link=600 / 2 * GB,
-            domain=9216 * 2,
-            network=12.5 / 2 * GB,
+            peak=2307 * TERA,
+            memory=192 * GIB,
+            bandwidth=7380 * GB,
+            link=600 * GB,
+            domain=9216,
+            network=12.5 * GB,
+            devices=2,
             source=_TPU + "tpu7x",
         ),
         # Eight GPUs a node behind NVLink switches, one network card each (DGX).
@@ -137,3 +139,18 @@ def chip_of(device_kind: str) -> Chip | None:
         if device_kind.startswith(kind)
     ]
     return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
+
+
+def per_device(chip: Chip) -> Chip:
+    """A JAX device's share of a chip, as if it were one itself."""
+    n = chip.devices
+    return dataclasses.replace(
+        chip,
+        peak=chip.peak / n,
+        memory=chip.memory / n,
+        bandwidth=chip.bandwidth / n,
+        link=chip.link / n,
+        domain=chip.domain * n,
+        network=chip.network and chip.network / n,
+        devices=1,
+    )

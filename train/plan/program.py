@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 
 from fact_jax.errors import UserError
-from train.chips import CHIPS, Chip
+from train.chips import CHIPS, Chip, per_device
 from train.config import load_config, override
 from train.plan.compiling import Request, facts_of
 from train.plan.report import lines_of, make_report
@@ -36,11 +36,12 @@ def plan(
 
 
 def read_topology(text: str) -> tuple[Chip, int]:
-    """``v5e:16x16`` -> the chip, and how many."""
+    """``v5e:16x16`` -> the chip and how many; of chips that JAX shows as several, their parts."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
     if match is None:
         raise UserError(f"--topology {text}: expected a TPU and its shape, as v5e:16x16")
-    return _chip(match[1], "TPU"), math.prod(map(int, match[2].split("x")))
+    chip, count = _chip(match[1], "TPU"), math.prod(map(int, match[2].split("x")))
+    return per_device(chip), count * chip.devices
 
 
 def read_gpu(text: str) -> tuple[Chip, int]:

@@ -109,6 +109,8 @@ def test_the_compilers_complaint():
 def test_reading_what_was_asked_for():
     assert read_topology("v5e:16x16") == (CHIPS["v5e"], 256)
     assert read_topology("v5p:4x4x8") == (CHIPS["v5p"], 128)
+    half, count = read_topology("tpu7x:2x2x1")
+    assert (half.peak, half.memory, count) == (2307e12 / 2, 96 * 2**30, 8)
     assert read_gpu("h100") == (CHIPS["h100"], 8)
     assert read_gpu("H200:64") == (CHIPS["h200"], 64)
 
