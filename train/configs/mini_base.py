@@ -1,6 +1,6 @@
 """The miniature's base model: text to 64 x 64 portraits, with CLIP text encoder and UNet.
 
-fact-train run mini_base --out runs/mini_base options.vae=runs/mini_vae/export/vae
+fact-train run mini_base --out runs/mini_base options.vae=runs/mini_decoder/export/vae
 """
 
 from train.config import CheckpointConfig, EMAConfig, LogConfig, OptimizerConfig, TrainConfig
@@ -8,7 +8,7 @@ from train.tasks.base import BaseOptions
 
 config = TrainConfig(
     task="base",
-    steps=9000,
+    steps=14000,
     batch_size=16,
     optimizer=OptimizerConfig(
         learning_rate=1e-3, weight_decay=1e-2, warmup_steps=200, schedule="cosine", b2=0.99
