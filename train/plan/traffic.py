@@ -16,6 +16,8 @@ _INSTRUCTION = re.compile(
 )
 _NAME = re.compile(r"%([\w.\-]+)")
 _FUSED = re.compile(r"calls=%?([\w.\-]+)")
+WHOLE = 2**62
+_ALLOCATES = 'custom_call_target="AllocateBuffer"'
 _FREE = {
     "after-all",
     "bitcast",
@@ -54,7 +56,7 @@ class _Program:
         lines = dict(computations(text))
         self._runs = runs(lines)
         self._parts = {
-            name: [one for line in body if (one := _read(line)) is not None]
+            name: [one for line in body if (one := _parse(line)) is not None]
             for name, body in lines.items()
         }
         self._inner = set(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text))
@@ -77,55 +79,67 @@ class _Program:
             elif one.op == "dynamic-update-slice":
                 total += 2 * sizes.get(one.operands[1], 0)
             elif one.fused in self._parts:
-                reads, written = self._fusion(one.fused)
-                total += one.bytes if written is None else min(written, one.bytes)
+                total += self._written(one)
                 for i, name in enumerate(one.operands):
-                    total += min(sizes.get(name, 0), reads.get(i, sizes.get(name, 0)))
+                    total += min(sizes.get(name, 0), self._read(one.fused, i))
             else:
                 # What starts a copy gives back its source beside its result.
                 result = one.arrays[0] if one.op == "copy-start" else one.bytes
                 total += result + sum(sizes.get(name, 0) for name in one.operands)
         return total
 
-    def _fusion(self, name: str) -> tuple[dict[int, int], int | None]:
-        """(bytes read of the parameters of which only slices are read, bytes written if slices)."""
+    def _written(self, fusion: _Instruction) -> int:
+        """Bytes that a fusion writes: of a result that is updated in place, the new part."""
+        part = {one.name: one for one in self._parts[fusion.fused]}
+        root = next((one for one in part.values() if one.root), None)
+        if root is None:
+            return fusion.bytes
+        parts = root.operands if root.op == "tuple" else (root.name,)
+        if len(parts) != len(fusion.arrays):
+            return fusion.bytes
+        return sum(
+            min(array, self._updated(part, name))
+            for array, name in zip(fusion.arrays, parts, strict=True)
+        )
+
+    def _updated(self, part: dict[str, _Instruction], name: str) -> int:
+        one = part[name]
+        while one.op == "bitcast" and one.operands[0] in part:
+            one = part[one.operands[0]]
+        if one.op == "dynamic-update-slice" and one.operands[1] in part:
+            return part[one.operands[1]].bytes
+        return one.bytes
+
+    def _read(self, name: str, number: int) -> int:
+        """Bytes that a fused computation reads of a parameter: perhaps slices only."""
         part = self._parts[name]
-        by_name = {one.name: one for one in part}
-        users: dict[str, list[_Instruction]] = {}
-        for one in part:
-            for operand in one.operands:
-                users.setdefault(operand, []).append(one)
+        source = next((one for one in part if one.number == number), None)
+        return 0 if source is None else min(source.bytes, self._read_of(part, source.name))
 
-        def uses(name: str) -> list[_Instruction]:
-            found = []
-            for user in users.get(name, []):
-                found += uses(user.name) if user.op == "bitcast" else [user]
-            return found
-
-        reads = {}
-        for one in part:
-            if one.number is None:
-                continue
-            consumers = uses(one.name)
-            if consumers and all(user.op == "dynamic-slice" for user in consumers):
-                reads[one.number] = sum(user.bytes for user in consumers)
-            elif consumers and all(user.op == "dynamic-update-slice" for user in consumers):
-                reads[one.number] = 0  # written in place
-        root = next((one for one in part if one.root), part[-1])
-        while root.op == "bitcast" and root.operands[0] in by_name:
-            root = by_name[root.operands[0]]
-        if root.op != "dynamic-update-slice":
-            return reads, None
-        update = by_name.get(root.operands[1])
-        return reads, update.bytes if update else None
+    def _read_of(self, part: list[_Instruction], name: str) -> int:
+        total = 0
+        for user in part:
+            for i, operand in enumerate(user.operands):
+                if operand != name:
+                    continue
+                if user.op == "bitcast":
+                    total += self._read_of(part, user.name)
+                elif user.op == "dynamic-slice":
+                    total += user.bytes
+                elif user.fused in self._parts:
+                    total += self._read(user.fused, i)
+                elif user.op != "dynamic-update-slice" or i != 0:  # 0: written in place
+                    return WHOLE
+        return total
 
 
-def _read(line: str) -> _Instruction | None:
+def _parse(line: str) -> _Instruction | None:
     match = _INSTRUCTION.match(line)
     if match is None:
         return None
+    free = _ALLOCATES in line
     arrays = tuple(
-        0 if "S(" in layout else array_bytes(dtype, dims)
+        0 if free or "S(" in layout else array_bytes(dtype, dims)
         for dtype, dims, layout in ARRAY.findall(match["shape"])
     )
     rest = match["rest"]

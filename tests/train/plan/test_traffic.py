@@ -84,3 +84,23 @@ def test_fetching_ahead_counts_once():
 }
 """
     assert count_traffic(text) == 256
+
+
+def test_slices_in_a_fusion_of_a_fusion():
+    """As on the TPU, where a product fetches its operand's slice itself."""
+    inner = LOOP[: LOOP.index("%write_one.7")]
+    outer = """%product.40 (param.41: f32[6,4], param.42: s32[]) -> f32[4] {
+  %param.41 = f32[6,4]{1,0} parameter(0)
+  %param.42 = s32[]{:S(6)} parameter(1)
+  %row.43 = f32[4]{0} fusion(%param.41, %param.42), kind=kLoop, calls=%slice_one.1
+  ROOT %exp.44 = f32[4]{0} exponential(%row.43)
+}
+
+ENTRY %main.45 (p.46: f32[6,4], i.47: s32[]) -> f32[4] {
+  %p.46 = f32[6,4]{1,0} parameter(0)
+  %i.47 = s32[]{:S(6)} parameter(1)
+  %space.48 = f32[6,4]{1,0} custom-call(), custom_call_target="AllocateBuffer"
+  ROOT %fusion.49 = f32[4]{0} fusion(%p.46, %i.47), kind=kOutput, calls=%product.40
+}
+"""
+    assert count_traffic(inner + outer) == 16 + 16
