@@ -22,7 +22,7 @@ right mouth corner as the viewer sees them; x and y in pixels of the photo), `id
 text for all photos of a person) and `name` (where the photo came from).
 
 Records stand in the order in which they were written; `identities.npy` beside them holds the number
-of the person in each, int32. Reading needs no TensorFlow:
+of the person in each, int32, `sizes.json` the bytes of every shard. Reading needs no TensorFlow:
 
     tfds.data_source("face_records", split="train", data_dir=...)
 """
@@ -43,16 +43,15 @@ with tfds.core.registered.skip_registration():
         url_infos = None
 
         def __init__(self, folder: Path, examples: Iterable[Example], *, size: int, crop_size: int):
-            self._examples, self._sizes, self._count = examples, (size, crop_size), 0
+            self._examples, self._sizes = examples, (size, crop_size)
             super().__init__(data_dir=folder, file_format="array_record")
 
-        def write(self) -> int:
-            """Write all examples; gives their number."""
+        def write(self) -> None:
+            """Write all examples."""
             tfds.disable_progress_bar()
             with contextlib.redirect_stdout(io.StringIO()):  # it tells of a download
                 self.download_and_prepare()
             shutil.rmtree(self.data_path.parents[1] / "downloads", ignore_errors=True)
-            return self._count
 
         def _info(self) -> tfds.core.DatasetInfo:
             size, crop_size = self._sizes
@@ -80,9 +79,8 @@ with tfds.core.registered.skip_registration():
             return {"train": self._generate_examples()}
 
         def _generate_examples(self) -> Iterator[tuple[int, dict]]:
-            for example in self._examples:
+            for number, example in enumerate(self._examples):
                 # An open file is stored as it is; an array would need TensorFlow.
                 pictures = {name: io.BytesIO(getattr(example, name)) for name in PICTURES}
                 texts = {name: getattr(example, name) for name in ("caption", "identity", "name")}
-                yield self._count, {**pictures, **texts, "points": example.points}
-                self._count += 1
+                yield number, {**pictures, **texts, "points": example.points}

@@ -22,12 +22,12 @@ from fact_jax.face.images import one_line
 from fact_jax.files import atomic_write
 from train.data.pixels import PixelRows
 from train.data.records import (
-    IDENTITIES,
     Records,
     data_libraries,
     open_folder,
     read_identities,
     read_row,
+    write_index,
 )
 from train.tasks.encode import Encoders
 
@@ -206,7 +206,7 @@ class CacheWriter:
             info.set_file_format("array_record")
             info.set_splits(core.splits.SplitDict([split]))
             info.write_to_directory(whole)
-            np.save(whole / IDENTITIES, self._records.identities)
+            write_index(whole, self._records.identities, self.paths)
             # A folder with features.json is taken for whole, so that comes last.
             for path in sorted(whole.iterdir(), key=lambda path: path.name == "features.json"):
                 os.replace(path, self.folder / path.name)

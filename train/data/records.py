@@ -7,6 +7,7 @@ Whatever finds, cleans and captions photos only has to give ``Example``s; what t
 import dataclasses
 import hashlib
 import io
+import json
 import types
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from fact_jax.errors import UserError
 from fact_jax.face.images import one_line
 
 NAME, VERSION = "face_records", "1.0.0"
-IDENTITIES = "identities.npy"
+IDENTITIES, SIZES = "identities.npy", "sizes.json"
 PICTURES = ("photo", "face_mask", "head_mask", "crop")
 
 
@@ -76,12 +77,17 @@ def write_records(
             _check_sizes(example, size, crop_size)
             identities.append(people.setdefault(example.identity, len(people)))
             yield example
+        if not identities:
+            raise UserError(f"{out}: there is no usable photo, so nothing was written")
 
     with whole_folder(out, force=force) as folder:
         builder = FaceRecords(folder, numbered(), size=size, crop_size=crop_size)
-        if not builder.write():
-            raise UserError(f"{out}: there is no usable photo, so nothing was written")
-        np.save(builder.data_path / IDENTITIES, np.asarray(identities, np.int32))
+        try:
+            builder.write()
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {one_line(error)}") from error
+        folder = Path(builder.data_path)
+        write_index(folder, identities, sorted(folder.glob("*.array_record*")))
     return len(identities), len(people)
 
 
@@ -126,6 +132,7 @@ def open_folder(folder: str | Path, name: str, version: str, encoded: Sequence[s
     if not (inner / "features.json").is_file():
         what = "holds no whole data set" if folder.is_dir() else "does not exist"
         raise UserError(f"{folder} {what} of the kind {name} {version}: write it with fact-train")
+    check_sizes(inner)
     skip = {key: tfds.decode.SkipDecoding() for key in encoded}
     try:
         builder = tfds.builder_from_directory(inner)
@@ -159,6 +166,36 @@ def read_identities(folder: Path, count: int) -> Int[np.ndarray, " n"]:
             f"{folder}: {len(identities)} identities for {count} records: the folder is not whole"
         )
     return identities
+
+
+def write_index(
+    folder: Path, identities: Sequence[int] | Int[np.ndarray, " n"], shards: Sequence[Path]
+) -> None:
+    """What tfds does not keep: who is in each record, and how large each shard is."""
+    np.save(folder / IDENTITIES, np.asarray(identities, np.int32))
+    sizes = {path.name: path.stat().st_size for path in shards}
+    (folder / SIZES).write_text(json.dumps(sizes, indent=1) + "\n")
+
+
+def check_sizes(folder: Path) -> None:
+    """UserError unless all shards are there, as large as they were written.
+
+    A flipped byte array_record finds itself, but of a shard cut off between its blocks it reads
+    wrong records without a word.
+    """
+    try:
+        sizes = json.loads((folder / SIZES).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / SIZES} cannot be read: {one_line(error)}") from error
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing: copy the folder again, or write it again")
+        if path.stat().st_size != size:
+            raise UserError(
+                f"{path} has {path.stat().st_size:,} bytes, {size:,} were written: copy the folder "
+                "again, or write it again"
+            )
 
 
 def fingerprint_files(folder: Path) -> str:

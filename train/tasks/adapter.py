@@ -36,14 +36,11 @@ from fact_jax.curriculum import (
 )
 from fact_jax.errors import UserError
 from fact_jax.face import resize_area
-from fact_jax.fact import Guidance, encode_face, guided_model, null_face
 from fact_jax.losses import denoising_error, fair_ratio, min_snr_weight
 from fact_jax.models.adapter import FaceAdapter
 from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.transface import TransFace
 from fact_jax.models.unet import UNet
-from fact_jax.portraits import contact_sheet
-from fact_jax.samplers import sample_ddim
 from fact_jax.schedules import add_noise, offset_noise, training_target
 from train.config import TrainConfig
 from train.data.feed import GrainSource, Rows
@@ -61,10 +58,10 @@ from train.tasks.common import (
     in_chunks,
     split,
     split_keys,
-    to_picture,
     to_signed,
 )
 from train.tasks.encode import Encoders
+from train.tasks.watch import SCORE, Watch, draw_validation, read_validation
 from train.tasks.whiten import whitening
 
 MINI_RESAMPLER = ResamplerConfig.mini()
@@ -88,7 +85,8 @@ class AdapterOptions:
 
     Photos are drawn from the portrait world, ``people`` x ``photos`` of them, or come from the
     folder ``records`` and are encoded in every step, or from the folder ``cache``, which holds
-    them encoded (``fact-train cache``).
+    them encoded (``fact-train cache``). Pictures to watch are of people of the portrait world, or
+    of the records in the folder ``watch``.
     """
 
     base: str = "miniature/base"
@@ -98,6 +96,7 @@ class AdapterOptions:
     photos: int = 4
     records: str | None = None
     cache: str | None = None
+    watch: str | None = None
     stages: tuple[Stage, ...]
     drop: Drop = DEFAULT_DROP
     start: Literal["zero_gates", "zero_projections"] = "zero_projections"
@@ -114,27 +113,31 @@ class AdapterOptions:
 class AdapterTask:
     """The adapter of every block and the resampler learn; everything else stays bit for bit."""
 
+    score = SCORE
+
     def __init__(self, config: TrainConfig):
         self.config = config
         self.options: AdapterOptions = config.options
         self.pipeline, self.encoder = self._load()
         self._check_widths()
+        self.encoders = Encoders(self.pipeline, self.encoder)
         rngs = nnx.Rngs(config.seed)
         self.face_dim = self.options.resampler.output_dim
         unet_config = dataclasses.replace(self.pipeline.unet.config, face_dim=self.face_dim)
         self.graph, shapes = skeleton("unet", unet_config)
+        self.steps_before = 0
         if self.options.weights is None:
             self.adapters = new_adapters(self.pipeline.unet, self.options, rngs)
             self.base = split(self.pipeline.unet).arrays
             resampler = self._new_resampler(rngs)
         else:
-            self.adapters, self.base, resampler = read_adapters(self.pipeline.unet, self.options)
+            self.adapters, self.base, resampler, self.steps_before = read_adapters(
+                self.pipeline.unet, self.options
+            )
         trained, frozen = ({name for name, _ in paths(t)} for t in (self.adapters, self.base))
         assert_covers({name.replace(".", "/") for name in shapes}, trained, frozen)
         self.resampler = split(resampler)
-        self.encoders = Encoders(self.pipeline, self.encoder)
         self.size = self.pipeline.unet.config.sample_size * self.pipeline.vae.config.downscale
-        self._sample = jax.jit(self._generate)
 
     def _load(self) -> tuple[Pipeline, TransFace]:
         """Everything that stays frozen."""
@@ -143,12 +146,12 @@ class AdapterTask:
     def _new_resampler(self, rngs: nnx.Rngs) -> Resampler:
         """A resampler that starts on whitened tokens."""
         resampler = Resampler(self.options.resampler, rngs=rngs)
-        matrix, bias = whitening(self._some_tokens())
+        matrix, bias = whitening(self.some_tokens())
         kernel = resampler.proj_in.kernel[...]
         resampler.proj_in.kernel[...], resampler.proj_in.bias[...] = matrix @ kernel, bias @ kernel
         return resampler
 
-    def _some_tokens(self) -> Float[np.ndarray, "n t d"]:
+    def some_tokens(self) -> Float[np.ndarray, "n t d"]:
         """Face tokens of a few hundred of the photos."""
         if self.rows is None:
             crops = draw_crops("adapter", WHITENED_ON, 1, self.encoder.config.img_size)
@@ -266,41 +269,30 @@ class AdapterTask:
         return tokenize(self.pipeline.tokenizer, [""])[0]
 
     def samples(self, trainable, frozen, key):
-        """Reference photo, base, FACT: people of the test split, captions of other portraits."""
-        photos = draw_portraits("test", 8, 1, size=self.size)
-        others = draw_portraits("test", 8, 1, offset=1, size=self.size)
-        crops = to_signed(align_portraits(photos, self.encoder.config.img_size))
-        ids = tokenize(self.pipeline.tokenizer, others.captions)[0]
-        pictures = [photos.images]
-        for scale in (0.0, 1.0):
-            out = self._sample(trainable, frozen, jnp.asarray(crops), jnp.asarray(ids), scale, key)
-            pictures.append(to_picture(out))
-        return {"reference-base-fact": contact_sheet(np.concatenate(pictures), 8)}
+        """Grids of people who are not trained on, and how well they are met (``tasks.watch``)."""
+        return self._watch(trainable, frozen, key)
 
-    def _generate(self, trainable, frozen, crops, ids, scale, key, steps: int = 25):
-        resampler = self.resampler.module(trainable["resampler"])
-        unet = self.unet(trainable["adapter"], frozen["unet"])
-        text = self.encoders.text(frozen, ids)
-        empty = self.encoders.text(frozen, jnp.asarray(self._empty_prompt()))
-        model = guided_model(
-            unet,
-            text=text,
-            negative_text=jnp.broadcast_to(empty, text.shape),
-            face=encode_face(self.encoder, resampler, crops[:, None]),
-            no_face=null_face(resampler, self.encoder.config.tokens),
-            guidance=Guidance(text=3.0, face_scale=scale),
-            steps=steps,
-        )
-        config = unet.config
-        shape = (len(ids), config.sample_size, config.sample_size, config.in_channels)
-        noise = jax.random.normal(key, shape)
-        latents = sample_ddim(model, noise, self.pipeline.schedule, steps=steps)
-        return self.pipeline.vae.decode(latents / self.pipeline.vae.config.scaling_factor)
+    @functools.cached_property
+    def _watch(self) -> Watch:
+        if self.options.watch is not None:
+            found = read_validation(self.options.watch, self.pipeline, self.encoder)
+        else:
+            found = draw_validation(self.size, self.encoder.config.img_size)
+        return Watch(self, found)
 
     def export(self, trainable, frozen, directory: Path, step: int) -> None:
+        """``adapter.safetensors``; its ``step`` counts the steps before this run too."""
         unet = self.unet(trainable["adapter"], frozen["unet"])
         resampler = self.resampler.module(trainable["resampler"])
-        save_adapter(unet, resampler, directory / "adapter.safetensors", {"step": step})
+        metadata = {"step": self.steps_before + step, **self._origin(step)}
+        save_adapter(unet, resampler, directory / "adapter.safetensors", metadata)
+
+    def _origin(self, step: int) -> dict[str, object]:
+        """What the file says of a warm start: this run's own steps, and what it went on from."""
+        if self.options.weights is None:
+            return {}
+        before = {"file": self.options.weights, "step": self.steps_before}
+        return {"run_step": step, "started_from": before}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -339,8 +331,11 @@ def new_adapters(unet: UNet, options: AdapterOptions, rngs: nnx.Rngs) -> dict:
     return tree
 
 
-def read_adapters(unet: UNet, options: AdapterOptions) -> tuple[dict, dict, Resampler]:
-    """Arrays of the adapters in ``options.weights``, arrays of the base, and the resampler."""
+def read_adapters(unet: UNet, options: AdapterOptions) -> tuple[dict, dict, Resampler, int]:
+    """From ``options.weights``: arrays of the adapters, of the base, the resampler, and its step.
+
+    A file that does not say after how many steps it was written counts as none.
+    """
     adapter = load_adapter(options.weights)
     if adapter.resampler.config != options.resampler:
         raise UserError(
@@ -348,7 +343,9 @@ def read_adapters(unet: UNet, options: AdapterOptions) -> tuple[dict, dict, Resa
             f"options.resampler ({options.resampler}): set options.resampler to it"
         )
     adapted = split(attach_adapter(unet, adapter)).arrays
-    return *split_by_paths(adapted, ["(^|/)face/"]), adapter.resampler
+    step = adapter.metadata.get("step")
+    step = step if isinstance(step, int) else 0
+    return *split_by_paths(adapted, ["(^|/)face/"]), adapter.resampler, step
 
 
 def encode_tokens(encoder: TransFace, crops: np.ndarray) -> Float[np.ndarray, "n t d"]:

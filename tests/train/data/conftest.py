@@ -1,0 +1,26 @@
+"""A random miniature and a few made-up people as records, written once."""
+
+import pytest
+
+from tests.train.tiny import write_tiny_miniature
+from train.data.portraits import portrait_examples
+from train.data.records import write_records
+
+PEOPLE, PHOTOS = 5, 3
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("miniature")
+    write_tiny_miniature(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory):
+    """Of the sizes that the random miniature takes."""
+    out = tmp_path_factory.mktemp("data") / "records"
+    sizes = {"size": 16, "crop_size": 16}
+    examples = portrait_examples("adapter", PEOPLE, PHOTOS, **sizes)
+    assert write_records(examples, out, **sizes) == (PEOPLE * PHOTOS, PEOPLE)
+    return out
