@@ -154,7 +154,10 @@ def _step(weights: Weights) -> int | None:
     if "step" in weights.metadata:
         return weights.metadata["step"]
     folder = find_checkpoint(weights.path) if weights.format == "checkpoint" else None
-    return int(folder.name) if folder is not None and folder.name.isdigit() else None
+    if folder is None or not folder.name.isdigit():
+        return None
+    # A run that went on from trained weights counts its own steps in its folders' names.
+    return int(folder.name) + weights.metadata.get("steps_before", 0)
 
 
 def save_torch(weights: Weights, out: Path, dim_head: int | None = None, wrote=None) -> None:

@@ -29,11 +29,13 @@ class About:
 
     ``frozen`` is the content hash of what is not trained and not saved, ``data`` the fingerprint of
     the training data (None where the source has none); the position in it is the step.
+    ``steps_before`` counts the steps of the run whose weights this one started from.
     """
 
     config: dict[str, Any]
     frozen: str
     data: str | None
+    steps_before: int = 0
 
 
 class Checkpoints:

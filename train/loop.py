@@ -74,6 +74,7 @@ def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
             config=to_json(config),
             frozen=content,
             data=getattr(source, "fingerprint", None),
+            steps_before=getattr(task, "steps_before", 0),
         )
         with Checkpoints(folder, keep=config.checkpoint, about=about) as checkpoints:
             state = checkpoints.restore(state, log.say) or state

@@ -52,8 +52,14 @@ class Task(Protocol):
         neither devices nor microbatches, which split the batch, change the numbers.
         """
 
-    def samples(self, trainable: PyTree, frozen: PyTree, key: jax.Array) -> dict[str, np.ndarray]:
-        """Name -> uint8 picture (h, w, 3); the key is the same at every call. May be empty."""
+    def samples(
+        self, trainable: PyTree, frozen: PyTree, key: jax.Array
+    ) -> dict[str, np.ndarray | float]:
+        """Name -> uint8 picture (h, w, 3), or a number; the key is the same at every call.
+
+        May be empty. If the task has an attribute ``score``, it is the name of the number by which
+        the best checkpoints are known (the higher the better).
+        """
 
     def export(self, trainable: PyTree, frozen: PyTree, directory: Path, step: int) -> None:
         """Write files that inference can open into an empty directory."""

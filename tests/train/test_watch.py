@@ -1,0 +1,69 @@
+"""What is watched: fixed pictures, and numbers that mean what they say."""
+
+import jax
+import numpy as np
+import pytest
+
+from fact_jax.portraits import SPLITS
+from tests.train.tiny import tiny_config, write_tiny_miniature
+from train.tasks.adapter import AdapterTask
+from train.tasks.watch import PEOPLE, Watch, change, draw_validation
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("miniature")
+    write_tiny_miniature(folder)
+    return AdapterTask(tiny_config(folder))
+
+
+@pytest.fixture(scope="module")
+def validation(task):
+    return draw_validation(task.size, task.encoder.config.img_size)
+
+
+def test_change_by_hand():
+    """One picture of 2 x 2: 51 / 255 = 0.2 where the mask is 1, 0.4 in one of the other cells."""
+    base = np.zeros((1, 2, 2, 3), np.uint8)
+    fact = base.copy()
+    fact[0, 0, 0] = 51
+    fact[0, 1, 1] = 102
+    masks = np.array([[[1.0, 0], [0, 0.5]]])
+    inside, outside = change(base, fact, masks)
+    assert inside == pytest.approx((0.2 + 0.5 * 0.4) / 1.5)
+    assert outside == pytest.approx(0.5 * 0.4 / 2.5)
+
+
+def test_templates_show_somebody_else_whom_nothing_else_sees(validation):
+    from train.tasks.common import draw_portraits
+
+    first = len(SPLITS["test"]) - PEOPLE
+    own, other = (draw_portraits("test", PEOPLE, 1, offset=i, size=16, first=first) for i in (0, 1))
+    np.testing.assert_array_equal(validation.photos, own.images)
+    for i in range(PEOPLE):
+        following = (i + 1) % PEOPLE
+        np.testing.assert_array_equal(validation.templates[i], other.images[following])
+        np.testing.assert_array_equal(validation.points[i], other.portrait.points[following])
+        assert validation.captions[i] == other.captions[following]
+
+
+def test_pictures_and_numbers(task, validation):
+    trainable, frozen = task.init(jax.random.key(0))
+    watch = Watch(task, validation)
+    silent = watch(trainable, frozen, jax.random.key(1))
+    assert silent["template-base-fact"].shape == silent["reference-base-fact"].shape
+    # The adapter adds nothing yet: FACT is the base.
+    assert silent["watch/outside_change"] == silent["watch/inside_change"] == 0
+    assert silent["watch/similarity"] == silent["watch/similarity_base"]
+    loud = jax.tree.map(lambda leaf: leaf + 0.3, trainable)
+    heard = watch(loud, frozen, jax.random.key(1))
+    assert heard["watch/similarity_base"] == silent["watch/similarity_base"]
+    assert heard["watch/similarity"] != silent["watch/similarity"]
+    assert heard["watch/outside_change"] > 0
+    assert -1 <= heard["watch/similarity"] <= 1
+
+
+def test_the_reference_itself_is_as_similar_as_can_be(task, validation):
+    watch = Watch(task, validation)
+    same = (watch._identities(validation.crops) * watch._wanted).sum(-1)
+    np.testing.assert_allclose(same, 1.0, rtol=1e-5)
