@@ -139,7 +139,7 @@ def shardings(tree: PyTree, rules: Rules, mesh: Mesh | AbstractMesh) -> PyTree:
 
 
 def spread(tree: PyTree, placed: PyTree) -> PyTree:
-    """The shardings ``placed`` with each matrix split further, over the batch's axes too.
+    """The shardings ``placed`` with each matrix split further, over all axes it does not use yet.
 
     This is for what is only ever used element by element. The longest dimension that comes out
     even is split; vectors and scalars are too small to be worth it.
@@ -148,7 +148,7 @@ def spread(tree: PyTree, placed: PyTree) -> PyTree:
     def one(leaf: Any, sharding: NamedSharding) -> NamedSharding:
         mesh, spec = sharding.mesh, [*sharding.spec]
         spec += [None] * (leaf.ndim - len(spec))
-        free = tuple(axis for axis in BATCH_AXES if axis not in spec and mesh.shape[axis] > 1)
+        free = tuple(axis for axis in AXES if axis not in spec and mesh.shape[axis] > 1)
         ways = math.prod(mesh.shape[axis] for axis in free)
         if leaf.ndim < 2 or ways == 1:
             return sharding

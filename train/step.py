@@ -9,6 +9,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fact_jax.errors import UserError
+from fact_jax.models.remat import CPU_OPTIONS
 from fact_jax.sharding import (
     BATCH_AXES,
     REPLICATED,
@@ -85,11 +86,13 @@ class TrainStep:
         if self._jitted is None:
             placed = state_shardings(state, self.mesh)
             given = (placed, frozen_shardings(frozen, self.config, self.mesh))
+            on_cpu = self.mesh.devices.flat[0].platform == "cpu"
             self._jitted = jax.jit(
                 self._step,
                 donate_argnums=0,
                 in_shardings=(*given, batch_sharding(self.mesh)),
                 out_shardings=(placed, replicated(self.mesh)),
+                compiler_options=CPU_OPTIONS if on_cpu and self.config.remat != "none" else None,
             )
         return self._jitted
 

@@ -13,6 +13,10 @@ _POLICIES = {
     "block": jax.checkpoint_policies.nothing_saveable,
 }
 
+CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+"""Options of ``jax.jit`` without which recomputation saves nothing on a CPU: XLA drops there the
+barriers that keep it late, before it decides on an order, and then does it early."""
+
 
 def call_block(remat: Remat, module: nnx.Module, *arrays: Any, **static: Any) -> Any:
     """``module(*arrays, **static)``, keeping of it for the backward pass what ``remat`` says."""

@@ -121,16 +121,16 @@ def test_the_first_rule_found_wins():
 @pytest.mark.parametrize(
     ("shape", "spec", "expected"),
     [
-        ((16, 24), (), (None, ("data", "fsdp"))),
-        ((16, 20), (), (("data", "fsdp"), None)),  # 20 is longer, but 8 does not divide it
+        ((16, 32), (), (None, AXES)),
+        ((16, 24), (), (AXES, None)),  # 24 is longer, but 16 does not divide it
         ((12, 12), (), ()),
         ((8, 8), ("fsdp", "tensor"), (("fsdp", "data"), "tensor")),
         ((2, 8), ("fsdp", "tensor"), ("fsdp", ("tensor", "data"))),
-        ((3, 3, 16, 2), (), (None, None, ("data", "fsdp"), None)),
+        ((3, 3, 16, 2), (), (None, None, AXES, None)),
         ((64,), (), ()),
     ],
 )
-def test_spreading_over_the_axes_of_the_batch(shape, spec, expected):
+def test_spreading_over_the_axes_that_are_free(shape, spec, expected):
     leaf, placed = jax.ShapeDtypeStruct(shape, jnp.float32), NamedSharding(MESH, P(*spec))
     assert spread(leaf, placed).spec == P(*expected)
 

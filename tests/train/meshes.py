@@ -1,0 +1,95 @@
+"""Train a few steps on fake devices in one mesh after another; prints what came out as JSON.
+
+python -m tests.train.meshes MINIATURE [VARIANT ...]
+"""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+)
+
+import dataclasses
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from fact_jax.sharding import MeshConfig, global_batch, make_mesh, place
+from tests.train.random_rows import BATCH, config
+from train.config import TrainConfig, override
+from train.state import make_optimizer, path_name, place_state
+from train.step import frozen_shardings, make_train_step
+from train.tasks import make_task
+
+STEPS = 3
+VARIANTS = {
+    "one": {},
+    "8x1x1": {},
+    "1x8x1": {"mesh": MeshConfig(fsdp=8)},
+    "2x2x2": {"mesh": MeshConfig(fsdp=2, tensor=2)},
+    "base split": {"mesh": MeshConfig(fsdp=8, base="fsdp")},
+    "accumulate": {"accumulate": 2},
+    "remat": {"remat": "block"},
+}
+
+
+class Trainer:
+    """The task and its data, made once."""
+
+    def __init__(self, config: TrainConfig):
+        self.config, self.task = config, make_task(config)
+        self.params, self.frozen = self.task.init(jax.random.key(0))
+        self.rows = np.arange(BATCH)
+        batches = self.task.source().batches(0, self.rows)
+        self.batches = list(itertools.islice(batches, STEPS))
+
+    def run(self, name: str) -> dict:
+        """Losses, final state, where it lies, and the text of the compiled step."""
+        config = dataclasses.replace(self.config, **VARIANTS[name])
+        mesh = make_mesh(config.mesh, jax.devices()[: 1 if name == "one" else 8])
+        self.task.config = config
+        optimizer = make_optimizer(config.optimizer)
+        state = place_state(self.params, optimizer, config.ema, mesh)
+        frozen = place(self.frozen, frozen_shardings(self.frozen, config, mesh))
+        batches = [global_batch(mesh, BATCH, self.rows, batch) for batch in self.batches]
+        step = make_train_step(self.task, optimizer, config, mesh)
+        compiled = step.lower(state, frozen, batches[0]).compile()
+        held = {
+            path_name(path): leaf.addressable_data(0).nbytes / leaf.nbytes
+            for path, leaf in jax.tree_util.tree_leaves_with_path((state, frozen))
+            if leaf.ndim
+        }
+        losses = []
+        for batch in batches:
+            state, metrics = compiled(state, frozen, batch)
+            losses.append({name: float(value) for name, value in metrics.items()})
+        arrays = {
+            path_name(path): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.ema))
+        }
+        return {"metrics": losses, "arrays": arrays, "held": held, "text": compiled.as_text()}
+
+
+def main(folder: Path, names: list[str]) -> None:
+    paths = [f"options.base={folder / 'base'}", f"options.encoder={folder / 'encoder'}"]
+    trainer = Trainer(override(config, paths))
+    reference = None
+    for name in names:
+        found = trainer.run(name)
+        arrays = found.pop("arrays")
+        reference = reference or arrays
+        found["difference"] = {
+            path: float(np.abs(array - reference[path]).max() / np.abs(reference[path]).max())
+            for path, array in arrays.items()
+            if np.abs(reference[path]).max() > 0
+        }
+        found["bytes"] = {p: a.nbytes for p, a in arrays.items() if p.startswith("0/")}
+        print(json.dumps({"name": name, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:] or list(VARIANTS))

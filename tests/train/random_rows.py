@@ -1,0 +1,57 @@
+"""The real adapter task on random latents and face tokens: no portrait is drawn, none is shown.
+
+fact-train run tests/train/random_rows.py options.base=FOLDER/base options.encoder=FOLDER/encoder
+"""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from converters import tokenize
+from tests.train.tiny import tiny_config
+from train.config import CheckpointConfig, LogConfig, OptimizerConfig
+from train.tasks import TASKS
+from train.tasks.adapter import AdapterTask, PairedRows
+
+PEOPLE, PHOTOS, BATCH = 12, 3, 16
+
+
+class RandomRowsTask(AdapterTask):
+    def some_tokens(self):
+        return self._arrays()["tokens"].astype(np.float32)
+
+    def _arrays(self):
+        chance, count = np.random.default_rng(0), PEOPLE * PHOTOS
+        unet, encoder = self.pipeline.unet.config, self.encoder.config
+        captions = ["a portrait of a person", "a man with a beard"] * (count // 2)
+        cells = (count, unet.sample_size, unet.sample_size)
+        return {
+            "latents": chance.standard_normal((*cells, unet.in_channels), np.float32),
+            "ids": tokenize(self.pipeline.tokenizer, captions)[0],
+            "mask": chance.integers(0, 2, cells).astype(np.float32),
+            "tokens": chance.standard_normal(
+                (count, encoder.tokens, encoder.embed_dim), np.float32
+            ).astype(np.float16),
+        }
+
+    def source(self):
+        return PairedRows(self._arrays(), self.config.batch_size, self.config.seed, PHOTOS)
+
+    def samples(self, trainable, frozen, key):
+        return {}
+
+
+TASKS["random_rows"] = (__name__, "RandomRowsTask")
+
+config = dataclasses.replace(
+    tiny_config(Path("miniature")),
+    task="random_rows",
+    steps=6,
+    batch_size=BATCH,
+    # Adam divides each gradient by its own size: without this floor the rounding of those that are
+    # next to 0 would count in full.
+    optimizer=OptimizerConfig(learning_rate=1e-2, eps=1e-4),
+    checkpoint=CheckpointConfig(every=100),
+    log=LogConfig(every=1),
+)

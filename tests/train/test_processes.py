@@ -1,0 +1,158 @@
+"""Real processes that meet on loopback: they train as one does, and fail together."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from fact_jax.errors import UserError
+from tests.train.tiny import write_tiny_miniature
+from train.distributed import initialize
+
+ROOT = Path(__file__).parents[2]
+EXPERIMENT = Path(__file__).with_name("random_rows.py")
+
+
+def free_address():
+    with socket.socket() as opened:
+        opened.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{opened.getsockname()[1]}"
+
+
+def start(*arguments, devices=1):
+    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    return subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(programs, limit=600):
+    """(status, output, errors) of each."""
+    try:
+        ends = [program.communicate(timeout=limit) for program in programs]
+    finally:
+        for program in programs:
+            program.kill()
+    return [(program.returncode, *texts) for program, texts in zip(programs, ends, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """Train by the program itself on so many processes: (errors of each, rows, exported arrays)."""
+    miniature = tmp_path_factory.mktemp("miniature")
+    write_tiny_miniature(miniature)
+    settings = [f"options.{part}={miniature / part}" for part in ("base", "encoder")]
+
+    def run(processes, *overrides, devices=1):
+        out = tmp_path_factory.mktemp("run")
+        command = ["-m", "train.cli", "run", str(EXPERIMENT), "--out", str(out), *settings]
+        together = [[]]
+        if processes > 1:
+            place = ["--coordinator", free_address(), "--processes", str(processes)]
+            together = [[*place, "--process", str(i)] for i in range(processes)]
+        programs = [start(*command, *more, *overrides, devices=devices) for more in together]
+        ends = finish(programs)
+        assert [status for status, _, _ in ends] == [0] * processes, ends
+        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        weights = load_file(out / "export" / "adapter.safetensors")
+        return [errors for _, _, errors in ends], rows, weights
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def alone(train):
+    return train(1)
+
+
+def assert_the_same_training(ours, alone):
+    (_, rows, weights), (_, rows_alone, weights_alone) = ours, alone
+    assert [row["step"] for row in rows] == [row["step"] for row in rows_alone]
+    for name in ("loss", "loss/mse", "loss/fair", "gradient_norm"):
+        curves = [[row[name] for row in both] for both in (rows, rows_alone)]
+        np.testing.assert_allclose(*curves, rtol=1e-5, atol=1e-7, err_msg=name)
+    assert len({row["loss"] for row in rows}) == len(rows)
+    assert weights.keys() == weights_alone.keys()
+    for name, one in weights_alone.items():
+        scale = np.abs(one).max()
+        np.testing.assert_allclose(weights[name], one, atol=1e-5 * scale, rtol=0, err_msg=name)
+
+
+def test_two_processes_train_as_one(train, alone):
+    ours = train(2, devices=2)
+    assert_the_same_training(ours, alone)
+    errors = ours[0]
+    assert "step 6/6" in errors[0]
+    assert "step" not in errors[1]  # process 0 alone tells of it
+
+
+@pytest.mark.slow
+def test_four_processes_train_as_one(train, alone):
+    assert_the_same_training(train(4), alone)
+    assert_the_same_training(train(4, "mesh.fsdp=4"), alone)
+
+
+MEET = """
+import dataclasses, sys
+from fact_jax.errors import UserError
+from train.config import TrainConfig
+from train.distributed import check_alike, initialize, together
+process = int(sys.argv[2])
+initialize(sys.argv[1], 2, process)
+config = TrainConfig(task="toy", steps=1, batch_size=2, options=None)
+check_alike(config)
+for attempt in (lambda: check_alike(dataclasses.replace(config, seed=process)), None):
+    try:
+        with together():
+            if attempt:
+                attempt()
+            elif process == 1:
+                raise UserError("no records in /data")
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_what_one_process_lacks_is_told_by_all():
+    address = free_address()
+    ends = finish([start("-c", MEET, address, str(process)) for process in (0, 1)])
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    differs = "process 1 of 2 was given other settings than process 0"
+    assert ends[0][1].splitlines() == [differs, "process 1 of 2: no records in /data"]
+    assert ends[1][1].splitlines() == [differs, "no records in /data"]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_waiting_in_vain_ends_in_one_line(process):
+    program = "from train.distributed import initialize; import sys\n"
+    program += "initialize(sys.argv[1], 2, int(sys.argv[2]), arrival_seconds=2)"
+    (end,) = finish([start("-c", program, free_address(), str(process))])
+    assert end[0] == 2
+    assert f"error: process {process}: its 2 processes did not all meet at 127.0.0.1" in end[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((None, 2, 0), "need --coordinator"),
+        (("auto", 2, 0), "finds --processes and --process by itself"),
+        (("localhost", 2, 0), "expected host:port or auto"),
+        (("localhost:1234", 2, None), "needs --processes N and --process I"),
+        (("localhost:1234", 2, 2), "--process 2 of --processes 2: they are numbered 0 to N - 1"),
+        (("localhost:1234", 0, 0), "--process 0 of --processes 0"),
+    ],
+)
+def test_flags_that_do_not_fit_together(arguments, message):
+    with pytest.raises(UserError, match=message):
+        initialize(*arguments)
