@@ -21,6 +21,7 @@ from train.tasks.common import (
     ShuffledRows,
     draw_normal,
     draw_portraits,
+    overlay,
     split,
     to_picture,
     to_signed,
@@ -89,7 +90,8 @@ class VAETask:
 
     def export(self, trainable, frozen, directory: Path, step: int) -> None:
         """Write ``vae/`` as diffusers has it, scaled to latents of unit variance."""
-        vae = self.vae.module(merge(frozen, trainable))
+        # What is frozen goes out as it was read: the step may hold it in half precision.
+        vae = self.vae.module(overlay(self.vae.arrays, trainable))
         if self.options.decoder_of is None:
             images = to_signed(jnp.asarray(draw_portraits("base", 256, 1).images))
             deviation = float(jax.jit(lambda x: vae.encode(x)[0].std())(images))
