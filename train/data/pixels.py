@@ -5,7 +5,6 @@ from jaxtyping import Float
 
 from converters import Tokenizer, tokenize
 from fact_jax.errors import UserError
-from fact_jax.face import area_weights
 from fact_jax.face.images import one_line
 from train.data.records import Records, decode
 
@@ -13,12 +12,13 @@ from train.data.records import Records, decode
 class PixelRows:
     """Rows with ``images``, ``crops`` and ``partner_crops`` in 0..255, ``ids``, and ``mask``.
 
-    ``region`` ("head" or "face") says which mask; it is averaged to ``cells`` x ``cells``.
+    ``region`` ("head" or "face") says which mask; it is averaged to ``cells`` x ``cells``, which
+    divide the photo's size.
     """
 
     def __init__(self, records: Records, tokenizer: Tokenizer, *, region: str, cells: int):
         self._records, self._tokenizer = records, tokenizer
-        self._region, self._weights = region, area_weights(records.size, cells)
+        self._region, self._cells = region, cells
         self.identities, self.fingerprint = records.identities, records.fingerprint
 
     def load(self, number: int, partner: int) -> dict[str, np.ndarray]:
@@ -40,8 +40,11 @@ class PixelRows:
 
     def mask(self, number: int, row: dict, region: str) -> Float[np.ndarray, "h w"]:
         """A mask in [0, 1], each cell the mean of what it covers."""
-        pixels = self._pixels(number, row, f"{region}_mask").astype(np.float32) / 255.0
-        return self._weights @ pixels @ self._weights.T
+        pixels = self._pixels(number, row, f"{region}_mask")
+        # Not by matrices: their own threads would fight with those that decode.
+        side = len(pixels) // self._cells
+        parts = pixels.reshape(self._cells, side, self._cells, side)
+        return parts.mean((1, 3), dtype=np.float32) / np.float32(255.0)
 
     def _pixels(self, number: int, row: dict, name: str) -> np.ndarray:
         try:
