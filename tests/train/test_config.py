@@ -10,7 +10,7 @@ import pytest
 
 from fact_jax.errors import UserError
 from train.cli import main
-from train.config import TrainConfig, list_configs, load_config, override, to_json
+from train.config import TrainConfig, defaults, list_configs, load_config, override, to_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,3 +132,25 @@ def test_help_and_the_list_import_nothing_heavy():
     for name, line in list_configs():
         assert line, f"{name} has no docstring"
         assert name in done.stdout
+
+
+@pytest.mark.parametrize("name", [name for name, _ in list_configs()])
+def test_every_experiment_loads_and_its_stages_fill_its_steps(name):
+    _, config = load_config(name)
+    stages = getattr(config.options, "stages", None)
+    if stages is not None:
+        assert sum(stage.steps for stage in stages) == config.steps
+
+
+def test_the_pod_sees_as_many_photos_as_the_node():
+    node, pod = (load_config(name)[1] for name in ("sd15_fact", "sd15_fact_pod"))
+    assert node.steps * node.batch_size == pod.steps * pod.batch_size
+    assert pod.ema.decay == pytest.approx(0.9992)
+
+
+def test_defaults_are_those_of_all_settings_that_have_one():
+    found = defaults(override(BASE, ["options.width=9", "steps=25", "ema.decay=0.5"]))
+    assert found["options.width"] == 4
+    assert found["ema.decay"] == 0.9999
+    assert found["options.inner.rate"] == 0.5
+    assert "steps" not in found

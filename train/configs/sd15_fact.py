@@ -1,0 +1,48 @@
+"""FACT on Stable Diffusion 1.5 at 512 x 512: the paper's setting, as far as it is public.
+
+fact-train run sd15_fact --out runs/sd15_fact
+
+Public are the models, FAIR's weight (0.01, on the face), face shuffling, dropped faces and texts,
+masked head crops, closed gates at the start and 290,000 steps. Batch, learning rate and the
+curriculum's numbers are not: these are ours (arXiv 2410.12312).
+
+Needs: `models/stable-diffusion-v1-5` (a diffusers folder), `models/ms1mv2_model_TransFace_S.pt`,
+and two folders of records, `data/faces` and, for pictures of people who are not trained on,
+`data/faces_watch` (`fact-train records`). Frozen models run within the step; with
+`fact-train cache sd15_fact` and options.cache=... they have run once before.
+
+Hardware: one node of 8 GPUs with 80 GB, 32 photos each; on fewer, accumulate=... keeps the batch.
+Expected step time and memory: not measured; `fact-train plan sd15_fact --gpu h100:8` estimates
+both.
+"""
+
+from fact_jax.curriculum import Stage
+from fact_jax.models.resampler import ResamplerConfig
+from train.config import CheckpointConfig, EMAConfig, LogConfig, OptimizerConfig, TrainConfig
+from train.tasks.adapter import AdapterOptions
+
+config = TrainConfig(
+    task="adapter",
+    steps=290_000,
+    batch_size=256,
+    precision="bfloat16",
+    remat="block",
+    optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=1e-2, warmup_steps=1000),
+    ema=EMAConfig(decay=0.9999),
+    checkpoint=CheckpointConfig(every=1000, keep=3, keep_every=20_000, best=1),
+    log=LogConfig(every=50, samples_every=1000),
+    options=AdapterOptions(
+        base="models/stable-diffusion-v1-5",
+        encoder="models/ms1mv2_model_TransFace_S.pt",
+        resampler=ResamplerConfig.sd15(),
+        records="data/faces",
+        watch="data/faces_watch",
+        stages=(
+            Stage(steps=20_000, fair_weight=(0.01, 0.01)),
+            Stage(steps=70_000, shuffle=(0.0, 0.9), fair_weight=(0.01, 0.01), ramp="cosine"),
+            Stage(steps=200_000, shuffle=(0.9, 0.9), fair_weight=(0.01, 0.01)),
+        ),
+        start="zero_gates",
+        region="face",
+    ),
+)
