@@ -1,8 +1,16 @@
 """What is written about a run."""
 
 import math
+import sys
+from types import SimpleNamespace
 
-from train.runlog import average, console_line, drop_lines_past
+import numpy as np
+import pytest
+
+from fact_jax.errors import UserError
+from train.runlog import RunLog, average, console_line, drop_lines_past
+
+ROW = {"loss": 0.5, "skipped": 0.0, "skipped_in_a_row": 0.0, "steps_per_second": 4.0}
 
 
 def test_average_leaves_out_what_is_not_finite():
@@ -24,7 +32,7 @@ def test_console_line():
     values |= {"skipped": 0.0, "skipped_in_a_row": 0.0}
     line = console_line(10, 1000, values, 247.5)
     assert line == "step 10/1000  loss 0.5  a 1e-05  b/x 2  4.00 steps/s  4 min left"
-    line = console_line(10, 1000, values | {"skipped": 3.0}, 50.0)
+    line = console_line(10, 1000, values | {"skipped": 3.0, "block/fair/mid.0.0": 1.0}, 50.0)
     assert line == "step 10/1000  loss 0.5  a 1e-05  b/x 2  skipped 3  4.00 steps/s  50 s left"
 
 
@@ -35,3 +43,40 @@ def test_lines_past_a_step_are_dropped_and_a_broken_one_too(tmp_path):
     path.write_text('{"step": 2}\n{"step": 3}\n{"step": 4}\n{"step": 1, "lo')
     drop_lines_past(path, 3)
     assert path.read_text() == '{"step": 2}\n{"step": 3}\n'
+
+
+def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
+    told = []
+    library = SimpleNamespace(
+        init=lambda **settings: told.append(("init", settings["id"], settings["config"])),
+        log=lambda values, step: told.append((step, values)),
+        finish=lambda: told.append("finish"),
+        Image=lambda picture: picture.shape,
+    )
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    for start in (0, 5):  # the second time it goes on
+        with RunLog(tmp_path / "run", steps=10, wandb=True) as log:
+            log.begin(start, {"steps": 10})
+            log.metrics(start + 5, ROW)
+            log.pictures(start + 5, {"grid": np.zeros((2, 3, 3), np.uint8)})
+    assert told[0] == told[4] == ("init", told[0][1], {"steps": 10})
+    assert told[1:4] == [(5, ROW), (5, {"grid": (2, 3, 3)}), "finish"]
+    assert told[5][0] == 10
+
+
+def test_weights_and_biases_must_be_there_to_be_told(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match="pip install wandb"):
+        RunLog(tmp_path, steps=1, wandb=True)
+
+
+def test_a_stage_is_said_when_it_begins(tmp_path, capsys, monkeypatch):
+    now = iter([0.0, 1.0, 10.0, 19.6])
+    monkeypatch.setattr("train.runlog.time.monotonic", lambda: next(now))
+    with RunLog(tmp_path, steps=1) as log:
+        with log.stage("loading"):
+            assert capsys.readouterr().err == "loading ...\n"
+        with log.stage("compiling"):
+            pass
+    assert capsys.readouterr().err == "compiling ...\ncompiling: 10 s\n"
+    assert (tmp_path / "log.txt").read_text() == "loading ...\ncompiling ...\ncompiling: 10 s\n"

@@ -1,0 +1,83 @@
+"""Speeds by a clock that the test turns."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from train.meter import Meter, Profile
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr("train.meter.time.monotonic", lambda: clock.now)
+    return clock
+
+
+def pretend(monkeypatch, kind, count):
+    monkeypatch.setattr(jax, "devices", lambda: [SimpleNamespace(device_kind=kind)])
+    monkeypatch.setattr(jax, "device_count", lambda: count)
+
+
+def slow_batches(clock):
+    for _ in range(4):
+        clock.now += 0.5  # until there is a batch
+        yield "batch"
+
+
+def train(meter, clock):
+    """Four steps of 2 s, half a second of waiting for each, and 30 s of something else."""
+    meter.begin(flops=197e12)
+    for _ in meter.waits(slow_batches(clock)):
+        clock.now += 2.0
+        meter.step()
+    with meter.aside():
+        clock.now += 30.0
+    return meter.row()
+
+
+def test_speeds_on_a_known_chip(clock, monkeypatch):
+    pretend(monkeypatch, "TPU v5 lite", 4)
+    row = train(Meter(batch_size=32), clock)
+    assert row["steps_per_second"] == pytest.approx(4 / 10)
+    assert row["speed/samples_per_second_per_chip"] == pytest.approx(4 * 32 / 10 / 4)
+    assert row["speed/data_wait"] == pytest.approx(0.2)
+    # A step is one second's work of one chip at its peak; four chips take 2.5 s for it.
+    assert row["speed/mfu"] == pytest.approx(1 / 4 / 2.5)
+
+
+def test_two_devices_of_a_chip_are_one_chip(clock, monkeypatch):
+    pretend(monkeypatch, "TPU7x", 4)
+    row = train(Meter(batch_size=32), clock)
+    assert row["speed/samples_per_second_per_chip"] == pytest.approx(4 * 32 / 10 / 2)
+
+
+def test_no_utilisation_where_no_peak_is_known(clock, monkeypatch):
+    pretend(monkeypatch, "cpu", 1)
+    assert "speed/mfu" not in train(Meter(batch_size=32), clock)
+
+
+def test_a_row_begins_where_the_last_one_ended(clock, monkeypatch):
+    pretend(monkeypatch, "cpu", 1)
+    meter = Meter(batch_size=1)
+    train(meter, clock)
+    meter.step()
+    clock.now += 5.0
+    row = meter.row()
+    assert row["steps_per_second"] == pytest.approx(0.2)
+    assert row["speed/data_wait"] == 0
+
+
+def test_a_profile_of_some_steps(tmp_path):
+    profile = Profile(tmp_path / "profile", (2, 3))
+    wrote = []
+    for step in range(1, 6):
+        profile.before(step)
+        wrote.append(profile.after(step, jax.numpy.zeros(()), last=False))
+    assert wrote == [False, False, True, False, False]
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    never = Profile(tmp_path / "never", (0, 0))
+    never.before(1)
+    assert not never.after(1, None, last=True)
+    assert not (tmp_path / "never").exists()
