@@ -58,6 +58,8 @@ def main() -> int:
         found[side] = json.loads(done.stdout.splitlines()[-1])
         print(f"{side:8s} {line(found[side])}", flush=True)
     ours, theirs = (found[side] for side in SIDES)
+    if ours["trainable"] != theirs["trainable"]:
+        raise SystemExit("error: the two sides do not train the same number of parameters")
     print(
         f"ours / PyTorch: time {best(ours) / best(theirs):.2f}, memory of a step "
         f"{ours['step_bytes'] / theirs['step_bytes']:.2f}, of the whole process "

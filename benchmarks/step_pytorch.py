@@ -126,7 +126,7 @@ def make(size, batch: int, remat: str) -> tuple[Callable[[], float], int]:
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        return float(loss)
+        return loss.item()
 
     return step, sum(parameter.numel() for parameter in trained)
 

@@ -18,10 +18,7 @@ Report = dict[str, Any]
 
 def make_report(config: TrainConfig, chip: Chip, chips: int, facts: Facts) -> Report:
     """Everything that `plan` says, with plain numbers; bytes and FLOPs are those of one chip."""
-    work = _work(facts, chips)
-    arithmetic, traffic = compute_seconds(work, chip)
-    step = max(arithmetic, traffic)
-    return {
+    report = {
         "chip": chip.name,
         "chips": chips,
         "global_batch": config.batch_size,
@@ -29,20 +26,27 @@ def make_report(config: TrainConfig, chip: Chip, chips: int, facts: Facts) -> Re
         "notes": facts["notes"],
         "parameters": facts["parameters"],
         "memory": _memory(config, chip, chips, facts),
-        "flops": {"executed": work.flops, "model": facts["model_flops"] / chips},
+        "flops": {"executed": facts["flops"] / chips, "model": facts["model_flops"] / chips},
         "collectives": facts["collectives"],
-        "roofline": {
-            "arithmetic_seconds": arithmetic,
-            "memory_seconds": traffic,
-            "memory_bytes": work.bytes,
-            "step_seconds": step,
-            "samples_a_second_a_chip": config.batch_size / chips / step,
-            "bound_by": "arithmetic" if arithmetic >= traffic else "memory",
-        },
-        "scaling": scaling(work, chip, COUNTS),
+        "roofline": None,
+        "scaling": None,
         "assumptions": _assumptions(chip, facts),
-        "compiled_in_seconds": facts["seconds"],
+        "seconds_to_plan": facts["seconds"],
     }
+    if facts["collectives"] is None:  # there is no program to read
+        return report
+    work = _work(facts, chips)
+    arithmetic, traffic = compute_seconds(work, chip)
+    step = max(arithmetic, traffic)
+    roofline = {
+        "arithmetic_seconds": arithmetic,
+        "memory_seconds": traffic,
+        "memory_bytes": work.bytes,
+        "step_seconds": step,
+        "samples_a_second_a_chip": config.batch_size / chips / step,
+        "bound_by": "arithmetic" if arithmetic >= traffic else "memory",
+    }
+    return report | {"roofline": roofline, "scaling": scaling(work, chip, COUNTS)}
 
 
 def _work(facts: Facts, chips: int) -> Work:
@@ -139,24 +143,39 @@ def _assumptions(chip: Chip, facts: Facts) -> list[str]:
 
 def lines_of(report: Report) -> Iterator[str]:
     """The report as text."""
-    memory, roofline = report["memory"], report["roofline"]
     yield (
         f"{report['chips']} x {report['chip']}, global batch {report['global_batch']}: "
         f"{report['samples_a_chip']:g} samples a chip"
     )
     for note in report["notes"]:
         yield f"  note: {note}"
-    yield f"memory a chip{' (estimated)' if memory['estimated'] else ''}"
-    counts = report["parameters"]
-    for kind, size in memory["parts"].items():
-        many = f"   {counts[kind]:,} parameters" if kind in counts else ""
-        yield f"  {kind:12s} {_gb(size)}{many}"
-    yield f"  {'in all':12s} {_gb(memory['used'])} of {memory['usable'] / GB:.2f} GB usable"
+    yield from _memory_lines(report)
     flops = report["flops"]
     yield (
         f"arithmetic a chip: {flops['executed'] / 1e12:.4g} TFLOP a step, "
         f"{flops['model'] / 1e12:.4g} of them the model's own"
     )
+    if report["roofline"] is None:
+        yield "collectives, step time and scaling: unknown, as the step does not compile"
+    else:
+        yield from _program_lines(report)
+    yield "assumed"
+    for line in report["assumptions"]:
+        yield f"  {line}"
+    yield verdict(report)
+
+
+def _memory_lines(report: Report) -> Iterator[str]:
+    memory, counts = report["memory"], report["parameters"]
+    yield f"memory a chip{' (estimated)' if memory['estimated'] else ''}"
+    for kind, size in memory["parts"].items():
+        many = f"   {counts[kind]:,} parameters" if kind in counts else ""
+        yield f"  {kind:12s} {_gb(size)}{many}"
+    yield f"  {'in all':12s} {_gb(memory['used'])} of {memory['usable'] / GB:.2f} GB usable"
+
+
+def _program_lines(report: Report) -> Iterator[str]:
+    roofline, trained = report["roofline"], report["memory"]["parts"]["trainable"]
     yield "collectives a step" + ("" if report["collectives"] else ": none")
     for kind in PASSES:
         rows = [found for found in report["collectives"] if found["kind"] == kind]
@@ -164,8 +183,7 @@ def lines_of(report: Report) -> Iterator[str]:
             sent = sum(found["bytes"] * found["times"] for found in rows)
             yield (
                 f"  {sum(found['times'] for found in rows):4d} x {kind:18s} "
-                f"{sent / 1e6:12.6f} MB in all, {sent / memory['parts']['trainable']:7.2%} of what "
-                f"is trained"
+                f"{sent / 1e6:12.6f} MB in all, {sent / trained:7.2%} of what is trained"
             )
     yield (
         f"roofline: {_ms(roofline['step_seconds'])} a step, bound by {roofline['bound_by']} "
@@ -180,10 +198,6 @@ def lines_of(report: Report) -> Iterator[str]:
             f"  {row['chips']:6d}   {_ms(roofline['step_seconds'])} + "
             f"{_ms(row['communication'])} = {_ms(row['step'])}   {row['efficiency']:8.2%}"
         )
-    yield "assumed"
-    for line in report["assumptions"]:
-        yield f"  {line}"
-    yield verdict(report)
 
 
 def verdict(report: Report) -> str:

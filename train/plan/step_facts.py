@@ -28,7 +28,9 @@ from train.step import TrainStep, check_batch, frozen_shardings, make_train_step
 PyTree = Any
 Facts = dict[str, Any]
 # What the compiler says of a program that is too large.
-_OVERFLOW = re.compile(r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm")
+_OVERFLOW = re.compile(
+    r"(?:\(|Used )([\d.]+)([KMGT]?)(?:\) exceeds available HBM \(| of )([\d.]+)([KMGT]?)(?:\)| hbm)"
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -43,7 +45,7 @@ def compiled_facts(config: TrainConfig, topology: str) -> Facts:
     built = build(config)
     facts = _sizes(built, mesh) | _counts(built, mesh)
     start = time.monotonic()
-    facts |= {"compiled": True, "collectives": [], "accessed": 0}
+    facts |= {"compiled": True, "collectives": None, "accessed": None}
     lowered = make_step(built, mesh).lower(built.state, built.frozen, built.batch)
     try:
         compiled = lowered.compile()

@@ -118,3 +118,17 @@ def test_plan_of_the_mini_step(capsys):
     status, report = run(capsys, "mini", "--topology", "v5e:2x2", "--global-batch", "32")
     assert status == 0
     check(report, override(load_config("mini")[1], ["batch_size=32"]), chips=4)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_step_that_does_not_fit(small_base, capsys):
+    """The compiler's refusal becomes a verdict, with the numbers that it names."""
+    settings = [f"options.base={small_base}", f"batch_size={2**22}"]
+    status, report = run(capsys, "mini", *settings, "--topology", "v5e:2x2")
+    assert status == 1
+    memory = report["memory"]
+    assert memory["usable"] == 15.75 * 2**30
+    assert memory["used"] > memory["usable"]
+    assert memory["used"] == sum(memory["parts"].values())
+    assert memory["try"][0].startswith("remat=block")

@@ -67,8 +67,11 @@ def test_it_fits():
 def test_it_does_not_fit():
     """20 GB of 16 with 16 samples a chip: 14 GB are theirs, so 11 would fit."""
     used = {"bytes": PARTS | {"temporary": 14 * GB}, "used": 20 * GB, "usable": 16 * GB}
+    used |= {"collectives": None, "accessed": None}
     report = make_report(CONFIG, CHIPS["v5e"], 4, facts(**used))
     assert not report["memory"]["fits"]
+    assert report["scaling"] is None
+    assert any("does not compile" in line for line in lines_of(report))
     said = verdict(report)
     assert said.startswith("does not fit: 4.00 GB too much; try accumulate=2 ")
     assert "--global-batch 44 (11 samples a chip)" in said
@@ -96,12 +99,20 @@ def test_estimate_leaves_a_part_of_a_gpu():
         assert report["memory"]["fits"] is fits
 
 
-def test_the_compilers_complaint():
-    message = (
-        "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
-        "hbm. Used 17.20G of 15.75G hbm. Exceeded hbm capacity by 1.45G."
-    )
-    assert read_overflow(message) == {"used": 17.2 * 2**30, "usable": 15.75 * 2**30}
+@pytest.mark.parametrize(
+    "words",
+    [
+        "RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory "
+        "required for HLO temporaries (17.20G) exceeds available HBM (15.75G). HLO module: jit_f.",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 17.20G of 15.75G hbm. "
+        "Exceeded hbm capacity by 1.45G.",
+    ],
+)
+def test_the_compilers_complaint(words):
+    assert read_overflow(words) == {"used": 17.2 * 2**30, "usable": 15.75 * 2**30}
+
+
+def test_another_complaint_is_no_overflow():
     with pytest.raises(RuntimeError, match="does not compile"):
         read_overflow("INTERNAL: something else")
 
