@@ -15,7 +15,8 @@ from fact_jax.files import atomic_write
 from train.checkpoints import revision, versions
 from train.config import TrainConfig, defaults, to_json
 
-MAY_CHANGE = ("steps", "log.", "checkpoint.", "mesh.")
+# What changes how a step is worked out, or for how long, but not what it is.
+MAY_CHANGE = ("steps", "log.", "checkpoint.", "mesh.", "accumulate", "remat")
 
 
 def claim_folder(config: TrainConfig, folder: Path) -> None:

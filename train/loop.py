@@ -22,10 +22,11 @@ from train.checksums import content_hash
 from train.config import TrainConfig, to_json
 from train.distributed import check_alike, together
 from train.folder import claim_folder, describe_start, now, replace_folder
-from train.meter import Meter, Profile, step_flops
+from train.meter import Meter, Profile
+from train.plan.model_flops import model_flops
 from train.runlog import RunLog, average
 from train.state import TrainState, make_optimizer, place_state
-from train.step import cast, check_batch, frozen_shardings, make_train_step
+from train.step import TrainStep, cast, check_batch, frozen_shardings, make_train_step
 from train.stopping import Stopping
 from train.task import PyTree, Source, Task
 from train.tasks import make_task
@@ -135,11 +136,14 @@ class _Loop:
                     break
         return state
 
-    def _compile(self, train_step, state: TrainState, batch: dict[str, jax.Array]):
+    def _compile(self, train_step: TrainStep, state: TrainState, batch: dict[str, jax.Array]):
         with self.log.stage("compiling the training step"):
-            traced = train_step.trace(state, self.frozen, batch)
-            compiled = traced.lower().compile()
-        self.meter.begin(step_flops(traced))
+            compiled = train_step.lower(state, self.frozen, batch).compile()
+            flops = None
+            if self.meter.peak:
+                with contextlib.suppress(ValueError):  # a loop of unknown length
+                    flops = model_flops(train_step, state, self.frozen, batch)
+        self.meter.begin(flops)
         return compiled
 
     def _record(self, step: int, state: TrainState, metrics: dict[str, jax.Array], stop: bool):

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import jax
 
 from train.chips import chip_of
-from train.plan.jaxprs import count_flops
 
 T = TypeVar("T")
 
@@ -20,7 +19,8 @@ class Meter:
     def __init__(self, batch_size: int):
         chip, devices = chip_of(jax.devices()[0].device_kind), jax.device_count()
         self._chips = devices / (chip.devices if chip else 1)
-        self._peak = chip.peak * self._chips if chip else None
+        # None for a chip that is not in the table: a share of it would have to be invented.
+        self.peak = chip.peak * self._chips if chip else None
         self._flops: float | None = None
         self._batch_size = batch_size
         self._restart()
@@ -64,19 +64,10 @@ class Meter:
             "speed/samples_per_second_per_chip": per_second * self._batch_size / self._chips,
             "speed/data_wait": self._waited / spent,
         }
-        # No share of a peak that is not known: it would have to be invented.
-        if self._peak and self._flops:
-            values["speed/mfu"] = per_second * self._flops / self._peak
+        if self.peak and self._flops:
+            values["speed/mfu"] = per_second * self._flops / self.peak
         self._restart()
         return values
-
-
-def step_flops(traced: Any) -> float | None:
-    """Operations of a traced step, on all chips together; None if it has a loop of no length."""
-    try:
-        return float(count_flops(traced.jaxpr.jaxpr))
-    except ValueError:
-        return None
 
 
 class Profile:

@@ -35,7 +35,7 @@ class RunLog:
         self._wandb = load_wandb() if wandb and self._speaks else None
         if self._speaks:
             run.mkdir(parents=True, exist_ok=True)
-            self._text = self._open.enter_context(open(run / "log.txt", "a"))
+            self._text = self._open.enter_context(open(run / "log.txt", "a"))  # noqa: SIM115
 
     def __enter__(self) -> "RunLog":
         return self
@@ -49,7 +49,7 @@ class RunLog:
             return
         path = self._run / "metrics.jsonl"
         drop_lines_past(path, start)
-        self._metrics = self._open.enter_context(open(path, "a"))
+        self._metrics = self._open.enter_context(open(path, "a"))  # noqa: SIM115
         board = SummaryWriter(str(self._run / "tensorboard"), purge_step=start + 1)
         self._board = self._open.enter_context(contextlib.closing(board))
         if has_screen():

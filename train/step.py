@@ -75,9 +75,6 @@ class TrainStep:
     def __call__(self, state: TrainState, frozen: PyTree, batch: Batch):
         return self._compiled(state, frozen)(state, frozen, batch)
 
-    def trace(self, state: TrainState, frozen: PyTree, batch: Batch) -> jax.stages.Traced:
-        return self._compiled(state, frozen).trace(state, frozen, batch)
-
     def lower(self, state: TrainState, frozen: PyTree, batch: Batch) -> jax.stages.Lowered:
         """The program for arguments of these shapes."""
         return self._compiled(state, frozen).lower(state, frozen, batch)

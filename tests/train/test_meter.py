@@ -1,10 +1,14 @@
 """Speeds by a clock that the test turns."""
 
+import json
 from types import SimpleNamespace
 
 import jax
 import pytest
 
+from train.chips import CHIPS
+from train.config import override
+from train.loop import run
 from train.meter import Meter, Profile
 
 
@@ -67,6 +71,18 @@ def test_a_row_begins_where_the_last_one_ended(clock, monkeypatch):
     row = meter.row()
     assert row["steps_per_second"] == pytest.approx(0.2)
     assert row["speed/data_wait"] == 0
+
+
+def test_a_run_on_a_known_chip_tells_its_utilisation(toy_config, tmp_path, monkeypatch):
+    """Operations by hand: two layers forward, both again for their own kernels, one for inputs."""
+    monkeypatch.setattr("train.meter.chip_of", lambda kind: CHIPS["h100"])
+    run(override(toy_config, ["steps=3", "log.every=1"]), tmp_path / "run")
+    batch, width = 8, 16
+    flops = 2 * batch * width * (2 + 2 + 1)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        expected = row["steps_per_second"] * flops / CHIPS["h100"].peak / jax.device_count()
+        assert row["speed/mfu"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_profile_of_some_steps(tmp_path):

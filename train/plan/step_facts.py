@@ -1,19 +1,15 @@
 """What is read from one training step: sizes, arithmetic, memory and collectives."""
 
-import contextlib
-import copy
 import dataclasses
 import math
 import re
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from fact_jax import attention
 from fact_jax.errors import UserError
 from fact_jax.mesh import MeshConfig
 from fact_jax.sharding import batch_sharding, batch_ways, make_mesh
@@ -21,6 +17,7 @@ from train.config import TrainConfig
 from train.plan.abstract import Abstract, batch_shapes, build
 from train.plan.hlo import read_collectives, summarize
 from train.plan.jaxprs import count_flops, peak_bytes, trace
+from train.plan.model_flops import model_flops
 from train.plan.traffic import count_traffic
 from train.state import make_optimizer, state_shardings
 from train.step import TrainStep, check_batch, frozen_shardings, make_train_step
@@ -130,31 +127,15 @@ def _sizes(built: Abstract, mesh: Mesh) -> Facts:
 def _counts(built: Abstract, mesh: Mesh) -> Facts:
     """What the trace of the whole step says."""
     jaxpr = _trace(built, mesh)
-    # Nothing computed twice: no recomputed blocks, and no tiles of attention.
-    task = copy.copy(built.task)
-    task.config = dataclasses.replace(built.config, remat="none")
-    with _plain_attention():
-        plain = _trace(dataclasses.replace(built, config=task.config, task=task), mesh)
     return {
         "flops": count_flops(jaxpr),
-        "model_flops": count_flops(plain),
+        "model_flops": model_flops(make_step(built, mesh), built.state, built.frozen, built.batch),
         "live_bytes": peak_bytes(jaxpr),
     }
 
 
 def _trace(built: Abstract, mesh: Mesh) -> Any:
     return trace(make_step(built, mesh), built.state, built.frozen, built.batch)
-
-
-@contextlib.contextmanager
-def _plain_attention() -> Iterator[None]:
-    """No tiles, which are computed again in the backward pass."""
-    limit = attention.PLAIN_MATRIX_LIMIT
-    attention.PLAIN_MATRIX_LIMIT = math.inf
-    try:
-        yield
-    finally:
-        attention.PLAIN_MATRIX_LIMIT = limit
 
 
 def _share(tree: PyTree, shardings: PyTree) -> int:
