@@ -64,6 +64,11 @@ def facts_of(request: Request) -> Facts:
             ) as child,
         ):
             _watch(child, f"compiling for {request.topology}" if request.topology else "counting")
+            if child.returncode < 0:
+                raise UserError(
+                    f"the compiler was ended by signal {-child.returncode}, most likely for want "
+                    "of memory: a step of Stable Diffusion 1.5's size takes it several GB"
+                )
             errors.seek(0)
             if child.returncode or not found.is_file():
                 raise RuntimeError(

@@ -10,6 +10,7 @@ from train.plan.compiling import Facts
 from train.plan.roofline import PASSES, Work, compute_seconds, scaling
 
 COUNTS = tuple(2**k for k in range(3, 13))  # 8 to 4,096 chips
+TPU_RESERVED = 2**28  # bytes that the compiler leaves alone: it says 15.75 GiB of v5e's 16
 GPU_USABLE = 0.92  # of a GPU's memory, when JAX is told to take that much
 KINDS = ("frozen", "trainable", "optimizer", "ema", "batch", "temporary")
 GB = 1e9
@@ -64,7 +65,7 @@ def _work(facts: Facts, chips: int) -> Work:
 def _memory(config: TrainConfig, chip: Chip, chips: int, facts: Facts) -> Report:
     parts = {kind: facts["bytes"][kind] for kind in KINDS}
     if facts["compiled"]:
-        used, usable = facts["used"], facts["usable"] or chip.memory
+        used, usable = facts["used"], facts["usable"] or chip.memory - TPU_RESERVED
     else:
         used, usable = sum(parts.values()), chip.memory * GPU_USABLE
     fits = used <= usable

@@ -51,7 +51,7 @@ def test_numbers_of_one_chip():
 def test_it_fits():
     report = make_report(CONFIG, CHIPS["v5e"], 4, facts())
     assert report["memory"]["fits"]
-    assert verdict(report) == "fits, with 3.18 GB to spare"
+    assert verdict(report) == "fits, with 2.91 GB to spare"
     text = "\n".join(lines_of(report))
     for part in (
         "note: a note",
