@@ -1,6 +1,7 @@
 """fact-train: train what FACT is made of."""
 
 import argparse
+import errno
 import logging
 import shlex
 import sys
@@ -35,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _run(arguments, arguments.override + rest, command)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        print(f"error: {error.strerror}: {error.filename or 'free some disk'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

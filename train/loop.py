@@ -190,13 +190,18 @@ class _Loop:
     def export(self, state: TrainState) -> None:
         """Write ``export`` whole or not at all."""
         step, (weights, frozen) = int(state.step), self._local(state)
-        if jax.process_index() != 0:
-            return
-        with replace_folder(self.folder / "export") as folder:
-            self.task.export(weights, frozen, folder, step)
-            about = {"step": step, "config": to_json(self.config), "versions": versions()}
-            about["revision"] = revision()
-            (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+        target = self.folder / "export"
+        about = {"step": step, "config": to_json(self.config), "versions": versions()}
+        about["revision"] = revision()
+        with together():
+            if jax.process_index() != 0:
+                return
+            try:
+                with replace_folder(target) as folder:
+                    self.task.export(weights, frozen, folder, step)
+                    (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+            except OSError as error:
+                raise UserError(f"{target} of step {step}: {error.strerror or error}") from error
 
     def repair_export(self, state: TrainState) -> None:
         """Bring ``export`` to the restored step, in case the run was killed between the two."""

@@ -32,7 +32,8 @@ class RunLog:
         self._speaks = jax.process_index() == 0
         self._open = contextlib.ExitStack()
         self._bar = self._metrics = self._board = None
-        self._wandb = load_wandb() if wandb and self._speaks else None
+        library = load_wandb() if wandb else None  # every process would say that it is missing
+        self._wandb = library if self._speaks else None
         if self._speaks:
             run.mkdir(parents=True, exist_ok=True)
             self._text = self._open.enter_context(open(run / "log.txt", "a"))  # noqa: SIM115

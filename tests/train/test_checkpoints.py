@@ -1,6 +1,7 @@
 """Checkpoints: which ones stay, what they are checked against, and what happens without room."""
 
 import collections
+import errno
 import json
 import os
 import resource
@@ -20,6 +21,7 @@ from tests.train.toy import ToyTask
 from train.agree import largest
 from train.checkpoints import Keep, revision
 from train.checksums import checksums, content_hash
+from train.cli import main
 from train.config import override
 from train.loop import run
 from train.stopping import Stopping
@@ -157,6 +159,26 @@ def test_a_full_disk_ends_the_run_before_it_goes_on(toy_config, tmp_path, monkey
     with pytest.raises(UserError, match="no room for the checkpoint of step 14"):
         run(toy_config, tmp_path / "run")
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["00000007"]
+
+
+def test_a_disk_that_is_full_for_other_files_is_one_line(
+    toy_config, toy_file, tmp_path, monkeypatch, capsys
+):
+    class NoRoom(ToyTask):
+        def export(self, trainable, frozen, directory, step):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("train.loop.make_task", NoRoom)
+    with pytest.raises(UserError, match=r"export of step 7: No space left on device"):
+        run(toy_config, tmp_path / "run")
+    assert (tmp_path / "run" / "checkpoints" / "00000007" / "meta").is_dir()
+
+    def full(self, line):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("train.runlog.RunLog.note", full)
+    assert main(["run", str(toy_file), "--out", str(tmp_path / "other")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: No space left on device")
 
 
 def test_what_cannot_be_written_in_the_background_ends_the_run(toy_file, tmp_path):
