@@ -100,9 +100,8 @@ def loud(trainable):
     return jax.tree.map(lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size).reshape(a.shape)), trainable)
 
 
-@pytest.mark.parametrize("region", ["head", "face"])
-def test_the_loss_of_a_step_is_the_same_from_the_cache(miniature, records, cache, region):
-    options = {"records": str(records), "region": region, "face_weight": 1.0}
+def test_the_loss_of_a_step_is_the_same_from_the_cache(miniature, records, cache):
+    options = {"records": str(records), "region": "face", "face_weight": 1.0}
     configs = [
         tiny_config(miniature, **options),
         tiny_config(miniature, **options, cache=str(cache)),
