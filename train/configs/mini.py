@@ -9,7 +9,7 @@ from train.tasks.adapter import AdapterOptions
 
 config = TrainConfig(
     task="adapter",
-    steps=6500,
+    steps=7500,
     batch_size=16,
     optimizer=OptimizerConfig(
         learning_rate=2e-3, weight_decay=1e-2, warmup_steps=100, schedule="cosine", b2=0.99
@@ -21,7 +21,7 @@ config = TrainConfig(
         stages=(
             Stage(steps=600, shuffle=(0.0, 0.0)),
             Stage(steps=1400, shuffle=(0.0, 0.9), fair_weight=(0.0, 0.01), ramp="cosine"),
-            Stage(steps=4500, shuffle=(0.9, 0.9), fair_weight=(0.01, 0.01)),
+            Stage(steps=5500, shuffle=(0.9, 0.9), fair_weight=(0.01, 0.01)),
         ),
         people=4000,
         face_weight=4.0,

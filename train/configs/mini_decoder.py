@@ -9,7 +9,7 @@ from train.configs.mini_vae import config as mini_vae
 
 config = replace(
     mini_vae,
-    steps=2000,
+    steps=1200,
     optimizer=replace(mini_vae.optimizer, learning_rate=1e-3),
     ema=replace(mini_vae.ema, decay=0.999),
     options=replace(mini_vae.options, decoder_of="miniature/base/vae"),
