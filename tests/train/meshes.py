@@ -18,7 +18,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from fact_jax.sharding import MeshConfig, global_batch, make_mesh, place
+from fact_jax.attention import attention_together
+from fact_jax.sharding import MeshConfig, batch_sharding, global_batch, make_mesh, place
 from tests.train.random_rows import BATCH, config
 from train.config import TrainConfig, override
 from train.state import make_optimizer, path_name, place_state
@@ -74,7 +75,21 @@ class Trainer:
         return {"metrics": losses, "arrays": arrays, "held": held, "text": compiled.as_text()}
 
 
+def attention_text() -> str:
+    """The compiled gradient of the accelerators' attention, the batch over all devices."""
+    placed = batch_sharding(make_mesh(MeshConfig()))
+    heads = jax.ShapeDtypeStruct((8, 64, 2, 8), np.float32)
+
+    def total(q, k, v):
+        return attention_together(q, k, v, tile=16).sum()
+
+    gradient = jax.grad(total, argnums=(0, 1, 2))
+    jitted = jax.jit(gradient, in_shardings=(placed,) * 3, out_shardings=(placed,) * 3)
+    return jitted.lower(heads, heads, heads).compile().as_text()
+
+
 def main(folder: Path, names: list[str]) -> None:
+    print(json.dumps({"name": "attention", "text": attention_text()}), flush=True)
     paths = [f"options.base={folder / 'base'}", f"options.encoder={folder / 'encoder'}"]
     trainer = Trainer(override(config, paths))
     reference = None

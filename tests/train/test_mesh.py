@@ -108,6 +108,11 @@ def test_data_parallelism_moves_the_trained_parameters_and_nothing_else(found):
     assert moved["all-gather"] <= trained
 
 
+def test_attention_on_accelerators_moves_nothing(found):
+    assert "while" in found["attention"]["text"]  # it does walk over tiles
+    assert collectives(found["attention"]["text"]) == []
+
+
 def held(found, name, pattern):
     """The parts of its leaves that a device holds."""
     return {part for path, part in found[name]["held"].items() if re.search(pattern, path)}
