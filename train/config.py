@@ -74,14 +74,16 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """Metrics every ``every`` steps; sample images every ``samples_every`` (0: only at the end).
+    """Metrics every ``every`` steps; sample images every ``samples_every``.
+
+    With 0 there are samples only at the end of the run, with None there are none.
 
     ``profile_steps``: a profiler trace from the first to the second step, (0, 0) for none.
     ``wandb``: to Weights & Biases too.
     """
 
     every: int = 50
-    samples_every: int = 0
+    samples_every: int | None = 0
     profile_steps: tuple[int, int] = (0, 0)
     wandb: bool = False
 

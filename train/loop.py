@@ -154,11 +154,12 @@ class _Loop:
         self.meter.step()
         self.log.advance()
         # Who is told to stop may have seconds left: the checkpoint comes before pictures.
-        if step == config.steps or (not stop and _due(step, config.log.samples_every)):
+        every = config.log.samples_every
+        last = stop or step == config.steps
+        if every is not None and (step == config.steps or (not stop and _due(step, every))):
             jax.block_until_ready(metrics)
             with self.meter.aside():
                 seen = self._watch(step, state)
-        last = stop or step == config.steps
         if step == 1 or last or seen or _due(step, config.log.every):
             self.log.metrics(step, average(jax.device_get(self.rows)) | self.meter.row() | seen)
             self.rows.clear()

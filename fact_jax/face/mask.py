@@ -123,7 +123,7 @@ def read_mask(path: str | os.PathLike) -> Float[np.ndarray, "h w"]:
 def ellipse_mask(
     shape: tuple[int, int], points: Float[np.ndarray, "5 2"]
 ) -> Float[np.ndarray, "h w"]:
-    """An upright head's ellipse, turned, scaled and shifted with the points; the edge is 1 px soft."""
+    """An upright head's ellipse, turned, scaled and shifted with the points; its edge is soft."""
     return _ellipse(shape, points, _HEAD_CENTRE, _HEAD_HALF_AXES)
 
 

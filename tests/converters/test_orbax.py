@@ -83,6 +83,13 @@ def test_a_run_becomes_an_adapter(run, adapted, tmp_path, weights, factor):
         assert np.array_equal(array, state[key].astype(np.float32) * factor), key
 
 
+def test_steps_before_a_warm_start_count(run, tmp_path):
+    meta = run / "checkpoints" / "00000020" / "meta" / "metadata"
+    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"steps_before": 7}))
+    save_torch(open_weights(run), tmp_path / "a.safetensors")
+    assert load_adapter(tmp_path / "a.safetensors").metadata["step"] == 27
+
+
 def test_a_changed_byte_is_noticed(run):
     checkpoint = run / "checkpoints" / "00000020"
     meta = json.loads((checkpoint / "meta" / "metadata").read_text())
@@ -108,7 +115,7 @@ def test_a_damaged_checkpoint_is_one_line(run):
 
 
 def test_the_checksum_is_the_trainers():
-    train = pytest.importorskip("train.checkpoints")
+    train = pytest.importorskip("train.checksums")
     from train.state import TrainState
 
     rng = np.random.default_rng(0)

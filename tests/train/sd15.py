@@ -14,7 +14,7 @@ config = TrainConfig(
     batch_size=1,
     ema=EMAConfig(decay=0.0),
     checkpoint=CheckpointConfig(keep=1),
-    log=LogConfig(every=1),
+    log=LogConfig(every=1, samples_every=None),  # pictures would take an hour
     options=AdapterOptions(
         resampler=ResamplerConfig.sd15(),
         people=1,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -95,10 +96,14 @@ def test_going_on_from_an_adapter_file(folder, tmp_path):
     run(tiny_config(folder), tmp_path / "first")
     weights = tmp_path / "first" / "export" / "adapter.safetensors"
     task = AdapterTask(tiny_config(folder, weights=str(weights)))
-    trainable, _ = task.init(jax.random.key(0))
+    trainable, frozen = task.init(jax.random.key(0))
     gate = trainable["adapter"]["mid_block"]["attentions"][0]["transformer_blocks"][0]["face"]
     key = "mid_block.attentions.0.transformer_blocks.0.attn2.processor.alpha_attn"
     assert gate["alpha_attn"] == load_file(weights)[key] != 1.0
+    task.export(trainable, frozen, tmp_path, 3)
+    said = load_adapter(tmp_path / "adapter.safetensors").metadata
+    assert (said["step"], said["run_step"]) == (8 + 3, "3")
+    assert json.loads(said["started_from"]) == {"file": str(weights), "step": 8}
 
 
 def test_a_resampler_of_the_wrong_width_is_refused(folder):

@@ -38,5 +38,5 @@ def test_a_setting_younger_than_the_run_had_its_default(folder, toy_config):
 def test_a_setting_that_is_gone_is_a_difference(folder, toy_config):
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"options.depth": 3}))
-    with pytest.raises(UserError, match="options.depth 3 -> absent"):
+    with pytest.raises(UserError, match=r"options\.depth 3 -> absent"):
         claim_folder(toy_config, folder)

@@ -72,6 +72,15 @@ def finished(tmp_path_factory):
     return folder, run(config, folder, "fact-train run toy")
 
 
+def test_no_samples_if_none_are_wanted(tmp_path):
+    from tests.train.conftest import TOY
+    from train.config import load_config
+
+    run(override(load_config(TOY)[1], ["log.samples_every=none", "steps=3"]), tmp_path / "run")
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 3]
+    assert not (tmp_path / "run" / "samples").exists()
+
+
 def test_what_a_run_leaves(finished):
     folder, outcome = finished
     assert int(outcome.state.step) == 60
