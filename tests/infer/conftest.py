@@ -4,12 +4,12 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.pipelines import save_pipeline, small_parts
+from tests.quick import quick_compilation as quick_compilation
 
 POINTS = [[24.0, 28.0], [41.0, 27.0], [33.0, 38.0], [26.0, 46.0], [40.0, 45.0]]
 FACE_TOKENS, FACE_DIM = 5, 20
@@ -31,14 +31,6 @@ class Files(NamedTuple):
     encoder: Path
     photo: Path
     other_photo: Path
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """The pictures are tiny: compiling well costs more than it saves."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from converters import load_adapter, load_pipeline
 from fact_jax.errors import UserError
 from fact_jax.sharding import make_mesh
+from tests.quick import quick_compilation as quick_compilation
 from tests.train.tiny import RESAMPLER, tiny_config, write_tiny_miniature
 from train.loop import run
 from train.partition import paths
