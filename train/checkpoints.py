@@ -2,10 +2,13 @@
 
 import dataclasses
 import importlib.metadata
+import functools
 import json
+import logging
 import platform
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +48,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, *, keep: CheckpointConfig, about: About):
+        _hush_orbax()
         self.folder = (run / "checkpoints").resolve()
         self._aside = self.folder.with_name("checkpoints-unreadable")
         self._about = about
@@ -270,6 +274,26 @@ def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
         return handler.restore(folder, args=ocp.args.StandardRestore(abstract))
     finally:
         handler.close()
+
+
+@functools.cache
+def _hush_orbax() -> None:
+    """Keep quiet about what follows from a failure that we tell in one line ourselves.
+
+    After one leaf has failed, Orbax closes its event loop: TensorStore's threads find it closed
+    (each prints a traceback through ``sys.unraisablehook``), and nobody asks for the errors of the
+    other leaves (which asyncio logs).
+    """
+    former = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            former(unraisable)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "exception was never retrieved" not in record.getMessage()
+    )
 
 
 def _first_line(error: BaseException) -> str:
