@@ -316,7 +316,7 @@ def _progress(request, batch: int):
 
 
 def _face(arguments: argparse.Namespace) -> None:
-    from infer.images import check_folder, save_png
+    from infer.images import check_folder, save_image
     from infer.photos import prepare, show
     from infer.request import Photo
 
@@ -336,7 +336,7 @@ def _face(arguments: argparse.Namespace) -> None:
     found = prepare(photo, arguments.size)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
-    save_png(show(found), arguments.out, {"photo": arguments.photo.name})
+    save_image(show(found), arguments.out, {"photo": arguments.photo.name}, None)
     print(arguments.out)
 
 

@@ -1,4 +1,4 @@
-"""Pictures as PNG files that say how they were made."""
+"""Pictures as PNG or JPEG files that say how they were made."""
 
 import dataclasses
 import json
@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 from fact_jax.errors import UserError
 from fact_jax.files import atomic_write
+from infer import provenance
 from infer.base import Base
 from infer.request import Request
 
@@ -63,36 +64,48 @@ def _plain(value: object) -> str:
 
 
 def save_picture(
-    image: UInt8[np.ndarray, "h w 3"], folder: str | os.PathLike, values: Mapping[str, Any]
+    image: UInt8[np.ndarray, "h w 3"],
+    folder: str | os.PathLike,
+    values: Mapping[str, Any],
+    *,
+    suffix: str = ".png",
 ) -> Path:
     """Write a picture to ``folder`` under its prompt and seed, and return its path.
 
-    A name that is taken gets a number: nothing is ever overwritten. The PNG's text holds
+    A name that is taken gets a number: nothing is ever overwritten. The file's text holds
     ``parameters`` for people and ``fact_jax`` as JSON.
     """
     words = re.sub(r"[^\w]+", "-", str(values["prompt"]).lower()).strip("-")[:_NAME_LENGTH]
     name = f"{words.rstrip('-') or 'picture'}-seed{values['seed']}"
     text = {"parameters": describe(values), "fact_jax": json.dumps(values, ensure_ascii=False)}
-    path = _free_name(Path(folder), name)
-    save_png(image, path, text)
+    path = _free_name(Path(folder), name, suffix)
+    save_image(image, path, text)
     return path
 
 
-def save_png(
-    image: UInt8[np.ndarray, "h w 3"], path: str | os.PathLike, text: Mapping[str, str]
+def save_image(
+    image: UInt8[np.ndarray, "h w 3"],
+    path: str | os.PathLike,
+    text: Mapping[str, str],
+    source: provenance.Source | None = "trainedAlgorithmicMedia",
 ) -> None:
-    """Write a PNG with text metadata, whole or not at all."""
-    info = PngImagePlugin.PngInfo()
-    for key, value in text.items():
-        info.add_text(key, value)
+    """Write a ``.png``, ``.jpg`` or ``.jpeg`` with text metadata, whole or not at all.
+
+    ``source`` marks it as drawn by a model (IPTC Digital Source Type); None leaves the mark out.
+    """
+    writers = {".png": provenance.save_png, ".jpg": provenance.save_jpeg}
+    writers[".jpeg"] = writers[".jpg"]
+    suffix = Path(path).suffix.lower()
+    if suffix not in writers:
+        raise UserError(f"{path}: a picture's name ends in {', '.join(writers)}")
     with atomic_write(path) as temporary:
-        Image.fromarray(image).save(temporary, format="PNG", pnginfo=info)
+        writers[suffix](Image.fromarray(image), temporary, text, source)
 
 
-def _free_name(folder: Path, name: str) -> Path:
+def _free_name(folder: Path, name: str, suffix: str) -> Path:
     """The first path that no file has."""
     number = 1
-    while (path := folder / f"{name}{f'-{number}' if number > 1 else ''}.png").exists():
+    while (path := folder / f"{name}{f'-{number}' if number > 1 else ''}{suffix}").exists():
         number += 1
     return path
 

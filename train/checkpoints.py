@@ -1,8 +1,8 @@
 """Checkpoints of a run: saved in the background, verified when read."""
 
 import dataclasses
-import importlib.metadata
 import functools
+import importlib.metadata
 import json
 import logging
 import platform
