@@ -10,6 +10,7 @@ _HOMES = {
     "pipeline": ("Pipeline", "load_pipeline", "save_pipeline"),
     "adapter": ("Adapter", "load_adapter", "attach_adapter", "save_adapter"),
     "encoder": ("load_encoder", "save_encoder"),
+    "controlnet": ("load_controlnet", "save_controlnet"),
     "tokenizer": ("Tokenizer", "tokenize"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

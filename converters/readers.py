@@ -29,6 +29,7 @@ _JSON_LIMIT = 64 * 2**20
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 """Endings of files that ``torch.save`` wrote."""
+_LEGACY_STEMS = {"model": "pytorch_model"}
 
 
 def read_json(path: str | os.PathLike) -> dict:
@@ -112,6 +113,8 @@ def read_pickle(path: str | os.PathLike) -> State:
         raise UserError(
             f"{path}: not a whole PyTorch file ({line[0] if line else type(err).__name__})"
         ) from err
+    if isinstance(held, dict) and isinstance(held.get("state_dict"), dict):
+        held = held["state_dict"]  # a trainer's other entries are no weights
     if not isinstance(held, dict) or not held:
         raise UserError(f"{path}: holds no dictionary of tensors but a {type(held).__name__}")
     wrong = [str(k) for k, v in held.items() if not (isinstance(k, str) and torch.is_tensor(v))]
@@ -156,32 +159,37 @@ def read_file(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
 
 
 def read_weights(folder: str | os.PathLike, stem: str, variant: str | None = None) -> State:
-    """The safetensors weights of a diffusers or transformers model folder.
+    """The weights of a diffusers or transformers model folder: safetensors, else legacy ``.bin``.
 
     ``stem`` is ``diffusion_pytorch_model`` or ``model``. One file or shards with their index;
     ``variant`` (as fp16) picks the files of that name.
     """
     folder = Path(folder)
     dotted = f".{variant}" if variant else ""
-    single = folder / f"{stem}{dotted}.safetensors"
-    index = folder / f"{stem}.safetensors.index{dotted}.json"
-    if single.exists():
-        return read_safetensors(single)[0]
-    if index.exists():
-        return _read_shards(index)
+    wanted = []
+    for base, suffix in ((stem, "safetensors"), (_LEGACY_STEMS.get(stem, stem), "bin")):
+        single = folder / f"{base}{dotted}.{suffix}"
+        index = folder / f"{base}.{suffix}.index{dotted}.json"
+        if single.exists():
+            return read_file(single)[0]
+        if index.exists():
+            return _read_shards(index)
+        wanted += [single.name, index.name]
     there = sorted(
         {
             match[1] or "none"
             for file in (folder.iterdir() if folder.is_dir() else ())
             if (
                 match := re.fullmatch(
-                    rf"{stem}(?:\.(\w+))?(?:-\d+-of-\d+)?\.safetensors", file.name
+                    rf"(?:{stem}|{_LEGACY_STEMS.get(stem, stem)})"
+                    r"(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)",
+                    file.name,
                 )
             )
         }
     )
     hint = f"; there are weights of variant {', '.join(there)}" if there else ""
-    raise UserError(f"{folder}: no {single.name} and no {index.name}{hint}")
+    raise UserError(f"{folder}: no {', no '.join(wanted)}{hint}")
 
 
 def _read_shards(index: Path) -> State:
@@ -192,7 +200,7 @@ def _read_shards(index: Path) -> State:
     for name in sorted(set(where.values())):
         if Path(name).name != name:
             raise UserError(f"{index}: names {name!r}, which is not a file of this folder")
-        state |= read_safetensors(index.parent / name)[0]
+        state |= read_file(index.parent / name)[0]
     missing, unexpected = sorted(set(where) - set(state)), sorted(set(state) - set(where))
     if missing or unexpected:
         raise UserError(

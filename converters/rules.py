@@ -82,26 +82,44 @@ TRANSFORMER = (
     *same(NORM, "norm1", "norm2", "norm3"),
     *under(("attn1", "attn2"), *ATTENTION),
     *FEED_FORWARD,
+)
+ADAPTED = (
+    *TRANSFORMER,
     *FACE,
     # Released checkpoints hold the base's norm2 a second time; loaded last, it wins.
     Rule("attn2.processor.ln", "norm2", NORM, overrides=True),
 )
-SPATIAL_TRANSFORMER = (
-    *same(NORM, "norm"),
-    *same(POINTWISE, "proj_in", "proj_out"),
-    *under("transformer_blocks.{k}", *TRANSFORMER),
-)
-LEVEL = (
-    *under("resnets.{j}", *RESNET),
-    *under("attentions.{j}", *SPATIAL_TRANSFORMER),
-    *same(CONV, "downsamplers.{j}.conv", "upsamplers.{j}.conv"),
-)
+
+
+def level(*transformer: Rule) -> tuple[Rule, ...]:
+    """One level of a UNet whose transformer blocks have these rules."""
+    return (
+        *under("resnets.{j}", *RESNET),
+        *under(
+            "attentions.{j}",
+            *same(NORM, "norm"),
+            *same(POINTWISE, "proj_in", "proj_out"),
+            *under("transformer_blocks.{k}", *transformer),
+        ),
+        *same(CONV, "downsamplers.{j}.conv", "upsamplers.{j}.conv"),
+    )
+
+
 UNET = Table(
     rules=(
         *same(CONV, "conv_in", "conv_out"),
         *same(NORM, "conv_norm_out"),
         *same(LINEAR, "time_embedding.linear_1", "time_embedding.linear_2"),
-        *under(("down_blocks.{i}", "mid_block", "up_blocks.{i}"), *LEVEL),
+        *under(("down_blocks.{i}", "mid_block", "up_blocks.{i}"), *level(*ADAPTED)),
+    ),
+)
+
+CONTROLNET = Table(
+    rules=(
+        *same(CONV, "conv_in", "controlnet_mid_block", "controlnet_down_blocks.{i}"),
+        *under("controlnet_cond_embedding", *same(CONV, "conv_in", "blocks.{i}", "conv_out")),
+        *same(LINEAR, "time_embedding.linear_1", "time_embedding.linear_2"),
+        *under(("down_blocks.{i}", "mid_block"), *level(*TRANSFORMER)),
     ),
 )
 
@@ -205,6 +223,7 @@ TABLES = {
     "clip_text": CLIP_TEXT,
     "transface": TRANSFACE,
     "resampler": RESAMPLER,
+    "controlnet": CONTROLNET,
 }
 
 RESAMPLER_PREFIX = "local_fac_prj."

@@ -9,99 +9,88 @@ import struct
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
+from converters.arrays import Lazy, contiguous, release
+from converters.content import describe, digest, hash_of
+from converters.parallel import in_threads
 from converters.readers import DTYPES
 from fact_jax.errors import UserError
-from fact_jax.files import atomic_write
+from fact_jax.files import atomic_write, sync
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
+CONTENT = "content"
+"""Where a file's metadata says what it holds: the ``content_hash`` of its tensors."""
 
 
 def write_safetensors(
     path: str | os.PathLike,
-    state: Mapping[str, np.ndarray],
+    state: Mapping[str, np.ndarray | Lazy],
     metadata: Mapping[str, str],
     wrote: Callable[[int], None] | None = None,
 ) -> None:
-    """Write a safetensors file, tensor by tensor, in the order that the format's library has.
+    """Write a safetensors file in the order that the format's library has.
 
-    ``wrote`` is called with the number of bytes of every tensor.
+    Tensors are read, turned and written a few at a time, wherever they come from. The hash of the
+    content joins the metadata. ``wrote`` is called with the number of bytes of every tensor.
     """
     keys = sorted(state, key=lambda key: (-state[key].dtype.itemsize, key))
-    header: dict = {"__metadata__": dict(metadata)}
+    hole = "0" * len(hash_of([]))
+    header: dict = {"__metadata__": {**metadata, CONTENT: hole}}
     end = 0
     for key in keys:
         array, begin = state[key], end
         end += array.nbytes
         header[key] = {
-            "dtype": _NAMES[array.dtype],
+            "dtype": _name(path, key, array.dtype),
             "shape": list(array.shape),
             "data_offsets": [begin, end],
         }
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+
+    def text() -> bytes:
+        found = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        return found + b" " * (-len(found) % 8)
+
+    start = 8 + len(text())
+
+    def write(key: str) -> str:
+        array = in_order(state[key])
+        write_at(handle, array, start + header[key]["data_offsets"][0])
+        return describe(key, array, digest(array))
+
     with atomic_write(path) as temporary, open(temporary, "wb") as handle:
-        handle.write(struct.pack("<Q", len(text)) + text)
-        for key in keys:
-            handle.write(np.ascontiguousarray(state[key]).reshape(-1).view(np.uint8).data)
+        handle.truncate(start + end)
+        lines = []
+        for key, line in zip(keys, in_threads(write, keys), strict=True):
+            lines.append(line)
             if wrote is not None:
                 wrote(state[key].nbytes)
+        header["__metadata__"][CONTENT] = hash_of(lines)
+        handle.write(struct.pack("<Q", start - 8) + text())
 
 
-def write_pickle(
-    path: str | os.PathLike,
-    state: Mapping[str, np.ndarray],
-    wrote: Callable[[int], None] | None = None,
-) -> None:
-    """Write a flat state as ``torch.save`` does. Needs PyTorch."""
-    try:
-        import torch
-    except ImportError as err:
-        raise UserError(
-            f"{path}: writing this file needs PyTorch: pip install 'fact-jax[torch]'"
-        ) from err
-
-    def tensor(array: np.ndarray):
-        array = np.array(array, order="C", copy=True)
-        if array.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
-
-    with atomic_write(path) as temporary:
-        torch.save({key: tensor(array) for key, array in state.items()}, temporary)
-    if wrote is not None:
-        wrote(sum(array.nbytes for array in state.values()))
+def _name(path: str | os.PathLike, key: str, dtype: np.dtype) -> str:
+    if dtype not in _NAMES:
+        raise UserError(f"{path}: {key} is {dtype}, which the format does not have")
+    return _NAMES[dtype]
 
 
-def write_json(path: str | os.PathLike, value: Mapping) -> None:
-    """Write a JSON object, indented."""
-    with atomic_write(path) as temporary:
-        Path(temporary).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+def in_order(array: np.ndarray | Lazy) -> np.ndarray:
+    """The numbers of a stored array in C order; of mapped files they take no memory for long."""
+    stored = np.asarray(array)
+    if stored.flags.c_contiguous:
+        return stored
+    copied = contiguous(stored)
+    release(stored)
+    return copied
 
 
-@contextlib.contextmanager
-def whole_folder(path: str | os.PathLike, *, force: bool) -> Iterator[Path]:
-    """Give a temporary folder beside ``path`` that becomes ``path`` when all went well.
+def write_at(handle, array: np.ndarray, offset: int) -> None:
+    """Write an array in C order at a place in an open file, from any thread."""
+    rest = memoryview(array.reshape(-1).view(np.uint8))
+    while rest:
+        count = os.pwrite(handle.fileno(), rest, offset)
+        rest, offset = rest[count:], offset + count
+    release(array)
 
-    Raises UserError if ``path`` is there already, unless ``force``: then it is replaced at the
-    end, and an exception leaves it as it was.
-    """
-    path = Path(path)
-    if path.exists() and not force and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path}: exists already; choose another name, or force it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        if path.exists():
-            old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            os.replace(temporary, path)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+

@@ -10,7 +10,7 @@ leaves them where a mesh of devices has put them.
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 PLAIN_MATRIX_LIMIT = 1024 * 1280
 """Largest queries x keys matrix a head may materialise before the tiled form takes over."""
@@ -18,21 +18,32 @@ TILE, TILE_TOGETHER = 512, 128
 
 
 def attention(
-    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b m h d"],
+    v: Float[Array, "b m h d"],
+    mask: Bool[Array, "b n m"] | None = None,
 ) -> Float[Array, "b n h d"]:
-    """Softmax attention with scale 1/sqrt(d); softmax in float32, result in the dtype of ``v``."""
+    """Softmax attention with scale 1/sqrt(d); softmax in float32, result in the dtype of ``v``.
+
+    ``mask`` says which keys a query sees, at least one each; None: all.
+    """
     n, m = q.shape[1], k.shape[1]
     if n * m <= PLAIN_MATRIX_LIMIT:
-        return attention_plain(q, k, v)
-    return _by_platform(q, k, v)
+        return attention_plain(q, k, v, mask)
+    return _by_platform(q, k, v, mask)
 
 
 def attention_plain(
-    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], v: Float[Array, "b m h d"]
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b m h d"],
+    v: Float[Array, "b m h d"],
+    mask: Bool[Array, "b n m"] | None = None,
 ) -> Float[Array, "b n h d"]:
     """The definition, with the whole matrix in memory."""
     scale = q.shape[-1] ** -0.5
     scores = jnp.einsum("bnhd,bmhd->bhnm", q * scale, k, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None], scores, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return jnp.einsum("bhnm,bmhd->bnhd", weights, v)
 
@@ -41,6 +52,7 @@ def attention_tiled(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m h d"],
     v: Float[Array, "b m h d"],
+    mask: Bool[Array, "b n m"] | None = None,
     tile: int = TILE,
 ) -> Float[Array, "b n h d"]:
     """The same numbers (up to rounding) with a ``tile`` x m matrix in memory at a time."""
@@ -51,20 +63,26 @@ def attention_tiled(
     queries = q.transpose(0, 2, 1, 3).reshape(b * h, tiles, tile, d)
     keys = k.transpose(0, 2, 3, 1).reshape(b * h, d, -1)
     values = v.transpose(0, 2, 1, 3).reshape(b * h, -1, d)
+    if mask is not None:
+        mask = _tiled(mask, tile, tiles)
 
     @jax.checkpoint
-    def one_tile(q_tile, keys, values):
+    def one_tile(q_tile, keys, values, seen):
         scores = jnp.matmul(q_tile, keys, preferred_element_type=jnp.float32)
+        if seen is not None:
+            scores = jnp.where(seen, scores, -jnp.inf)
         weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
         total = weights.sum(-1, keepdims=True)
         mixed = jnp.matmul(weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return (mixed / total).astype(values.dtype)
 
     def one_head(head):
-        q_tiles, keys, values = head
-        return lax.map(lambda q_tile: one_tile(q_tile, keys, values), q_tiles)
+        index, q_tiles, keys, values = head
+        # All heads of a sample look through one mask.
+        seen = None if mask is None else mask[index // h]
+        return lax.map(lambda row: one_tile(row[0], keys, values, row[1]), (q_tiles, seen))
 
-    out = lax.map(one_head, (queries, keys, values))
+    out = lax.map(one_head, (jnp.arange(b * h), queries, keys, values))
     return out.reshape(b, h, tiles * tile, d)[:, :, :n].transpose(0, 2, 1, 3)
 
 
@@ -72,6 +90,7 @@ def attention_together(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m h d"],
     v: Float[Array, "b m h d"],
+    mask: Bool[Array, "b n m"] | None = None,
     tile: int = TILE_TOGETHER,
 ) -> Float[Array, "b n h d"]:
     """The same again, a tile of every head and sample at a time."""
@@ -80,28 +99,37 @@ def attention_together(
     tiles = -(-n // tile)
     q = jnp.pad(q, ((0, 0), (0, tiles * tile - n), (0, 0), (0, 0)))
     queries = q.reshape(b, tiles, tile, h, d).swapaxes(0, 1)
+    if mask is not None:
+        mask = _tiled(mask, tile, tiles).swapaxes(0, 1)
     one_tile = jax.checkpoint(attention_plain)
-    out = lax.map(lambda q_tile: one_tile(q_tile, k, v), queries)
+    out = lax.map(lambda row: one_tile(row[0], k, v, row[1]), (queries, mask))
     return out.swapaxes(0, 1).reshape(b, tiles * tile, h, d)[:, :n]
 
 
+def _tiled(mask: Bool[Array, "b n m"], tile: int, tiles: int) -> Bool[Array, "b t i m"]:
+    """The mask's rows by tiles; the rows that fill up the last one see everything."""
+    b, n, m = mask.shape
+    padded = jnp.pad(mask, ((0, 0), (0, tiles * tile - n), (0, 0)), constant_values=True)
+    return padded.reshape(b, tiles, tile, m)
+
+
 @jax.custom_vjp
-def _by_platform(q, k, v):
+def _by_platform(q, k, v, mask):
     """The tiled form that suits the platform the program is compiled for."""
-    return lax.platform_dependent(q, k, v, cpu=attention_tiled, default=attention_together)
+    return lax.platform_dependent(q, k, v, mask, cpu=attention_tiled, default=attention_together)
 
 
-def _forward(q, k, v):
-    return _by_platform(q, k, v), (q, k, v)
+def _forward(q, k, v, mask):
+    return _by_platform(q, k, v, mask), (q, k, v, mask)
 
 
 def _backward(saved, g):
     # By hand, or both forms' intermediate results would be kept.
     def gradient(form):
-        return lambda q, k, v, g: jax.vjp(form, q, k, v)[1](g)
+        return lambda q, k, v, mask, g: jax.vjp(lambda *qkv: form(*qkv, mask), q, k, v)[1](g)
 
     forms = {"cpu": gradient(attention_tiled), "default": gradient(attention_together)}
-    return lax.platform_dependent(*saved, g, **forms)
+    return *lax.platform_dependent(*saved, g, **forms), None
 
 
 _by_platform.defvjp(_forward, _backward)

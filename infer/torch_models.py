@@ -130,11 +130,15 @@ def _feed_forward(dim: int) -> nn.Sequential:
 def encoder_from(state: Mapping[str, np.ndarray], config: TransFaceConfig, source) -> nn.Module:
     """The encoder with the weights of a TransFace file; its global head is left out."""
     tokens = {key: array for key, array in state.items() if not key.startswith(_HEAD)}
-    return load_strictly(TransFaceTokens(config), tokens, source)
+    with torch.device("meta"):
+        encoder = TransFaceTokens(config)
+    return load_strictly(encoder, tokens, source)
 
 
-def load_strictly(module: nn.Module, state: Mapping[str, np.ndarray], source) -> nn.Module:
-    """Fill a module with a state of numpy arrays, float32.
+def load_strictly(
+    module: nn.Module, state: Mapping[str, np.ndarray], source, dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """Fill a module (it may be on the meta device) with a state of numpy arrays.
 
     Raises one UserError that lists every missing, unexpected and misshapen key of ``source``.
     """
@@ -152,6 +156,9 @@ def load_strictly(module: nn.Module, state: Mapping[str, np.ndarray], source) ->
             f"{source}: "
             + "; ".join(f"{len(k)} {name} ({', '.join(k)})" for name, k in problems.items() if k)
         )
-    tensors = {key: torch.from_numpy(np.array(state[key], np.float32)) for key in wanted}
+    # Never a second copy of the whole state: an adapter alone is 0.8 GB.
+    tensors = {
+        key: torch.from_numpy(np.array(state[key], np.float32)).to(dtype) for key in wanted
+    }
     module.load_state_dict(tensors, assign=True)
     return module.requires_grad_(False).eval()

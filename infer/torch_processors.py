@@ -1,33 +1,36 @@
-"""FACT's adapter inside diffusers' UNet: processors of the text cross-attentions.
+"""FACT's adapter inside diffusers' UNet, without changing a line of it.
 
 A block of diffusers computes ``x + attn2(norm2(x), text)``, and the adapter belongs before it:
-``(x + d) + attn2(norm2(x + d), text)`` with d the adapter's increment. Nothing of a block but the
-processor of ``attn2`` can be replaced, so the block's own ``norm2`` is made to hand x on, and the
-processor returns ``d + attn2(norm2(x + d), text)``: the block's own sum then gives the right thing.
+``(x + d) + attn2(norm2(x + d), text)`` with d the adapter's increment. So ``norm2`` is handed
+``x + d`` by a hook, and the processor of ``attn2`` adds d to what the attention gives: the block's
+own sum is then right. Whatever processor the attention had, or is given later, works inside ours.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
+from fact_jax.fact import Guidance
 from infer.torch_models import attend
 
-FaceKeys = tuple[Tensor, Tensor]
+Keys = tuple[Tensor, Tensor]
 
 
 @dataclasses.dataclass
 class FaceContext:
     """What the processors of one pipe know of the generation in progress.
 
-    ``keys`` are those of every block by its path; None, outside of a generation with a face,
-    makes the pipe compute exactly what it did before the adapter was loaded.
+    ``guidance`` is None outside of a generation with a face. ``scale`` (0-dimensional) is the
+    adapter's strength in this call of the UNet; None: it is silent and costs nothing.
     """
 
-    keys: Mapping[str, FaceKeys] | None = None
-    scale: float = 0.0
+    guidance: Guidance | None = None
+    scale: Tensor | None = None
 
 
 class _GatedAttention(nn.Module):
@@ -39,17 +42,21 @@ class _GatedAttention(nn.Module):
         self.to_v = nn.Linear(dim, dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, face: FaceKeys) -> Tensor:
-        keys = torch.cat([self.to_k(x), face[0]], dim=1)
-        values = torch.cat([self.to_v(x), face[1]], dim=1)
+    def forward(self, x: Tensor, face: Keys) -> Tensor:
+        keys, values = (
+            torch.cat([own, added.to(own.dtype)], dim=1)
+            for own, added in zip((self.to_k(x), self.to_v(x)), face, strict=True)
+        )
         return self.to_out[0](attend(self.to_q(x), keys, values, self.heads))
 
 
 class FaceProcessor(nn.Module):
-    """One block's adapter, in the place of the processor that its ``attn2`` had.
+    """One block's adapter, around the processor that its ``attn2`` has (``inner``).
 
-    Its parameters have the released names, ``...attn2.processor.*`` in the UNet's own state, and
-    move with the pipe. ``own_norm`` is for files that hold a copy of the block's ``norm2``.
+    Its parameters have the released names under ``...attn2.processor.`` and move with the pipe, but
+    are no part of the UNet's state: a pipe is saved as the base that it is. ``own_norm`` is for
+    files that hold a copy of the block's ``norm2``. ``keys`` and ``text`` are keys and values of
+    the face's and the text's tokens, computed once a generation and None outside of it.
     """
 
     def __init__(self, dim: int, heads: int, face_dim: int, *, own_norm: bool = False):
@@ -62,65 +69,112 @@ class FaceProcessor(nn.Module):
         self.alpha_attn = nn.Parameter(torch.zeros(()))
         self.alpha_dense = nn.Parameter(torch.zeros(()))
         self.ln = nn.LayerNorm(dim) if own_norm else None
+        self.inner: Any = None
+        self.keys: Keys | None = None
+        self.text: Keys | None = None
+        self._increment: Tensor | None = None
 
     def install(self, path: str, block: BasicTransformerBlock, context: FaceContext) -> None:
-        """Take the place in ``block``; ``path`` finds this block's keys in the context."""
-        # In a tuple, so that the base's norm does not become a part of this module's state.
-        self._place = (path, block, block.attn2.processor, context)
-        block.norm2.forward = _hand_on
-        block.attn2.set_processor(self)
+        """Take the place in ``block``, whose path in the UNet is ``path``."""
+        attention = block.attn2
+        # In a tuple, so that the base's modules do not become a part of this one.
+        self.path, self.context, self._block = path, context, (block,)
+        self.inner = attention.processor
+        attention.set_processor(self)
+        # To diffusers its own processor is still there: slicing and the like replace that one.
+        attention.set_processor, attention.get_processor = self._set_inner, self._get_inner
+        self._hooks = [
+            block.norm2.register_forward_pre_hook(self._adapt),
+            attention.register_state_dict_post_hook(_leave_out),
+        ]
+        if self.ln is not None:
+            self._hooks.append(block.norm2.register_forward_hook(self._copied_norm))
 
     def remove(self) -> None:
         """Give the block back as it was."""
-        _, block, former, _ = self._place
-        block.attn2.set_processor(former)
-        del block.norm2.forward
+        (block,) = self._block
+        for hook in self._hooks:
+            hook.remove()
+        del block.attn2.set_processor, block.attn2.get_processor
+        block.attn2.set_processor(self.inner)
 
-    def face_keys(self, face: Tensor) -> FaceKeys:
-        """Keys and values (b, m, c) of face tokens, computed once a generation."""
+    def face_keys(self, face: Tensor) -> Keys:
+        """Keys and values (b, m, c) of face tokens."""
         tokens = self.norm1(self.linear(face))
         return self.attn.to_k(tokens), self.attn.to_v(tokens)
 
-    def increment(self, x: Tensor, face: FaceKeys, scale: float) -> Tensor:
+    def text_keys(self, text: Tensor) -> Keys | None:
+        """Keys and values (b, n, c) of text tokens; None if ``inner`` does more than attend."""
+        attention = self._block[0].attn2
+        if type(self.inner) is not AttnProcessor2_0 or not _plain(attention):
+            return None
+        return attention.to_k(text), attention.to_v(text)
+
+    def increment(self, x: Tensor, face: Keys, scale: Tensor | float) -> Tensor:
         """What the adapter adds to the visual tokens ``x``; only they ask queries."""
         first = scale * self.alpha_attn.tanh() * self.attn(self.norm1(x), face)
         return first + scale * self.alpha_dense.tanh() * self.ff(self.norm2(x + first))
 
     def __call__(
         self,
-        attn: nn.Module,
+        attn: Attention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        temb: Tensor | None = None,
     ) -> Tensor:
-        """diffusers' call, ``hidden_states`` being the block's tokens before their ``norm2``."""
-        path, block, former, context = self._place
-        norm, increment = block.norm2, None
-        if context.keys is not None:
-            norm = self.ln or norm
-            if context.scale:
-                increment = self.increment(hidden_states, context.keys[path], context.scale)
-                hidden_states = hidden_states + increment
-        text = former(
-            attn,
-            type(norm).forward(norm, hidden_states),
-            encoder_hidden_states=encoder_hidden_states,
-            attention_mask=attention_mask,
-            temb=temb,
-        )
-        return text if increment is None else increment + text
+        """diffusers' call of a processor: the text's attention, and the increment of ``_adapt``."""
+        increment, self._increment = self._increment, None
+        if self.text is not None and attention_mask is None:
+            mixed = attend(attn.to_q(hidden_states), *self.text, attn.heads)
+            text = attn.to_out[1](attn.to_out[0](mixed))
+        else:
+            text = self.inner(
+                attn,
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=attention_mask,
+            )
+        return text if increment is None else text + increment
+
+    def _adapt(self, norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+        """Before the block's ``norm2``: the tokens with the increment, which is kept for later."""
+        if self.keys is None or self.context.scale is None:
+            return None
+        self._increment = self.increment(args[0], self.keys, self.context.scale)
+        return (args[0] + self._increment,)
+
+    def _copied_norm(self, norm: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        return output if self.keys is None else self.ln(args[0])
+
+    def _set_inner(self, processor: Any) -> None:
+        del self.inner  # a module cannot be overwritten by what is none
+        self.inner = processor
+
+    def _get_inner(self) -> Any:
+        return self.inner
 
 
-def _hand_on(x: Tensor) -> Tensor:
-    return x
+def _plain(attention: Attention) -> bool:
+    """Whether an attention is queries, keys, values and ``to_out``, as all of SD 1.5's are."""
+    extra = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "residual_connection")
+    return attention.rescale_output_factor == 1 and not any(getattr(attention, k) for k in extra)
+
+
+def _leave_out(attention: Attention, state: dict[str, Tensor], prefix: str, _: dict) -> None:
+    for key in [key for key in state if key.startswith(f"{prefix}processor.")]:
+        del state[key]
 
 
 def text_blocks(unet: nn.Module) -> Iterator[tuple[str, BasicTransformerBlock]]:
     """Every transformer block with text cross-attention, by its path in the UNet."""
-    for path, module in unet.named_modules():
+    for path, module in whole(unet).named_modules():
         if isinstance(module, BasicTransformerBlock) and module.attn2 is not None:
             yield path, module
+
+
+def whole(unet: nn.Module) -> nn.Module:
+    """The UNet itself, if ``torch.compile`` has wrapped it."""
+    return getattr(unet, "_orig_mod", unet)
 
 
 def installed(unet: nn.Module) -> dict[str, FaceProcessor]:

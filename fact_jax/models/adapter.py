@@ -4,9 +4,12 @@ It is a step of its own in a transformer block, between self-attention and text 
 after GLIGEN's gated layer (arXiv 2301.07093). Names are those of the released checkpoint.
 """
 
+import dataclasses
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from fact_jax.models.layers import Attention, FeedForward, layer_norm
 
@@ -14,6 +17,26 @@ FaceKeys = tuple[Float[Array, "b m c"], Float[Array, "b m c"]]
 """Keys and values of the face tokens in one block; they depend on neither latents nor time."""
 Scale = float | Float[Array, ""] | Float[Array, " b"]
 """The adapter's strength: one for all samples, or one a sample."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaceControls:
+    """What an adapter does beyond the plain formula; as created here, nothing.
+
+    ``cap``: the increment is shrunk where it is longer than ``cap`` times the tokens it is added
+    to (after UniID). ``adain``: face keys and values are moved to the mean of the visual tokens'
+    (Infinite-ID's AdaIN-mean). ``regions``: whose region each visual token lies in, by the number
+    of tokens, see ``fact_jax.regions``; the face tokens are then those of ``k`` people, an equal
+    share each, and a visual token sees only those of its people. Where there are none, the
+    adapter adds nothing.
+    """
+
+    cap: float | Float[Array, ""] | None = None
+    adain: bool = False
+    regions: Mapping[int, Bool[Array, "b k _"]] | None = None
+
+
+PLAIN = FaceControls()
 
 
 class FaceAdapter(nnx.Module):
@@ -33,23 +56,70 @@ class FaceAdapter(nnx.Module):
         return self.attn.keys_values(self.norm1(self.linear(face)))
 
     def __call__(
-        self, x: Float[Array, "b n c"], face: FaceKeys, scale: Scale = 1.0
+        self,
+        x: Float[Array, "b n c"],
+        face: FaceKeys,
+        scale: Scale = 1.0,
+        controls: FaceControls = PLAIN,
     ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
         """Return the adapted tokens and the increment that was added to ``x``.
 
         Only the N visual tokens ask queries: the face tokens' own rows would be thrown away.
         """
+        regions = None if controls.regions is None else controls.regions[x.shape[1]]
         scale = jnp.asarray(scale, x.dtype)
         scale = scale[:, None, None] if scale.ndim else scale
         visual = self.norm1(x)
+        own = self.attn.keys_values(visual)
+        if controls.adain:
+            people = 1 if regions is None else regions.shape[1]
+            face = tuple(_moved(a, to, people) for a, to in zip(face, own, strict=True))
         keys, values = (
-            jnp.concatenate([own, added.astype(own.dtype)], axis=1)
-            for own, added in zip(self.attn.keys_values(visual), face, strict=True)
+            jnp.concatenate([a, added.astype(a.dtype)], axis=1)
+            for a, added in zip(own, face, strict=True)
         )
-        mixed = self.attn.attend(visual, keys, values)
+        mask = None if regions is None else _visible(regions, face[0].shape[1])
+        mixed = self.attn.attend(visual, keys, values, mask)
         first = scale * jnp.tanh(self.alpha_attn[...]).astype(x.dtype) * mixed
         hidden = x + first
         second = (
             scale * jnp.tanh(self.alpha_dense[...]).astype(x.dtype) * self.ff(self.norm2(hidden))
         )
-        return hidden + second, first + second
+        if regions is None and controls.cap is None:
+            return hidden + second, first + second
+        increment = first + second
+        if regions is not None:
+            increment = jnp.where(regions.any(axis=1)[..., None], increment, 0)
+        if controls.cap is not None:
+            increment = _capped(increment, x, controls.cap)
+        return x + increment, increment
+
+
+def _moved(
+    face: Float[Array, "b m c"], to: Float[Array, "b n c"], people: int
+) -> Float[Array, "b m c"]:
+    """Each person's tokens, their mean replaced by that of ``to`` (arXiv 2403.11781)."""
+    b, m, c = face.shape
+    own = face.reshape(b, people, m // people, c)
+    mean = to.mean(axis=1)[:, None, None].astype(face.dtype)
+    return (own - own.mean(axis=2, keepdims=True) + mean).reshape(b, m, c)
+
+
+def _visible(regions: Bool[Array, "b k n"], tokens: int) -> Bool[Array, "b n keys"]:
+    """Which of all visual and then ``tokens`` face tokens each visual token sees."""
+    b, people, n = regions.shape
+    faces = jnp.repeat(regions.swapaxes(1, 2), tokens // people, axis=2)
+    return jnp.concatenate([jnp.ones((b, n, n), bool), faces], axis=2)
+
+
+def _capped(
+    increment: Float[Array, "b n c"], x: Float[Array, "b n c"], cap: float | Float[Array, ""]
+) -> Float[Array, "b n c"]:
+    """``increment`` times min(1, cap |x| / |increment|), norms of a whole sample in float32."""
+    length, limit = (
+        jnp.sqrt(jnp.square(a.astype(jnp.float32)).sum((1, 2), keepdims=True))
+        for a in (increment, x)
+    )
+    limit = cap * limit
+    factor = jnp.where(length > limit, limit / jnp.where(length > 0, length, 1), 1)
+    return increment * factor.astype(increment.dtype)

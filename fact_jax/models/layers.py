@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Bool, Float, Real
 
 from fact_jax.attention import attention
 from fact_jax.errors import UserError
@@ -161,11 +161,15 @@ class Attention(nnx.Module):
         return self.to_k(context), self.to_v(context)
 
     def attend(
-        self, x: Float[Array, "b n c"], keys: Float[Array, "b m c"], values: Float[Array, "b m c"]
+        self,
+        x: Float[Array, "b n c"],
+        keys: Float[Array, "b m c"],
+        values: Float[Array, "b m c"],
+        mask: Bool[Array, "b n m"] | None = None,
     ) -> Float[Array, "b n c"]:
         """Attention of ``x`` over keys and values that are already projected."""
         q, k, v = (split_heads(a, self.heads) for a in (self.to_q(x), keys, values))
-        return self.to_out[0](merge_heads(attention(q, k, v)))
+        return self.to_out[0](merge_heads(attention(q, k, v, mask)))
 
     def __call__(
         self, x: Float[Array, "b n c"], context: Float[Array, "b m e"] | None = None

@@ -26,6 +26,12 @@ CONFIGS = {
     "clip_text": {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2},
     "transface": {"img_size": 40, "embed_dim": 8, "depth": 2, "num_heads": 2, "num_classes": 4},
     "resampler": {"dim": 8, "depth": 2, "dim_head": 4, "heads": 2},
+    "controlnet": {
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    },
 }
 
 
