@@ -5,6 +5,7 @@
 PYTHON ?= python3
 TORCH = torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TEST_PROCESSES ?= 2
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-compile
 
@@ -17,8 +18,9 @@ demo-scratch: .venv/installed
 	$(BIN)/python demo.py --scratch
 
 test: .venv/installed
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow"
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
 
+# One after the other: some take half an hour and 16 GB.
 test-slow: .venv/installed
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
 

@@ -27,6 +27,8 @@ PROMPTS = (
     "a portrait of a neutral person with round glasses wearing a white shirt"
     " on a green striped background",
 )
+# Several of the programs compile the same functions.
+CACHE = {"JAX_COMPILATION_CACHE_DIR": str(ROOT / "demo" / "compiled")}
 SETTINGS = ("--sampler", "ddim", "--steps", "25", "--guidance", "3", "--face-scale", "1")
 
 
@@ -214,7 +216,7 @@ def call(command: list[str]) -> int:
 
     former = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        child = subprocess.Popen([str(program), *command[1:]], cwd=ROOT, env=os.environ)
+        child = subprocess.Popen([str(program), *command[1:]], cwd=ROOT, env=CACHE | os.environ)
         status = child.wait()
     finally:
         for number, handler in former.items():

@@ -75,8 +75,8 @@ def load_state(
 ) -> nnx.Module:
     """Build a model from a flat PyTorch state.
 
-    ``kind`` is one of unet, vae, clip_text, transface, resampler, controlnet. ``config`` is the peer's
-    configuration as a dict (or our frozen config). A ``unet`` state may hold the released
+    ``kind`` is one of unet, vae, clip_text, transface, resampler, controlnet. ``config`` is the
+    peer's configuration as a dict (or our frozen config). A ``unet`` state may hold the released
     ``...attn2.processor.*`` keys: then the UNet has adapters. Whatever precision the file has,
     parameters are of ``dtype``; :func:`dump_state` gives the file's own precision back.
 

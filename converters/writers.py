@@ -2,13 +2,17 @@
 
 import contextlib
 import json
+import math
 import os
+import pickle
 import secrets
 import shutil
 import struct
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from converters.arrays import Lazy, contiguous, release
@@ -18,6 +22,13 @@ from converters.readers import DTYPES
 from fact_jax.errors import UserError
 from fact_jax.files import atomic_write, sync
 
+STORAGES = {
+    **{np.dtype("f8"): "DoubleStorage", np.dtype("f4"): "FloatStorage"},
+    **{np.dtype("f2"): "HalfStorage", np.dtype(ml_dtypes.bfloat16): "BFloat16Storage"},
+    **{np.dtype("i8"): "LongStorage", np.dtype("i4"): "IntStorage", np.dtype("i2"): "ShortStorage"},
+    **{np.dtype("i1"): "CharStorage", np.dtype("u1"): "ByteStorage", np.dtype(bool): "BoolStorage"},
+}
+"""What PyTorch's pickles call the numbers of each sort."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CONTENT = "content"
 """Where a file's metadata says what it holds: the ``content_hash`` of its tensors."""
@@ -55,8 +66,9 @@ def write_safetensors(
 
     def write(key: str) -> str:
         array = in_order(state[key])
+        line = describe(key, array, digest(array))
         write_at(handle, array, start + header[key]["data_offsets"][0])
-        return describe(key, array, digest(array))
+        return line
 
     with atomic_write(path) as temporary, open(temporary, "wb") as handle:
         handle.truncate(start + end)
@@ -94,3 +106,84 @@ def write_at(handle, array: np.ndarray, offset: int) -> None:
     release(array)
 
 
+def write_pickle(
+    path: str | os.PathLike,
+    state: Mapping[str, np.ndarray | Lazy],
+    wrote: Callable[[int], None] | None = None,
+) -> None:
+    """Write a flat state as ``torch.save`` does, one tensor after the other."""
+    folder = Path(path).stem
+    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        archive.writestr(f"{folder}/data.pkl", _pickled(path, state))
+        archive.writestr(f"{folder}/byteorder", "little")
+        for number, stored in enumerate(state.values()):
+            array = in_order(stored)
+            entry = zipfile.ZipInfo(f"{folder}/data/{number}")
+            # A field without a meaning, so long that the numbers begin at a multiple of 64.
+            begin = archive.fp.tell() + 30 + len(entry.filename.encode()) + 4
+            entry.extra = struct.pack("<2sH", b"FB", -begin % 64) + b"Z" * (-begin % 64)
+            with archive.open(entry, "w") as member:
+                member.write(memoryview(array.reshape(-1).view(np.uint8)))
+            release(array)
+            if wrote is not None:
+                wrote(array.nbytes)
+        archive.writestr(f"{folder}/version", "3\n")
+
+
+def _pickled(path: str | os.PathLike, state: Mapping[str, np.ndarray | Lazy]) -> bytes:
+    """The pickle that names the tensors: for each one a call that builds it from its storage."""
+
+    def plain(value: str | int | tuple[int, ...]) -> bytes:
+        return pickle.dumps(value, 2)[2:-1]
+
+    def named(module: str, name: str) -> bytes:
+        return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+    parts = [pickle.PROTO + b"\x02" + pickle.EMPTY_DICT]
+    for number, (key, array) in enumerate(state.items()):
+        if array.dtype not in STORAGES:
+            raise UserError(f"{path}: {key} is {array.dtype}, which the format does not have")
+        strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
+        storage = (plain("storage"), named("torch", STORAGES[array.dtype]), plain(str(number)))
+        storage = (*storage, plain("cpu"), plain(array.size))
+        built = (pickle.MARK, *storage, pickle.TUPLE, pickle.BINPERSID, plain(0))
+        built = (*built, plain(array.shape), plain(tuple(strides)), pickle.NEWFALSE)
+        hooks = (named("collections", "OrderedDict"), pickle.EMPTY_TUPLE, pickle.REDUCE)
+        call = (named("torch._utils", "_rebuild_tensor_v2"), pickle.MARK, *built, *hooks)
+        parts += [plain(key), *call, pickle.TUPLE, pickle.REDUCE, pickle.SETITEM]
+    return b"".join([*parts, pickle.STOP])
+
+
+def write_json(path: str | os.PathLike, value: Mapping) -> None:
+    """Write a JSON object, indented."""
+    with atomic_write(path) as temporary:
+        Path(temporary).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def whole_folder(path: str | os.PathLike, *, force: bool) -> Iterator[Path]:
+    """Give a temporary folder beside ``path`` that becomes ``path`` when all went well.
+
+    It is on disk before it has that name. Raises UserError if ``path`` is there already, unless
+    ``force``: then it is replaced at the end, and an exception leaves it as it was.
+    """
+    path = Path(path)
+    if path.exists() and not force and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path}: exists already; choose another name, or force it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in (*temporary.rglob("*"), temporary):
+            sync(file)
+        if path.exists():
+            old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
+            os.replace(path, old)
+            os.replace(temporary, path)
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        else:
+            os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,19 +1,25 @@
 """FACT put together: a frozen base, a face encoder, a resampler, and adapters in the UNet."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fact_jax.errors import UserError
+from fact_jax.models.adapter import FaceControls
 from fact_jax.models.resampler import Resampler
 from fact_jax.models.transface import TransFace
 from fact_jax.models.unet import UNet
 
 Model = Callable[[Float[Array, "b h w c"], Array, Int[Array, ""]], Float[Array, "b h w c"]]
+Number = float | Float[Array, ""]
+Combine = Literal["concat", "average", "normalized"]
+_CHOICES = {"negative_face": ("null", "same"), "combine": ("concat", "average", "normalized")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,16 +29,28 @@ class Guidance:
     ``text``: classifier-free guidance (1: none). ``negative_face``: what the negative branch sees,
     the null face or the same face. ``face``: None gives the two branches of the released code; a
     number gives the face a guidance of its own through a third branch (text without face).
+
     ``face_scale`` is the adapter's strength, in the steps from ``start`` up to ``stop`` of the
-    trajectory (fractions); outside that window the adapter is silent.
+    trajectory (fractions); outside that window the adapter is silent. Several strengths are a
+    schedule: the first at the first step of the trajectory, the last at the last, lines between.
+    ``block_scales``: pairs of a pattern and a factor; a block's strength is times the factor of
+    the first pattern (a regular expression) that is found in its path, as ``up_blocks``.
+
+    ``cap`` and ``adain`` see ``fact_jax.models.adapter.FaceControls``; ``combine``:
+    :func:`combine_photos`. Numbers may be traced, then nothing is checked of them, and a traced
+    ``text`` always has its negative branch.
     """
 
-    text: float = 5.0
-    face: float | None = None
+    text: Number = 5.0
+    face: Number | None = None
     negative_face: Literal["null", "same"] = "null"
-    face_scale: float | Float[Array, ""] = 1.0
+    face_scale: Number | tuple[float, ...] | Float[Array, " knots"] = 1.0
+    block_scales: tuple[tuple[str, Number], ...] = ()
     start: float = 0.0
     stop: float = 1.0
+    cap: Number | None = None
+    adain: bool = False
+    combine: Combine = "concat"
 
     def __post_init__(self):
         if not 0.0 <= self.start <= self.stop <= 1.0:
@@ -40,22 +58,81 @@ class Guidance:
                 f"the face window must satisfy 0 <= start <= stop <= 1, got {self.start} to "
                 f"{self.stop}"
             )
-        if self.negative_face not in ("null", "same"):
-            raise UserError(f"negative face must be 'null' or 'same', got {self.negative_face!r}")
+        for name, choices in _CHOICES.items():
+            if (value := getattr(self, name)) not in choices:
+                names = " or ".join(map(repr, choices))
+                raise UserError(f"{name.replace('_', ' ')} must be {names}, got {value!r}")
+        if self.face_scale == ():
+            raise UserError("a schedule of face scales needs at least one")
+        if isinstance(self.cap, int | float) and not (math.isfinite(self.cap) and self.cap > 0):
+            raise UserError(f"the cap of the face's increment must be above 0, got {self.cap:g}")
+        for pattern, _ in self.block_scales:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(
+                    f"block scale {pattern!r}: not a regular expression: {error}"
+                ) from None
 
     def scale_at(self, i: Int[Array, ""], steps: int) -> Float[Array, ""]:
         """The adapter's strength at step ``i`` of ``steps``."""
         inside = (i >= self.start * steps) & (i < self.stop * steps)
-        return jnp.where(inside, self.face_scale, 0.0)
+        knots = jnp.asarray(self.face_scale, jnp.float32)
+        if knots.ndim:
+            last = len(knots) - 1
+            knots = jnp.interp(i * last / max(steps - 1, 1), jnp.arange(last + 1), knots)
+        return jnp.where(inside, knots, 0.0)
+
+    def block_factors(self, paths: Sequence[str]) -> tuple[Number, ...]:
+        """What the strength is multiplied by in each of the blocks with these paths.
+
+        Raises UserError for a pattern that is found in none.
+        """
+        for pattern, _ in self.block_scales:
+            if not any(re.search(pattern, path) for path in paths):
+                raise UserError(
+                    f"block scale {pattern!r}: found in the path of no block: {', '.join(paths)}"
+                )
+        return tuple(
+            next((factor for pattern, factor in self.block_scales if re.search(pattern, path)), 1.0)
+            for path in paths
+        )
 
 
 def encode_face(
-    encoder: TransFace, resampler: Resampler, crops: Float[Array, "b p s s 3"]
+    encoder: TransFace,
+    resampler: Resampler,
+    crops: Float[Array, "b p s s 3"],
+    combine: Combine = "concat",
+    people: int = 1,
 ) -> Float[Array, "b m d"]:
-    """Face tokens of each person from ``p`` aligned crops in [-1, 1], photo after photo."""
+    """Face tokens for each picture from ``p`` aligned crops in [-1, 1], person after person.
+
+    The photos are of ``people`` people, an equal number of each, one's after another's.
+    """
     b, p = crops.shape[:2]
-    tokens = encoder.tokens(crops.reshape(b * p, *crops.shape[2:]))
-    return resampler(tokens).reshape(b, -1, resampler.config.output_dim)
+    tokens = resampler(encoder.tokens(crops.reshape(b * p, *crops.shape[2:])))
+    tokens = tokens.reshape(b, people, p // people, *tokens.shape[1:])
+    return combine_photos(tokens, combine).reshape(b, -1, tokens.shape[-1])
+
+
+def combine_photos(
+    tokens: Float[Array, "*b p m d"], combine: Combine
+) -> Float[Array, "*b tokens d"]:
+    """The tokens of one person from those of ``p`` photos: all of them, or ``m`` of their means.
+
+    ``normalized``: means of directions, at the photos' mean length. A plain average is shorter
+    the less the photos agree, and a short token is one that the adapter was not trained on.
+    """
+    if combine == "concat":
+        *b, p, m, d = tokens.shape
+        return tokens.reshape(*b, p * m, d)
+    if combine == "average":
+        return tokens.mean(axis=-3)
+    lengths = jnp.linalg.norm(tokens, axis=-1, keepdims=True)
+    mean = (tokens / jnp.maximum(lengths, 1e-6)).mean(axis=-3)
+    unit = mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-6)
+    return unit * lengths.mean(axis=-3)
 
 
 def null_face(resampler: Resampler, tokens: int, photos: int = 1) -> Float[Array, "1 m d"]:
@@ -71,6 +148,7 @@ def guided_model(
     negative_text: Float[Array, "b n d"],
     face: Float[Array, "b m f"] | None = None,
     no_face: Float[Array, "#b m f"] | None = None,
+    regions: Mapping[int, Bool[Array, "#b k _"]] | None = None,
     guidance: Guidance,
     steps: int,
 ) -> Model:
@@ -79,36 +157,57 @@ def guided_model(
     Face keys and values are computed here, once a generation. With ``face`` None the adapters are
     left out and the result is the base model's. Branches, first to last: negative, (text without
     face,) text with face. ``no_face`` is what a branch without the face sees; the guidance that has
-    no such branch needs none.
+    no such branch needs none. With ``regions`` (``fact_jax.regions``) ``face`` holds the tokens of
+    several people, an equal share each.
     """
-    branches = [negative_text, text]
+    context, faces, weights = _branches(text, negative_text, face, no_face, guidance)
+    count = len(weights)
+    keys, controls, factors = None, None, ()
+    if faces is not None:
+        keys = unet.face_keys(faces)
+        factors = guidance.block_factors([path for path, _ in unet.transformer_blocks()])
+        seen = {
+            n: jnp.tile(jnp.broadcast_to(mask, (len(text), *mask.shape[1:])), (count, 1, 1))
+            for n, mask in (regions or {}).items()
+        }
+        controls = FaceControls(cap=guidance.cap, adain=guidance.adain, regions=seen or None)
+
+    def model(x: Float[Array, "b h w c"], t: Array, i: Int[Array, ""]) -> Float[Array, "b h w c"]:
+        scale = guidance.scale_at(i, steps)
+        out = unet(
+            jnp.tile(x, (count, 1, 1, 1)),
+            t,
+            context,
+            face=keys,
+            face_scale=tuple(scale * factor for factor in factors),
+            controls=controls,
+        )
+        return sum(w * part for w, part in zip(weights, jnp.split(out, count), strict=True))
+
+    return model
+
+
+def _branches(
+    text: Array, negative_text: Array, face: Array | None, no_face: Array | None, guidance: Guidance
+) -> tuple[Array, Array | None, list[Number]]:
+    """Text and face of every branch, one after another, and the weights of their outputs."""
+    guided = not (isinstance(guidance.text, int | float) and guidance.text == 1.0)
+    texts = [negative_text, text]
     weights = [1.0 - guidance.text, guidance.text]
-    keys = None
+    faces = []
     if face is not None:
-        away = guidance.negative_face == "null" and guidance.text != 1.0
+        away = guidance.negative_face == "null" and guided
         if no_face is None and (away or guidance.face is not None):
             raise UserError("guidance away from the null face needs no_face (see null_face)")
         empty = face if no_face is None else jnp.broadcast_to(no_face, face.shape)
         faces = [face if guidance.negative_face == "same" else empty, face]
         if guidance.face is not None:
             # e(0, 0) + g_t (e(t, 0) - e(0, 0)) + g_f (e(t, f) - e(t, 0))
-            branches, faces = [negative_text, text, text], [empty, empty, face]
+            texts, faces = [negative_text, text, text], [empty, empty, face]
             weights = [1.0 - guidance.text, guidance.text - guidance.face, guidance.face]
-        if guidance.text == 1.0 and guidance.face is None:
-            faces = faces[-1:]
-    if guidance.text == 1.0 and (face is None or guidance.face is None):
-        branches, weights = branches[-1:], [1.0]
-    context = jnp.concatenate(branches)
-    if face is not None:
-        keys = unet.face_keys(jnp.concatenate(faces))
-
-    def model(x: Float[Array, "b h w c"], t: Array, i: Int[Array, ""]) -> Float[Array, "b h w c"]:
-        count = len(weights)
-        scale = guidance.scale_at(i, steps)
-        out = unet(jnp.tile(x, (count, 1, 1, 1)), t, context, face=keys, face_scale=scale)
-        return sum(w * part for w, part in zip(weights, jnp.split(out, count), strict=True))
-
-    return model
+    if not guided and len(texts) == 2:
+        texts, faces, weights = texts[-1:], faces[-1:], [1.0]
+    return jnp.concatenate(texts), jnp.concatenate(faces) if faces else None, weights
 
 
 def initial_noise(

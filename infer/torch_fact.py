@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import UInt8
-from torch import Tensor, nn
+from torch import Tensor
 
 from converters.adapter import infer_resampler, split_state
 from converters.weights import read_config
@@ -17,7 +17,8 @@ from fact_jax.errors import UserError
 from fact_jax.fact import Guidance
 from infer.base import FaceFiles, read_face_files
 from infer.torch_models import Resampler, TransFaceTokens, encoder_from, load_strictly
-from infer.torch_processors import FaceContext, FaceProcessor, installed, text_blocks
+from infer.torch_processors import FaceContext, FaceProcessor, installed, text_blocks, whole
+from infer.torch_steering import Steering
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,12 +33,18 @@ class FactTorch:
     resampler: Resampler
     context: FaceContext
 
+    def on(self, pipe: Any) -> "FactTorch":
+        """The same for another pipe around the same UNet, as ``Other.from_pipe(pipe)`` gives."""
+        if whole(pipe.unet) is not whole(self.pipe.unet):
+            raise UserError("this pipe has another UNet: load_fact into it")
+        return dataclasses.replace(self, pipe=pipe)
+
     @torch.no_grad()
     def face_tokens(self, crops: UInt8[np.ndarray, "b p s s 3"]) -> Tensor:
         """Face tokens (b, m, d) of people from ``p`` aligned crops each, in a row; float32."""
         people, photos = crops.shape[:2]
         pixels = torch.from_numpy(np.ascontiguousarray(crops)).flatten(0, 1).permute(0, 3, 1, 2)
-        device = self.pipe.unet.device
+        device = self.pipe.device
         tokens = self.encoder.to(device)(pixels.to(device, torch.float32) / 127.5 - 1)
         tokens = self.resampler.to(device)(tokens)
         return tokens.reshape(people, photos * tokens.shape[1], -1)
@@ -46,75 +53,40 @@ class FactTorch:
     def null_tokens(self, photos: int = 1) -> Tensor:
         """The condition 'no face' (1, m, d): the resampler of all-zero encoder tokens."""
         config = self.encoder.config
-        zeros = torch.zeros(1, config.tokens, config.embed_dim, device=self.pipe.unet.device)
+        zeros = torch.zeros(1, config.tokens, config.embed_dim, device=self.pipe.device)
         return self.resampler.to(zeros.device)(zeros).repeat(1, photos, 1)
 
     @contextlib.contextmanager
-    def face(self, face: Tensor, guidance: Guidance, scales: Sequence[float]) -> Iterator[None]:
+    def face(
+        self, face: Tensor, guidance: Guidance, scales: Sequence[float] | None = None
+    ) -> Iterator[None]:
         """While this is entered, the pipe draws as many pictures as ``face`` has rows (b, m, d).
 
-        Call the pipe with ``guidance_scale=guidance.text``. ``scales`` are the adapter's strength
-        in each call of the UNet. Face keys and values are computed here, once.
+        Call the pipe with ``guidance_scale=guidance.text``, as often as you like. ``scales`` are
+        the adapter's strength in each call of the UNet; without them it follows from ``guidance``
+        and the timesteps of the pipe's scheduler, whichever that is.
         """
-        unet = self.pipe.unet
         photos = face.shape[1] // self.resampler.config.num_queries
-        null = self.null_tokens(photos).expand_as(face)
+        null = self.null_tokens(photos).to(face).expand_as(face)
         branches = [face]
         if guidance.face is not None:
             branches = [null, face]
         if guidance.text > 1.0:
             same = guidance.negative_face == "same" and guidance.face is None
             branches = [face if same else null, *branches]
-        steering = _Steering(self.context, guidance, iter(scales), len(face))
+        unet = self.pipe.unet
+        steering = Steering(self.pipe, self.context, guidance, scales)
         hooks = [
             unet.register_forward_pre_hook(steering.before, with_kwargs=True),
             unet.register_forward_hook(steering.after),
         ]
         try:
-            with torch.no_grad():
-                tokens = torch.cat(branches).to(unet.dtype)
-                self.context.keys = {
-                    path: processor.face_keys(tokens) for path, processor in installed(unet).items()
-                }
+            steering.prepare(branches)
             yield
         finally:
-            self.context.keys, self.context.scale = None, 0.0
+            steering.forget()
             for hook in hooks:
                 hook.remove()
-
-
-class _Steering:
-    """Around each call of the UNet: the scale of the step, and the third branch if there is one.
-
-    The pipe knows two branches and sums n + g (p - n). A face guidance f asks for
-    n + g (t - n) + f (tf - t), t and tf being text without and with face: so the text branch is
-    drawn in both ways, and p = t + f / g (tf - t) is handed to the pipe.
-    """
-
-    def __init__(
-        self, context: FaceContext, guidance: Guidance, scales: Iterator[float], people: int
-    ):
-        self.context, self.scales, self.people = context, scales, people
-        self.weight = None if guidance.face is None else guidance.face / guidance.text
-
-    def before(self, unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        self.context.scale = next(self.scales, None)
-        if self.context.scale is None:
-            raise UserError("the pipe takes more steps than the adapter was told of")
-        if self.weight is None:
-            return args, kwargs
-        return (self._widen(args[0]), *args[1:]), kwargs | {
-            "encoder_hidden_states": self._widen(kwargs["encoder_hidden_states"])
-        }
-
-    def after(self, unet: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> Any:
-        if self.weight is None:
-            return None
-        *negative, text, both = output[0].split(self.people)
-        return (torch.cat([*negative, text + self.weight * (both - text)]), *output[1:])
-
-    def _widen(self, batch: Tensor) -> Tensor:
-        return torch.cat([batch, batch[-self.people :]])
 
 
 def load_fact(
@@ -134,7 +106,8 @@ def load_fact(
         raise UserError("this pipe has a face adapter already: unload_fact it first")
     resampler_state, states = split_state(files.adapter_state, files.adapter)
     found = files.metadata.get("config", {}).get("resampler") or infer_resampler(resampler_state)
-    resampler = Resampler(read_config("resampler", found))
+    with torch.device("meta"):
+        resampler = Resampler(read_config("resampler", found))
     load_strictly(resampler, resampler_state, files.adapter)
     encoder = encoder_from(files.encoder_state, files.encoder_config, files.encoder)
     blocks = dict(text_blocks(pipe.unet))
@@ -148,16 +121,17 @@ def load_fact(
     context = FaceContext()
     processors = {}
     for path, block in blocks.items():
-        processor = FaceProcessor(
-            widths[path],
-            block.attn2.heads,
-            resampler.config.output_dim,
-            own_norm="ln.weight" in states[path],
-        )
-        load_strictly(processor, states[path], f"{files.adapter}, {path}")
-        processors[path] = processor.to(pipe.unet.device, pipe.unet.dtype)
+        with torch.device("meta"):
+            processor = FaceProcessor(
+                widths[path],
+                block.attn2.heads,
+                resampler.config.output_dim,
+                own_norm="ln.weight" in states[path],
+            )
+        source = f"{files.adapter}, {path}"
+        processors[path] = load_strictly(processor, states[path], source, pipe.unet.dtype)
     for path, processor in processors.items():
-        processor.install(path, blocks[path], context)
+        processor.to(pipe.unet.device).install(path, blocks[path], context)
     return FactTorch(pipe=pipe, encoder=encoder, resampler=resampler, context=context)
 
 

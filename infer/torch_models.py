@@ -157,8 +157,6 @@ def load_strictly(
             + "; ".join(f"{len(k)} {name} ({', '.join(k)})" for name, k in problems.items() if k)
         )
     # Never a second copy of the whole state: an adapter alone is 0.8 GB.
-    tensors = {
-        key: torch.from_numpy(np.array(state[key], np.float32)).to(dtype) for key in wanted
-    }
+    tensors = {key: torch.from_numpy(np.array(state[key], np.float32)).to(dtype) for key in wanted}
     module.load_state_dict(tensors, assign=True)
     return module.requires_grad_(False).eval()

@@ -1,12 +1,10 @@
 """Pictures by PyTorch: a stock StableDiffusionPipeline of diffusers with FACT in it."""
 
 import contextlib
-import functools
 import os
 from collections.abc import Sequence
 
 import diffusers
-import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
@@ -15,7 +13,7 @@ from tqdm import tqdm
 
 from converters.tokenizer import tokenize
 from fact_jax.fact import initial_noise
-from fact_jax.samplers import DIFFUSERS_SCHEDULERS, model_calls
+from fact_jax.samplers import DIFFUSERS_SCHEDULERS
 from infer.base import Base, FaceFiles, read_base, read_face_files
 from infer.pipeline import Drawer
 from infer.request import Settings
@@ -108,12 +106,8 @@ class TorchPipeline(Drawer):
     ) -> contextlib.AbstractContextManager:
         if crops is None:
             return contextlib.nullcontext()
-        indices, _ = model_calls(settings.sampler, self.base.schedule, settings.steps)
-        scale_at = functools.partial(settings.guidance.scale_at, steps=settings.steps)
-        scales = jax.vmap(scale_at)(jnp.asarray(indices))
         face = self.fact.face_tokens(crops)
-        face = face.expand(count, *face.shape[1:])
-        return self.fact.face(face, settings.guidance, np.asarray(scales).tolist())
+        return self.fact.face(face.expand(count, *face.shape[1:]), settings.guidance)
 
 
 def _ticking(bar: tqdm):

@@ -34,7 +34,7 @@ Residuals = tuple[tuple[Float[Array, "b _ _ _"], ...], Float[Array, "b _ _ _"]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UNetConfig(DownConfig):
-    """Shape of a UNet; ``face_dim`` is the width of face tokens, or None for a UNet without them."""
+    """Shape of a UNet; ``face_dim`` is the width of face tokens, or None if there are none."""
 
     sample_size: int = 64
     out_channels: int = 4

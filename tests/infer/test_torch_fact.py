@@ -58,21 +58,23 @@ def predict(unet, tensors) -> torch.Tensor:
 def test_noise_prediction_of_the_released_code(adapted):
     unet, context, tensors = adapted
     with torch.no_grad():
-        context.keys = {
-            path: processor.face_keys(tensors["in.face"])
-            for path, processor in installed(unet).items()
-        }
-    context.scale = 1.0
+        for processor in installed(unet).values():
+            processor.keys = processor.face_keys(tensors["in.face"])
+    context.scale = torch.tensor(1.0)
     ours = predict(unet, tensors)
     torch.testing.assert_close(ours, tensors["out.noise_pred"], atol=1e-4, rtol=0)
     assert (ours - tensors["out.base_noise_pred"]).abs().max() > 0.1
-    context.scale = 0.0
+    context.scale = torch.tensor(0.0)
+    zero = predict(unet, tensors)
+    context.scale = None
     silent = predict(unet, tensors)
-    context.keys = None
+    for processor in installed(unet).values():
+        processor.keys = None
     absent = predict(unet, tensors)
     for processor in installed(unet).values():
         processor.remove()
     plain = predict(unet, tensors)
+    assert torch.equal(zero, plain)
     assert torch.equal(silent, plain)
     assert torch.equal(absent, plain)
     torch.testing.assert_close(plain, tensors["out.base_noise_pred"], atol=1e-4, rtol=0)
@@ -86,8 +88,11 @@ def test_copy_of_the_base_norm_wins_where_there_is_a_face(adapted):
         (width,) = processor.norm1.normalized_shape
         processor.ln = torch.nn.LayerNorm(width)
         torch.nn.init.normal_(processor.ln.weight)
+        processor.remove()
+        processor.install(processor.path, *processor._block, context)
     assert torch.equal(predict(unet, tensors), plain)
-    context.keys = {}
+    for processor in installed(unet).values():
+        processor.keys = ()
     armed = predict(unet, tensors)
     copies = {path: processor.ln for path, processor in installed(unet).items()}
     for processor in installed(unet).values():
@@ -144,14 +149,15 @@ def test_unloaded_pipe_is_the_same_pipe(files):
 
     before = draw()
     fact = load_fact(pipe, files.adapter, files.encoder)
-    assert any(".attn2.processor.alpha_attn" in key for key in pipe.unet.state_dict())
+    assert list(pipe.unet.state_dict()) == list(state)
+    assert any(".attn2.processor.alpha_attn" in key for key, _ in pipe.unet.named_parameters())
     with pytest.raises(UserError, match="has a face adapter already"):
         load_fact(pipe, files.adapter, files.encoder)
     np.testing.assert_array_equal(draw(), before)
     face = fact.face_tokens(np.zeros((1, 1, 32, 32, 3), np.uint8))
     with fact.face(face, Guidance(text=3.0), [1.0, 1.0]):
         assert np.abs(draw() - before).mean() > 0.01
-    with pytest.raises(UserError, match="more steps"), fact.face(face, Guidance(), [1.0]):
+    with pytest.raises(UserError, match="more steps"), fact.face(face, Guidance(text=3.0), [1.0]):
         draw()
     np.testing.assert_array_equal(draw(), before)
     unload_fact(pipe)
@@ -165,4 +171,7 @@ def test_unloaded_pipe_is_the_same_pipe(files):
     after = pipe.unet.state_dict()
     assert list(after) == list(state)
     assert all(torch.equal(after[key], tensor) for key, tensor in state.items())
-    assert all("forward" not in vars(module) for module in pipe.unet.modules())
+    for module in pipe.unet.modules():
+        assert not {"forward", "set_processor", "get_processor"} & set(vars(module))
+        assert not (module._forward_hooks or module._forward_pre_hooks)
+        assert not module._state_dict_hooks

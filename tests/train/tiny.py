@@ -14,7 +14,7 @@ from fact_jax.models.unet import UNet, UNetConfig
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
 from fact_jax.portraits.tokens import caption_vocabulary
 from fact_jax.schedules import NoiseSchedule
-from train.config import CheckpointConfig, OptimizerConfig, TrainConfig
+from train.config import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
 from train.tasks.adapter import AdapterOptions
 
 RESAMPLER = ResamplerConfig(
@@ -72,6 +72,7 @@ def tiny_config(folder: Path, **options) -> TrainConfig:
         batch_size=4,
         optimizer=OptimizerConfig(learning_rate=1e-2),
         checkpoint=CheckpointConfig(every=4),
+        log=LogConfig(samples_every=None),  # pictures take longer to compile than the step
         options=AdapterOptions(
             base=str(folder / "base"),
             encoder=str(folder / "encoder"),
