@@ -173,5 +173,5 @@ def test_unloaded_pipe_is_the_same_pipe(files):
     assert all(torch.equal(after[key], tensor) for key, tensor in state.items())
     for module in pipe.unet.modules():
         assert not {"forward", "set_processor", "get_processor"} & set(vars(module))
-        assert not (module._forward_hooks or module._forward_pre_hooks)
+        assert not [*module._forward_hooks, *module._forward_pre_hooks]
         assert not module._state_dict_hooks

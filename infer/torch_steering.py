@@ -1,0 +1,138 @@
+"""What happens around each call of the UNet while faces are being drawn."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fact_jax.errors import UserError
+from fact_jax.fact import Guidance
+from infer.torch_processors import FaceContext, installed
+
+
+class Steering:
+    """Keys of face and text, the adapter's strength in each call, and the third branch if any.
+
+    A pipe knows two branches and sums n + g (p - n). A face guidance f asks for
+    n + g (t - n) + f (tf - t), t and tf being text without and with face: so the text branch is
+    drawn in both ways, and p = t + f / g (tf - t) is handed to the pipe.
+    """
+
+    def __init__(
+        self, pipe: Any, context: FaceContext, guidance: Guidance, scales: Sequence[float] | None
+    ):
+        self.pipe, self.context, self.guidance, self.scales = pipe, context, guidance, scales
+        self.processors = installed(pipe.unet)
+        self._timesteps: Tensor | None = None
+        self._coming: Iterator[Tensor | None] = iter(())
+        self._text: Tensor | None = None
+
+    @torch.no_grad()
+    def prepare(self, branches: Sequence[Tensor]) -> None:
+        """Compute the keys of the face tokens (b, m, d) of each branch, in every block."""
+        unet = self.pipe.unet
+        if unet.device.type == "meta":
+            raise UserError(
+                "sequential CPU offload takes the adapter's weights away: use "
+                "enable_model_cpu_offload instead"
+            )
+        self.people, self.branches = len(branches[0]), len(branches)
+        tokens = torch.cat(tuple(branches)).to(unet.device, unet.dtype)
+        for processor in self.processors.values():
+            processor.keys = processor.face_keys(tokens)
+        self.context.guidance = self.guidance
+
+    def forget(self) -> None:
+        """Leave nothing of the generation behind."""
+        for processor in self.processors.values():
+            processor.keys = processor.text = None
+        self.context.guidance = self.context.scale = None
+
+    # Which call this is, torch.compile need not know: it would compile each of them.
+    @torch.compiler.disable
+    @torch.no_grad()
+    def before(self, unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """A hook: what the pipe passes on, widened by the third branch."""
+        sample = args[0]
+        if self.pipe.scheduler.timesteps is not self._timesteps:
+            self._begin(sample)
+        try:
+            self.context.scale = next(self._coming)
+        except StopIteration:
+            raise UserError("the pipe takes more steps than the adapter was told of") from None
+        text = kwargs.pop("encoder_hidden_states")
+        args, kwargs = (self._widen(values, len(sample)) for values in (args, kwargs))
+        return args, kwargs | {"encoder_hidden_states": self._read(text, sample.device)}
+
+    @torch.compiler.disable
+    def after(self, unet: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> Any:
+        """A hook: the pipe's own branches, the last one made of two."""
+        if self.guidance.face is None:
+            return None
+        *negative, text, both = output[0].split(self.people)
+        weight = self.guidance.face / self.guidance.text
+        return (torch.cat([*negative, text + weight * (both - text)]), *output[1:])
+
+    def _begin(self, sample: Tensor) -> None:
+        """The pipe has set its timesteps: what it asks for must be what the faces are for."""
+        asked = getattr(self.pipe, "_guidance_scale", self.guidance.text)
+        if asked != self.guidance.text:
+            raise UserError(
+                f"the pipe was called with guidance_scale={asked:g}, the face was given "
+                f"{self.guidance.text:g}: they must be the same"
+            )
+        pictures = len(sample) / (self.branches - (self.guidance.face is not None))
+        if pictures != self.people:
+            raise UserError(
+                f"the pipe draws {pictures:g} pictures at once, there are faces for {self.people}: "
+                "give one row of face tokens for each picture"
+            )
+        self._timesteps = self.pipe.scheduler.timesteps
+        scales = self._own_scales() if self.scales is None else self.scales
+        tensors = {scale: torch.tensor(scale, device=sample.device) for scale in set(scales)}
+        self._coming = iter([tensors[scale] if scale else None for scale in scales])
+        for processor in self.processors.values():
+            # Under CPU offload they were computed where the UNet waits.
+            processor.keys = tuple(half.to(sample.device) for half in processor.keys)
+
+    def _own_scales(self) -> list[float]:
+        """For each call to come; a scheduler may call twice a step, or leave out the first ones."""
+        timesteps = self._timesteps.tolist()
+        steps = {t: i for i, t in enumerate(sorted(set(timesteps), reverse=True))}
+        calls = timesteps[-getattr(self.pipe, "num_timesteps", len(timesteps)) :]
+        return strengths(self.guidance, [steps[t] for t in calls], len(steps))
+
+    def _read(self, text: Tensor, device: torch.device) -> Tensor:
+        """The text of all branches; the same as in the call before has its keys already."""
+        if text is not self._text:
+            self._text, self._widened, self._unread = text, self._widen(text, len(text)), True
+            for processor in self.processors.values():
+                processor.text = None
+        # Under CPU offload the UNet only comes to the device after this hook, the first time.
+        if self._unread and self.pipe.unet.device == device:
+            self._unread = False
+            for processor in self.processors.values():
+                processor.text = processor.text_keys(self._widened)
+        return self._widened
+
+    def _widen(self, value: Any, batch: int) -> Any:
+        """The last branch a second time, in everything that has a row for each sample."""
+        if self.guidance.face is None:
+            return value
+        if isinstance(value, Tensor) and value.ndim and len(value) == batch:
+            return torch.cat([value, value[-self.people :]])
+        if isinstance(value, dict):
+            return {key: self._widen(part, batch) for key, part in value.items()}
+        if isinstance(value, tuple | list):
+            return type(value)(self._widen(part, batch) for part in value)
+        return value
+
+
+def strengths(guidance: Guidance, indices: Sequence[int], steps: int) -> list[float]:
+    """The adapter's strength in calls of the UNet at these step numbers of ``steps``."""
+    scales = jax.vmap(lambda i: guidance.scale_at(i, steps))(jnp.asarray(indices))
+    return np.asarray(scales).tolist()
