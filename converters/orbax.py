@@ -4,18 +4,17 @@ A checkpoint is a folder with the items ``state`` (a dict with ``params`` and pe
 nested as the modules are) and ``meta`` (JSON).
 """
 
-import json
-import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from converters.mapping import Difference, is_ignored, names_of, place_of, prefix_of
-from converters.readers import State
+from converters.readers import DTYPES, State, read_json
 from converters.rules import RESAMPLER_PREFIX, TABLES
-from converters.writers import whole_folder
+from converters.writers import whole_folder, write_json
+from converters.zarr import read_tree, write_tree
 from fact_jax.errors import UserError
 
 _HEADS = {
@@ -27,6 +26,7 @@ _HEADS = {
     "transface": "encoder",
 }
 """What each kind is called in ``params`` where several are trained together."""
+_BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
 _TRAINING_ONLY = {"centres"}
 """What is trained beside a model and thrown away: the class centres of the encoder's loss."""
 
@@ -49,81 +49,18 @@ def read_checkpoint(path: str | os.PathLike, weights: str = "ema") -> tuple[Stat
     """A checkpoint's parameters as flat dotted paths in the JAX layout, and its ``meta``.
 
     ``weights`` is ``ema`` (the running average, or the parameters where there is none) or
-    ``params``. Raises UserError for a folder that is damaged or holds no parameters.
+    ``params``. Each tensor is read when it is wanted, and compared with the sum that ``meta`` has
+    of it. Raises UserError for a folder that is damaged or holds no parameters.
     """
     folder = find_checkpoint(path)
     if folder is None:
         raise UserError(f"{path}: no whole checkpoint in it")
-    meta = _read_meta(folder)
-    try:
-        # Orbax finds nothing at a relative path.
-        name, tree = _restore((folder / "state").resolve(), weights)
-    except UserError:
-        raise
-    except Exception as err:  # what Orbax raises for a damaged folder has no common type
-        line = str(err).strip().splitlines()
-        raise UserError(
-            f"{folder}: damaged, it cannot be read ({(line or [type(err).__name__])[0][:200]})"
-        ) from err
-    flat = dict(_flatten(tree))
-    _verify(folder, name, flat, meta.get("checksums", {}))
-    return flat, meta
-
-
-def _restore(folder: Path, weights: str) -> tuple[str, dict]:
-    import jax
-    import orbax.checkpoint as ocp
-
-    logging.getLogger("absl").setLevel(logging.ERROR)  # it warns of files that never exist
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        held = checkpointer.metadata(folder)
-        held = getattr(held, "item_metadata", held)
-        tree = getattr(held, "tree", held)
-        name = weights if tree.get(weights) is not None else "params"
-        if not isinstance(tree.get(name), dict) or not tree[name]:
-            raise UserError(f"{folder}: holds no parameters")
-        wanted = {name: tree[name]}
-        template = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), wanted)
-        as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        arguments = ocp.args.PyTreeRestore(
-            item=template, restore_args=as_numpy, partial_restore=True
-        )
-        return name, checkpointer.restore(folder, args=arguments)[name]
-
-
-def _read_meta(folder: Path) -> dict:
-    file = folder / "meta" / "metadata"
-    try:
-        return json.loads(file.read_text()) if file.exists() else {}
-    except ValueError as err:
-        raise UserError(f"{file}: not valid JSON ({err})") from err
-
-
-def _flatten(tree: Mapping, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{name}.")
-        elif value is not None:
-            yield f"{prefix}{name}", np.asarray(value)
-
-
-def _verify(folder: Path, name: str, flat: State, checksums: Mapping[str, int]) -> None:
-    # Orbax itself hands out changed bytes without a word.
-    wrong = [
-        path
-        for path, array in flat.items()
-        if (known := checksums.get(f"{name}/{path.replace('.', '/')}")) is not None
-        and known != checksum(array)
-    ]
-    if wrong:
-        raise UserError(f"{folder}: damaged, not what was written: {', '.join(wrong)}")
-
-
-def checksum(array: np.ndarray) -> int:
-    """The 32-bit sum that the trainer stores of a leaf: its words, each times an odd number."""
-    words = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
-    odd = 2 * np.arange(words.size, dtype=np.uint32) + 1
-    return int(np.sum(words.astype(np.uint32) * odd, dtype=np.uint32))
+    meta = folder / "meta" / "metadata"
+    about = read_json(meta) if meta.exists() else {}
+    flat = read_tree(folder / "state", weights, about.get("checksums"))
+    if not flat:
+        raise UserError(f"{folder}: holds no parameters")
+    return flat, about
 
 
 def to_torch(flat: State, kept: Mapping[str, Mapping] | None = None) -> dict[str, State]:
@@ -139,13 +76,16 @@ def to_torch(flat: State, kept: Mapping[str, Mapping] | None = None) -> dict[str
         for path, array in part.items():
             if names := names_of(kind, path, _prefix(kind)):
                 leaf = names[0].leaf
-                state[names[0].torch] = np.array(leaf.to_torch(array, array.ndim), order="C")
+                state[names[0].torch] = leaf.to_torch(array, array.ndim)
             else:
                 difference.unexpected.append(path)
     difference.raise_if_any("the checkpoint's parameters are not known here")
-    for kind, aside in (kept or {}).items():
-        for key, (dtype, values) in aside.items():
-            states[kind][key] = np.array(values, dtype)
+    try:
+        for kind, aside in (kept or {}).items():
+            for key, (dtype, values) in aside.items():
+                states[kind][key] = np.array(values, _BY_NAME[dtype])
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as err:
+        raise UserError(f"what the checkpoint put aside is damaged ({err!r})") from err
     return states
 
 
@@ -190,23 +130,29 @@ def to_jax(states: Mapping[str, State]) -> tuple[dict, dict[str, dict]]:
             node = params
             for name in parents:
                 node = node.setdefault(name, {})
-            node[last] = np.array(place.leaf.to_jax(array, array.ndim), order="C")
+            node[last] = place.leaf.to_jax(array, array.ndim)
     difference.raise_if_any("these weights are not known here")
     return params, kept
 
 
 def write_checkpoint(
-    path: str | os.PathLike, params: Mapping, meta: Mapping, *, force: bool = False
+    path: str | os.PathLike,
+    params: Mapping,
+    meta: Mapping,
+    *,
+    force: bool = False,
+    wrote: Callable[[int], None] | None = None,
 ) -> None:
-    """Write a checkpoint folder that :func:`read_checkpoint` reads, whole or not at all."""
-    import orbax.checkpoint as ocp
+    """Write a checkpoint folder that :func:`read_checkpoint` reads, whole or not at all.
 
-    state = {"params": dict(params), "ema": None}
-    with (
-        whole_folder(path, force=force) as folder,
-        ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer,
-    ):
-        arguments = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(dict(meta))
-        )
-        checkpointer.save(folder.resolve(), args=arguments, force=True)
+    ``wrote`` is called with the number of bytes of every tensor.
+    """
+    with whole_folder(path, force=force) as folder:
+        sums = write_tree(folder / "state", {"params": params, "ema": None}, wrote)
+        write_json(folder / "meta" / "metadata", {**meta, "checksums": sums})
+        handlers = "orbax.checkpoint._src.handlers"
+        items = {
+            "state": f"{handlers}.standard_checkpoint_handler.StandardCheckpointHandler",
+            "meta": f"{handlers}.json_checkpoint_handler.JsonCheckpointHandler",
+        }
+        write_json(folder / "_CHECKPOINT_METADATA", {"item_handlers": items})

@@ -12,6 +12,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 from flax import nnx
 
+from converters.arrays import contiguous, rounded
 from converters.mapping import (
     Place,
     Shapes,
@@ -179,10 +180,13 @@ def dump_some(module: nnx.Module, wanted: Callable[[str], bool]) -> dict[str, np
 
 
 def in_precision(state: Mapping[str, np.ndarray], dtype: str | None) -> Mapping[str, np.ndarray]:
-    """A flat state with its floating tensors in ``dtype`` (a name, as float16); None: as it is."""
+    """A flat state with its floating tensors in ``dtype`` (a name, as float16); None: as it is.
+
+    Each is rounded when it is wanted.
+    """
     if dtype is None:
         return state
-    return {k: a.astype(jnp.dtype(dtype)) if is_float(a.dtype) else a for k, a in state.items()}
+    return {k: rounded(a, jnp.dtype(dtype)) if is_float(a.dtype) else a for k, a in state.items()}
 
 
 def read_config(kind: str, config, state: Mapping[str, np.ndarray] | None = None):
@@ -278,20 +282,7 @@ def _index(part: str) -> str | int:
 
 def _to_device(view: np.ndarray, dtype) -> jax.Array:
     # jax may keep the copy's buffer, which nobody else has.
-    return jax.device_put(_copy(view, jnp.dtype(dtype)))
-
-
-def _copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """A copy in C order. By slices that fit the cache: half the time of one at once."""
-    out = np.empty(view.shape, dtype)
-    if view.ndim < 2 or view.flags.c_contiguous:
-        out[...] = view
-        return out
-    axis = 2 if view.ndim == 4 and view.shape[2] > view.shape[1] else 1  # the inputs of a layer
-    for start in range(0, view.shape[axis], 16):
-        part = (slice(None),) * axis + (slice(start, start + 16),)
-        out[part] = view[part]
-    return out
+    return jax.device_put(contiguous(view, jnp.dtype(dtype)))
 
 
 def _to_host(
@@ -302,7 +293,7 @@ def _to_host(
     if wanted != value.dtype and not fits(value, wanted):
         wanted = value.dtype
     view = place.leaf.to_torch(value, value.ndim if ndim is None else ndim)
-    return _copy(view, wanted)
+    return contiguous(view, wanted)
 
 
 def _overridden(sources: Mapping[str, list[Place]], state: Mapping[str, np.ndarray]) -> set[str]:

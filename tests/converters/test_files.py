@@ -12,6 +12,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from converters import readers, writers
+from converters.content import content_hash
 from fact_jax.errors import UserError
 
 
@@ -52,7 +53,8 @@ def test_we_read_what_the_library_writes(state, same_bits, tmp_path):
 
 def test_a_file_without_any_tensor(tmp_path):
     writers.write_safetensors(tmp_path / "x.safetensors", {}, {})
-    assert readers.read_safetensors(tmp_path / "x.safetensors") == ({}, {})
+    state, metadata = readers.read_safetensors(tmp_path / "x.safetensors")
+    assert (state, metadata) == ({}, {"content": content_hash([])})
 
 
 @pytest.mark.parametrize("cut", [4, 40, -1])

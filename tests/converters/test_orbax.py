@@ -10,7 +10,8 @@ from flax import nnx
 
 from converters import load_adapter, load_state
 from converters.formats import open_weights, save_jax, save_torch
-from converters.orbax import checksum, find_checkpoint, read_checkpoint
+from converters.orbax import find_checkpoint, read_checkpoint
+from converters.zarr import checksum
 from fact_jax.errors import UserError
 
 
@@ -96,8 +97,8 @@ def test_a_changed_byte_is_noticed(run):
     meta["checksums"]["ema/resampler/latents"] += 1
     (checkpoint / "meta" / "metadata").write_text(json.dumps(meta))
     with pytest.raises(UserError, match=r"damaged, not what was written: resampler\.latents"):
-        read_checkpoint(run)
-    read_checkpoint(run, "params")
+        np.asarray(read_checkpoint(run)[0]["resampler.latents"])
+    np.asarray(read_checkpoint(run, "params")[0]["resampler.latents"])
 
 
 def test_a_relative_path_is_read(run, monkeypatch):

@@ -1,0 +1,91 @@
+"""Arrays that are not in memory: read when wanted, turned to another layout tensor by tensor."""
+
+import mmap
+from collections.abc import Callable
+
+import numpy as np
+
+
+class Lazy:
+    """Stands for an array that is read, or computed, every time it is wanted.
+
+    What only moves axes, and ``astype``, gives a ``Lazy`` again; ``np.asarray`` and everything
+    else that arrays can do reads it.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, read: Callable[[], np.ndarray]):
+        self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
+        self.ndim = len(self.shape)
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=object))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def T(self) -> "Lazy":  # noqa: N802  (numpy's name)
+        return self._viewed(lambda array: array.T)
+
+    def transpose(self, *axes) -> "Lazy":
+        return self._viewed(lambda array: array.transpose(*axes))
+
+    def reshape(self, *shape) -> "Lazy":
+        return self._viewed(lambda array: array.reshape(*shape))
+
+    def __getitem__(self, index) -> "Lazy":
+        return self._viewed(lambda array: array[index])
+
+    def astype(self, dtype) -> "Lazy":
+        return Lazy(self.shape, dtype, lambda: np.asarray(self).astype(dtype))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        array = self._read()
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise ValueError(f"{array.dtype} {array.shape}, not {self.dtype} {self.shape}")
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def __getattr__(self, name: str):
+        # Protocols that hand out a pointer would outlive the array that they point into.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(np.asarray(self), name)
+
+    def _viewed(self, view: Callable[[np.ndarray], np.ndarray]) -> "Lazy":
+        shape = view(np.broadcast_to(np.int8(0), self.shape)).shape
+        return Lazy(shape, self.dtype, lambda: view(np.asarray(self)))
+
+
+def rounded(array: np.ndarray | Lazy, dtype: np.dtype) -> np.ndarray | Lazy:
+    """``array`` in another precision, computed when wanted."""
+    if array.dtype == dtype:
+        return array
+    return Lazy(array.shape, dtype, lambda: np.asarray(array).astype(dtype))
+
+
+def contiguous(view: np.ndarray | Lazy, dtype: np.dtype | None = None) -> np.ndarray:
+    """A copy in C order. By slices that fit the cache: half the time of one at once."""
+    view = np.asarray(view)
+    out = np.empty(view.shape, dtype or view.dtype)
+    if view.ndim < 2 or view.flags.c_contiguous:
+        out[...] = view
+        return out
+    axis = 2 if view.ndim == 4 and view.shape[2] > view.shape[1] else 1  # the inputs of a layer
+    for start in range(0, view.shape[axis], 16):
+        part = (slice(None),) * axis + (slice(start, start + 16),)
+        out[part] = view[part]
+    return out
+
+
+def release(array: np.ndarray) -> None:
+    """Let go of the memory behind a mapped file: what is wanted of it again is read again."""
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)

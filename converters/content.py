@@ -1,0 +1,86 @@
+"""Names for what weights hold and where they came from: for the metadata of files."""
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from converters.arrays import Lazy, release
+from converters.parallel import in_threads
+
+_BLOCK = 1 << 20
+
+
+def content_hash(tensors: Iterable[tuple[str, np.ndarray | Lazy]]) -> str:
+    """SHA-256 over names, dtypes, shapes and numbers; their order and the file do not matter."""
+    named = list(tensors)
+
+    def line(entry: tuple[str, np.ndarray | Lazy]) -> str:
+        array = np.asarray(entry[1])
+        text = describe(entry[0], array, digest(array))
+        release(array)
+        return text
+
+    return hash_of(in_threads(line, named))
+
+
+def digest(array: np.ndarray) -> str:
+    """SHA-256 of an array's numbers in C order."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return hashlib.sha256(flat.data).hexdigest()
+
+
+def describe(name: str, array: np.ndarray | Lazy, numbers: str) -> str:
+    """One tensor's line in the list that :func:`hash_of` takes; ``numbers`` is its digest."""
+    return f"{name} {array.dtype.name} {list(array.shape)} {numbers}\n"
+
+
+def hash_of(lines: Iterable[str]) -> str:
+    """The content hash of tensors that are described line by line."""
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def provenance(sources: Sequence[str | os.PathLike]) -> dict[str, str]:
+    """Where weights came from, for a file's metadata: program, command, hashes of the sources.
+
+    Of a folder every weight file is listed; of a training checkpoint its ``meta``, which holds
+    the sum of every tensor.
+    """
+    files = [file for source in sources for file in _files(Path(source))]
+    hashes = in_threads(_hash_file, [file for _, file in files])
+    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return {
+        "software": f"fact-jax {importlib.metadata.version('fact-jax')}",
+        "command": command,
+        "sources": json.dumps(
+            {name: value for (name, _), value in zip(files, hashes, strict=True)}
+        ),
+    }
+
+
+def _files(source: Path) -> list[tuple[str, Path]]:
+    from converters.orbax import find_checkpoint
+
+    if source.is_file():
+        return [(source.name, source)]
+    checkpoint = find_checkpoint(source)
+    if checkpoint is not None:
+        meta = checkpoint / "meta" / "metadata"
+        return [(str(meta.relative_to(source)), meta)] if meta.is_file() else []
+    weights = [*source.rglob("*.safetensors"), *source.rglob("*.bin")]
+    return [(str(file.relative_to(source)), file) for file in sorted(weights)]
+
+
+def _hash_file(path: Path) -> str:
+    found = hashlib.sha256()
+    block = bytearray(_BLOCK)
+    with open(path, "rb", buffering=0) as handle:
+        while count := handle.readinto(block):
+            found.update(memoryview(block)[:count])
+    return found.hexdigest()
