@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from fact_jax.errors import UserError
+from fact_jax.fact import Guidance
 from fact_jax.files import atomic_write
 from infer import provenance
 from infer.base import Base
@@ -31,10 +32,8 @@ def parameters(
     height, width = (side * base.vae.downscale for side in base.latent_size(request))
     faced = {"guidance": request.guidance.text}
     if request.photos:
-        faced["face"] = {
-            "photos": [photo.path.name for photo in request.photos],
-            **{k: v for k, v in dataclasses.asdict(request.guidance).items() if k != "text"},
-        }
+        photos = [photo.path.name for photo in request.photos]
+        faced["face"] = {"photos": photos, **_steering(request.guidance)}
     return {
         "prompt": prompt,
         "negative": request.negative,
@@ -47,6 +46,13 @@ def parameters(
         "base": base.name,
         **{name: value if value is None else str(value) for name, value in files.items()},
     }
+
+
+def _steering(guidance: Guidance) -> dict[str, Any]:
+    """The face's part of a guidance as JSON holds it, without what is switched off."""
+    fields = {k: v for k, v in dataclasses.asdict(guidance).items() if k != "text"}
+    used = {k: v for k, v in fields.items() if not (v is None or v is False or v == ())}
+    return json.loads(json.dumps(used))
 
 
 def describe(values: Mapping[str, Any]) -> str:
@@ -78,7 +84,7 @@ def save_picture(
     words = re.sub(r"[^\w]+", "-", str(values["prompt"]).lower()).strip("-")[:_NAME_LENGTH]
     name = f"{words.rstrip('-') or 'picture'}-seed{values['seed']}"
     text = {"parameters": describe(values), "fact_jax": json.dumps(values, ensure_ascii=False)}
-    path = _free_name(Path(folder), name, suffix)
+    path = free_name(Path(folder), name, suffix)
     save_image(image, path, text)
     return path
 
@@ -102,7 +108,7 @@ def save_image(
         writers[suffix](Image.fromarray(image), temporary, text, source)
 
 
-def _free_name(folder: Path, name: str, suffix: str) -> Path:
+def free_name(folder: Path, name: str, suffix: str) -> Path:
     """The first path that no file has."""
     number = 1
     while (path := folder / f"{name}{f'-{number}' if number > 1 else ''}{suffix}").exists():

@@ -41,30 +41,52 @@ def find_face(
 ) -> tuple[Face, str]:
     """The face of a photo, and a note for the user ("" when there is nothing to say).
 
+    Of several faces the largest is taken and the note says so; ``index`` chooses another, counted
+    from 0 at the left. See :func:`find_faces`.
+    """
+    faces, where, found = _look(Path(photo_path), image, points_file, pack)
+    face, note = _choose(faces, index, where)
+    return face, "; ".join(filter(None, [found, note]))
+
+
+def find_faces(
+    photo_path: str | os.PathLike,
+    image: UInt8[np.ndarray, "h w 3"],
+    *,
+    points_file: str | os.PathLike | None = None,
+    pack: str | os.PathLike | None = None,
+) -> tuple[list[Face], str]:
+    """All faces of a photo from left to right, and a note for the user ("" without one).
+
     Looks in this order: ``points_file``; ``NAME.points.json`` and ``NAME.json`` beside the photo;
     the detector of ``pack`` (a folder or a pack's name; ``buffalo_l`` where it is installed).
-    Of several faces the largest is taken and the note says so; ``index`` chooses another, counted
-    from 0 at the left. Raises UserError when there is no face or nothing to find it with.
+    Raises UserError when there is no face or nothing to find it with.
     """
-    photo_path = Path(photo_path)
-    notes = []
+    faces, _, note = _look(Path(photo_path), image, points_file, pack)
+    return faces, note
+
+
+def _look(
+    photo_path: Path,
+    image: UInt8[np.ndarray, "h w 3"],
+    points_file: str | os.PathLike | None,
+    pack: str | os.PathLike | None,
+) -> tuple[list[Face], Path, str]:
+    """Faces, at least one, the file that they were found in, and a note."""
+    where, note = photo_path, ""
     sidecar = Path(points_file) if points_file is not None else _sidecar_of(photo_path)
     if sidecar is not None:
-        faces = read_sidecar(sidecar)
+        faces, where = read_sidecar(sidecar), sidecar
         _check_inside(faces, image.shape[1], image.shape[0], sidecar)
-        where = sidecar
     else:
         folder = _pack_folder(pack, photo_path)
-        faces = detect_faces(image, folder)
-        where = photo_path
-        notes.append(_licence_note(folder))
+        faces, note = detect_faces(image, folder), _licence_note(folder)
     if not faces:
         raise UserError(
             f"no face found in {where}: use a photo that shows one, or write its five points to "
             f'{photo_path.with_suffix(".points.json")} as {{"points": [[x, y], ...]}} ({_ORDER})'
         )
-    face, note = _choose(faces, index, where)
-    return face, "; ".join([*notes, note] if note else notes)
+    return _from_left(faces), where, note
 
 
 def read_sidecar(path: str | os.PathLike) -> list[Face]:
@@ -100,7 +122,7 @@ def detect_faces(image: UInt8[np.ndarray, "h w 3"], pack: str | os.PathLike) -> 
     ``pack`` is a folder of .onnx files or the name of one under ~/.insightface/models; nothing is
     ever downloaded. Raises UserError when insightface or the pack is missing.
     """
-    folder = _existing_pack(pack)
+    folder = find_pack(pack)
     try:
         found = _load_detector(folder).get(np.ascontiguousarray(image[..., ::-1]))  # wants BGR
     except UserError:
@@ -139,7 +161,8 @@ def _load_detector(folder: Path) -> Any:
     return detector
 
 
-def _existing_pack(pack: str | os.PathLike) -> Path:
+def find_pack(pack: str | os.PathLike) -> Path:
+    """The folder of a model pack, given as such or by name; UserError if there is none."""
     for folder in (Path(pack).expanduser(), _PACKS.expanduser() / pack):
         if folder.is_dir():
             if not any(folder.rglob("*.onnx")):
@@ -164,10 +187,10 @@ def _licence_note(folder: Path) -> str:
 
 def _pack_folder(pack: str | os.PathLike | None, photo_path: Path) -> Path:
     if pack is not None:
-        return _existing_pack(pack)
+        return find_pack(pack)
     default = _PACKS.expanduser() / DEFAULT_PACK
     if default.is_dir():
-        return _existing_pack(default)
+        return find_pack(default)
     raise UserError(
         f"no face points for {photo_path}: write them to {photo_path.with_suffix('.points.json')} "
         f'as {{"points": [[x, y], ...]}} ({_ORDER}), or install a detector: '
@@ -193,7 +216,6 @@ def _area(face: Face) -> float:
 
 
 def _choose(faces: list[Face], index: int | None, where: Path) -> tuple[Face, str]:
-    faces = _from_left(faces)
     if index is not None:
         if not 0 <= index < len(faces):
             raise UserError(

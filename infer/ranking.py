@@ -1,0 +1,82 @@
+"""Candidates in the order of how much they look like the person, and all of them on one sheet."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from converters.encoder import load_encoder
+from fact_jax.face.align import align_face
+from fact_jax.face.mask import head_mask
+from fact_jax.face.points import DEFAULT_PACK, detect_faces, find_pack
+from infer.base import FaceFiles
+from infer.measures import cosine
+
+_GAP, _LINE = 6, 18
+_INK = (38, 42, 52)
+
+
+class Ranking:
+    """Compares pictures with a person's photos by the face encoder's own identity embedding.
+
+    The adapter was trained on what this encoder sees: the order is good for choosing among
+    candidates, its numbers are no independent measure of likeness. ``pack`` is the insightface
+    model pack that finds the pictures' faces; UserError if it is not there.
+    """
+
+    def __init__(
+        self,
+        face: FaceFiles,
+        crops: UInt8[np.ndarray, "p s s 3"],
+        pack: str | Path | None = None,
+    ):
+        self._size, self._pack = crops.shape[1], find_pack(pack or DEFAULT_PACK)
+        graph, state = nnx.split(load_encoder(face.encoder))
+        self._embed = jax.jit(lambda images: nnx.merge(graph, state)(images)[1])
+        own = self._embeddings(crops)
+        own /= np.linalg.norm(own, axis=-1, keepdims=True)
+        self._wanted = own.mean(0)
+
+    def similarity(self, picture: UInt8[np.ndarray, "h w 3"]) -> float | None:
+        """Cosine of the picture's largest face with the photos; None where no face is found."""
+        faces = detect_faces(picture, self._pack)
+        if not faces:
+            return None
+        largest = max(faces, key=lambda face: np.prod(face.box[2:] - face.box[:2]))
+        mask, _ = head_mask(picture.shape, largest.points)
+        crop = align_face(picture, largest.points, self._size, mask)
+        return float(cosine(self._embeddings(crop[None])[0], self._wanted))
+
+    def _embeddings(self, crops: UInt8[np.ndarray, "b s s 3"]) -> Float[np.ndarray, "b k"]:
+        return np.array(self._embed(jnp.asarray(crops, jnp.float32) / 127.5 - 1))
+
+
+def best_first(similarities: Sequence[float | None]) -> list[int]:
+    """Indices from the most similar to the least; pictures without a face come last."""
+    return sorted(
+        range(len(similarities)),
+        key=lambda i: -np.inf if similarities[i] is None else similarities[i],
+        reverse=True,
+    )
+
+
+def labelled_sheet(
+    pictures: Sequence[UInt8[np.ndarray, "h w 3"]], labels: Sequence[str], columns: int
+) -> UInt8[np.ndarray, "H W 3"]:
+    """All pictures on white, row by row, each over its label."""
+    height, width, _ = pictures[0].shape
+    rows = -(-len(pictures) // columns)
+    size = (columns * (width + _GAP) + _GAP, rows * (height + _LINE + _GAP) + _GAP)
+    sheet = Image.new("RGB", size, "white")
+    brush, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        left = _GAP + i % columns * (width + _GAP)
+        top = _GAP + i // columns * (height + _LINE + _GAP)
+        sheet.paste(Image.fromarray(picture), (left, top))
+        brush.text((left, top + height + 2), label, fill=_INK, font=font)
+    return np.asarray(sheet)
