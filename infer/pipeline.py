@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from fact_jax.errors import UserError
 from infer.base import Base, FaceFiles, check_faces
+from infer.canvas import Canvas
 from infer.photos import prepare_crops
 from infer.request import Request, Settings
 
@@ -29,12 +30,14 @@ class Drawer(abc.ABC):
         crops: UInt8[np.ndarray, "#b p s s 3"] | None,
         settings: Settings,
         *,
+        canvas: Canvas | None = None,
         bar: tqdm | None = None,
     ) -> UInt8[np.ndarray, "b h w 3"]:
         """One picture for each prompt, seed and person, all at once.
 
         ``crops`` are the aligned faces of each picture's person (or of one for all pictures);
-        None draws with the base alone. ``bar`` moves by one a call of the UNet.
+        None draws with the base alone. ``canvas`` is what is drawn over, if anything. ``bar`` moves
+        by one a call of the UNet.
         """
 
     def generate(

@@ -1,8 +1,10 @@
 """Pictures by PyTorch: a stock StableDiffusionPipeline of diffusers with FACT in it."""
 
 import contextlib
+import functools
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import diffusers
 import jax.numpy as jnp
@@ -13,11 +15,13 @@ from tqdm import tqdm
 
 from converters.tokenizer import tokenize
 from fact_jax.fact import initial_noise
-from fact_jax.samplers import DIFFUSERS_SCHEDULERS
+from fact_jax.samplers import DIFFUSERS_SCHEDULERS, model_calls
 from infer.base import Base, FaceFiles, read_base, read_face_files
+from infer.canvas import Canvas
 from infer.pipeline import Drawer
 from infer.request import Settings
 from infer.torch_fact import FactTorch, load_fact
+from infer.torch_steering import strengths
 
 
 class TorchPipeline(Drawer):
@@ -65,18 +69,34 @@ class TorchPipeline(Drawer):
         crops: UInt8[np.ndarray, "#b p s s 3"] | None,
         settings: Settings,
         *,
+        canvas: Canvas | None = None,
         bar: tqdm | None = None,
     ) -> UInt8[np.ndarray, "b h w 3"]:
         """One picture for each prompt, seed and person (``infer.pipeline.Drawer``)."""
         name, extra = DIFFUSERS_SCHEDULERS[settings.sampler]
         scheduler = getattr(diffusers, name).from_config(self.base.schedule.to_dict(), **extra)
-        self.pipe.scheduler = scheduler
-        self.pipe.set_progress_bar_config(disable=True)
-        text = self._text([settings.negative, *prompts])
         height, width = self.base.latent_size(settings)
-        factor = self.base.vae.downscale
-        with self._face(crops, len(prompts), settings):
-            pictures = self.pipe(
+        factor, start = self.base.vae.downscale, 0
+        pipe, drawn_on = self.pipe, {}
+        if canvas is not None:
+            canvas.check(self.base, settings, len(prompts))
+            start, pipe = canvas.start(settings.steps), self._on_canvas
+            drawn_on = _pixels(canvas, pipe.vae.config.latent_channels)
+        pipe.scheduler = scheduler
+        indices, timesteps = model_calls(
+            settings.sampler, self.base.schedule, settings.steps, start
+        )
+        self._on_canvas.visited = timesteps
+        pipe.set_progress_bar_config(disable=True)
+        text = self._text([settings.negative, *prompts])
+        face = contextlib.nullcontext()
+        if crops is not None:
+            tokens = self.fact.face_tokens(crops)
+            tokens = tokens.expand(len(prompts), *tokens.shape[1:])
+            scales = strengths(settings.guidance, indices, settings.steps)
+            face = self.fact.on(pipe).face(tokens, settings.guidance, scales)
+        with face:
+            pictures = pipe(
                 prompt_embeds=text[1:],
                 negative_prompt_embeds=text[:1].expand_as(text[1:]),
                 guidance_scale=settings.guidance.text,
@@ -87,8 +107,13 @@ class TorchPipeline(Drawer):
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 callback_on_step_end=None if bar is None else _ticking(bar),
                 output_type="np",
+                **drawn_on,
             ).images
         return np.round(255 * pictures).astype(np.uint8)
+
+    @functools.cached_property
+    def _on_canvas(self) -> "_OnCanvas":
+        return _OnCanvas(**self.pipe.components, requires_safety_checker=False)
 
     def _text(self, prompts: Sequence[str]) -> torch.Tensor:
         ids, _ = tokenize(self.base.tokenizer, prompts)
@@ -101,13 +126,63 @@ class TorchPipeline(Drawer):
         noise = np.array(initial_noise(jnp.asarray(seeds, jnp.int32), height, width, channels))
         return torch.from_numpy(noise).permute(0, 3, 1, 2).to(self.pipe.device, self.pipe.dtype)
 
-    def _face(
-        self, crops: UInt8[np.ndarray, "#b p s s 3"] | None, count: int, settings: Settings
-    ) -> contextlib.AbstractContextManager:
-        if crops is None:
-            return contextlib.nullcontext()
-        face = self.fact.face_tokens(crops)
-        return self.fact.face(face.expand(count, *face.shape[1:]), settings.guidance)
+
+class _OnCanvas(diffusers.StableDiffusionInpaintPipeline):
+    """diffusers' masked image-to-image, with what the JAX backend has too.
+
+    Its noise is given (as ``latents``), the picture's latents are the mean of their distribution,
+    and ``visited`` are the timesteps: a slice of PLMS' own would lack the step that warms it up.
+    """
+
+    visited: np.ndarray
+
+    def get_timesteps(self, num_inference_steps, strength, device):
+        super().get_timesteps(num_inference_steps, strength, device)
+        timesteps = torch.from_numpy(np.asarray(self.visited))
+        # The scheduler looks the next one up by its value.
+        timesteps = timesteps.to(device, self.scheduler.timesteps.dtype)
+        return timesteps, len(timesteps)
+
+    def prepare_latents(
+        self,
+        batch_size,
+        num_channels_latents,
+        height,
+        width,
+        dtype,
+        device,
+        generator,
+        latents,
+        *,
+        image,
+        timestep,
+        is_strength_max,
+        return_noise,
+        return_image_latents,
+    ):
+        own = self._encode_vae_image(image.to(device, dtype), generator)
+        if is_strength_max:
+            noised = latents * self.scheduler.init_noise_sigma
+        else:
+            noised = self.scheduler.add_noise(own, latents, timestep)
+        return (noised, latents, own) if return_image_latents else (noised, latents)
+
+    def _encode_vae_image(self, image, generator):
+        return self.vae.encode(image).latent_dist.mean * self.vae.config.scaling_factor
+
+
+def _pixels(canvas: Canvas, channels: int) -> dict[str, Any]:
+    """A canvas as diffusers takes it: channels first, and the cells as a mask of pixels."""
+    count, rows, columns = canvas.cells.shape
+    factor = canvas.images.shape[1] // rows
+    mask = canvas.cells.repeat(factor, 1).repeat(factor, 2)
+    return {
+        "image": torch.tensor(canvas.images).permute(0, 3, 1, 2).float() / 255,
+        "mask_image": torch.from_numpy(mask)[:, None].float(),
+        "strength": canvas.strength,
+        # Only UNets made for inpainting look at them; encoding would be for nothing.
+        "masked_image_latents": torch.zeros(count, channels, rows, columns),
+    }
 
 
 def _ticking(bar: tqdm):

@@ -5,7 +5,14 @@ from fact_jax.face.draw import draw_face
 from fact_jax.face.images import read_image
 from fact_jax.face.mask import area_weights, face_mask, head_mask, resize_area
 from fact_jax.face.photo import PreparedFace, limit_side, prepare_photo
-from fact_jax.face.points import ASTRONAUT_POINTS, Face, detect_faces, find_face, read_sidecar
+from fact_jax.face.points import (
+    ASTRONAUT_POINTS,
+    Face,
+    detect_faces,
+    find_face,
+    find_faces,
+    read_sidecar,
+)
 
 __all__ = [
     "ARCFACE_TEMPLATE",
@@ -20,6 +27,7 @@ __all__ = [
     "draw_face",
     "face_mask",
     "find_face",
+    "find_faces",
     "head_mask",
     "limit_side",
     "prepare_photo",

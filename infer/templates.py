@@ -1,0 +1,318 @@
+"""Templates: faces in a photo redrawn as somebody else's, everything else left as it is.
+
+For each face a square around it is cut out, brought to the base's size, redrawn inside a soft mask
+by masked image-to-image, and blended back. Where the mask is 0 the photo's bytes stay untouched.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from fact_jax.errors import UserError
+from fact_jax.face import Face, face_mask, find_faces, limit_side, read_image
+from infer.base import Base
+from infer.canvas import Canvas, check_strength, first_step
+from infer.pipeline import BATCH, Drawer
+from infer.request import Settings
+
+LONGEST_SIDE = 2000
+Square = tuple[int, int, int]
+"""Left, top and side in pixels; it may reach over the photo's edges."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Template:
+    """A photo and all faces in it, from left to right."""
+
+    name: str
+    image: UInt8[np.ndarray, "h w 3"]
+    faces: tuple[Face, ...]
+
+    def choose(
+        self, *, index: int | None = None, box: Sequence[float] | None = None
+    ) -> tuple[int, ...]:
+        """Numbers of the faces meant: one by number or by a box around it, else all."""
+        if index is not None and not 0 <= index < len(self.faces):
+            raise UserError(
+                f"no face {index} in {self.name}: {len(self.faces)} found, counted from 0 at the "
+                "left"
+            )
+        if index is not None:
+            return (index,)
+        if box is None:
+            return tuple(range(len(self.faces)))
+        shares = [_overlap(face.box, box) for face in self.faces]
+        if max(shares) <= 0.0:
+            found = "; ".join(", ".join(f"{v:.0f}" for v in face.box) for face in self.faces)
+            raise UserError(
+                f"no face of {self.name} lies in the box {', '.join(f'{v:g}' for v in box)} "
+                f"(left, top, right, bottom); there are faces at {found}"
+            )
+        return (int(np.argmax(shares)),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """A face of a template, and the person (aligned crops) that takes its place.
+
+    ``mask`` (h, w), in [0, 1], is what is redrawn; without it the face as its points tell.
+    """
+
+    index: int
+    crops: UInt8[np.ndarray, "p s s 3"]
+    mask: Float[np.ndarray, "h w"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One picture to make of a template."""
+
+    template: Template
+    places: tuple[Place, ...]
+    prompt: str
+    seed: int = 0
+
+    def __post_init__(self):
+        for place in self.places:
+            self.template.choose(index=place.index)
+            if place.mask is not None and place.mask.shape != self.template.image.shape[:2]:
+                height, width = self.template.image.shape[:2]
+                raise UserError(
+                    f"the mask for {self.template.name} is {place.mask.shape[1]} x "
+                    f"{place.mask.shape[0]}, the template is {width} x {height}: they must be of "
+                    "one size"
+                )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Redrawing:
+    """How faces of templates are redrawn.
+
+    ``strength``: of image-to-image. ``fill``: the share of the square's side that the mask takes.
+    ``grow`` and ``soften``: the mask is widened by the one and fades out over the other, both in
+    shares of the face's size (the root of its mask's area).
+    """
+
+    strength: float = 0.6
+    fill: float = 0.7
+    grow: float = 0.1
+    soften: float = 0.15
+
+    def __post_init__(self):
+        check_strength(self.strength)
+        for name, low, high in (("fill", 0.1, 1.0), ("grow", 0.0, 1.0), ("soften", 0.0, 1.0)):
+            if not low <= getattr(self, name) <= high:
+                raise UserError(
+                    f"{name} must lie in {low:g}..{high:g}, got {getattr(self, name):g}"
+                )
+
+
+def find_template(
+    path: str | os.PathLike,
+    *,
+    points_file: str | os.PathLike | None = None,
+    pack: str | os.PathLike | None = None,
+) -> tuple[Template, str]:
+    """Read a template and find its faces; and a note for the user ("" if there is none)."""
+    full = read_image(path)
+    found, note = find_faces(path, full, points_file=points_file, pack=pack)
+    faces = []
+    for face in found:
+        image, points = limit_side(full, face.points, LONGEST_SIDE)
+        ratio = image.shape[1] / full.shape[1], image.shape[0] / full.shape[0]
+        faces.append(Face(points, (face.box * (ratio * 2)).astype(np.float32), face.score))
+    return Template(name=Path(path).name, image=image, faces=tuple(faces)), note
+
+
+def redraw_templates(
+    drawer: Drawer,
+    jobs: Sequence[Job],
+    settings: Settings,
+    how: Redrawing,
+    *,
+    batch: int = BATCH,
+    bar: tqdm | None = None,
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """The templates of all jobs with their faces redrawn, one after another, in their own sizes.
+
+    ``batch`` squares are drawn at a time, of whatever templates they are. All people need the same
+    number of photos. What cannot be done is said, as UserError, before anything is drawn.
+    """
+    places = [(job, place) for job in jobs for place in job.places]
+    photos = {len(place.crops) for _, place in places}
+    if not places or len(photos) > 1 or batch < 1:
+        raise UserError(
+            "templates need at least one face, a batch of at least one, and the same number of "
+            f"photos of every person; got {len(places)} faces, a batch of {batch}, "
+            f"{' or '.join(map(str, sorted(photos)))} photos"
+        )
+    settings = _square_settings(drawer.base, settings)
+    drawer.base.check(settings)
+    first_step(how.strength, settings.steps)
+    cuts = [_cut(drawer.base, job, place, settings, how) for job, place in places]
+    return _redraw(drawer, jobs, cuts, settings, how, min(batch, len(cuts)), bar)
+
+
+def _redraw(drawer, jobs, cuts, settings, how, batch, bar) -> Iterator[np.ndarray]:
+    waiting, images = list(jobs), {}
+    for start in range(0, len(cuts), batch):
+        part = cuts[start : start + batch]
+        # The last batch is filled up: another shape would be compiled anew.
+        full = part + part[-1:] * (batch - len(part))
+        drawn = drawer.draw(
+            [cut.job.prompt for cut in full],
+            [cut.job.seed for cut in full],
+            np.stack([cut.place.crops for cut in full]),
+            settings,
+            canvas=Canvas(
+                images=np.stack([cut.pixels for cut in full]),
+                cells=np.stack([cut.cells for cut in full]),
+                strength=how.strength,
+            ),
+            bar=bar,
+        )
+        for cut, pixels in zip(part, drawn, strict=False):
+            image = images.get(id(cut.job), cut.job.template.image)
+            images[id(cut.job)] = paste(image, pixels, cut.mask, cut.square)
+        left = {id(cut.job) for cut in cuts[start + batch :]}
+        while waiting and id(waiting[0]) not in left:
+            job = waiting.pop(0)
+            yield images.pop(id(job), job.template.image)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """One face's square: what is drawn over, and where it belongs."""
+
+    job: Job
+    place: Place
+    mask: Float[np.ndarray, "h w"]
+    square: Square
+    pixels: UInt8[np.ndarray, "side side 3"]
+    cells: Bool[np.ndarray, "rows rows"]
+
+
+def _square_settings(base: Base, settings: Settings) -> Settings:
+    own = base.unet.sample_size * base.vae.downscale
+    side = settings.height or settings.width or own
+    if (settings.height or side) != (settings.width or side):
+        raise UserError(
+            f"faces of templates are drawn in squares, got {settings.width} x {settings.height}"
+        )
+    return dataclasses.replace(settings.settings(), height=side, width=side)
+
+
+def _cut(base: Base, job: Job, place: Place, settings: Settings, how: Redrawing) -> _Cut:
+    image, face = job.template.image, job.template.faces[place.index]
+    mask = place.mask
+    if mask is None:
+        mask = face_mask(np.ones(image.shape[:2], np.float32), face.points)
+    size = float(np.sqrt(mask.sum()))
+    if size < 1.0:
+        raise UserError(f"{job.template.name}: the mask of face {place.index} is empty")
+    mask = widen(mask, how.grow * size, how.soften * size)
+    square = square_around(mask, how.fill)
+    side, factor = settings.height, base.vae.downscale
+    pixels = Image.fromarray(cut_square(image, square, mode="edge"))
+    inside = Image.fromarray(cut_square(mask, square, mode="constant"))
+    # A cell that the mask touches anywhere is drawn anew: what is pasted must all be drawn.
+    inside = np.asarray(inside.resize((side, side), Image.Resampling.BOX))
+    cells = inside.reshape(side // factor, factor, side // factor, factor).max((1, 3)) > 0.0
+    return _Cut(
+        job=job,
+        place=place,
+        mask=mask,
+        square=square,
+        pixels=np.asarray(pixels.resize((side, side), Image.Resampling.LANCZOS)),
+        cells=cells,
+    )
+
+
+def square_around(mask: Float[np.ndarray, "h w"], fill: float) -> Square:
+    """The square whose side the mask's longer extent fills by that share, around its middle."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
+    side = int(np.ceil(extent / fill))
+    middle = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
+    left, top = (int(np.floor(m - side / 2)) for m in middle)
+    return left, top, side
+
+
+def cut_square(image: np.ndarray, square: Square, *, mode: str) -> np.ndarray:
+    """What a square shows; where it reaches over the edges, by ``np.pad``'s ``mode``."""
+    left, top, side = square
+    height, width = image.shape[:2]
+    over = (
+        (max(0, -top), max(0, top + side - height)),
+        (max(0, -left), max(0, left + side - width)),
+    )
+    part = image[max(0, top) : top + side, max(0, left) : left + side]
+    return np.pad(part, over + ((0, 0),) * (image.ndim - 2), mode=mode)
+
+
+def paste(
+    image: UInt8[np.ndarray, "h w 3"],
+    drawn: UInt8[np.ndarray, "s s 3"],
+    mask: Float[np.ndarray, "h w"],
+    square: Square,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The image with a square drawn in it, blended by the mask; untouched where that is 0."""
+    left, top, side = square
+    height, width = image.shape[:2]
+    rows = slice(max(0, top), min(height, top + side))
+    columns = slice(max(0, left), min(width, left + side))
+    resized = Image.fromarray(drawn).resize((side, side), Image.Resampling.LANCZOS)
+    new = np.asarray(resized)[rows.start - top : rows.stop - top]
+    new = new[:, columns.start - left : columns.stop - left].astype(np.float32)
+    share, old = mask[rows, columns, None], image[rows, columns]
+    out = image.copy()
+    out[rows, columns] = np.where(share > 0, np.rint(old * (1 - share) + new * share), old)
+    return out
+
+
+def widen(mask: Float[np.ndarray, "h w"], grow: float, soften: float) -> Float[np.ndarray, "h w"]:
+    """The mask, ``grow`` pixels wider, and ``soften`` pixels more in which it fades to 0."""
+    reach = int(np.ceil(grow + soften)) + 1
+    inside = mask >= 0.5
+    rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+    if not len(rows):
+        return np.zeros_like(mask)
+    near = (
+        slice(max(0, rows[0] - reach), rows[-1] + reach + 1),
+        slice(max(0, columns[0] - reach), columns[-1] + reach + 1),
+    )
+    away = _distances(inside[near], reach)
+    out = np.zeros(mask.shape, np.float32)
+    out[near] = np.clip(1.0 - np.maximum(away - grow, 0.0) / max(soften, 1e-6), 0.0, 1.0)
+    return out
+
+
+def _distances(inside: Bool[np.ndarray, "h w"], reach: int) -> Float[np.ndarray, "h w"]:
+    """To the nearest pixel inside, exact up to ``reach``: along columns, then along rows."""
+    column = np.where(inside, 0.0, np.inf)
+    for row in range(1, len(column)):
+        column[row] = np.minimum(column[row], column[row - 1] + 1)
+    for row in range(len(column) - 2, -1, -1):
+        column[row] = np.minimum(column[row], column[row + 1] + 1)
+    squared = column**2
+    nearest = squared.copy()
+    for dx in range(1, min(reach, inside.shape[1] - 1) + 1):
+        np.minimum(nearest[:, dx:], squared[:, :-dx] + dx**2, out=nearest[:, dx:])
+        np.minimum(nearest[:, :-dx], squared[:, dx:] + dx**2, out=nearest[:, :-dx])
+    return np.sqrt(nearest)
+
+
+def _overlap(box: Sequence[float], other: Sequence[float]) -> float:
+    """The area that two boxes share, over the area that they cover together."""
+    width = min(box[2], other[2]) - max(box[0], other[0])
+    height = min(box[3], other[3]) - max(box[1], other[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, other)]
+    return width * height / (sum(areas) - width * height)

@@ -1,0 +1,228 @@
+"""Templates: which face is meant, what the mask covers, and that nothing else changes."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fact_jax.errors import UserError
+from fact_jax.fact import Guidance
+from infer.base import read_base
+from infer.canvas import Canvas
+from infer.request import Settings
+from infer.templates import (
+    Job,
+    Place,
+    Redrawing,
+    cut_square,
+    find_template,
+    paste,
+    redraw_templates,
+    square_around,
+    widen,
+)
+
+POINTS = np.array([[24.0, 28.0], [41.0, 27.0], [33.0, 38.0], [26.0, 46.0], [40.0, 45.0]])
+
+
+class Inverter:
+    """Stands for a backend: gives back the canvas inverted, and remembers what it was asked."""
+
+    def __init__(self, base):
+        self.base, self.asked = base, []
+
+    def draw(self, prompts, seeds, crops, settings, *, canvas=None, bar=None):
+        canvas.check(self.base, settings, len(prompts))
+        self.asked.append((list(prompts), list(seeds), crops[:, 0, 0, 0, 0].tolist(), canvas))
+        return 255 - canvas.images
+
+
+@pytest.fixture(scope="module")
+def base(base_folder):
+    return read_base(base_folder)
+
+
+@pytest.fixture
+def template(tmp_path):
+    """180 x 100, with three faces that its file names in another order than from the left."""
+    noise = np.random.default_rng(0).integers(0, 256, (100, 180, 3), np.uint8)
+    path = tmp_path / "group.png"
+    Image.fromarray(noise).save(path)
+    half = POINTS / 2 + (130, 40)
+    faces = [{"points": (POINTS + (x, 10)).tolist()} for x in (70, -5)]
+    (tmp_path / "group.points.json").write_text(
+        json.dumps({"faces": [*faces, {"points": half.tolist()}]})
+    )
+    return find_template(path)[0]
+
+
+def crops(value: int, photos: int = 1) -> np.ndarray:
+    return np.full((photos, 32, 32, 3), value, np.uint8)
+
+
+def test_faces_are_counted_from_the_left_and_chosen_by_number_or_box(template):
+    middles = [face.points[:, 0].mean() for face in template.faces]
+    assert middles == sorted(middles)
+    assert len(middles) == 3
+    assert template.choose() == (0, 1, 2)
+    assert template.choose(index=2) == (2,)
+    assert template.choose(box=(85, 20, 130, 70)) == (1,)
+    with pytest.raises(UserError, match=re.escape("no face 3 in group.png: 3 found")):
+        template.choose(index=3)
+    with pytest.raises(UserError, match="lies in the box 170, 0, 175, 4"):
+        template.choose(box=(170, 0, 175, 4))
+
+
+def test_large_templates_are_shrunk_with_their_faces(tmp_path):
+    path = tmp_path / "large.jpg"
+    Image.new("RGB", (2500, 1250), "grey").save(path)
+    (tmp_path / "large.points.json").write_text(json.dumps({"points": (POINTS * 10).tolist()}))
+    found, _ = find_template(path)
+    assert found.image.shape == (1000, 2000, 3)
+    np.testing.assert_allclose(found.faces[0].points, (POINTS * 10 + 0.5) * 0.8 - 0.5, atol=1e-3)
+
+
+def test_mask_grows_and_fades_by_distance():
+    mask = np.zeros((12, 15), np.float32)
+    mask[4, 5] = 1.0
+    wide = widen(mask, 2.0, 2.0)
+    assert wide[4, 5] == wide[4, 7] == wide[2, 5] == wide[5, 6] == 1.0
+    assert wide[4, 8] == 0.5
+    np.testing.assert_allclose(wide[5, 7], 1 - (5**0.5 - 2) / 2, atol=1e-6)
+    assert wide[4, 9] == wide[8, 5] == wide[4, 0] == 0.0
+    assert (widen(mask, 0.0, 0.0) == mask).all()
+    assert not widen(np.zeros_like(mask), 2.0, 2.0).any()
+
+
+def test_square_that_reaches_over_the_edges_is_pasted_back_where_it_was():
+    mask = np.zeros((20, 30), np.float32)
+    mask[1:9, 22:30] = 1.0
+    left, top, side = square_around(mask, 0.5)
+    assert (left, top, side) == (18, -3, 16)
+    image = np.random.default_rng(1).integers(0, 256, (20, 30, 3), np.uint8)
+    cut = cut_square(image, (left, top, side), mode="edge")
+    assert cut.shape == (16, 16, 3)
+    np.testing.assert_array_equal(cut[3:, :12], image[:13, 18:])
+    np.testing.assert_array_equal(cut[0], cut[3])
+    np.testing.assert_array_equal(cut[:, 15], cut[:, 11])
+    pasted = paste(image, 255 - cut, mask, (left, top, side))
+    np.testing.assert_array_equal(pasted, np.where(mask[..., None] > 0, 255 - image, image))
+
+
+def test_half_of_the_mask_is_half_of_both():
+    image, drawn = np.full((8, 8, 3), 10, np.uint8), np.full((4, 4, 3), 201, np.uint8)
+    mask = np.zeros((8, 8), np.float32)
+    mask[3, 3], mask[4, 4] = 0.5, 1.0
+    pasted = paste(image, drawn, mask, (2, 2, 4))
+    assert pasted[3, 3].tolist() == [106, 106, 106]
+    assert pasted[4, 4].tolist() == [201, 201, 201]
+    assert (pasted != 10).sum() == 6
+
+
+def test_only_what_the_masks_cover_changes(base, template, tmp_path):
+    other = Image.fromarray(template.image[:80, :90])
+    other.save(tmp_path / "small.png")
+    (tmp_path / "small.points.json").write_text(json.dumps({"points": POINTS.tolist()}))
+    small, _ = find_template(tmp_path / "small.png")
+    mask = np.zeros(template.image.shape[:2], np.float32)
+    mask[20:70, 0:40] = 1.0
+    jobs = [
+        Job(
+            template=template,
+            places=(Place(index=0, crops=crops(1), mask=mask), Place(index=2, crops=crops(2))),
+            prompt="a man",
+            seed=5,
+        ),
+        Job(template=small, places=(), prompt="nobody"),
+        Job(template=small, places=(Place(index=0, crops=crops(3)),), prompt="a woman", seed=6),
+    ]
+    drawer = Inverter(base)
+    how = Redrawing(strength=0.5, grow=0.0, soften=0.0)
+    group, same, one = redraw_templates(drawer, jobs, Settings(steps=4), how, batch=2)
+    (prompts, seeds, people, canvas), second = drawer.asked
+    assert (prompts, seeds, people) == (["a man", "a man"], [5, 5], [1, 2])
+    assert second[:3] == (["a woman"] * 2, [6] * 2, [3] * 2)
+    assert canvas.images.shape == (2, 32, 32, 3)
+    assert canvas.cells.any()
+    assert not canvas.cells.all()
+    np.testing.assert_array_equal(same, small.image)
+    changed = (group != template.image).any(-1)
+    by_points = changed & (mask == 0)
+    assert by_points[:, :100].sum() == 0
+    assert 200 < by_points.sum() < 2000
+    assert changed[mask > 0].mean() > 0.9
+    assert one.shape == small.image.shape
+    assert 0 < (one != small.image).any(-1).mean() < 0.5
+
+
+def test_what_cannot_be_done_is_said_before_anything_is_drawn(base, template):
+    place = Place(index=0, crops=crops(1))
+    with pytest.raises(UserError, match="is 7 x 5, the template is 180 x 100"):
+        Job(
+            template=template,
+            places=(Place(index=0, crops=crops(1), mask=np.ones((5, 7), np.float32)),),
+            prompt="",
+        )
+    with pytest.raises(UserError, match="no face 4 in"):
+        Job(template=template, places=(Place(index=4, crops=crops(1)),), prompt="")
+
+    def redraw(*places, settings=None, how=None):
+        job = Job(template=template, places=places, prompt="")
+        redraw_templates(Inverter(base), [job], settings or Settings(steps=4), how or Redrawing())
+
+    for error, arguments in {
+        "the same number of photos": {"places": (place, Place(index=1, crops=crops(2, 2)))},
+        "drawn in squares": {"settings": Settings(width=64, height=32)},
+        "multiple of": {"settings": Settings(width=20, height=20)},
+        "mask of face 0 is empty": {
+            "places": (Place(index=0, crops=crops(1), mask=np.zeros((100, 180), np.float32)),)
+        },
+    }.items():
+        with pytest.raises(UserError, match=error):
+            redraw(*arguments.pop("places", (place,)), **arguments)
+    with pytest.raises(UserError, match="fill must lie in"):
+        Redrawing(fill=0.0)
+    with pytest.raises(UserError, match="strength must lie above 0"):
+        Redrawing(strength=1.5)
+    with pytest.raises(UserError, match="leaves none of 4 steps"):
+        redraw(place, how=Redrawing(strength=0.2))
+
+
+def test_torch_draws_over_a_canvas(files, base):
+    from fact_jax.samplers import model_calls
+    from infer.photos import prepare_crops
+    from infer.request import Photo
+    from infer.torch_pipeline import TorchPipeline
+
+    torch = TorchPipeline.load(base, files.adapter, files.encoder)
+    face = prepare_crops([Photo(path=files.photo)], 32)[0][None]
+    image = np.asarray(Image.open(files.photo).convert("RGB").resize((40, 32)))[None]
+    calls, latents = [], []
+    torch.pipe.vae.post_quant_conv.register_forward_pre_hook(lambda _, args: latents.append(*args))
+    torch.pipe.unet.register_forward_pre_hook(lambda _, args: calls.append(float(args[1])))
+
+    def draw(canvas, sampler="ddim", steps=4):
+        calls.clear()
+        settings = Settings(
+            sampler=sampler, steps=steps, guidance=Guidance(text=3.0), height=32, width=40
+        )
+        return torch.draw(["a man"], [3], face, settings, canvas=canvas)[0].astype(float)
+
+    plain = draw(None)
+    np.testing.assert_array_equal(draw(Canvas.whole(image, 1.0, base)), plain)
+    start = draw(Canvas.whole(image, 0.25, base))
+    assert len(calls) == 1
+    nothing = Canvas(images=image, cells=np.zeros((1, 16, 20), bool), strength=0.8)
+    decoded = draw(nothing)
+    assert np.abs(start - decoded).mean() < np.abs(plain - decoded).mean()
+    own = latents.pop()
+    half = nothing.cells.copy()
+    half[:, :, 10:] = True
+    draw(Canvas(images=image, cells=half, strength=1.0))
+    assert (latents[-1][..., :10] == own[..., :10]).all()
+    assert (latents[-1][..., 10:] != own[..., 10:]).all()
+    for sampler in ("pndm", "euler", "dpmpp_2m_karras"):
+        draw(Canvas.whole(image, 0.6, base), sampler, 5)
+        assert calls == model_calls(sampler, base.schedule, 5, 2)[1].tolist(), sampler
