@@ -8,6 +8,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from fact_jax.errors import UserError
@@ -62,7 +63,7 @@ class Guidance:
             if (value := getattr(self, name)) not in choices:
                 names = " or ".join(map(repr, choices))
                 raise UserError(f"{name.replace('_', ' ')} must be {names}, got {value!r}")
-        if self.face_scale == ():
+        if isinstance(self.face_scale, tuple) and not self.face_scale:
             raise UserError("a schedule of face scales needs at least one")
         if isinstance(self.cap, int | float) and not (math.isfinite(self.cap) and self.cap > 0):
             raise UserError(f"the cap of the face's increment must be above 0, got {self.cap:g}")
@@ -148,7 +149,7 @@ def guided_model(
     negative_text: Float[Array, "b n d"],
     face: Float[Array, "b m f"] | None = None,
     no_face: Float[Array, "#b m f"] | None = None,
-    regions: Mapping[int, Bool[Array, "#b k _"]] | None = None,
+    regions: Mapping[int, Bool[Array | np.ndarray, "#b k _"]] | None = None,
     guidance: Guidance,
     steps: int,
 ) -> Model:

@@ -13,7 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Real
 
 from fact_jax.errors import UserError
-from fact_jax.models.adapter import Scale
+from fact_jax.models.adapter import FaceControls, Scale
 from fact_jax.models.blocks import (
     AllFaceKeys,
     Block,
@@ -114,24 +114,26 @@ class UNet(nnx.Module):
         timesteps: Real[Array, ""] | Real[Array, " b"],
         text: Float[Array, "b n d"],
         face: Float[Array, "b m f"] | AllFaceKeys | None = None,
-        face_scale: Scale = 1.0,
+        face_scale: Scale | tuple[Scale, ...] = 1.0,
         on_increment: OnIncrement | None = None,
         remat: Remat = "none",
         residuals: Residuals | None = None,
+        controls: FaceControls | None = None,
     ) -> Float[Array, "b h w o"] | tuple[Float[Array, "b h w o"], tuple]:
         """Predict the noise (or velocity) in ``latents`` (height and width of any size).
 
         ``timesteps`` are whole or fractional, one for all samples or one a sample.
         ``face`` are face tokens or the result of :meth:`face_keys`; None leaves the adapters out.
-        ``face_scale`` is a number or one a sample. With ``on_increment(x, delta, (h, w))``, called
-        in every adapted block with its input and the increment it adds, the results come back as
-        a tuple beside the prediction: FAIR is computed so without a second pass. ``remat`` applies
-        to each residual and each transformer block. ``residuals`` are what a ``ControlNet`` gave
-        for the same latents; those of several are added up before.
+        ``face_scale`` is a number or one a sample, or a tuple of such, one for each adapted block
+        in call order; ``controls`` hold for all of them. With ``on_increment(x, delta, (h, w))``,
+        called in every adapted block with its input and the increment it adds, the results come
+        back as a tuple beside the prediction: FAIR is computed so without a second pass. ``remat``
+        applies to each residual and each transformer block. ``residuals`` are what a ``ControlNet``
+        gave for the same latents; those of several are added up before.
         """
         keys = face if face is None or isinstance(face, tuple) else self.face_keys(face)
         time = self.time_embedding(timesteps, latents)
-        run = Pass(time, text, keys, face_scale, on_increment, remat)
+        run = Pass(time, text, keys, face_scale, on_increment, remat, controls)
 
         x, skips = run.down(self.down_blocks, self.conv_in(latents))
         x = run.middle(self.mid_block, x)

@@ -1,5 +1,7 @@
 """The plain form against the definition in double precision; the tiled form against the plain."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,11 +14,16 @@ from tests.fact_jax.tiny import normal
 Q, K, V = normal(1, 2, 10, 3, 4), normal(2, 2, 7, 3, 4), normal(3, 2, 7, 3, 4)
 
 
-def by_definition(q, k, v):
+# Every query sees a key at least.
+MASK = jnp.asarray(np.random.default_rng(5).random((2, 10, 7)) < 0.4).at[:, :, 2].set(True)
+
+
+def by_definition(q, k, v, mask=None):
     q, k, v = (np.asarray(a, np.float64) for a in (q, k, v))
     out = np.empty((*q.shape[:3], v.shape[-1]))
     for b, n, h in np.ndindex(q.shape[:3]):
         weights = np.exp(k[b, :, h] @ q[b, n, h] / np.sqrt(q.shape[-1]))
+        weights *= 1.0 if mask is None else np.asarray(mask[b, n])
         out[b, n, h] = weights @ v[b, :, h] / weights.sum()
     return out
 
@@ -54,6 +61,27 @@ def test_tiled_is_plain(tile, form):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
+@pytest.mark.parametrize("form", [attention_tiled, attention_together])
+@pytest.mark.parametrize("tile", [4, 64])
+def test_masked(form, tile):
+    """What a query may not see does not count at all, in the result and in the gradient."""
+    expected = by_definition(Q, K, V, MASK)
+    np.testing.assert_allclose(attention_plain(Q, K, V, MASK), expected, atol=1e-6)
+    np.testing.assert_allclose(form(Q, K, V, MASK, tile=tile), expected, atol=1e-6)
+    hidden = MASK.at[:, :, 3].set(False)
+    strange = K.at[:, 3].set(1e4), V.at[:, 3].set(-1e4)
+    np.testing.assert_array_equal(
+        form(Q, K, V, hidden, tile=tile), form(Q, *strange, hidden, tile=tile)
+    )
+    ours = jax.grad(lambda *a: (form(*a, hidden, tile=tile) ** 2).sum(), argnums=(0, 1, 2))(Q, K, V)
+    plain = jax.grad(lambda *a: (attention_plain(*a, hidden) ** 2).sum(), argnums=(0, 1, 2))(
+        Q, K, V
+    )
+    for one, other in zip(ours, plain, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    assert not ours[1][:, 3].any()
+
+
 def test_large_scores_do_not_overflow():
     for form in (attention_plain, attention_tiled, attention_together):
         assert np.isfinite(form(1e4 * Q, K, V)).all()
@@ -71,9 +99,14 @@ def test_half_precision_stays_half_precision():
 def test_the_size_of_the_matrix_decides(monkeypatch):
     """Ten queries on seven keys still fit; eleven do not."""
     called = []
+
+    def record(name, q, k, v, mask):
+        called.append(name)
+        return q
+
     monkeypatch.setattr(module, "PLAIN_MATRIX_LIMIT", 70)
-    monkeypatch.setattr(module, "attention_plain", lambda q, k, v: called.append("plain") or q)
-    monkeypatch.setattr(module, "attention_tiled", lambda q, k, v: called.append("tiled") or q)
+    for name in ("plain", "tiled"):
+        monkeypatch.setattr(module, f"attention_{name}", functools.partial(record, name))
     attention(Q, K, V)
     attention(normal(1, 2, 11, 3, 4), K, V)
     assert called == ["plain", "tiled"]
@@ -88,4 +121,8 @@ def test_the_gradient_on_this_platform(monkeypatch):
         for form in (attention, attention_plain)
     )
     for one, other in zip(ours(Q, K, V), plain(Q, K, V), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    masked = jax.jit(jax.grad(lambda *a: (attention(*a, MASK) * weights).sum(), argnums=(0, 1, 2)))
+    expected = jax.grad(lambda *a: (attention_plain(*a, MASK) * weights).sum(), argnums=(0, 1, 2))
+    for one, other in zip(masked(Q, K, V), expected(Q, K, V), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)

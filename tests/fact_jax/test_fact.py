@@ -1,5 +1,7 @@
 """The composition: guidance branches by hand, the window of the face, noise by seed."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,8 @@ import pytest
 from flax import nnx
 
 from fact_jax.errors import UserError
-from fact_jax.fact import Guidance, guided_model, initial_noise
+from fact_jax.fact import Guidance, combine_photos, guided_model, initial_noise
+from fact_jax.regions import region_masks
 from tests.fact_jax.tiny import FACE_DIM, TEXT_DIM, normal, tiny_unet
 from tests.quick import quick_jit
 
@@ -28,7 +31,7 @@ def unet(text, face, scale=0.8):
     return _unet(STATE, text, jnp.broadcast_to(face, FACE.shape), jnp.asarray(scale, jnp.float32))
 
 
-def guided(guidance: Guidance, face=FACE, no_face=NULL):
+def guided(guidance: Guidance, face=FACE, no_face=NULL, regions=None):
     """The guided model at a step of the trajectory."""
 
     @quick_jit
@@ -39,6 +42,7 @@ def guided(guidance: Guidance, face=FACE, no_face=NULL):
             negative_text=NEGATIVE,
             face=face,
             no_face=no_face,
+            regions=regions,
             guidance=guidance,
             steps=STEPS,
         )
@@ -110,6 +114,68 @@ def test_window_by_hand(start, stop, steps, inside):
     np.testing.assert_array_equal(scales, expected)
 
 
+def test_schedule_by_hand():
+    """Over the whole trajectory, whatever the window; a schedule as long as it is itself."""
+    guidance = Guidance(face_scale=(0.2, 1.0, 0.0), start=0.2)
+    scales = jax.vmap(lambda i: guidance.scale_at(i, 5))(jnp.arange(5))
+    np.testing.assert_allclose(scales, [0.0, 0.6, 1.0, 0.5, 0.0], atol=1e-7)
+    table = jnp.asarray([0.3, 0.1, 0.7])
+    again = jax.vmap(lambda i: Guidance(face_scale=table).scale_at(i, 3))(jnp.arange(3))
+    np.testing.assert_allclose(again, table, atol=1e-7)
+    assert Guidance(face_scale=(0.3, 0.9)).scale_at(jnp.asarray(0), 1) == jnp.float32(0.3)
+
+
+def test_blocks_have_strengths_of_their_own():
+    """The first pattern that is found counts; with all blocks at 0 there is the base."""
+    paths = ["down_blocks.0.x", "mid_block.x", "up_blocks.0.x", "up_blocks.1.x"]
+    guidance = Guidance(block_scales=((r"up_blocks\.1", 0.5), ("^up", 2.0), ("down", 0.0)))
+    assert guidance.block_factors(paths) == (0.0, 1.0, 2.0, 0.5)
+    with pytest.raises(UserError, match=r"block scale 'middle': found in the path of no block"):
+        Guidance(block_scales=(("middle", 0.5),)).block_factors(paths)
+
+    plain = Guidance(text=1.0, face_scale=0.8)
+    half = dataclasses.replace(plain, face_scale=1.6, block_scales=((".", 0.5),))
+    assert_same(guided(half)(), guided(plain)())
+    silent = dataclasses.replace(plain, block_scales=((".", 0.0),))
+    np.testing.assert_array_equal(guided(silent)(), guided(plain, face=None)())
+    middle = dataclasses.replace(plain, block_scales=(("mid_block", 1.0), (".", 0.0)))
+    with_middle = guided(middle)()
+    assert np.abs(with_middle - guided(silent)()).max() > 0.01
+    assert np.abs(with_middle - guided(plain)()).max() > 0.01
+
+
+def test_controls_reach_the_adapters():
+    """In every branch: with hardly any increment allowed the picture is the base's."""
+    plain = Guidance(text=3.0, face_scale=0.8)
+    base = guided(plain, face=None)()
+    capped = guided(dataclasses.replace(plain, cap=1e-6))()
+    np.testing.assert_allclose(capped, base, atol=1e-4)
+    assert np.abs(guided(plain)() - base).max() > 0.1
+    assert np.abs(guided(dataclasses.replace(plain, adain=True))() - guided(plain)()).max() > 0.01
+    masks = np.zeros((1, 2, 4, 6), np.float32)
+    masks[:, 0, :, :3] = masks[:, 1, 1, 4] = 1.0
+    regions = region_masks(masks, (4, 6), 1)
+    drawn = guided(plain, regions=regions)()
+    assert np.abs(drawn - guided(plain)()).max() > 0.01
+    nobody = {n: np.zeros_like(mask) for n, mask in regions.items()}
+    np.testing.assert_array_equal(guided(plain, regions=nobody)(), base)
+    # Both samples of a batch, and both branches, have the regions of the one mask.
+    both = {n: np.repeat(mask, 2, axis=0) for n, mask in regions.items()}
+    np.testing.assert_array_equal(guided(plain, regions=both)(), drawn)
+
+
+def test_photos_together_by_hand():
+    photos = jnp.asarray([[[3.0, 0.0], [1.0, 1.0]], [[0.0, 5.0], [1.0, 1.0]]])
+    np.testing.assert_array_equal(combine_photos(photos, "concat"), photos.reshape(4, 2))
+    np.testing.assert_array_equal(combine_photos(photos, "average"), [[1.5, 2.5], [1.0, 1.0]])
+    # Halfway between the directions, lengths 3 and 5 on average 4.
+    expected = [[4 * 0.5**0.5] * 2, [1.0, 1.0]]
+    np.testing.assert_allclose(combine_photos(photos, "normalized"), expected, atol=1e-6)
+    one = normal(7, 2, 1, 4, 3)
+    for how in ("concat", "average", "normalized"):
+        np.testing.assert_allclose(combine_photos(one, how), one[:, 0], atol=1e-6)
+
+
 def test_the_null_face_must_be_given():
     for guidance in (Guidance(), Guidance(face=2.0, negative_face="same")):
         with pytest.raises(UserError, match="needs no_face"):
@@ -120,6 +186,14 @@ def test_impossible_guidance():
     for start, stop in ((-0.1, 1.0), (0.6, 0.5), (0.0, 1.1)):
         with pytest.raises(UserError, match="0 <= start <= stop <= 1"):
             Guidance(start=start, stop=stop)
+    for changes, message in (
+        ({"face_scale": ()}, "a schedule of face scales needs at least one"),
+        ({"cap": 0.0}, "cap of the face's increment must be above 0, got 0"),
+        ({"cap": float("nan")}, "must be above 0, got nan"),
+        ({"block_scales": (("(", 1.0),)}, r"block scale '\(': not a regular expression"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Guidance(**changes)
 
 
 def test_noise_belongs_to_its_seed():
