@@ -145,6 +145,12 @@ def test_pickles_that_are_no_states(tmp_path):
         ("empty", {}, "no dictionary of tensors"),
         ("odd", {"a\nb": torch.ones(1)}, r"keys that are no names: 'a\\nb'"),
         ("sparse", {"a": torch.eye(3).to_sparse()}, "a is torch.float32, torch.sparse_coo"),
+        ("complex", {"a": torch.ones(3, dtype=torch.complex64)}, "a is torch.complex64"),
+        ("expanded", {"a": torch.ones(1).expand(10**12)}, "claims 4000000000000 bytes"),
+        ("meta", {"a": torch.ones(3, device="meta")}, "on meta"),
+        ("turned", {"a": torch.ones(3)._neg_view()}, "its sign turned"),
+        ("deep", {"state_dict": {"a": {"b": torch.ones(3)}}}, "not a flat dictionary.*: 'a'"),
+        ("number", {1: torch.ones(3)}, "not a flat dictionary of tensors: int"),
     ):
         torch.save(held, tmp_path / name)
         with pytest.raises(UserError, match=reason):

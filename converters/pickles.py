@@ -1,0 +1,200 @@
+"""Files that ``torch.save`` wrote, through the loader that runs no code.
+
+The pickle in such a file says where each tensor's numbers lie. The archive around it is checked
+first, so that nothing is unpacked; and afterwards every tensor is compared with the archive, since
+the loader believes the pickle.
+"""
+
+import os
+import re
+import struct
+import warnings
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+from converters.safe import DTYPES, State, check_file, check_names, listed
+from fact_jax.errors import UserError
+
+_PICKLE_LIMIT = 16 * 2**20
+_LOCAL = struct.Struct("<4s22xHH")
+
+
+def read_pickle(path: str | os.PathLike) -> State:
+    """A flat state from a pickled PyTorch file: the whole of it, or its ``state_dict``.
+
+    Tensors are memory maps, except in files from before PyTorch 1.6.
+    """
+    return read_pickled(path)[0]
+
+
+def read_pickled(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
+    """:func:`read_pickle` with what the file says beside: ``step``, of a trainer's checkpoint."""
+    path = Path(path)
+    check_file(path)
+    with open(path, "rb") as handle:
+        zipped = handle.read(4) == b"PK\x03\x04"
+    records = _records(path) if zipped else {}
+    held = _load(path, mmap=zipped)
+    if not isinstance(held, dict) or not held:
+        raise UserError(f"{path}: holds no dictionary of tensors but a {type(held).__name__}")
+    tensors = dict(_tensors(held, {}))
+    step = held.get("global_step")
+    texts = {"step": str(step)} if type(step) is int else {}
+    inner = held.get("state_dict")
+    state = inner if isinstance(inner, dict) and inner else held
+    wrong = [k for k, v in state.items() if not (isinstance(k, str) and id(v) in tensors)]
+    if wrong:
+        names = (ascii(key) if isinstance(key, str) else type(key).__name__ for key in wrong)
+        raise UserError(f"{path}: not a flat dictionary of tensors: {listed(names)}")
+    check_names(path, state)
+    dtypes = {key: _dtype(path, key, tensor) for key, tensor in state.items()}
+    data = np.memmap(path, np.uint8, "r")
+    # A tensor may show its numbers many times over; two models may share some.
+    claimed = sum(tensor.numel() * dtypes[key].itemsize for key, tensor in state.items())
+    if claimed > 2 * data.size:
+        raise UserError(f"{path}: claims {claimed} bytes of numbers in its {data.size}")
+    places = _places(path, tensors, records) if zipped else {}
+    try:
+        arrays = {key: _array(held, dtypes[key], places, data) for key, held in state.items()}
+    except (TypeError, ValueError, RuntimeError) as err:
+        raise _damaged(path, err) from err
+    return arrays, texts
+
+
+def _load(path: Path, *, mmap: bool) -> object:
+    try:
+        import torch
+    except ImportError as err:
+        raise UserError(
+            f"{path}: reading {path.suffix} files needs PyTorch: pip install 'fact-jax[torch]'"
+        ) from err
+    import pickle
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles of other versions, which work
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as err:
+        reason = re.search(r"(Unsupported \w+|Unsupported global: GLOBAL \S+|GLOBAL \S+)", str(err))
+        raise UserError(
+            f"{path}: refused, since it holds more than tensors and could run code"
+            f"{f' ({ascii(reason[0])[1:-1]})' if reason else ''}; ask for it as safetensors"
+        ) from err
+    except Exception as err:  # a damaged file fails anywhere in the loader, with anything
+        raise _damaged(path, err) from err
+
+
+def _damaged(path: Path, err: Exception | str) -> UserError:
+    line = str(err).strip().splitlines()
+    reason = ascii(line[0])[1:-1] if line else type(err).__name__
+    return UserError(f"{path}: not a whole PyTorch file ({reason[:300]})")
+
+
+def _records(path: Path) -> dict[int, int]:
+    """Where each record of numbers begins and how long it is. UserError for a packed archive."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if sum(entry.file_size for entry in entries) > size:
+            raise UserError(f"{path}: refused, it would unpack to more than its {size} bytes")
+        records = {}
+        with open(path, "rb") as handle:
+            for entry in entries:
+                plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1
+                if not plain or entry.compress_size != entry.file_size:
+                    raise UserError(f"{path}: refused, it is packed as PyTorch never does")
+                handle.seek(entry.header_offset)
+                mark, name, extra = _LOCAL.unpack(handle.read(_LOCAL.size))
+                begin = entry.header_offset + _LOCAL.size + name + extra
+                if mark != b"PK\x03\x04" or begin + entry.file_size > size:
+                    raise _damaged(path, f"{entry.filename} is cut off")
+                if entry.filename.endswith(".pkl") and entry.file_size > _PICKLE_LIMIT:
+                    raise UserError(f"{path}: a pickle of {entry.file_size} bytes is too much")
+                if entry.filename.endswith("/byteorder"):
+                    handle.seek(begin)
+                    if (order := handle.read(min(entry.file_size, 8))) != b"little":
+                        raise UserError(f"{path}: its byte order is {order!r}, not 'little'")
+                if "/data/" in entry.filename and entry.file_size:
+                    records[begin] = entry.file_size
+    except UserError:
+        raise
+    except Exception as err:  # a damaged archive fails anywhere, with anything
+        raise _damaged(path, err) from err
+    return records
+
+
+def _tensors(held: object, seen: dict[int, object]) -> Iterator[tuple[int, object]]:
+    """Every tensor in nested dictionaries and lists, once, by its identity."""
+    import torch
+
+    rest = [held]
+    while rest:
+        value = rest.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if torch.is_tensor(value):
+            yield id(value), value
+        elif isinstance(value, dict):
+            rest += value.values()
+        elif isinstance(value, list | tuple | set):
+            rest += value
+
+
+def _places(path: Path, tensors: dict, records: dict[int, int]) -> dict[int, int]:
+    """Where in the file each storage lies, by its address. UserError unless all fit the records.
+
+    The loader maps the file, and takes where a storage begins from the archive but how long it is
+    from the pickle.
+    """
+    storages = {}
+    for tensor in tensors.values():
+        if tensor.layout == _torch().strided and tensor.device.type == "cpu":
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                storages[storage.data_ptr()] = storage.nbytes()
+    found, known = sorted(storages.items()), sorted(records.items())
+    shift = found[0][0] - known[0][0] if found and known else 0
+    if [(address - shift, size) for address, size in found] != known:
+        raise _damaged(path, "its pickle and its records do not agree")
+    return {address: address - shift for address in storages}
+
+
+def _dtype(path: Path, key: str, tensor) -> np.dtype:
+    """What sort of numbers a tensor holds. UserError unless they lie plainly in memory."""
+    dtype = _dtypes().get(tensor.dtype)
+    if dtype is None or tensor.layout != _torch().strided or tensor.device.type != "cpu":
+        raise UserError(f"{path}: {key} is {tensor.dtype}, {tensor.layout}, on {tensor.device}")
+    if tensor.is_neg() or tensor.is_conj():
+        raise UserError(f"{path}: {key} is stored with its sign turned")
+    return dtype
+
+
+def _array(tensor, dtype: np.dtype, places: dict[int, int], data: np.ndarray) -> np.ndarray:
+    if not tensor.numel():
+        return np.zeros(tensor.shape, dtype)
+    address = tensor.untyped_storage().data_ptr()
+    if address in places:
+        begin = places[address] + tensor.storage_offset() * dtype.itemsize
+        strides = [step * dtype.itemsize for step in tensor.stride()]
+        return np.ndarray(tensor.shape, dtype, data, begin, strides)
+    tensor = tensor.detach()
+    brain = dtype == ml_dtypes.bfloat16  # which numpy cannot take from PyTorch
+    return tensor.view(_torch().int16).numpy().view(dtype) if brain else tensor.numpy()
+
+
+def _torch():
+    import torch
+
+    return torch
+
+
+def _dtypes() -> dict:
+    torch = _torch()
+    names = {dtype.name: dtype for dtype in DTYPES.values()}
+    return {getattr(torch, name): dtype for name, dtype in names.items() if hasattr(torch, name)}
