@@ -12,7 +12,6 @@ import torch
 from converters import readers, writers
 from fact_jax.errors import UserError
 
-
 NOTHING = {"dtype": "F32", "shape": [2**62, 0, 2**62], "data_offsets": [0, 0]}
 
 
