@@ -1,0 +1,102 @@
+"""What a face costs in a call of the UNet, and how long pictures take.
+
+    python -m benchmarks.inference                        (SD 1.5's size, float32: 9 GB, minutes)
+    python -m benchmarks.inference --dtype bfloat16       (PyTorch under autocast)
+    python -m benchmarks.inference --size mini            (seconds)
+    python -m benchmarks.inference --pictures 1 8 --dtype float16 --compile       (a GPU)
+
+Random weights, gates open. Three sides in PyTorch, on one UNet of diffusers, taking turns: `plain`
+without a face; `ours`; `released`, the same adapter as the released code computes it, with all
+queries and the attention matrix written out. And `jax`, ours in JAX, in a process of its own.
+A time is the best of all runs; the ratios are what it is about.
+"""
+
+import argparse
+import dataclasses
+import json
+import subprocess
+import sys
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Size:
+    """A UNet (``miniature/...`` or a named constructor), a face's tokens, a side in latents."""
+
+    unet: str
+    face_tokens: int
+    face_dim: int
+    words: int
+    cells: int
+
+
+SIZES = {
+    "sd15": Size(unet="sd15", face_tokens=16, face_dim=768, words=77, cells=64),
+    "mini": Size(unet="mini", face_tokens=16, face_dim=64, words=24, cells=8),
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--size", choices=SIZES, default="sd15")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--batch", type=int, default=2, help="samples in a call of the UNet")
+    parser.add_argument("--runs", type=int, default=3, help="timed calls of each side")
+    parser.add_argument("--device", default=None, help="of PyTorch (default: CUDA if there is one)")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
+    parser.add_argument("--no-jax", action="store_true", help="PyTorch's sides alone")
+    parser.add_argument(
+        "--pictures",
+        type=int,
+        nargs="+",
+        metavar="BATCH",
+        help="whole pictures instead, with guidance, so many at a time",
+    )
+    parser.add_argument("--steps", type=int, default=50, help="of each picture")
+    parser.add_argument("--in-process", choices=("torch", "jax"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.in_process == "torch":
+        from benchmarks.inference_torch import measure
+
+        print(json.dumps(measure(SIZES[arguments.size], arguments)))
+    elif arguments.in_process == "jax":
+        from benchmarks.inference_jax import measure
+
+        print(json.dumps(measure(SIZES[arguments.size], arguments)))
+    elif arguments.pictures:
+        _report_pictures(_run("torch"))
+    else:
+        _report_calls(_run("torch") | ({} if arguments.no_jax else _run("jax")))
+    return 0
+
+
+def _run(library: str) -> dict:
+    command = [sys.executable, "-m", "benchmarks.inference", *sys.argv[1:], "--in-process", library]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _report_calls(found: dict) -> None:
+    print(found.pop("device"))
+    for side, times in found.items():
+        print(f"{side:9s} {min(times):8.4f} s a call (all: {', '.join(f'{t:.4f}' for t in times)})")
+    best = {side: min(times) for side, times in found.items()}
+    pairs = [("ours", "plain"), ("released", "ours"), ("jax", "ours")]
+    for one, other in pairs:
+        if one in best:
+            print(f"{one} / {other}: {best[one] / best[other]:.2f}")
+
+
+def _report_pictures(found: dict) -> None:
+    print(found.pop("device"))
+    for name, row in found.items():
+        print(
+            f"{name}: {row['seconds']:.3f} s a picture, peak {row['bytes'] / 2**30:.2f} GiB on the "
+            f"device, {row['host_bytes'] / 2**30:.2f} GiB in the process (weights "
+            f"{row['weights'] / 2**30:.2f})"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
