@@ -175,8 +175,7 @@ def whole_folder(path: str | os.PathLike, *, force: bool) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        for file in (*temporary.rglob("*"), temporary):
-            sync(file)
+        os.sync()  # a folder may hold thousands of files: one wait for all instead of one for each
         if path.exists():
             old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
             os.replace(path, old)

@@ -5,6 +5,7 @@ by leaf, whoever wrote them, and written leaf by leaf as plain files, which Orba
 which can be mapped into memory.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 from converters.arrays import Lazy
 from converters.parallel import in_threads
 from converters.readers import DTYPES, State, read_json
-from converters.writers import in_order, write_at, write_json
+from converters.writers import in_order, write_at
 from fact_jax.errors import UserError
 
 Array = np.ndarray | Lazy
@@ -160,7 +161,7 @@ def write_tree(
         "use_ocdbt": False,
         "use_zarr3": False,
     }
-    write_json(folder / "_METADATA", about)
+    (folder / "_METADATA").write_text(json.dumps(about), encoding="utf-8")
     return sums
 
 
@@ -195,7 +196,8 @@ def _write_leaf(folder: Path, stored: Array) -> int:
         "filters": None,
         "fill_value": None,
     }
-    write_json(folder / ".zarray", about)
+    # Whoever wants the whole tree on disk syncs it as a whole: a journal for each file is slow.
+    (folder / ".zarray").write_text(json.dumps(about), encoding="utf-8")
     if array.nbytes:
         with open(folder / (".".join("0" for _ in array.shape) or "0"), "wb") as handle:
             write_at(handle, array, 0)
