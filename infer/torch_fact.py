@@ -14,7 +14,8 @@ from torch import Tensor
 from converters.adapter import infer_resampler, split_state
 from converters.weights import read_config
 from fact_jax.errors import UserError
-from fact_jax.fact import Guidance
+from fact_jax.fact import Combine, Guidance
+from fact_jax.regions import Regions
 from infer.base import FaceFiles, read_face_files
 from infer.torch_models import Resampler, TransFaceTokens, encoder_from, load_strictly
 from infer.torch_processors import FaceContext, FaceProcessor, installed, text_blocks, whole
@@ -40,14 +41,20 @@ class FactTorch:
         return dataclasses.replace(self, pipe=pipe)
 
     @torch.no_grad()
-    def face_tokens(self, crops: UInt8[np.ndarray, "b p s s 3"]) -> Tensor:
-        """Face tokens (b, m, d) of people from ``p`` aligned crops each, in a row; float32."""
-        people, photos = crops.shape[:2]
+    def face_tokens(
+        self, crops: UInt8[np.ndarray, "b p s s 3"], combine: Combine = "concat", people: int = 1
+    ) -> Tensor:
+        """Face tokens (b, m, d) for pictures from ``p`` aligned crops each, in a row; float32.
+
+        The crops are of ``people`` people, an equal number of each, one's after another's.
+        """
+        pictures, photos = crops.shape[:2]
         pixels = torch.from_numpy(np.ascontiguousarray(crops)).flatten(0, 1).permute(0, 3, 1, 2)
         device = self.pipe.device
         tokens = self.encoder.to(device)(pixels.to(device, torch.float32) / 127.5 - 1)
         tokens = self.resampler.to(device)(tokens)
-        return tokens.reshape(people, photos * tokens.shape[1], -1)
+        tokens = tokens.unflatten(0, (pictures, people, photos // people))
+        return _together(tokens, combine).flatten(1, 2)
 
     @torch.no_grad()
     def null_tokens(self, photos: int = 1) -> Tensor:
@@ -58,13 +65,18 @@ class FactTorch:
 
     @contextlib.contextmanager
     def face(
-        self, face: Tensor, guidance: Guidance, scales: Sequence[float] | None = None
+        self,
+        face: Tensor,
+        guidance: Guidance,
+        scales: Sequence[float] | None = None,
+        regions: Regions | None = None,
     ) -> Iterator[None]:
         """While this is entered, the pipe draws as many pictures as ``face`` has rows (b, m, d).
 
         Call the pipe with ``guidance_scale=guidance.text``, as often as you like. ``scales`` are
         the adapter's strength in each call of the UNet; without them it follows from ``guidance``
-        and the timesteps of the pipe's scheduler, whichever that is.
+        and the timesteps of the pipe's scheduler, whichever that is. With ``regions``
+        (``fact_jax.regions``) a row holds the tokens of several people, an equal share each.
         """
         photos = face.shape[1] // self.resampler.config.num_queries
         null = self.null_tokens(photos).to(face).expand_as(face)
@@ -75,7 +87,7 @@ class FactTorch:
             same = guidance.negative_face == "same" and guidance.face is None
             branches = [face if same else null, *branches]
         unet = self.pipe.unet
-        steering = Steering(self.pipe, self.context, guidance, scales)
+        steering = Steering(self.pipe, self.context, guidance, scales, regions)
         hooks = [
             unet.register_forward_pre_hook(steering.before, with_kwargs=True),
             unet.register_forward_hook(steering.after),
@@ -139,6 +151,17 @@ def unload_fact(pipe: Any) -> None:
     """Give a pipe back as it was before ``load_fact``: the same modules, the same processors."""
     for processor in installed(pipe.unet).values():
         processor.remove()
+
+
+def _together(tokens: Tensor, combine: Combine) -> Tensor:
+    """``fact_jax.fact.combine_photos`` of tokens (b, k, p, m, d): (b, k, tokens, d)."""
+    if combine == "concat":
+        return tokens.flatten(2, 3)
+    if combine == "average":
+        return tokens.mean(dim=2)
+    lengths = tokens.norm(dim=-1, keepdim=True)
+    mean = (tokens / lengths.clamp(min=1e-6)).mean(dim=2)
+    return mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-6) * lengths.mean(dim=2)
 
 
 def _listed(widths: dict[str, int]) -> str:

@@ -15,10 +15,11 @@ from fact_jax.models.transface import TransFaceConfig
 _HEAD = ("feature.", "senet.", "mask_token")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Fused attention of (b, n, c) over (b, m, c)."""
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
+    """Fused attention of (b, n, c) over (b, m, c); ``mask`` (b, n, m): who sees what."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
-    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+    mask = None if mask is None else mask[:, None]
+    return functional.scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
 
 
 class _SelfAttention(nn.Module):

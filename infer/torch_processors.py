@@ -7,7 +7,7 @@ own sum is then right. Whatever processor the attention had, or is given later, 
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -26,11 +26,14 @@ class FaceContext:
     """What the processors of one pipe know of the generation in progress.
 
     ``guidance`` is None outside of a generation with a face. ``scale`` (0-dimensional) is the
-    adapter's strength in this call of the UNet; None: it is silent and costs nothing.
+    adapter's strength in this call of the UNet; None: it is silent and costs nothing. ``regions``
+    (b, k, n), by the number of tokens n, say whose region of k people each token lies in; the face
+    tokens are then theirs, an equal share each (see ``fact_jax.models.adapter.FaceControls``).
     """
 
     guidance: Guidance | None = None
     scale: Tensor | None = None
+    regions: Mapping[int, Tensor] | None = None
 
 
 class _GatedAttention(nn.Module):
@@ -42,12 +45,18 @@ class _GatedAttention(nn.Module):
         self.to_v = nn.Linear(dim, dim, bias=False)
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
-    def forward(self, x: Tensor, face: Keys) -> Tensor:
+    def forward(
+        self, x: Tensor, face: Keys, regions: Tensor | None = None, *, adain: bool = False
+    ) -> Tensor:
+        own = self.to_k(x), self.to_v(x)
+        if adain:
+            people = 1 if regions is None else regions.shape[1]
+            face = tuple(_moved(a, to, people) for a, to in zip(face, own, strict=True))
         keys, values = (
-            torch.cat([own, added.to(own.dtype)], dim=1)
-            for own, added in zip((self.to_k(x), self.to_v(x)), face, strict=True)
+            torch.cat([a, added.to(a.dtype)], dim=1) for a, added in zip(own, face, strict=True)
         )
-        return self.to_out[0](attend(self.to_q(x), keys, values, self.heads))
+        mask = None if regions is None else _visible(regions, face[0].shape[1])
+        return self.to_out[0](attend(self.to_q(x), keys, values, self.heads, mask))
 
 
 class FaceProcessor(nn.Module):
@@ -56,7 +65,8 @@ class FaceProcessor(nn.Module):
     Its parameters have the released names under ``...attn2.processor.`` and move with the pipe, but
     are no part of the UNet's state: a pipe is saved as the base that it is. ``own_norm`` is for
     files that hold a copy of the block's ``norm2``. ``keys`` and ``text`` are keys and values of
-    the face's and the text's tokens, computed once a generation and None outside of it.
+    the face's and the text's tokens, computed once a generation and None outside of it; ``factor``
+    is what this block's strength is multiplied by.
     """
 
     def __init__(self, dim: int, heads: int, face_dim: int, *, own_norm: bool = False):
@@ -72,6 +82,7 @@ class FaceProcessor(nn.Module):
         self.inner: Any = None
         self.keys: Keys | None = None
         self.text: Keys | None = None
+        self.factor = 1.0
         self._increment: Tensor | None = None
 
     def install(self, path: str, block: BasicTransformerBlock, context: FaceContext) -> None:
@@ -112,8 +123,15 @@ class FaceProcessor(nn.Module):
 
     def increment(self, x: Tensor, face: Keys, scale: Tensor | float) -> Tensor:
         """What the adapter adds to the visual tokens ``x``; only they ask queries."""
-        first = scale * self.alpha_attn.tanh() * self.attn(self.norm1(x), face)
-        return first + scale * self.alpha_dense.tanh() * self.ff(self.norm2(x + first))
+        guidance, regions = self.context.guidance or _PLAIN, self.context.regions
+        regions = None if regions is None else regions[x.shape[1]]
+        scale = scale * self.factor
+        mixed = self.attn(self.norm1(x), face, regions, adain=guidance.adain)
+        first = scale * self.alpha_attn.tanh() * mixed
+        added = first + scale * self.alpha_dense.tanh() * self.ff(self.norm2(x + first))
+        if regions is not None:
+            added = added.where(regions.any(dim=1)[..., None], 0)
+        return added if guidance.cap is None else _capped(added, x, guidance.cap)
 
     def __call__(
         self,
@@ -138,7 +156,7 @@ class FaceProcessor(nn.Module):
 
     def _adapt(self, norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """Before the block's ``norm2``: the tokens with the increment, which is kept for later."""
-        if self.keys is None or self.context.scale is None:
+        if self.keys is None or self.context.scale is None or not self.factor:
             return None
         self._increment = self.increment(args[0], self.keys, self.context.scale)
         return (args[0] + self._increment,)
@@ -152,6 +170,30 @@ class FaceProcessor(nn.Module):
 
     def _get_inner(self) -> Any:
         return self.inner
+
+
+_PLAIN = Guidance()
+
+
+def _moved(face: Tensor, to: Tensor, people: int) -> Tensor:
+    """Each person's tokens (b, m, c), their mean replaced by that of ``to`` (arXiv 2403.11781)."""
+    own = face.unflatten(1, (people, -1))
+    mean = to.mean(dim=1)[:, None, None].to(face.dtype)
+    return (own - own.mean(dim=2, keepdim=True) + mean).flatten(1, 2)
+
+
+def _visible(regions: Tensor, tokens: int) -> Tensor:
+    """Which of all visual and then ``tokens`` face tokens each visual token sees: (b, n, keys)."""
+    batch, people, n = regions.shape
+    faces = regions.transpose(1, 2).repeat_interleave(tokens // people, dim=2)
+    return torch.cat([faces.new_ones(batch, n, n), faces], dim=2)
+
+
+def _capped(added: Tensor, x: Tensor, cap: float) -> Tensor:
+    """``added`` times min(1, cap |x| / |added|), norms of a whole sample in float32."""
+    length, limit = (a.float().flatten(1).norm(dim=1)[:, None, None] for a in (added, x))
+    limit = cap * limit
+    return added * torch.where(length > limit, limit / length, 1.0).to(added.dtype)
 
 
 def _plain(attention: Attention) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fact_jax.errors import UserError
 from fact_jax.fact import Guidance
+from fact_jax.regions import Regions
 from infer.torch_processors import FaceContext, installed
 
 
@@ -23,9 +24,15 @@ class Steering:
     """
 
     def __init__(
-        self, pipe: Any, context: FaceContext, guidance: Guidance, scales: Sequence[float] | None
+        self,
+        pipe: Any,
+        context: FaceContext,
+        guidance: Guidance,
+        scales: Sequence[float] | None,
+        regions: Regions | None = None,
     ):
         self.pipe, self.context, self.guidance, self.scales = pipe, context, guidance, scales
+        self.regions = regions
         self.processors = installed(pipe.unet)
         self._timesteps: Tensor | None = None
         self._coming: Iterator[Tensor | None] = iter(())
@@ -42,15 +49,16 @@ class Steering:
             )
         self.people, self.branches = len(branches[0]), len(branches)
         tokens = torch.cat(tuple(branches)).to(unet.device, unet.dtype)
-        for processor in self.processors.values():
-            processor.keys = processor.face_keys(tokens)
+        factors = self.guidance.block_factors(list(self.processors))
+        for processor, factor in zip(self.processors.values(), factors, strict=True):
+            processor.keys, processor.factor = processor.face_keys(tokens), factor
         self.context.guidance = self.guidance
 
     def forget(self) -> None:
         """Leave nothing of the generation behind."""
         for processor in self.processors.values():
             processor.keys = processor.text = None
-        self.context.guidance = self.context.scale = None
+        self.context.guidance = self.context.scale = self.context.regions = None
 
     # Which call this is, torch.compile need not know: it would compile each of them.
     @torch.compiler.disable
@@ -91,6 +99,7 @@ class Steering:
                 f"the pipe draws {pictures:g} pictures at once, there are faces for {self.people}: "
                 "give one row of face tokens for each picture"
             )
+        self._place(sample)
         self._timesteps = self.pipe.scheduler.timesteps
         scales = self._own_scales() if self.scales is None else self.scales
         tensors = {scale: torch.tensor(scale, device=sample.device) for scale in set(scales)}
@@ -98,6 +107,20 @@ class Steering:
         for processor in self.processors.values():
             # Under CPU offload they were computed where the UNet waits.
             processor.keys = tuple(half.to(sample.device) for half in processor.keys)
+
+    def _place(self, sample: Tensor) -> None:
+        """The regions of every branch, for latents of this size."""
+        if self.regions is None:
+            return
+        height, width = sample.shape[2:]
+        if height * width not in self.regions:
+            raise UserError(f"the regions are not for latents of {height} x {width}")
+        self.context.regions = {
+            n: torch.tensor(mask, device=sample.device)
+            .expand(self.people, -1, -1)
+            .repeat(self.branches, 1, 1)
+            for n, mask in self.regions.items()
+        }
 
     def _own_scales(self) -> list[float]:
         """For each call to come; a scheduler may call twice a step, or leave out the first ones."""
