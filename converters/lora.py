@@ -20,7 +20,7 @@ from flax import nnx
 from converters.arrays import Lazy
 from converters.kinds import CONV, LINEAR, POINTWISE, Leaf
 from converters.ldm import unet_pairs
-from converters.mapping import Difference, place_of, prefix_of
+from converters.mapping import Difference, is_float, place_of, prefix_of
 from converters.readers import State, read_file, read_json
 from converters.rules import TABLES
 from converters.weights import dump_some, kind_of
@@ -175,6 +175,10 @@ def _layer(
     if lacking := [part for part in ("down", "up") if part not in found]:
         difference.missing += [f"{part} of {name}" for part in lacking]
         return None
+    matrices = {part: array for part, array in found.items() if part != "alpha"}
+    if odd := [array.dtype for array in matrices.values() if not is_float(array.dtype)]:
+        difference.other.append(f"{name}: {odd[0]}, wanted floating point")
+        return None
     down, up, mid = found["down"], found["up"], found.get("mid")
     inner = down.shape[:1] if mid is None else mid.shape[1:2]
     outer = down.shape[:1] if mid is None else mid.shape[:1]
@@ -290,7 +294,8 @@ def merge(
     """A base's states by kind with ``scale`` times the LoRA added, each tensor when it is read.
 
     ``-scale`` takes it out again, but for the rounding of the base's precision. Raises one
-    UserError with every layer that the base does not have or has in another shape.
+    UserError with every layer that the base does not have or has in another shape; a tensor that
+    is not finite with the LoRA in it raises one when it is read.
     """
     difference = Difference()
     merged = {kind: dict(state) for kind, state in states.items()}
@@ -305,7 +310,7 @@ def merge(
                 f"{layer.kind}/{key}: is {layer.shape}, wanted {_bare(base.shape)}"
             )
         else:
-            merged[layer.kind][key] = _added(base, layer, scale)
+            merged[layer.kind][key] = _added(key, base, layer, scale)
     difference.raise_if_any(f"{lora.path}: the LoRA does not fit this base")
     return merged
 
@@ -314,10 +319,14 @@ def _bare(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[:2] if shape[2:] == (1, 1) else shape
 
 
-def _added(base: np.ndarray | Lazy, layer: Layer, scale: float) -> Lazy:
+def _added(key: str, base: np.ndarray | Lazy, layer: Layer, scale: float) -> Lazy:
     def read() -> np.ndarray:
-        added = np.float32(scale) * layer.delta().reshape(base.shape)
-        return (np.asarray(base).astype(np.float32) + added).astype(base.dtype)
+        with np.errstate(over="ignore", invalid="ignore"):
+            added = np.float32(scale) * layer.delta().reshape(base.shape)
+            merged = (np.asarray(base).astype(np.float32) + added).astype(base.dtype)
+        if not np.isfinite(merged).all():
+            raise UserError(f"{key}: with the LoRA in it, it is no longer finite in {base.dtype}")
+        return merged
 
     return Lazy(base.shape, base.dtype, read)
 

@@ -24,6 +24,7 @@ _HEADS = {
     "clip_text": "text_encoder",
     "vae": "vae",
     "transface": "encoder",
+    "controlnet": "controlnet",
 }
 """What each kind is called in ``params`` where several are trained together."""
 _BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}

@@ -1,5 +1,6 @@
 """LoRA files of every layout merged into a base, against diffusers and peft."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -268,7 +269,7 @@ def test_rank_stabilised_scale(tmp_path):
 
 
 def test_taken_out_again(base, tmp_path):
-    """Back to the base but for the rounding of two additions; half precision stays half."""
+    """Back to the base but for the rounding of two additions."""
     lora = read_lora(saved(tmp_path / "x.safetensors", kohya(base)))
     merged = merge(base, lora, 0.25)
     back = merge(merged, lora, -0.25)
@@ -276,10 +277,21 @@ def test_taken_out_again(base, tmp_path):
         for key, array in state.items():
             # Half a unit in the last place of numbers up to 2, twice.
             np.testing.assert_allclose(back[kind][key], array, rtol=0, atol=2.5e-7, err_msg=key)
-    half = {
-        kind: {k: a.astype(np.float16) for k, a in state.items()} for kind, state in base.items()
-    }
-    assert {a.dtype for a in merge(half, lora)["unet"].values()} == {np.dtype(np.float16)}
+
+
+def test_half_precision_stays_half(base, tmp_path):
+    """The sum is taken in float32 and rounded once; what half precision cannot hold is said."""
+    lora = read_lora(saved(tmp_path / "x.safetensors", kohya(base)))
+    half = {"unet": {k: a.astype(np.float16) for k, a in base["unet"].items()}}
+    lora = dataclasses.replace(lora, layers=[x for x in lora.layers if x.kind == "unet"])
+    exact = {"unet": {k: a.astype(np.float32) for k, a in half["unet"].items()}}
+    merged, wanted = (merge(state, lora, 0.5)["unet"] for state in (half, exact))
+    for key, array in merged.items():
+        rounded = np.asarray(wanted[key]).astype(np.float16)
+        np.testing.assert_array_equal(np.asarray(array), rounded, strict=True)
+    key = lora.layers[0].key
+    with pytest.raises(UserError, match=f"{key}: .*no longer finite in float16"):
+        np.asarray(merge(half, lora, 1e6)["unet"][key])
 
 
 def test_added_to_a_module_as_to_its_file(parts, base, tmp_path):
@@ -326,6 +338,7 @@ def pair(name: str, inner: int = 6) -> dict[str, np.ndarray]:
         ({"conv_in.weight": normal(0, 2, 2)}, r"1 unexpected \(conv_in.weight\)"),
         ({f"{UNET}_to_q.lora_down.weight": normal(0, 2, 6)}, r"1 missing \(up of lora_unet_"),
         (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.lora_up.weight": normal(0, 5, 3)}, "1 misshapen"),
+        (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.lora_up.weight": np.ones((5, 2), int)}, "int64"),
         (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.alpha": np.float32(np.nan)}, "alpha is nan"),
         (pair(f"{UNET}_to_q") | pair(f"unet.{ATTENTION}.to_q"), "a second change of down_blocks"),
     ],
