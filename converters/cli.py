@@ -1,21 +1,35 @@
 """fact-convert: look into weights, move them between PyTorch and JAX, compare them."""
 
 import argparse
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fact_jax.errors import UserError
 
+_DTYPES = ("float32", "float16", "bfloat16")
+_BROKEN_PIPE = 141
+"""What a shell says of a program whose reader went away."""
+_SHOWN = 20
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status: 0 done, 1 weights differ, 2 bad input."""
     arguments = _parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        status = arguments.run(arguments)
+        sys.stdout.flush()
+        return status
     except UserError as err:
         print(f"error: {err}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Nobody reads on, as after ``| head``; Python would complain again when it ends.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _BROKEN_PIPE
     except OSError as err:
         print(f"error: {err.filename or ''}: {err.strerror or err}", file=sys.stderr)
         return 2
@@ -31,32 +45,36 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("source", type=Path, metavar="FILE|DIR")
     inspect.add_argument("--json", action="store_true", help="as JSON, for scripts")
 
-    for name, run, text, out in (
-        (
-            "to-torch",
-            _to_torch,
-            "write weights as a file that PyTorch code opens",
-            "OUT.safetensors, or OUT.ckpt for the released layout; a folder for a pipeline",
-        ),
-        ("to-jax", _to_jax, "write weights as a checkpoint folder of JAX arrays", "a new folder"),
-    ):
-        convert = _command(commands, name, run, text)
-        convert.add_argument("source", type=Path, metavar="SRC")
-        convert.add_argument("out", type=Path, metavar="OUT", help=out)
-        convert.add_argument("--force", action="store_true", help="replace OUT if it exists")
-        convert.add_argument(
-            "--dim-head",
-            type=int,
-            metavar="N",
-            help="width of a head in the adapter's resampler, if SRC does not say (released: 64)",
-        )
+    torch = _command(commands, "to-torch", _to_torch, "write weights as PyTorch code opens them")
+    torch.add_argument("source", type=Path, metavar="SRC")
+    _add_out(torch)
+    _add_head(torch)
+    torch.add_argument(
+        "--base",
+        type=Path,
+        metavar="BASE",
+        help="of an adapter with copies of its base's norm2: leave out those that BASE has too",
+    )
 
-        if name == "to-torch":
-            convert.add_argument(
-                "--dtype",
-                choices=("float32", "float16", "bfloat16"),
-                help="precision to round the weights to (that of SRC)",
-            )
+    jax = _command(commands, "to-jax", _to_jax, "write weights as a checkpoint of JAX arrays")
+    jax.add_argument("source", type=Path, metavar="SRC")
+    jax.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    _add_head(jax)
+    _add_caution(jax)
+
+    merge = _command(commands, "merge-lora", _merge_lora, "add a LoRA to a base, or take it out")
+    merge.add_argument("source", type=Path, metavar="BASE")
+    merge.add_argument("lora", type=Path, metavar="LORA")
+    _add_out(merge)
+    merge.add_argument("--scale", type=float, default=1.0, metavar="S", help="its strength (1.0)")
+    merge.add_argument("--remove", action="store_true", help="take out what S of it had added")
+
+    extract = _command(
+        commands, "extract", _extract, "write the adapter alone, out of whatever holds one"
+    )
+    extract.add_argument("source", type=Path, metavar="SRC")
+    _add_out(extract)
+    _add_head(extract)
 
     verify = _command(
         commands, "verify", _verify, "compare the numbers of two files or folders of any format"
@@ -77,9 +95,48 @@ def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
         "--weights",
         choices=("ema", "params"),
         default="ema",
-        help="of a training checkpoint: the running average, or the parameters themselves (ema)",
+        help="of what holds both: the running average, or the parameters themselves (ema)",
     )
     return command
+
+
+def _add_out(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="a file .safetensors or .ckpt (of an adapter the released layout, of a base the "
+        "original one), .onnx of a face encoder, or a folder as diffusers has",
+    )
+    command.add_argument(
+        "--format",
+        choices=("diffusers", "original", "onnx", "file"),
+        help="what OUT shall be, if not what its ending says; file: tensors as they are called",
+    )
+    command.add_argument("--dtype", choices=_DTYPES, help="precision to round to (that of SRC)")
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="DIR",
+        help="for a folder: where configurations, tokenizer and scheduler are, if not in SRC",
+    )
+    _add_caution(command)
+
+
+def _add_caution(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, say what would be written"
+    )
+
+
+def _add_head(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dim-head",
+        type=int,
+        metavar="N",
+        help="width of a head in the adapter's resampler, if SRC does not say (released: 64)",
+    )
 
 
 def _open(path: Path, arguments: argparse.Namespace):
@@ -89,7 +146,7 @@ def _open(path: Path, arguments: argparse.Namespace):
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    from converters.formats import summary
+    from converters.about import summary
 
     about = summary(_open(arguments.source, arguments))
     if arguments.json:
@@ -104,50 +161,75 @@ def _inspect(arguments: argparse.Namespace) -> int:
         elif isinstance(value, dict):
             print(f"{name}:")
             for key, entry in value.items():
-                print(f"  {key + ':':20s}{_sentence(entry)}")
+                print(f"  {_plain(key) + ':':20s} {_sentence(entry)}")
         else:
-            print(f"{name + ':':14s}{value}")
+            print(f"{name + ':':14s}{_sentence(value)}")
     return 0
 
 
 def _sentence(value) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{key} {_sentence(entry)}" for key, entry in value.items())
+        return ", ".join(f"{_plain(key)} {_sentence(entry)}" for key, entry in value.items())
     if isinstance(value, list):
-        return " ".join(map(str, value))
-    return f"{value:,}" if isinstance(value, int) else str(value)
+        more = f" and {len(value) - _SHOWN:,} more (--json)" if len(value) > _SHOWN else ""
+        return " ".join(map(_plain, value[:_SHOWN])) + more
+    return f"{value:,}" if isinstance(value, int) else _plain(value)
+
+
+def _plain(value) -> str:
+    """What a file says, without what would steer the terminal."""
+    text = str(value)
+    return text if text.isprintable() else ascii(text)
 
 
 def _to_torch(arguments: argparse.Namespace) -> int:
-    import dataclasses
-
-    from tqdm import tqdm
-
-    from converters.formats import save_torch
-    from converters.weights import in_precision
+    from converters.saving import without_copies
 
     weights = _open(arguments.source, arguments)
-    if weights.format == "diffusers":
-        return _copy_pipeline(arguments)
+    base = None if arguments.base is None else _open(arguments.base, arguments)
+    weights, notes = without_copies(weights, base)
+    return _write(arguments, weights, notes, dim_head=arguments.dim_head)
+
+
+def _merge_lora(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from converters.lora import merge, read_lora
+
+    weights = _open(arguments.source, arguments)
+    lora = read_lora(arguments.lora)
+    scale = -arguments.scale if arguments.remove else arguments.scale
+    weights = dataclasses.replace(weights, states=merge(weights.states, lora, scale))
+    done = "taken out" if arguments.remove else "added"
+    notes = [f"{lora.path}: {len(lora.layers)} layers {done} at {arguments.scale:g}"]
+    return _write(arguments, weights, notes)
+
+
+def _extract(arguments: argparse.Namespace) -> int:
+    from converters.saving import adapter_in
+
+    weights = adapter_in(_open(arguments.source, arguments))
+    return _write(arguments, weights, [], dim_head=arguments.dim_head)
+
+
+def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None = None) -> int:
+    """Write weights as OUT and the options say, with a bar; what was noticed is said at the end."""
+    from converters.saving import in_dtype, save
+
     _refuse_existing(arguments)
-    if arguments.dtype:
-        rounded = {k: in_precision(state, arguments.dtype) for k, state in weights.states.items()}
-        weights = dataclasses.replace(weights, states=rounded)
-    total = sum(array.nbytes for _, array in weights.tensors())
-    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
-        save_torch(weights, arguments.out, arguments.dim_head, bar.update)
-    print(f"{arguments.out}: {weights.kind}")
-    return 0
-
-
-def _copy_pipeline(arguments: argparse.Namespace) -> int:
-    from converters.pipeline import load_pipeline, save_pipeline
-
-    _refuse_existing(arguments)
-    pipeline = load_pipeline(arguments.source, variant=arguments.variant)
-    save_pipeline(pipeline, arguments.out, force=arguments.force, dtype=arguments.dtype)
-    print(f"{arguments.out}: pipeline")
-    return 0
+    weights = in_dtype(weights, arguments.dtype)
+    with _bar(weights) as bar:
+        layout = save(
+            weights,
+            arguments.out,
+            layout=arguments.format,
+            beside=arguments.config,
+            dim_head=dim_head,
+            force=arguments.force,
+            dry_run=arguments.dry_run,
+            wrote=bar.update,
+        )
+    return _done(arguments, weights, layout, notes)
 
 
 def _to_jax(arguments: argparse.Namespace) -> int:
@@ -155,8 +237,33 @@ def _to_jax(arguments: argparse.Namespace) -> int:
 
     _refuse_existing(arguments)
     weights = _open(arguments.source, arguments)
-    save_jax(weights, arguments.out, arguments.dim_head, force=arguments.force)
-    print(f"{arguments.out}: {weights.kind}")
+    with _bar(weights) as bar:
+        save_jax(
+            weights,
+            arguments.out,
+            arguments.dim_head,
+            force=arguments.force,
+            dry_run=arguments.dry_run,
+            wrote=bar.update,
+        )
+    return _done(arguments, weights, "checkpoint", [])
+
+
+def _bar(weights):
+    from tqdm import tqdm
+
+    total = sum(array.nbytes for _, array in weights.tensors())
+    return tqdm(total=total, unit="B", unit_scale=True, disable=None)
+
+
+def _done(arguments: argparse.Namespace, weights, layout: str, notes: Sequence[str]) -> int:
+    for reason, keys in weights.left_out.items():
+        shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+        print(f"left out {len(keys)} keys ({shown}): {reason}", file=sys.stderr)
+    for note in notes:
+        print(note, file=sys.stderr)
+    would = "would be " if arguments.dry_run else ""
+    print(f"{arguments.out}: {would}{weights.kind} ({layout})")
     return 0
 
 
@@ -166,7 +273,7 @@ def _refuse_existing(arguments: argparse.Namespace) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from converters.formats import compare
+    from converters.about import compare
 
     differences = compare(
         _open(arguments.a, arguments), _open(arguments.b, arguments), arguments.tolerance

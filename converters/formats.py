@@ -1,8 +1,9 @@
 """Any file or folder of weights, opened without being told what it is: for ``fact-convert``."""
 
 import dataclasses
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,16 +14,30 @@ from converters.adapter import (
     read_metadata,
     write_adapter,
 )
-from converters.mapping import guess_kind, is_ignored, place_of, prefix_of
+from converters.arrays import Lazy
+from converters.content import provenance
+from converters.folders import read_configs
+from converters.kinds import POINTWISE
+from converters.ldm import is_ldm, read_ldm, write_ldm
+from converters.mapping import guess_kind, is_ignored, names_of, place_of, prefix_of
 from converters.orbax import find_checkpoint, read_checkpoint, to_jax, to_torch, write_checkpoint
 from converters.pipeline import PARTS
-from converters.readers import PICKLES, State, read_file, read_json, read_weights
-from converters.rules import ADAPTER_MARK, RESAMPLER_PREFIX
+from converters.readers import (
+    PICKLES,
+    State,
+    local_folder,
+    read_file,
+    read_json,
+    read_weights,
+)
+from converters.rules import RESAMPLER_PREFIX
 from converters.weights import read_config
 from converters.writers import write_pickle, write_safetensors
 from fact_jax.errors import UserError
 
 ADAPTER_PARTS = {"adapter", "resampler"}
+BASE_PARTS = {"unet", "vae", "clip_text"}
+_SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,27 +45,55 @@ class Weights:
     """What was found at a path: flat PyTorch states by kind of model.
 
     ``format`` is how it is stored. ``metadata`` is what it says of itself: for an adapter file its
-    metadata, for a checkpoint of the trainer its ``meta`` and the step.
+    metadata, for a checkpoint of the trainer its ``meta`` and the step. ``configs`` are the
+    peers' configurations by kind, where it has them. ``left_out`` are keys that carry no weight of
+    these models, by the reason.
     """
 
     path: Path
     format: str
     states: Mapping[str, State]
     metadata: Mapping[str, object]
+    configs: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
+    left_out: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def kind(self) -> str:
         """One word for all of it."""
         if set(self.states) == ADAPTER_PARTS:
             return "adapter"
-        return "pipeline" if self.format == "diffusers" else " + ".join(self.states)
+        return "pipeline" if set(self.states) == BASE_PARTS else " + ".join(self.states)
 
-    def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Every tensor with a name that is the same in all formats."""
+    def tensors(self) -> Iterator[tuple[str, np.ndarray | Lazy]]:
+        """Every tensor that carries weight, with a name and a shape that all formats share."""
         for part, state in self.states.items():
-            prefix = prefix_of(part, state) if part != "unknown" else ""
-            for key, array in state.items():
-                yield f"{part}/{key.removeprefix(prefix)}", array
+            found = state if part == "unknown" else canonical(part, state, matrices=True)
+            for key, array in found.items():
+                yield f"{part}/{key}", array
+
+
+def canonical(kind: str, state: State, *, matrices: bool = False) -> State:
+    """The state by the names that we write, without a prefix and without what carries no weight.
+
+    With ``matrices``, a weight that files hold as a matrix or as a 1 x 1 convolution is a matrix.
+    """
+    prefix = prefix_of(kind, state)
+    found: State = {}
+    for key, array in state.items():
+        place = place_of(kind, key, prefix)
+        if place is None:
+            if not is_ignored(kind, key, prefix):
+                found[key] = array
+            continue
+        # The second copy of a weight that a file holds has a name of its own.
+        name = key.removeprefix(prefix)
+        if not place.overrides:
+            name = names_of(kind, place.jax, "")[0].torch
+        pointwise = place.leaf is POINTWISE.leaves[0] and array.shape[2:] == (1, 1)
+        if matrices and pointwise and array.ndim == 4:
+            array = array.reshape(array.shape[:2])
+        found[name] = array
+    return found
 
 
 def open_weights(
@@ -58,31 +101,51 @@ def open_weights(
 ) -> Weights:
     """Open a diffusers folder, a model folder, a checkpoint of the trainer, or a weight file.
 
-    ``weights`` picks the running average (``ema``) or the parameters (``params``) of a checkpoint.
-    Tensors that no rule knows are kept under the kind ``unknown``. Raises UserError for what is
-    not readable.
+    A diffusers folder may also be a name on the Hub. ``weights`` picks the running average
+    (``ema``) or the parameters (``params``) of a checkpoint. Tensors that no rule knows are kept
+    under the kind ``unknown``. Raises UserError for what is not readable.
     """
     path = Path(path)
+    if not path.exists() and path.suffix not in (*PICKLES, ".safetensors"):
+        path = local_folder(path, _SMALL_FILES, variant)
     if not path.is_dir():
-        state, text = read_file(path)
-        metadata = read_metadata(text, path) if text.get("format") != "pt" else {}
-        suffix = {".safetensors": "safetensors"}.get(path.suffix, "PyTorch pickle")
-        return Weights(path=path, format=suffix, states=by_kind(state), metadata=metadata)
+        return _open_file(path, weights)
     if (path / "model_index.json").exists():
         return _open_pipeline(path, variant)
     if find_checkpoint(path) is not None:
         flat, meta = read_checkpoint(path, weights)
         states = to_torch(flat, meta.get("kept", {}))
-        return Weights(path=path, format="checkpoint", states=states, metadata=meta)
-    for stem in ("model", "diffusion_pytorch_model"):
-        if any(path.glob(f"{stem}*.safetensors")):
-            state = read_weights(path, stem, variant)
+        configs = meta.get("configs", {})
+        return Weights(
+            path=path, format="checkpoint", states=states, metadata=meta, configs=configs
+        )
+    for stem, legacy in (("model", "pytorch_model"), 2 * ("diffusion_pytorch_model",)):
+        if any(path.glob(f"{stem}*.safetensors")) or any(path.glob(f"{legacy}*.bin")):
+            states = by_kind(read_weights(path, stem, variant))
             config = read_json(path / "config.json") if (path / "config.json").exists() else {}
-            return Weights(path=path, format="folder", states=by_kind(state), metadata=config)
+            configs = {kind: config for kind in states if config}
+            return Weights(
+                path=path, format="folder", states=states, metadata=config, configs=configs
+            )
     raise UserError(
         f"{path}: no weights that are known here: no model_index.json, no checkpoint of the "
         "trainer, no model.safetensors"
     )
+
+
+def _open_file(path: Path, weights: str) -> Weights:
+    state, text = read_file(path)
+    stored = {".safetensors": "safetensors"}.get(path.suffix, "PyTorch pickle")
+    if is_ldm(state):
+        try:
+            states, left_out = read_ldm(state, weights)
+        except UserError as err:
+            raise UserError(f"{path}: {err}") from err
+        stored = f"original layout, {stored}"
+        return Weights(path=path, format=stored, states=states, metadata=text, left_out=left_out)
+    states = by_kind(state)
+    own = read_metadata(text, path) if ADAPTER_PARTS & set(states) else text
+    return Weights(path=path, format=stored, states=states, metadata=own)
 
 
 def _open_pipeline(path: Path, variant: str | None) -> Weights:
@@ -90,7 +153,8 @@ def _open_pipeline(path: Path, variant: str | None) -> Weights:
         kind: read_weights(path / part, stem, variant) for part, (kind, stem) in PARTS.items()
     }
     index = read_json(path / "model_index.json")
-    return Weights(path=path, format="diffusers", states=states, metadata=index)
+    configs = read_configs(path)
+    return Weights(path=path, format="diffusers", states=states, metadata=index, configs=configs)
 
 
 def by_kind(state: State) -> dict[str, State]:
@@ -111,48 +175,24 @@ def unknown_keys(weights: Weights) -> dict[str, list[str]]:
     for kind, state in weights.states.items():
         best = guess_kind(state)[0] if kind == "unknown" else kind
         prefix = prefix_of(best, state) if best else ""
+        strange = kind == "unknown" and len(weights.states) > 1
         keys = [
             key
             for key in state
             if not best
+            or strange
             or (place_of(best, key, prefix) is None and not is_ignored(best, key, prefix))
         ]
         if keys:
-            found[best or "unknown"] = keys
+            found["unknown" if strange or not best else best] = keys
     return found
 
 
-def summary(weights: Weights) -> dict[str, object]:
-    """What ``fact-convert inspect`` says, as plain data."""
-    parts = {}
-    for part, state in weights.states.items():
-        dtypes = sorted({array.dtype.name for array in state.values()})
-        count = sum(array.size for array in state.values())
-        parts[part] = {"tensors": len(state), "parameters": count, "dtypes": dtypes}
-        repeated = sum(f"{ADAPTER_MARK}ln." in key for key in state)
-        if repeated:
-            parts[part]["copies of the base's norm2"] = repeated
-    about: dict[str, object] = {
-        "path": str(weights.path),
-        "kind": weights.kind,
-        "format": weights.format,
-        "parts": parts,
-    }
-    if step := _step(weights):
-        about["step"] = step
-    if unknown := unknown_keys(weights):
-        about["unknown keys"] = {
-            f"nearest to {kind}" if "unknown" in weights.states else kind: keys
-            for kind, keys in unknown.items()
-        }
-    hidden = {"checksums", "kept", "step"}
-    said = {key: value for key, value in weights.metadata.items() if key not in hidden}
-    return about | ({"metadata": said} if said else {})
-
-
-def _step(weights: Weights) -> int | None:
-    if "step" in weights.metadata:
-        return weights.metadata["step"]
+def step_of(weights: Weights) -> int | None:
+    """The step of training at which these weights were, if anything says it."""
+    said = weights.metadata.get("step")
+    if isinstance(said, int) or (isinstance(said, str) and said.isdecimal()):
+        return int(said)
     folder = find_checkpoint(weights.path) if weights.format == "checkpoint" else None
     if folder is None or not folder.name.isdigit():
         return None
@@ -160,57 +200,114 @@ def _step(weights: Weights) -> int | None:
     return int(folder.name) + weights.metadata.get("steps_before", 0)
 
 
-def save_torch(weights: Weights, out: Path, dim_head: int | None = None, wrote=None) -> None:
+def save_torch(
+    weights: Weights,
+    out: Path,
+    dim_head: int | None = None,
+    wrote: Callable[[int], None] | None = None,
+    *,
+    original: bool = False,
+    dry_run: bool = False,
+) -> None:
     """Write one file for PyTorch: ``.safetensors``, or a pickle of ending ``.ckpt`` or ``.pt``.
 
     An adapter's ``.safetensors`` is our adapter file, its ``.ckpt`` the released one; ``dim_head``
-    is how wide a head of its resampler is, where the source does not say. ``wrote`` is called
-    with the number of bytes of every tensor written. Raises UserError for what no rule knows.
+    is how wide a head of its resampler is, where the source does not say. A whole base is written
+    in the original layout, and parts of one if ``original``. ``wrote`` is called with the number
+    of bytes of every tensor written. Raises UserError for what no rule knows; with ``dry_run``
+    that is all.
     """
-    _check_known(weights)
-    state = {key: array for part in weights.states.values() for key, array in part.items()}
-    if len(state) != sum(map(len, weights.states.values())):
-        raise UserError(f"{weights.path}: holds {weights.kind}, too many models for one file")
+    check_known(weights)
+    if out.suffix not in (*PICKLES, ".safetensors"):
+        raise UserError(f"{out}: a file for PyTorch ends in .safetensors, .ckpt or .pt")
+    if original or weights.kind == "pipeline":
+        state = _original(weights)
+    else:
+        state = {key: array for part in weights.states.values() for key, array in part.items()}
+        if len(state) != sum(map(len, weights.states.values())):
+            raise UserError(f"{weights.path}: holds {weights.kind}, too many models for one file")
+    ours = weights.kind == "adapter" and out.suffix not in PICKLES
+    config = _adapter_config(weights, dim_head) if ours else {}
+    if dry_run:
+        return
     if out.suffix in PICKLES:
         write_pickle(out, state, wrote)
-    elif out.suffix != ".safetensors":
-        raise UserError(f"{out}: a file for PyTorch ends in .safetensors, .ckpt or .pt")
-    elif weights.kind == "adapter":
-        write_adapter(out, state, _adapter_config(weights, dim_head), _provenance(weights), wrote)
+    elif ours:
+        write_adapter(out, state, config, about(weights), wrote)
     else:
-        write_safetensors(out, state, {"format": "pt"}, wrote)
+        write_safetensors(out, state, {"format": "pt", **texts_about(weights)}, wrote)
+
+
+def _original(weights: Weights) -> State:
+    try:
+        return write_ldm({kind: canonical(kind, s) for kind, s in weights.states.items()})
+    except UserError as err:
+        raise UserError(f"{weights.path}: {err}") from err
 
 
 def save_jax(
-    weights: Weights, out: Path, dim_head: int | None = None, *, force: bool = False
+    weights: Weights,
+    out: Path,
+    dim_head: int | None = None,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    wrote: Callable[[int], None] | None = None,
 ) -> None:
-    """Write a checkpoint folder of JAX arrays, with what :func:`save_torch` needs to go back."""
-    _check_known(weights)
+    """Write a checkpoint folder of JAX arrays, with what :func:`save_torch` needs to go back.
+
+    Raises UserError for what no rule knows; with ``dry_run`` that is all.
+    """
+    check_known(weights)
     params, kept = to_jax(weights.states)
-    meta = {**_provenance(weights), "kept": kept}
+    meta: dict[str, object] = {"kept": kept}
+    if weights.configs:
+        meta["configs"] = dict(weights.configs)
     if weights.kind == "adapter":
         meta["adapter"] = _adapter_config(weights, dim_head)
-    write_checkpoint(out, params, meta, force=force)
+    if not dry_run:
+        write_checkpoint(out, params, {**about(weights), **meta}, force=force, wrote=wrote)
 
 
-def _check_known(weights: Weights) -> None:
+def check_known(weights: Weights) -> None:
+    """UserError that lists every key that no rule knows, and weights that are there twice."""
     if unknown := unknown_keys(weights):
         keys = [key for found in unknown.values() for key in found]
         raise UserError(
             f"{weights.path}: {len(keys)} unexpected ({', '.join(keys)}); nearest kind: "
             f"{', '.join(unknown)}"
         )
+    for kind, state in weights.states.items():
+        prefix = prefix_of(kind, state)
+        seen: dict[str, str] = {}
+        for key in state:
+            place = place_of(kind, key, prefix)
+            if place is None or place.overrides:
+                continue
+            if place.jax in seen:
+                raise UserError(
+                    f"{weights.path}: {seen[place.jax]} and {key} are the same weight twice"
+                )
+            seen[place.jax] = key
 
 
-def _provenance(weights: Weights) -> dict[str, object]:
+def about(weights: Weights) -> dict[str, object]:
+    """Where weights come from, for the metadata of what is made of them."""
     known = {key: weights.metadata[key] for key in ("encoder",) if key in weights.metadata}
-    step = _step(weights)
-    return known if step is None else known | {"step": step}
+    step = step_of(weights)
+    return {**provenance([weights.path]), **known, **({} if step is None else {"step": step})}
+
+
+def texts_about(weights: Weights) -> dict[str, str]:
+    """:func:`about` with texts alone, as safetensors' metadata has to be."""
+    found = about(weights).items()
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found}
 
 
 def _adapter_config(weights: Weights, dim_head: int | None) -> Mapping[str, object]:
     """What the file shall say of the adapter's models: what its source says, else the shapes."""
-    config = weights.metadata.get("config") or {}
+    config = weights.metadata.get("config")
+    config = config if isinstance(config, Mapping) else {}
     for said in (weights.metadata.get("adapter"), config, _trained_with(config)):
         if isinstance(said, Mapping) and isinstance(said.get("resampler"), Mapping):
             return {key: said[key] for key in ("unet", "resampler") if key in said}
@@ -232,25 +329,3 @@ def _trained_with(config: Mapping[str, object]) -> dict[str, object]:
     mark = "options.resampler."
     found = {k.removeprefix(mark): value for k, value in config.items() if k.startswith(mark)}
     return {"resampler": found} if found else {}
-
-
-def compare(one: Weights, other: Weights, tolerance: float) -> list[str]:
-    """A line for every tensor that only one has or that differs by more than ``tolerance``.
-
-    Precisions may differ: numbers are compared. NaN equals NaN.
-    """
-    first, second = dict(one.tensors()), dict(other.tensors())
-    lines = [f"only in {one.path}: {key}" for key in first if key not in second]
-    lines += [f"only in {other.path}: {key}" for key in second if key not in first]
-    for key in first.keys() & second.keys():
-        a, b = first[key], second[key]
-        if a.shape != b.shape:
-            lines.append(f"{key}: {a.shape} against {b.shape}")
-            continue
-        a, b = a.astype(np.float64), b.astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            far = ~((np.abs(a - b) <= tolerance) | (a == b) | (np.isnan(a) & np.isnan(b)))
-            if far.any():
-                largest = np.nanmax(np.abs(a - b)[far], initial=0)
-                lines.append(f"{key}: largest difference {largest:.3g}, {far.sum()} of {a.size}")
-    return sorted(lines)

@@ -96,8 +96,9 @@ def save_pipeline(
         for part, (_, stem) in PARTS.items():
             save_part(getattr(pipeline, part), folder / part, stem, dtype)
         write_tokenizer(pipeline.tokenizer, folder / "tokenizer")
-        write_json(folder / "scheduler" / "scheduler_config.json", _scheduler(pipeline))
-        write_json(folder / "model_index.json", _index(pipeline))
+        scheduler = scheduler_config(pipeline.scheduler_class, pipeline.schedule)
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(folder / "model_index.json", index_of(pipeline.scheduler_class))
 
 
 def save_part(module, folder: Path, stem: str, dtype: str | None = None) -> None:
@@ -113,21 +114,23 @@ def save_part(module, folder: Path, stem: str, dtype: str | None = None) -> None
     write_json(folder / "config.json", config)
 
 
-def _scheduler(pipeline: Pipeline) -> dict:
-    name, facts = pipeline.scheduler_class, pipeline.schedule.to_dict()
+def scheduler_config(name: str, schedule: NoiseSchedule) -> dict:
+    """What ``scheduler_config.json`` says for a diffusers scheduler of this name."""
+    facts = schedule.to_dict()
     if name not in _SCHEDULERS:
         facts.pop("set_alpha_to_one")
     return {"_class_name": name, **facts, **_SCHEDULERS.get(name, {})}
 
 
-def _index(pipeline: Pipeline) -> dict:
+def index_of(scheduler: str) -> dict:
+    """What ``model_index.json`` says of the parts that we write, with a scheduler of this name."""
     return {
         "_class_name": "StableDiffusionPipeline",
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,
         "safety_checker": [None, None],
-        "scheduler": ["diffusers", pipeline.scheduler_class],
+        "scheduler": ["diffusers", scheduler],
         "text_encoder": ["transformers", "CLIPTextModel"],
         "tokenizer": ["transformers", "CLIPTokenizer"],
         "unet": ["diffusers", "UNet2DConditionModel"],

@@ -133,12 +133,14 @@ def test_verify_compares_numbers_not_precisions(tmp_path, golden):
     assert main(["verify", *pair]) == 0
 
 
-def test_nothing_is_overwritten_unless_forced(adapter, released_checkpoint, tmp_path, capsys):
-    before = adapter.read_bytes()
+def test_nothing_is_overwritten_unless_forced(
+    adapter, released_checkpoint, same_bits, tmp_path, capsys
+):
+    before = read_file(adapter)[0]
     arguments = ["to-torch", released_checkpoint, adapter, "--dim-head", "8"]
     assert "exists already" in fails(capsys, *arguments)
     assert main([*map(str, arguments), "--force"]) == 0
-    assert adapter.read_bytes() == before
+    same_bits(before, read_file(adapter)[0])
     (tmp_path / "jax").mkdir()
     (tmp_path / "jax" / "mine").touch()
     assert "exists already" in fails(capsys, "to-jax", adapter, tmp_path / "jax")

@@ -1,0 +1,121 @@
+"""Folders that diffusers and transformers open: weights with their configurations beside them."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from converters.configs import check_fits, infer_config
+from converters.pipeline import PARTS, index_of, scheduler_config
+from converters.readers import State, read_json
+from converters.tokenizer import Tokenizer, read_tokenizer, write_tokenizer
+from converters.writers import whole_folder, write_json, write_safetensors
+from fact_jax.errors import UserError
+from fact_jax.schedules import NoiseSchedule
+
+STEMS = {
+    **dict(PARTS.values()),
+    **{"transface": "model", "controlnet": "diffusion_pytorch_model"},
+}
+"""What the weight files of each kind are called that has folders."""
+_FOLDERS = {kind: part for part, (kind, _) in PARTS.items()}
+
+
+def read_configs(folder: Path) -> dict[str, dict]:
+    """The configurations of a pipeline folder's models by kind, as far as there are any."""
+    found = {kind: folder / part / "config.json" for kind, part in _FOLDERS.items()}
+    return {kind: read_json(file) for kind, file in found.items() if file.exists()}
+
+
+def plan_pipeline(
+    source: Path, states: Mapping[str, State], configs: Mapping[str, Mapping], beside: Path | None
+) -> tuple[dict[str, Mapping], Tokenizer, Mapping]:
+    """What a pipeline folder holds beside weights: configurations, tokenizer, scheduler.
+
+    They come from the folder ``beside``, else from ``source`` if it is a pipeline folder, else
+    from the tensors. Raises UserError where nothing says what is needed, or it does not fit.
+    """
+    if absent := sorted(set(_FOLDERS) - set(states)):
+        raise UserError(f"{source}: not a whole base, it has no {', '.join(absent)}")
+    folders = [folder for folder in (beside, source) if folder and folder.is_dir()]
+    said = {**configs, **(read_configs(beside) if beside else {})}
+    chosen = {kind: said.get(kind) or infer_config(kind, states[kind]) for kind in _FOLDERS}
+    for kind, config in chosen.items():
+        _check(source, kind, states[kind], config)
+    longest = chosen["clip_text"].get("max_position_embeddings", 77)
+    tokenizers = [folder / "tokenizer" for folder in folders if (folder / "tokenizer").is_dir()]
+    if not tokenizers:
+        raise UserError(
+            f"{source}: holds no tokenizer; give --config, a diffusers folder of this base that "
+            "has one (weights are not needed in it)"
+        )
+    files = [folder / "scheduler" / "scheduler_config.json" for folder in folders]
+    files = [file for file in files if file.exists()]
+    scheduler = scheduler_config("PNDMScheduler", NoiseSchedule.sd15())
+    if files:
+        scheduler = {"_class_name": "DDIMScheduler", **read_json(files[0])}
+        NoiseSchedule.from_dict(scheduler)
+    return chosen, read_tokenizer(tokenizers[0], longest), scheduler
+
+
+def write_pipeline(
+    out: Path,
+    states: Mapping[str, State],
+    plan: tuple[Mapping[str, Mapping], Tokenizer, Mapping],
+    metadata: Mapping[str, str],
+    *,
+    force: bool,
+    wrote: Callable[[int], None] | None = None,
+) -> None:
+    """Write a pipeline folder of what :func:`plan_pipeline` gave, whole or not at all."""
+    configs, tokenizer, scheduler = plan
+    with whole_folder(out, force=force) as folder:
+        for kind, part in _FOLDERS.items():
+            _write_model(folder / part, kind, states[kind], configs[kind], metadata, wrote)
+        write_tokenizer(tokenizer, folder / "tokenizer")
+        write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
+        write_json(folder / "model_index.json", index_of(scheduler["_class_name"]))
+
+
+def plan_model(
+    source: Path, kind: str, state: State, config: Mapping | None, beside: Path | None
+) -> Mapping:
+    """The configuration of one model's folder, from where :func:`plan_pipeline` has its own."""
+    if kind not in STEMS:
+        raise UserError(f"{source}: {kind} weights have no folder, only files")
+    if beside is not None:
+        own = beside / _FOLDERS.get(kind, "") / "config.json"
+        config = read_json(own if own.exists() else beside / "config.json")
+    config = config or infer_config(kind, state)
+    _check(source, kind, state, config)
+    return config
+
+
+def write_model(
+    out: str | os.PathLike,
+    kind: str,
+    state: State,
+    config: Mapping,
+    metadata: Mapping[str, str],
+    *,
+    force: bool,
+    wrote: Callable[[int], None] | None = None,
+) -> None:
+    """Write the folder of one model, whole or not at all."""
+    with whole_folder(out, force=force) as folder:
+        _write_model(folder, kind, state, config, metadata, wrote)
+
+
+def _write_model(folder, kind, state, config, metadata, wrote) -> None:
+    write_safetensors(folder / f"{STEMS[kind]}.safetensors", state, metadata, wrote)
+    if kind == "clip_text":
+        # transformers opens the file in the precision named here, whatever is stored, while
+        # diffusers opens the other models in float32: they would not fit together.
+        config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": "float32"}
+    write_json(folder / "config.json", config)
+
+
+def _check(source: Path, kind: str, state: State, config: Mapping) -> None:
+    try:
+        check_fits(kind, state, config)
+    except UserError as err:
+        raise UserError(f"{source}: {err}") from err

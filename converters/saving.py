@@ -1,0 +1,159 @@
+"""Weights to whatever a path and a person ask for: for ``fact-convert``."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from converters.configs import infer_config
+from converters.folders import plan_model, plan_pipeline, write_model, write_pipeline
+from converters.formats import (
+    ADAPTER_PARTS,
+    Weights,
+    canonical,
+    check_known,
+    save_torch,
+    texts_about,
+)
+from converters.readers import PICKLES, State
+from converters.rules import ADAPTER_MARK
+from converters.weights import in_precision
+from fact_jax.errors import UserError
+
+_COPY = f"{ADAPTER_MARK}ln."
+
+
+def in_dtype(weights: Weights, dtype: str | None) -> Weights:
+    """The weights rounded to a precision, each when it is wanted; None leaves them as they are."""
+    states = {kind: in_precision(state, dtype) for kind, state in weights.states.items()}
+    return dataclasses.replace(weights, states=states)
+
+
+def save(
+    weights: Weights,
+    out: Path,
+    *,
+    layout: str | None,
+    beside: Path | None,
+    dim_head: int | None,
+    force: bool,
+    dry_run: bool,
+    wrote: Callable[[int], None] | None = None,
+) -> str:
+    """Write weights; gives the name of the layout, which follows from ``out`` if it is None.
+
+    ``beside`` is a folder with the configurations, the tokenizer and the scheduler that a
+    diffusers folder needs, where the source has none. With ``dry_run`` everything is checked and
+    nothing is written.
+    """
+    check_known(weights)
+    layout = layout or _layout(weights, out)
+    if layout == "onnx":
+        _save_onnx(weights, out, dry_run)
+    elif layout == "diffusers":
+        _save_folder(weights, out, beside, force, dry_run, wrote)
+    else:
+        original = layout == "original"
+        save_torch(weights, out, dim_head, wrote, original=original, dry_run=dry_run)
+    return layout
+
+
+def _layout(weights: Weights, out: Path) -> str:
+    if out.suffix == ".onnx":
+        return "onnx"
+    if out.suffix in (*PICKLES, ".safetensors") or ADAPTER_PARTS & set(weights.states):
+        return "original" if weights.kind == "pipeline" else "file"
+    return "diffusers"
+
+
+def _save_folder(weights, out, beside, force, dry_run, wrote) -> None:
+    if beside is not None and not beside.is_dir():
+        raise UserError(f"{beside}: no such folder")
+    texts = functools.partial(texts_about, weights)
+    if weights.kind == "pipeline":
+        plan = plan_pipeline(weights.path, weights.states, weights.configs, beside)
+        if not dry_run:
+            write_pipeline(
+                out, weights.states, plan, {"format": "pt", **texts()}, force=force, wrote=wrote
+            )
+        return
+    if len(weights.states) != 1:
+        raise UserError(f"{weights.path}: {weights.kind} is not what a folder holds")
+    ((kind, state),) = weights.states.items()
+    config = plan_model(weights.path, kind, state, weights.configs.get(kind), beside)
+    if not dry_run:
+        write_model(out, kind, state, config, {"format": "pt", **texts()}, force=force, wrote=wrote)
+
+
+def _save_onnx(weights: Weights, out: Path, dry_run: bool) -> None:
+    if set(weights.states) != {"transface"}:
+        raise UserError(
+            f"{weights.path}: holds {weights.kind}; only a face encoder becomes an ONNX file"
+        )
+    from converters.onnx import write_onnx
+
+    state = weights.states["transface"]
+    config = weights.configs.get("transface") or infer_config("transface", state)
+    if not dry_run:
+        write_onnx(state, config, out)
+
+
+def adapter_in(weights: Weights) -> Weights:
+    """The adapter among other weights, alone. UserError if there is none, or not all of it."""
+    states: dict[str, State] = {kind: {} for kind in ("adapter", "resampler")}
+    for kind, state in weights.states.items():
+        if kind in ADAPTER_PARTS:
+            states[kind] |= state
+        elif kind == "unet":
+            states["adapter"] |= {k: a for k, a in state.items() if ADAPTER_MARK in k}
+    if absent := [kind for kind, state in states.items() if not state]:
+        absent = " and no ".join(absent)
+        raise UserError(f"{weights.path}: no whole adapter: {weights.kind}, but no {absent}")
+    return dataclasses.replace(weights, states=states)
+
+
+def without_copies(weights: Weights, base: Weights | None) -> tuple[Weights, list[str]]:
+    """An adapter without its copies of the base's norm2, and what there is to say of them.
+
+    Released files may hold such copies, which win over the base's own. Those that are the base's
+    bit for bit are left out; those that differ stay. Without ``base`` all stay.
+    """
+    adapter = weights.states.get("adapter", {})
+    copies = [key for key in adapter if _COPY in key]
+    if base is None:
+        note = "copies of its base's norm2 kept: --base BASE leaves out those that BASE has too"
+        return weights, [f"{weights.path}: {len(copies)} {note}"] if copies else []
+    if "unet" not in base.states or not adapter:
+        kinds = f"{weights.path} is {weights.kind}, {base.path} is {base.kind}"
+        raise UserError(f"--base wants an adapter and its base, but {kinds}")
+    own = canonical("unet", base.states["unet"])
+    norms = {key: own.get(_norm2(key)) for key in copies}
+    if absent := [key for key, norm in norms.items() if norm is None]:
+        raise UserError(
+            f"{weights.path}: made for another base, {base.path} has no block for "
+            f"{', '.join(absent)}"
+        )
+    same = {key for key, norm in norms.items() if _same(adapter[key], norm)}
+    notes = []
+    if same:
+        notes.append(f"left out {len(same)} copies of the base's norm2: they are its own numbers")
+    if differing := [key for key in copies if key not in same]:
+        notes.append(
+            f"KEPT {len(differing)} norm2 that differ from the base's and replace them wherever "
+            f"this adapter is used: {', '.join(differing)}"
+        )
+    kept = {key: array for key, array in adapter.items() if key not in same}
+    states = {**weights.states, "adapter": kept}
+    return dataclasses.replace(weights, states=states), notes
+
+
+def _norm2(key: str) -> str:
+    block, _, leaf = key.partition(_COPY)
+    return f"{block}.norm2.{leaf}"
+
+
+def _same(one, other) -> bool:
+    a, b = (np.asarray(array).astype(np.float32) for array in (one, other))
+    return a.tobytes() == b.tobytes()
