@@ -14,6 +14,8 @@ from jaxtyping import Array, Bool, Float
 
 PLAIN_MATRIX_LIMIT = 1024 * 1280
 """Largest queries x keys matrix a head may materialise before the tiled form takes over."""
+KEPT_MATRIX_LIMIT = 256 * 384
+"""Largest one that is kept for the backward pass; larger ones are computed again there."""
 TILE, TILE_TOGETHER = 512, 128
 
 
@@ -27,10 +29,9 @@ def attention(
 
     ``mask`` says which keys a query sees, at least one each; None: all.
     """
-    n, m = q.shape[1], k.shape[1]
-    if n * m <= PLAIN_MATRIX_LIMIT:
+    if q.shape[1] * k.shape[1] <= KEPT_MATRIX_LIMIT:
         return attention_plain(q, k, v, mask)
-    return _by_platform(q, k, v, mask)
+    return _recomputed(q, k, v, mask)
 
 
 def attention_plain(
@@ -114,13 +115,13 @@ def _tiled(mask: Bool[Array, "b n m"], tile: int, tiles: int) -> Bool[Array, "b 
 
 
 @jax.custom_vjp
-def _by_platform(q, k, v, mask):
-    """The tiled form that suits the platform the program is compiled for."""
-    return lax.platform_dependent(q, k, v, mask, cpu=attention_tiled, default=attention_together)
+def _recomputed(q, k, v, mask):
+    """The form that suits the size and the platform; the backward pass keeps its inputs alone."""
+    return _by_platform(lambda form: form)(q, k, v, mask)
 
 
 def _forward(q, k, v, mask):
-    return _by_platform(q, k, v, mask), (q, k, v, mask)
+    return _recomputed(q, k, v, mask), (q, k, v, mask)
 
 
 def _backward(saved, g):
@@ -128,8 +129,20 @@ def _backward(saved, g):
     def gradient(form):
         return lambda q, k, v, mask, g: jax.vjp(lambda *qkv: form(*qkv, mask), q, k, v)[1](g)
 
-    forms = {"cpu": gradient(attention_tiled), "default": gradient(attention_together)}
-    return *lax.platform_dependent(*saved, g, **forms), None
+    saved, g = lax.optimization_barrier((saved, g))  # not before the gradient is there
+    return *_by_platform(gradient)(*saved, g), None
 
 
-_by_platform.defvjp(_forward, _backward)
+def _by_platform(of):
+    """What ``of`` makes of the form to take, chosen when the program is compiled."""
+
+    def call(q, k, *rest):
+        if q.shape[1] * k.shape[1] <= PLAIN_MATRIX_LIMIT:
+            return of(attention_plain)(q, k, *rest)
+        forms = {"cpu": of(attention_tiled), "default": of(attention_together)}
+        return lax.platform_dependent(q, k, *rest, **forms)
+
+    return call
+
+
+_recomputed.defvjp(_forward, _backward)

@@ -89,7 +89,7 @@ class TrainStep:
                 donate_argnums=0,
                 in_shardings=(*given, batch_sharding(self.mesh)),
                 out_shardings=(placed, replicated(self.mesh)),
-                compiler_options=CPU_OPTIONS if on_cpu and self.config.remat != "none" else None,
+                compiler_options=CPU_OPTIONS if on_cpu else None,
             )
         return self._jitted
 

@@ -162,7 +162,7 @@ class Pass:
         keys: AllFaceKeys | None = None,
         scale: Scale | tuple[Scale, ...] = 1.0,
         on_increment: OnIncrement | None = None,
-        remat: Remat = "none",
+        remat: Remat | None = None,
         controls: FaceControls | None = None,
     ):
         self.time, self.text, self.remat, self.controls = time, text, remat, controls or PLAIN

@@ -70,6 +70,21 @@ class UNetConfig(DownConfig):
         """
         return cls(face_dim=face_dim, **cls.read_peer("unet", config))
 
+    def block_paths(self) -> list[str]:
+        """Paths of the transformer blocks, in the order of the forward pass."""
+        counts = {
+            f"down_blocks.{i}": self.layers_per_block * flag
+            for i, flag in enumerate(self.down_attention)
+        }
+        counts["mid_block"] = 1
+        for i, flag in enumerate(self.up_attention):
+            counts[f"up_blocks.{i}"] = (self.layers_per_block + 1) * flag
+        return [
+            f"{path}.attentions.{j}.transformer_blocks.0"
+            for path, count in counts.items()
+            for j in range(count)
+        ]
+
     def to_dict(self) -> dict:
         """Write diffusers' ``unet/config.json``."""
         return self.write_peer("UNet2DConditionModel")
@@ -116,7 +131,7 @@ class UNet(nnx.Module):
         face: Float[Array, "b m f"] | AllFaceKeys | None = None,
         face_scale: Scale | tuple[Scale, ...] = 1.0,
         on_increment: OnIncrement | None = None,
-        remat: Remat = "none",
+        remat: Remat | None = None,
         residuals: Residuals | None = None,
         controls: FaceControls | None = None,
     ) -> Float[Array, "b h w o"] | tuple[Float[Array, "b h w o"], tuple]:

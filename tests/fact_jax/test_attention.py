@@ -104,6 +104,7 @@ def test_the_size_of_the_matrix_decides(monkeypatch):
         called.append(name)
         return q
 
+    monkeypatch.setattr(module, "KEPT_MATRIX_LIMIT", 0)
     monkeypatch.setattr(module, "PLAIN_MATRIX_LIMIT", 70)
     for name in ("plain", "tiled"):
         monkeypatch.setattr(module, f"attention_{name}", functools.partial(record, name))
@@ -112,9 +113,23 @@ def test_the_size_of_the_matrix_decides(monkeypatch):
     assert called == ["plain", "tiled"]
 
 
-def test_the_gradient_on_this_platform(monkeypatch):
+def kept(q, k, v):
+    """Sizes of what the backward pass is given."""
+    return {leaf.size for leaf in jax.tree.leaves(jax.vjp(attention, q, k, v)[1])}
+
+
+def test_large_matrices_are_not_kept(monkeypatch):
+    matrix = 2 * 3 * 10 * 7
+    assert matrix in kept(Q, K, V)
+    monkeypatch.setattr(module, "KEPT_MATRIX_LIMIT", 69)
+    assert max(kept(Q, K, V)) == Q.size < matrix
+
+
+@pytest.mark.parametrize("limit", [1, 70])
+def test_the_gradient_on_this_platform(monkeypatch, limit):
     """What is differentiated is the form for the platform, whose gradient is written by hand."""
-    monkeypatch.setattr(module, "PLAIN_MATRIX_LIMIT", 1)
+    monkeypatch.setattr(module, "KEPT_MATRIX_LIMIT", 0)
+    monkeypatch.setattr(module, "PLAIN_MATRIX_LIMIT", limit)
     weights = normal(4, *Q.shape)
     ours, plain = (
         jax.jit(jax.grad(lambda *a, form=form: (form(*a) * weights).sum(), argnums=(0, 1, 2)))

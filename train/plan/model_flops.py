@@ -28,9 +28,9 @@ def model_flops(step: TrainStep, state: Any, frozen: Any, batch: Any) -> int:
 @contextlib.contextmanager
 def _plain_attention() -> Iterator[None]:
     """No tiles, which are computed again in the backward pass."""
-    limit = attention.PLAIN_MATRIX_LIMIT
-    attention.PLAIN_MATRIX_LIMIT = math.inf
+    limit = attention.KEPT_MATRIX_LIMIT
+    attention.KEPT_MATRIX_LIMIT = math.inf
     try:
         yield
     finally:
-        attention.PLAIN_MATRIX_LIMIT = limit
+        attention.KEPT_MATRIX_LIMIT = limit
