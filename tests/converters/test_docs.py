@@ -1,0 +1,23 @@
+"""docs/weights.md says what the tables say."""
+
+import dataclasses
+
+from converters import docs
+from converters.kinds import LINEAR
+from converters.rules import TABLES, Ignored, Rule
+
+
+def test_the_page_is_fresh():
+    assert docs.PAGE.read_text(encoding="utf-8") == docs.page(), "run python -m converters.docs"
+
+
+def test_a_new_rule_shows(monkeypatch):
+    before = docs.page()
+    table = TABLES["vae"]
+    rules = (*table.rules, Rule("odd", "quant_conv", LINEAR))
+    ignored = (Ignored("fluff", "it is only an example"),)
+    changed = dataclasses.replace(table, rules=rules, ignored=ignored)
+    monkeypatch.setitem(TABLES, "vae", changed)
+    new = set(docs.page().splitlines()) - set(before.splitlines())
+    assert "| `odd` | `quant_conv` | linear | another name, read only |" in new
+    assert "| `fluff` | it is only an example |" in new
