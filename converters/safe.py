@@ -26,7 +26,7 @@ DTYPES = {
 }
 """The sorts of numbers that a safetensors file may hold, by the format's names."""
 _JSON_LIMIT = 16 * 2**20
-_MOST_AXES = 32
+MOST_AXES = 32
 
 
 def check_file(path: Path) -> None:
@@ -120,7 +120,7 @@ def _check_layout(path: Path, header: Mapping, size: int) -> None:
             raise UserError(f"{path}: not a whole safetensors file ({key} is not described)")
         if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
             raise UserError(f"{path}: {key} is {entry['dtype']!a}, which is not supported")
-        if len(entry["data_offsets"]) != 2 or len(entry["shape"]) > _MOST_AXES:
+        if len(entry["data_offsets"]) != 2 or len(entry["shape"]) > MOST_AXES:
             raise UserError(f"{path}: not a whole safetensors file ({key} is not described)")
         begin, end = entry["data_offsets"]
         needs = math.prod(entry["shape"]) * DTYPES[entry["dtype"]].itemsize

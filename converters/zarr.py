@@ -15,7 +15,7 @@ import numpy as np
 
 from converters.arrays import Lazy
 from converters.parallel import in_threads
-from converters.readers import DTYPES, State, read_json
+from converters.safe import DTYPES, MOST_AXES, State, read_json
 from converters.writers import in_order, write_at
 from fact_jax.errors import UserError
 
@@ -105,15 +105,15 @@ def _map(folder: Path, name: str) -> np.ndarray | None:
         raise UserError(f"{folder}: damaged, {name} is not there")
     about = read_json(file)
     shape, dtype = about.get("shape"), _DTYPES.get(str(about.get("dtype")))
-    whole = isinstance(shape, list) and about.get("chunks") == [max(1, n) for n in shape]
+    if not isinstance(shape, list) or not all(type(n) is int and 0 <= n < 2**63 for n in shape):
+        raise UserError(f"{folder}: damaged, {name} has no shape")
     plain = about.get("compressor") is None and not about.get("filters")
+    whole = about.get("chunks") == [max(1, n) for n in shape]
     if not whole or not plain or about.get("order") != "C" or dtype is None:
         return None
-    if not all(type(n) is int and n >= 0 for n in shape):
-        raise UserError(f"{folder}: damaged, {name} is of shape {shape}")
     size = math.prod(shape) * dtype.itemsize
     chunk = file.with_name(".".join("0" for _ in shape) or "0")
-    if size == 0:
+    if size == 0 and len(shape) <= MOST_AXES and max(shape) < 2**31:
         return np.zeros(shape, dtype)
     if chunk.is_symlink() or not chunk.is_file() or chunk.stat().st_size != size:
         raise UserError(f"{folder}: damaged, {name} is not a file of {size} bytes")
