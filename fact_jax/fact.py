@@ -15,9 +15,11 @@ from fact_jax.errors import UserError
 from fact_jax.models.adapter import FaceControls
 from fact_jax.models.resampler import Resampler
 from fact_jax.models.transface import TransFace
-from fact_jax.models.unet import UNet
+from fact_jax.models.unet import Residuals, UNet
 
 Model = Callable[[Float[Array, "b h w c"], Array, Int[Array, ""]], Float[Array, "b h w c"]]
+Control = Callable[[Float[Array, "b h w c"], Array, Float[Array, "b n d"]], Residuals]
+"""A ControlNet with its picture: residuals for latents, timestep and text of all branches."""
 Number = float | Float[Array, ""]
 Combine = Literal["concat", "average", "normalized"]
 _CHOICES = {"negative_face": ("null", "same"), "combine": ("concat", "average", "normalized")}
@@ -150,6 +152,7 @@ def guided_model(
     face: Float[Array, "b m f"] | None = None,
     no_face: Float[Array, "#b m f"] | None = None,
     regions: Mapping[int, Bool[Array | np.ndarray, "#b k _"]] | None = None,
+    control: Control | None = None,
     guidance: Guidance,
     steps: int,
 ) -> Model:
@@ -175,12 +178,14 @@ def guided_model(
 
     def model(x: Float[Array, "b h w c"], t: Array, i: Int[Array, ""]) -> Float[Array, "b h w c"]:
         scale = guidance.scale_at(i, steps)
+        x = jnp.tile(x, (count, 1, 1, 1))
         out = unet(
-            jnp.tile(x, (count, 1, 1, 1)),
+            x,
             t,
             context,
             face=keys,
             face_scale=tuple(scale * factor for factor in factors),
+            residuals=None if control is None else control(x, t, context),
             controls=controls,
         )
         return sum(w * part for w, part in zip(weights, jnp.split(out, count), strict=True))

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from fact_jax.schedules import NoiseSchedule, split_output
 from fact_jax.trajectories import LCM_ORIGINAL_STEPS, shares, sigma_at, stride, visit
@@ -275,6 +275,34 @@ def noise_latents_for_start(
     exploding = sampler in _VARIANCE_EXPLODING
     scale = first_sigma_scale(sampler, schedule, steps, start) if exploding else np.hypot(1, sigma)
     return (x0 + sigma * noise) / scale
+
+
+def keep_outside(
+    model: Denoiser,
+    sampler: str,
+    schedule: NoiseSchedule,
+    *,
+    cells: Bool[Array, "#b h w"],
+    x0: Float[Array, "b h w c"],
+    noise: Float[Array, "b h w c"],
+    steps: int,
+    start: int,
+) -> Denoiser:
+    """A model for masked image to image: outside ``cells`` it is always shown clean latents
+    ``x0`` with ``noise`` at the level of its step.
+
+    Samplers change every cell by itself, so what they make of the others never matters: put ``x0``
+    there at the end. The first step is shown what the sampler starts from, as diffusers does it.
+    """
+    a, s = (
+        jnp.asarray(rows, jnp.float32) for rows in shares(visit(sampler, schedule, steps, start)[2])
+    )
+
+    def shown(x: Float[Array, "b h w c"], t: Array, i: Array) -> Float[Array, "b h w c"]:
+        own = cells[..., None] | (i == start)
+        return model(jnp.where(own, x, a[i - start] * x0 + s[i - start] * noise), t, i)
+
+    return shown
 
 
 def _scan(step: Callable, carry: Any, *columns: np.ndarray):

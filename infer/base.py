@@ -52,9 +52,15 @@ class Base:
                 )
         return height // self.vae.downscale, width // self.vae.downscale
 
+    def picture_size(self, settings: Settings) -> tuple[int, int]:
+        """Height and width of a picture in pixels."""
+        height, width = self.latent_size(settings)
+        return height * self.vae.downscale, width * self.vae.downscale
+
     def check(self, settings: Settings) -> None:
         """Raises UserError if this base cannot do what the settings say."""
         self.latent_size(settings)
+        settings.guidance.block_factors(self.unet.block_paths())
         model_calls(settings.sampler, self.schedule, settings.steps)
 
     def cut_prompts(self, request: Request) -> list[str]:

@@ -4,13 +4,13 @@ import abc
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from fact_jax.errors import UserError
 from infer.base import Base, FaceFiles, check_faces
 from infer.canvas import Canvas
-from infer.photos import prepare_crops
+from infer.photos import prepare_crops, read_regions
 from infer.request import Request, Settings
 
 BATCH = 4
@@ -31,13 +31,15 @@ class Drawer(abc.ABC):
         settings: Settings,
         *,
         canvas: Canvas | None = None,
+        regions: Float[np.ndarray, "#b k h w"] | None = None,
         bar: tqdm | None = None,
     ) -> UInt8[np.ndarray, "b h w 3"]:
         """One picture for each prompt, seed and person, all at once.
 
         ``crops`` are the aligned faces of each picture's person (or of one for all pictures);
-        None draws with the base alone. ``canvas`` is what is drawn over, if anything. ``bar`` moves
-        by one a call of the UNet.
+        None draws with the base alone. ``canvas`` is what is drawn over, if anything. With
+        ``regions``, masks in [0, 1] of any size, the crops are of ``k`` people, an equal number of
+        each, who are drawn there. ``bar`` moves by one a call of the UNet.
         """
 
     def generate(
@@ -70,6 +72,8 @@ def generate_batches(
     if crops is None and request.photos:
         crops, _ = prepare_crops(request.photos, drawer.face.encoder_config.img_size)
     people = None if crops is None else crops[None]
+    regions = read_regions(request.regions, drawer.base.picture_size(request))
+    places = None if regions is None else regions[None]
     pictures = request.pictures()
     batch = min(batch, len(pictures))
     for start in range(0, len(pictures), batch):
@@ -77,4 +81,5 @@ def generate_batches(
         # The last batch is filled up: another shape would be compiled anew.
         full = part + part[-1:] * (batch - len(part))
         prompts, seeds = zip(*full, strict=True)
-        yield drawer.draw(prompts, seeds, people, request, bar=bar)[: len(part)]
+        drawn = drawer.draw(prompts, seeds, people, request, regions=places, bar=bar)
+        yield drawn[: len(part)]

@@ -16,7 +16,10 @@ MAX_SEED = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Photo:
-    """A photo and what helps to find the face in it (``fact_jax.face.prepare_photo`` explains)."""
+    """A photo and what helps to find the face in it (``fact_jax.face.prepare_photo`` explains).
+
+    ``person`` says whose it is, from 0, where several people are to be in one picture.
+    """
 
     path: Path
     points: Path | None = None
@@ -24,6 +27,7 @@ class Photo:
     parsing: Path | None = None
     pack: str | None = None
     index: int | None = None
+    person: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,11 @@ class Settings:
         _check_range("guidance", self.guidance.text, 1.0, MAX_GUIDANCE)
         if self.guidance.face is not None:
             _check_range("face guidance", self.guidance.face, 0.0, MAX_GUIDANCE)
-        _check_range("face scale", self.guidance.face_scale, 0.0, MAX_SCALE)
+        scales = self.guidance.face_scale
+        for scale in scales if isinstance(scales, tuple) else (scales,):
+            _check_range("face scale", scale, 0.0, MAX_SCALE)
+        for pattern, factor in self.guidance.block_scales:
+            _check_range(f"block scale {pattern!r}", factor, 0.0, MAX_SCALE)
         for name in ("height", "width"):
             pixels = getattr(self, name)
             if pixels is not None and pixels < 1:
@@ -63,11 +71,16 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request(Settings):
-    """Every prompt with every seed; ``photos`` are of one person, or none for the base alone."""
+    """Every prompt with every seed, with the people of ``photos`` or, without any, by the base.
+
+    Photos come person after person, an equal number of each. ``regions`` are mask files of the
+    pictures' size: where each person is drawn. One person alone may do without.
+    """
 
     prompts: Sequence[str]
     seeds: Sequence[int] = (0,)
     photos: Sequence[Photo] = ()
+    regions: Sequence[Path] = ()
 
     def __post_init__(self):
         super().__post_init__()
@@ -76,6 +89,23 @@ class Request(Settings):
         for seed in self.seeds:
             if not 0 <= seed <= MAX_SEED:
                 raise UserError(f"a seed must lie in 0..{MAX_SEED}, got {seed}")
+        self._check_people()
+
+    def _check_people(self) -> None:
+        whose = [photo.person for photo in self.photos]
+        people = list(range(max(whose) + 1)) if whose and min(whose) >= 0 else []
+        counts = [whose.count(person) for person in people]
+        if whose and (not people or 0 in counts or whose != sorted(whose)):
+            raise UserError(f"photos must be of person 0, then 1 and so on, got {whose}")
+        if len(set(counts)) > 1:
+            raise UserError(
+                "every person needs as many photos as the others: there are "
+                + ", ".join(f"{n} of person {person}" for person, n in enumerate(counts))
+            )
+        if len(self.regions) not in {len(people), 0 if len(people) < 2 else len(people)}:
+            raise UserError(
+                f"{len(people)} people and {len(self.regions)} regions: each person needs one"
+            )
 
     def pictures(self) -> list[tuple[str, int]]:
         """Prompt and seed of every picture, in the order in which they are drawn."""

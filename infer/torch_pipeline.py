@@ -10,11 +10,12 @@ import diffusers
 import jax.numpy as jnp
 import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
 from converters.tokenizer import tokenize
 from fact_jax.fact import initial_noise
+from fact_jax.regions import region_masks
 from fact_jax.samplers import DIFFUSERS_SCHEDULERS, model_calls
 from infer.base import Base, FaceFiles, read_base, read_face_files
 from infer.canvas import Canvas
@@ -70,6 +71,7 @@ class TorchPipeline(Drawer):
         settings: Settings,
         *,
         canvas: Canvas | None = None,
+        regions: Float[np.ndarray, "#b k h w"] | None = None,
         bar: tqdm | None = None,
     ) -> UInt8[np.ndarray, "b h w 3"]:
         """One picture for each prompt, seed and person (``infer.pipeline.Drawer``)."""
@@ -91,10 +93,14 @@ class TorchPipeline(Drawer):
         text = self._text([settings.negative, *prompts])
         face = contextlib.nullcontext()
         if crops is not None:
-            tokens = self.fact.face_tokens(crops)
+            guidance, people, places = settings.guidance, 1, None
+            if regions is not None:
+                people, levels = regions.shape[1], len(self.base.unet.block_out_channels)
+                places = region_masks(regions, (height, width), levels)
+            tokens = self.fact.face_tokens(crops, guidance.combine, people)
             tokens = tokens.expand(len(prompts), *tokens.shape[1:])
-            scales = strengths(settings.guidance, indices, settings.steps)
-            face = self.fact.on(pipe).face(tokens, settings.guidance, scales)
+            scales = strengths(guidance, indices, settings.steps)
+            face = self.fact.on(pipe).face(tokens, guidance, scales, places)
         with face:
             pictures = pipe(
                 prompt_embeds=text[1:],

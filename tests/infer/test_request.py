@@ -1,13 +1,21 @@
 """Requests: what is refused, and in which order pictures come."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+from PIL import Image
 
 from fact_jax.errors import UserError
 from fact_jax.fact import Guidance
 from infer.base import read_base
+from infer.photos import read_regions
 from infer.pipeline import Drawer
-from infer.request import Request, Settings
+from infer.request import Photo, Request, Settings
+
+
+def photos(*people: int) -> list[Photo]:
+    return [Photo(path=Path("a.png"), person=person) for person in people]
 
 
 @pytest.mark.parametrize(
@@ -19,6 +27,17 @@ from infer.request import Request, Settings
         ({"guidance": Guidance(text=float("nan"))}, "guidance must lie in 1..50, got nan"),
         ({"guidance": Guidance(face=-1.0)}, "face guidance must lie in 0..50, got -1"),
         ({"guidance": Guidance(face_scale=2.5)}, "face scale must lie in 0..2, got 2.5"),
+        ({"guidance": Guidance(face_scale=(0.5, 2.5))}, "face scale must lie in 0..2, got 2.5"),
+        (
+            {"guidance": Guidance(block_scales=(("up", -1.0),))},
+            "block scale 'up' must lie in 0..2, got -1",
+        ),
+        ({"photos": photos(1)}, r"photos must be of person 0, then 1 and so on, got \[1\]"),
+        ({"photos": photos(0, 1, 0)}, r"got \[0, 1, 0\]"),
+        ({"photos": photos(0, 0, 1)}, "there are 2 of person 0, 1 of person 1"),
+        ({"photos": photos(0, 1)}, "2 people and 0 regions: each person needs one"),
+        ({"photos": photos(0), "regions": [Path("a")] * 2}, "1 people and 2 regions"),
+        ({"regions": [Path("a")]}, "0 people and 1 regions"),
         ({"height": 0}, "height must be positive, got 0"),
         ({"prompts": ()}, "at least one prompt and one seed"),
         ({"seeds": (-1,)}, "a seed must lie in 0..2147483647, got -1"),
@@ -37,6 +56,7 @@ def test_base_refuses_what_it_cannot_draw(base_folder):
         ({"width": 36}, "width 36: with this base it must be a multiple of 8"),
         ({"steps": 1001}, "steps must lie in 1..1000, got 1001"),
         ({"sampler": "lcm", "steps": 51}, "lcm takes at most 50 steps, got 51"),
+        ({"guidance": Guidance(block_scales=(("top", 1.0),))}, "'top': found in the path of no"),
     ):
         with pytest.raises(UserError, match=message):
             base.check(Settings(**changes))
@@ -50,8 +70,9 @@ class Recorder(Drawer):
     def __init__(self, base):
         self.base, self.batches = base, []
 
-    def draw(self, prompts, seeds, crops, settings, *, bar=None):
+    def draw(self, prompts, seeds, crops, settings, *, regions=None, bar=None):
         assert crops is None
+        assert regions is None
         self.batches.append(len(prompts))
         return np.array(
             [[[[ord(p[0]), s, 0]]] for p, s in zip(prompts, seeds, strict=True)], np.uint8
@@ -68,3 +89,13 @@ def test_pictures_in_order_in_batches_of_one_shape(base_folder):
     ]
     with pytest.raises(UserError, match="a batch holds at least one"):
         drawer.generate(asked, batch=0)
+
+
+def test_regions_are_as_large_as_the_picture(tmp_path):
+    for name, size in (("one.png", (8, 6)), ("two.png", (8, 6)), ("three.png", (6, 8))):
+        Image.new("L", size, 255).save(tmp_path / name)
+    files = [tmp_path / "one.png", tmp_path / "two.png"]
+    np.testing.assert_array_equal(read_regions(files, (6, 8)), np.ones((2, 6, 8)))
+    assert read_regions([], (6, 8)) is None
+    with pytest.raises(UserError, match=r"three.png is 6 x 8, the picture will be 8 x 6"):
+        read_regions([*files, tmp_path / "three.png"], (6, 8))

@@ -105,6 +105,40 @@ def test_increments_come_back_in_call_order(unet):
     assert unet(LATENTS, TIMESTEPS, TEXT, on_increment=keep)[1] == ()
 
 
+def test_paths_of_the_blocks():
+    """A configuration knows them before there is a model."""
+    config = UNetConfig(
+        block_out_channels=(4, 8, 8),
+        down_attention=(True, False, True),
+        up_attention=(True, True, False),
+        layers_per_block=2,
+        cross_attention_dim=TEXT_DIM,
+        heads=(1, 2, 2),
+        norm_num_groups=2,
+    )
+    made = nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
+    assert config.block_paths() == [path for path, _ in made.transformer_blocks()]
+    assert len(UNetConfig.sd15().block_paths()) == 16
+
+
+def test_strengths_of_blocks_in_call_order(unet):
+    base = eager(unet, LATENTS, TIMESTEPS, TEXT)
+    for i in range(4):
+        scales = [0.0] * 4
+        scales[i] = 1.0
+        seen = []
+        out, _ = unet(
+            LATENTS,
+            TIMESTEPS,
+            TEXT,
+            FACE,
+            tuple(scales),
+            on_increment=lambda x, delta, size, seen=seen: seen.append(bool(delta.any())),
+        )
+        assert seen == [scale > 0 for scale in scales]
+        assert np.abs(out - base).max() > 1e-3
+
+
 def test_a_face_needs_an_adapter():
     with pytest.raises(UserError, match="no face adapter"):
         tiny_unet(face_dim=None)(LATENTS, TIMESTEPS, TEXT, FACE)

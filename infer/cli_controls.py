@@ -1,0 +1,118 @@
+"""The options that steer a face: how strongly, where, when and in which manner."""
+
+import argparse
+from pathlib import Path
+
+
+def add_control_options(group: argparse._ActionsContainer) -> None:
+    """Add them to a group of options; :func:`read_guidance` reads most of them."""
+    _add_strength(group)
+    group.add_argument(
+        "--face-guidance",
+        type=float,
+        metavar="X",
+        help="guidance of the face apart from the text's, by a third branch (default: none)",
+    )
+    group.add_argument(
+        "--negative-face",
+        choices=("null", "same"),
+        default="null",
+        help="what the negative branch sees: no face, or the same (default null)",
+    )
+    group.add_argument(
+        "--combine",
+        choices=("concat", "average", "normalized"),
+        default="concat",
+        help="photos of one person: all their tokens, or the tokens' means, plain or of their "
+        "directions (default concat)",
+    )
+    group.add_argument(
+        "--face-cap",
+        type=float,
+        metavar="X",
+        help="the adapter adds to a block at most X times what is there (default: no limit)",
+    )
+    group.add_argument(
+        "--adain",
+        action="store_true",
+        help="move the face's keys and values to the picture's mean: more of the prompt's style",
+    )
+    group.add_argument(
+        "--person",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help="whose photo it is of several people in one picture, from 0; once for each photo",
+    )
+    group.add_argument(
+        "--region",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="grey mask, as large as the picture, of where a person is drawn; once for each person",
+    )
+
+
+def _add_strength(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--face-scale",
+        type=_numbers,
+        default=1.0,
+        metavar="X[,X...]",
+        help="strength of the adapter, 0 to 2 (default 1; released code 0.5); several: a schedule "
+        "from the first step to the last",
+    )
+    group.add_argument(
+        "--block-scale",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="PATTERN=X",
+        help="factor of the strength in blocks in whose path the regular expression is found, as "
+        "up_blocks=0.5; may be repeated, the first that is found counts",
+    )
+    group.add_argument(
+        "--face-start", type=float, default=0.0, metavar="X", help="fraction of the steps before it"
+    )
+    group.add_argument(
+        "--face-stop", type=float, default=1.0, metavar="X", help="fraction of the steps up to it"
+    )
+
+
+def read_guidance(arguments: argparse.Namespace):
+    """The guidance that was asked for."""
+    from fact_jax.fact import Guidance
+
+    return Guidance(
+        text=arguments.guidance,
+        face=arguments.face_guidance,
+        negative_face=arguments.negative_face,
+        face_scale=arguments.face_scale,
+        block_scales=tuple(arguments.block_scale),
+        start=arguments.face_start,
+        stop=arguments.face_stop,
+        cap=arguments.face_cap,
+        adain=arguments.adain,
+        combine=arguments.combine,
+    )
+
+
+def _numbers(text: str) -> float | tuple[float, ...]:
+    try:
+        numbers = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, or several: X,X") from None
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
+def _pair(text: str) -> tuple[str, float]:
+    pattern, _, factor = text.rpartition("=")
+    try:
+        found = pattern, float(factor)
+    except ValueError:
+        found = "", 0.0
+    if not found[0]:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=X")
+    return found

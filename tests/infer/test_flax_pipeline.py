@@ -1,0 +1,126 @@
+"""What the JAX pipeline does beyond plain pictures, against PyTorch and against itself."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fact_jax.fact import Guidance
+from infer.canvas import Canvas
+from infer.flax_pipeline import FlaxPipeline
+from infer.photos import prepare_crops
+from infer.request import Photo, Settings
+from infer.torch_pipeline import TorchPipeline
+
+# Mean difference of 8-bit pictures; the rest is rounding of the two libraries' sums.
+SAME, OTHER = 1.0, 3.0
+PROMPTS, SEEDS = ("a smiling woman", "a man in a red coat"), (3, 4)
+
+
+@pytest.fixture(scope="module")
+def flax(files):
+    return FlaxPipeline.load(files.base, files.adapter, files.encoder)
+
+
+@pytest.fixture(scope="module")
+def torch(files):
+    return TorchPipeline.load(files.base, files.adapter, files.encoder)
+
+
+@pytest.fixture(scope="module")
+def crops(files):
+    return prepare_crops([Photo(path=files.photo), Photo(path=files.other_photo)], 32)[0][None]
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> float:
+    assert one.shape == other.shape
+    return float(np.abs(one.astype(float) - other).mean())
+
+
+def test_controls_of_both_backends_in_one_program(flax, torch, crops):
+    """Two people with regions, and every number that may change without compiling again."""
+    regions = np.zeros((1, 2, 32, 32), np.float32)
+    regions[:, 0, :, :14] = regions[:, 1, 4:28, 20:] = 1.0
+    drawn = []
+    for guidance in (
+        Guidance(text=3.0, cap=0.4, adain=True, combine="average", face_scale=(0.4, 1.2, 0.8)),
+        Guidance(
+            text=4.0,
+            cap=0.2,
+            adain=True,
+            combine="average",
+            start=0.3,
+            block_scales=(("mid", 0.2), ("up_blocks", 1.5)),
+        ),
+    ):
+        settings = Settings(sampler="ddim", steps=3, guidance=guidance, negative="blurred")
+        asked = (PROMPTS, SEEDS, crops, settings)
+        ours, theirs = (p.draw(*asked, regions=regions) for p in (flax, torch))
+        assert difference(ours, theirs) <= SAME
+        drawn.append(theirs)
+    assert difference(*drawn) > OTHER
+    assert flax._run._cache_size() == 1
+    base = torch.draw(PROMPTS, SEEDS, None, settings)
+    assert difference(drawn[0], base) > OTHER
+
+
+@pytest.mark.parametrize(("sampler", "strength"), [("pndm", 0.7), ("euler", 1.0)])
+def test_canvas_of_both_backends(flax, torch, crops, sampler, strength):
+    """A part is drawn over; with PLMS from the middle of the trajectory, else from noise."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), np.uint8)
+    images = images.repeat(8, axis=1).repeat(8, axis=2)
+    cells = np.zeros((2, 16, 20), bool)
+    cells[0, 3:12, 4:15] = cells[1, :, :10] = True
+    settings = Settings(
+        sampler=sampler, steps=5, height=32, width=40, guidance=Guidance(text=2.0, stop=0.9)
+    )
+    canvas = Canvas(images=images, cells=cells, strength=strength)
+    asked = (PROMPTS, SEEDS, crops[:, :1], settings)
+    ours, theirs = (p.draw(*asked, canvas=canvas) for p in (flax, torch))
+    assert difference(ours, theirs) <= SAME
+    forgotten = torch.draw(*asked)
+    assert difference(theirs, forgotten) > OTHER
+
+
+MESH = """
+import sys
+import jax, numpy as np
+from fact_jax.fact import Guidance
+from infer.flax_pipeline import FlaxPipeline
+from infer.request import Settings
+from tqdm import tqdm
+assert jax.device_count() == 8
+jax.config.update("jax_disable_most_optimizations", True)
+flax = FlaxPipeline.load(*sys.argv[1:4])
+settings = Settings(sampler="lcm", steps=2, guidance=Guidance(text=2.0))
+crops = np.load(sys.argv[4])
+bar = tqdm(file=open("/dev/null", "w"))
+with bar:
+    drawn = flax.draw(["a man"] * 4, [1, 2, 3, 4], crops, settings, bar=bar)
+assert bar.n == 2, bar.n
+spread = {str(a.sharding.num_devices) for a in jax.tree.leaves(flax._states)}
+assert spread == {"4"}, spread
+np.save(sys.argv[5], drawn)
+"""
+
+
+def test_a_batch_over_several_devices(files, flax, crops, tmp_path):
+    """Four pictures on eight devices take four of them, and are what one device draws."""
+    np.save(tmp_path / "crops.npy", crops)
+    where = [str(path) for path in (files.base, files.adapter, files.encoder)]
+    where += [str(tmp_path / name) for name in ("crops.npy", "drawn.npy")]
+    flags = "--xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, "-c", MESH, *where],
+        env={**os.environ, "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    settings = Settings(sampler="lcm", steps=2, guidance=Guidance(text=2.0))
+    alone = flax.draw(["a man"] * 4, [1, 2, 3, 4], crops, settings)
+    assert difference(np.load(tmp_path / "drawn.npy"), alone) <= SAME
+    assert difference(alone[:1], alone[1:2]) > OTHER
