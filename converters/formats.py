@@ -1,6 +1,7 @@
 """Any file or folder of weights, opened without being told what it is: for ``fact-convert``."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -266,7 +267,12 @@ def save_jax(
     if weights.kind == "adapter":
         meta["adapter"] = _adapter_config(weights, dim_head)
     if not dry_run:
-        write_checkpoint(out, params, {**about(weights), **meta}, force=force, wrote=wrote)
+        everything = functools.partial(_with_about, weights, meta)
+        write_checkpoint(out, params, everything, force=force, wrote=wrote)
+
+
+def _with_about(weights: Weights, meta: Mapping[str, object]) -> dict[str, object]:
+    return {**about(weights), **meta}
 
 
 def check_known(weights: Weights) -> None:

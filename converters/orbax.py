@@ -4,6 +4,7 @@ A checkpoint is a folder with the items ``state`` (a dict with ``params`` and pe
 nested as the modules are) and ``meta`` (JSON).
 """
 
+import concurrent.futures
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -139,18 +140,23 @@ def to_jax(states: Mapping[str, State]) -> tuple[dict, dict[str, dict]]:
 def write_checkpoint(
     path: str | os.PathLike,
     params: Mapping,
-    meta: Mapping,
+    meta: Mapping | Callable[[], Mapping],
     *,
     force: bool = False,
     wrote: Callable[[int], None] | None = None,
 ) -> None:
     """Write a checkpoint folder that :func:`read_checkpoint` reads, whole or not at all.
 
-    ``wrote`` is called with the number of bytes of every tensor.
+    ``meta`` may be a function, which is called while the tensors are written: hashing their file
+    takes as long. ``wrote`` is called with the number of bytes of every tensor.
     """
-    with whole_folder(path, force=force) as folder:
+    with (
+        whole_folder(path, force=force) as folder,
+        concurrent.futures.ThreadPoolExecutor(1) as beside,
+    ):
+        about = beside.submit(meta if callable(meta) else lambda: meta)
         sums = write_tree(folder / "state", {"params": params, "ema": None}, wrote)
-        write_json(folder / "meta" / "metadata", {**meta, "checksums": sums})
+        write_json(folder / "meta" / "metadata", {**about.result(), "checksums": sums})
         handlers = "orbax.checkpoint._src.handlers"
         items = {
             "state": f"{handlers}.standard_checkpoint_handler.StandardCheckpointHandler",
