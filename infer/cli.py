@@ -9,6 +9,7 @@ from typing import NoReturn
 from fact_jax.errors import UserError
 from infer.cli_evaluate import add_commands
 from infer.cli_generate import add_generate, add_photo_options
+from infer.cli_redraw import add_redraw
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fact-infer", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     add_generate(commands)
+    add_redraw(commands)
     _add_face(commands)
     add_commands(commands)
     return parser

@@ -6,6 +6,12 @@ import sys
 from pathlib import Path
 
 from fact_jax.errors import UserError
+from infer.cli_controls import (
+    add_base_options,
+    add_control_options,
+    add_input_options,
+    read_guidance,
+)
 
 # What SAMPLERS holds, which would be slow to import for a --help.
 _SAMPLERS = "ddim, pndm, euler, euler_ancestral, dpmpp_2m, dpmpp_2m_karras, lcm"
@@ -23,6 +29,17 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     )
     command.set_defaults(run=_generate)
     models = command.add_argument_group("models")
+    add_models(models)
+    add_base_options(models)
+    face = command.add_argument_group("face")
+    add_photo_options(face, several=True)
+    add_control_options(face)
+    add_input_options(command.add_argument_group("pictures to start from"))
+    _add_picture_options(command.add_argument_group("picture"))
+
+
+def add_models(models: argparse._ActionsContainer) -> None:
+    """What draws: the files, the backend, the precision."""
     models.add_argument(
         "--base", required=True, metavar="DIR", help="diffusers folder of a Stable Diffusion 1.5"
     )
@@ -37,43 +54,31 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
         default="float32",
         help="numbers in which UNet and text encoder compute (default float32)",
     )
-    _add_face_options(command.add_argument_group("face"))
-    _add_picture_options(command.add_argument_group("picture"))
-
-
-def _add_face_options(group: argparse._ActionsContainer) -> None:
-    add_photo_options(group, several=True)
-    group.add_argument(
-        "--face-scale",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="strength of the adapter, 0 to 2 (default 1; released code 0.5)",
-    )
-    group.add_argument(
-        "--face-start", type=float, default=0.0, metavar="X", help="fraction of the steps before it"
-    )
-    group.add_argument(
-        "--face-stop", type=float, default=1.0, metavar="X", help="fraction of the steps up to it"
-    )
-    group.add_argument(
-        "--face-guidance",
-        type=float,
-        metavar="X",
-        help="guidance of the face apart from the text's, by a third branch (default: none)",
-    )
-    group.add_argument(
-        "--negative-face",
-        choices=("null", "same"),
-        default="null",
-        help="what the negative branch sees: no face, or the same (default null)",
-    )
 
 
 def _add_picture_options(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--prompt", required=True, action="append", metavar="TEXT", help="may be repeated"
     )
+    add_sampling(group)
+    group.add_argument(
+        "--count", type=int, default=1, metavar="N", help="seeds for each prompt (default 1)"
+    )
+    group.add_argument("--height", type=int, metavar="PX", help="default: the base's own")
+    group.add_argument("--width", type=int, metavar="PX", help="default: the base's own")
+    group.add_argument(
+        "--best",
+        type=int,
+        metavar="N",
+        help="of each prompt's --count pictures keep the N whose faces are most like the photos, "
+        "by the encoder's own judgement (needs a detector)",
+    )
+    group.add_argument("--sheet", action="store_true", help="write all of them on one sheet too")
+    add_files(group, "portraits")
+
+
+def add_sampling(group: argparse._ActionsContainer) -> None:
+    """How anything is drawn."""
     group.add_argument("--negative", default="", metavar="TEXT", help="negative prompt")
     group.add_argument(
         "--sampler", default="pndm", metavar="NAME", help=f"one of {_SAMPLERS} (default pndm)"
@@ -88,26 +93,17 @@ def _add_picture_options(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="first seed (default 0)")
     group.add_argument(
-        "--count", type=int, default=1, metavar="N", help="seeds for each prompt (default 1)"
-    )
-    group.add_argument("--height", type=int, metavar="PX", help="default: the base's own")
-    group.add_argument("--width", type=int, metavar="PX", help="default: the base's own")
-    group.add_argument(
         "--batch", type=int, default=4, metavar="N", help="pictures at a time (default 4)"
     )
-    group.add_argument(
-        "--best",
-        type=int,
-        metavar="N",
-        help="of each prompt's --count pictures keep the N whose faces are most like the photos, "
-        "by the encoder's own judgement (needs a detector)",
-    )
-    group.add_argument("--sheet", action="store_true", help="write all of them on one sheet too")
+
+
+def add_files(group: argparse._ActionsContainer, folder: str) -> None:
+    """Where pictures go, and as what."""
     group.add_argument(
         "--format", choices=("png", "jpg"), default="png", help="of the files (default png)"
     )
     group.add_argument(
-        "--out", type=Path, default=Path("portraits"), metavar="DIR", help="default portraits/"
+        "--out", type=Path, default=Path(folder), metavar="DIR", help=f"default {folder}/"
     )
 
 
@@ -156,12 +152,14 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from infer.base import check_faces, read_base, read_face_files
     from infer.images import check_folder, parameters, save_picture
+    from infer.inputs import read_inputs
     from infer.photos import prepare_crops
     from infer.pipeline import generate_batches
 
     check_folder(arguments.out)
     base = read_base(arguments.base)
     base.check(request)
+    read_inputs(request, base, 1)
     for line in base.cut_prompts(request):
         print(f"warning: {line}", file=sys.stderr)
     face = crops = None
@@ -179,22 +177,14 @@ def _generate(arguments: argparse.Namespace) -> None:
         from infer.ranking import Ranking
 
         ranking = Ranking(face, crops, arguments.detector)
-    drawer = _load(arguments.backend, arguments.precision, base, face)
+    more = {"loras": arguments.lora, "controlnet": arguments.controlnet}
+    drawer = load_drawer(arguments.backend, arguments.precision, base, face, **more)
     todo, group, written = iter(request.pictures()), [], []
     with _progress(request, arguments.batch) as bar:
         for pictures in generate_batches(drawer, request, crops, batch=arguments.batch, bar=bar):
             for image in pictures:
                 prompt, seed = next(todo)
-                values = parameters(
-                    request,
-                    prompt,
-                    seed,
-                    base,
-                    adapter=arguments.adapter,
-                    encoder=arguments.encoder,
-                    backend=arguments.backend,
-                    precision=arguments.precision,
-                )
+                values = parameters(request, prompt, seed, base, **_files(arguments))
                 if ranking is not None:
                     values["similarity"] = ranking.similarity(image)
                 group.append((image, values))
@@ -207,6 +197,13 @@ def _generate(arguments: argparse.Namespace) -> None:
                 group.clear()
     if arguments.sheet:
         print(_save_sheet(written, arguments))
+
+
+def _files(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """What draws, for the record."""
+    names = ("adapter", "encoder", "controlnet", "backend", "precision")
+    loras = " + ".join(f"{file}={factor:g}" for file, factor in arguments.lora)
+    return {name: getattr(arguments, name) for name in names} | {"loras": loras or None}
 
 
 def _best(group: list, count: int | None) -> list:
@@ -237,9 +234,10 @@ def _save_sheet(written: list, arguments: argparse.Namespace) -> Path:
 
 
 def _request(arguments: argparse.Namespace):
-    from fact_jax.fact import Guidance
-    from infer.request import Photo, Request
+    from infer.request import Request
 
+    if bool(arguments.control) != bool(arguments.controlnet):
+        raise UserError("--control and --controlnet belong together: give both or neither")
     if arguments.count < 1:
         raise UserError(f"--count must be at least 1, got {arguments.count}")
     if arguments.best is not None:
@@ -247,9 +245,31 @@ def _request(arguments: argparse.Namespace):
             raise UserError(f"--best must lie in 1..{arguments.count} (--count)")
         if not (arguments.photo and arguments.adapter):
             raise UserError("--best compares with photos: give --photo, --adapter and --encoder")
+    return Request(
+        prompts=arguments.prompt,
+        seeds=range(arguments.seed, arguments.seed + arguments.count),
+        photos=sorted(read_photos(arguments), key=lambda photo: photo.person),
+        regions=arguments.region,
+        image=arguments.image,
+        strength=arguments.strength,
+        control=arguments.control,
+        control_scale=arguments.control_scale,
+        negative=arguments.negative,
+        sampler=arguments.sampler,
+        steps=arguments.steps,
+        guidance=read_guidance(arguments),
+        height=arguments.height,
+        width=arguments.width,
+    )
+
+
+def read_photos(arguments: argparse.Namespace) -> list:
+    """The photos of the command line, each with its points, mask and so on."""
+    from infer.request import Photo
+
     columns = [arguments.photo]
-    for name in ("points", "mask", "parsing", "face_index"):
-        column = getattr(arguments, name)
+    for name in ("points", "mask", "parsing", "face_index", "person"):
+        column = getattr(arguments, name, [])
         if column and len(column) != len(arguments.photo):
             raise UserError(
                 f"--{name.replace('_', '-')} was given {len(column)} times for "
@@ -257,7 +277,7 @@ def _request(arguments: argparse.Namespace):
                 "give it once for each, in their order, or not at all"
             )
         columns.append(column or [None] * len(arguments.photo))
-    photos = [
+    return [
         Photo(
             path=path,
             points=points,
@@ -265,36 +285,25 @@ def _request(arguments: argparse.Namespace):
             parsing=parsing,
             index=index,
             pack=arguments.detector,
+            person=person or 0,
         )
-        for path, points, mask, parsing, index in zip(*columns, strict=True)
+        for path, points, mask, parsing, index, person in zip(*columns, strict=True)
     ]
-    return Request(
-        prompts=arguments.prompt,
-        seeds=range(arguments.seed, arguments.seed + arguments.count),
-        photos=photos,
-        negative=arguments.negative,
-        sampler=arguments.sampler,
-        steps=arguments.steps,
-        guidance=Guidance(
-            text=arguments.guidance,
-            face=arguments.face_guidance,
-            negative_face=arguments.negative_face,
-            face_scale=arguments.face_scale,
-            start=arguments.face_start,
-            stop=arguments.face_stop,
-        ),
-        height=arguments.height,
-        width=arguments.width,
-    )
 
 
-def _load(backend: str, precision: str, base, face):
+def load_drawer(backend: str, precision: str, base, face, **more):
+    """The pipeline of a backend; UserError where PyTorch is asked for and not there.
+
+    ``more`` is what is added to the base, as the pipelines' ``load`` takes it.
+    """
     if backend == "flax":
         import jax.numpy as jnp
 
         from infer.flax_pipeline import FlaxPipeline
+        from infer.program import keep_programs
 
-        return FlaxPipeline.load(base, face=face, dtype=jnp.dtype(precision))
+        keep_programs()
+        return FlaxPipeline.load(base, face=face, dtype=jnp.dtype(precision), **more)
     try:
         import torch
         import transformers
@@ -311,7 +320,7 @@ def _load(backend: str, precision: str, base, face):
         ) from None
     from infer.torch_pipeline import TorchPipeline
 
-    return TorchPipeline.load(base, face=face, dtype=getattr(torch, precision))
+    return TorchPipeline.load(base, face=face, dtype=getattr(torch, precision), **more)
 
 
 @contextlib.contextmanager
@@ -320,8 +329,10 @@ def _progress(request, batch: int):
     from tqdm import tqdm
 
     from fact_jax.samplers import num_model_calls
+    from infer.canvas import first_step
 
     batches = -(-len(request.pictures()) // max(batch, 1))
-    total = batches * num_model_calls(request.sampler, request.steps)
+    start = first_step(request.strength, request.steps) if request.image else 0
+    total = batches * num_model_calls(request.sampler, request.steps, start)
     with tqdm(total=total, desc="drawing", unit="step", disable=None) as bar:
         yield None if bar.disable else bar
