@@ -3,6 +3,7 @@
 import json
 
 import jax
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -10,7 +11,7 @@ from flax import nnx
 
 from converters import load_adapter, load_state
 from converters.formats import open_weights, save_jax, save_torch
-from converters.orbax import find_checkpoint, read_checkpoint
+from converters.orbax import find_checkpoint, read_checkpoint, to_jax, write_checkpoint
 from converters.zarr import checksum
 from fact_jax.errors import UserError
 
@@ -156,8 +157,93 @@ def test_an_encoder_to_jax_and_back(golden, same_bits, tmp_path):
     same_bits(state, open_weights(tmp_path / "y.pt").states["transface"])
 
 
+def test_orbax_itself_reads_what_we_write(adapted, tmp_path):
+    params, _ = to_jax(open_weights_of(adapted[2], tmp_path).states)
+    params["odd"] = {
+        "brain": np.arange(6, dtype=ml_dtypes.bfloat16).reshape(2, 3).T,
+        "none": np.zeros((0, 3), np.float16),
+        "one": np.array(7, np.int64),
+        "flags": np.array([True, False]),
+    }
+    counted = []
+    write_checkpoint(tmp_path / "c", params, lambda: {"a": 1}, wrote=counted.append)
+    handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+    with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+        items = {"state": ocp.args.StandardRestore(), "meta": ocp.args.JsonRestore()}
+        held = checkpointer.restore(tmp_path / "c", args=ocp.args.Composite(**items))
+    assert held["meta"]["a"] == 1
+    assert held["state"]["ema"] is None
+    flat, _ = read_checkpoint(tmp_path / "c")
+    written = jax.tree_util.tree_leaves_with_path(params)
+    assert sum(counted) == sum(leaf.nbytes for _, leaf in written)
+    for path, leaf in written:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        theirs = held["state"]["params"]
+        for part in name.split("."):
+            theirs = theirs[part]
+        for found in (np.asarray(theirs), np.asarray(flat.pop(name))):
+            assert (found.shape, found.dtype) == (leaf.shape, leaf.dtype), name
+            assert found.tobytes() == np.ascontiguousarray(leaf).tobytes(), name
+    assert flat == {}
+
+
+def open_weights_of(state, folder):
+    from converters.writers import write_safetensors
+
+    write_safetensors(folder / "x.safetensors", state, {})
+    return open_weights(folder / "x.safetensors")
+
+
+def test_a_plain_leaf_is_mapped_and_compared_with_its_sum(adapted, tmp_path):
+    save_jax(open_weights_of(adapted[2], tmp_path), tmp_path / "c", dim_head=8)
+    file = tmp_path / "c" / "state" / "params.resampler.latents" / "0.0.0"
+    data = bytearray(file.read_bytes())
+    data[5] ^= 1
+    file.write_bytes(data)
+    flat, _ = read_checkpoint(tmp_path / "c")
+    with pytest.raises(UserError, match=r"not what was written: resampler\.latents"):
+        np.asarray(flat["resampler.latents"])
+    np.asarray(flat["resampler.proj_in.kernel"])
+    file.write_bytes(data[:-1])
+    with pytest.raises(UserError, match=r"params\.resampler\.latents is not a file of \d+ bytes"):
+        read_checkpoint(tmp_path / "c")
+    file.unlink()
+    file.symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"params\.resampler\.latents is not a file"):
+        read_checkpoint(tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("about", "reason"),
+    [
+        ({"shape": [2**40, 2**40], "chunks": [2**20, 2**20]}, "cannot hold the 24178"),
+        ({"shape": ["3"]}, "params.resampler.latents has no shape"),
+        ({"shape": [2**62, 0]}, "damaged|cannot be read"),
+        ({"dtype": "<c8"}, "complex64, which is not supported"),
+        ({"dtype": [["a", "<f4"]]}, "damaged"),
+        ({"compressor": {"id": "bomb"}}, "damaged, params.resampler.latents cannot be read"),
+    ],
+)
+def test_lies_about_a_leaf(adapted, tmp_path, about, reason):
+    save_jax(open_weights_of(adapted[2], tmp_path), tmp_path / "c", dim_head=8)
+    file = tmp_path / "c" / "state" / "params.resampler.latents" / ".zarray"
+    file.write_text(json.dumps(json.loads(file.read_text()) | about))
+    with pytest.raises(UserError, match=reason) as caught:
+        np.asarray(read_checkpoint(tmp_path / "c")[0]["resampler.latents"])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["../../x", "a/b", "a\nb"])
+def test_leaves_that_lie_elsewhere(adapted, tmp_path, key):
+    save_jax(open_weights_of(adapted[2], tmp_path), tmp_path / "c", dim_head=8)
+    file = tmp_path / "c" / "state" / "_METADATA"
+    file.write_text(file.read_text().replace('"key": "latents"', f'"key": {json.dumps(key)}'))
+    with pytest.raises(UserError, match="has leaves that are no names"):
+        read_checkpoint(tmp_path / "c")
+
+
 def test_class_centres_are_training_only(golden, tmp_path):
-    from converters.orbax import to_jax, to_torch
+    from converters.orbax import to_torch
 
     params, kept = to_jax({"transface": golden("transface", "state.")[0]})
     assert set(params) == {"encoder"}
