@@ -12,13 +12,10 @@ from torch import Tensor, nn
 
 from benchmarks.inference_jax import unet_config
 from fact_jax.fact import Guidance
-from fact_jax.models.resampler import ResamplerConfig
-from fact_jax.models.transface import TransFaceConfig
 from fact_jax.models.vae import VAEConfig
 from fact_jax.schedules import NoiseSchedule
-from infer.torch_fact import FactTorch
-from infer.torch_models import Resampler, TransFaceTokens
 from infer.torch_processors import FaceContext, FaceProcessor, installed, text_blocks
+from infer.torch_steering import Steering
 
 
 class AsReleased(FaceProcessor):
@@ -181,14 +178,8 @@ def _pictures(unet, adapters, size, arguments) -> dict:
 
         found[f"plain, {batch} at a time"] = _best(draw, batch, arguments.runs, pipe)
         with _adapted(unet, adapters, FaceProcessor) as context:
-            fact = FactTorch(
-                pipe=pipe,
-                encoder=TransFaceTokens(TransFaceConfig.vit_t()).requires_grad_(False),
-                resampler=Resampler(_resampler(size)).requires_grad_(False),
-                context=context,
-            )
-            face = torch.randn(batch, size.face_tokens, size.face_dim, device=device)
-            with fact.face(face, Guidance(text=5.0)):
+            null, face = torch.randn(2, batch, size.face_tokens, size.face_dim, device=device)
+            with Steering(pipe, context, Guidance(text=5.0)).through([null, face]):
                 found[f"face, {batch} at a time"] = _best(draw, batch, arguments.runs, pipe)
     return found
 
@@ -196,11 +187,6 @@ def _pictures(unet, adapters, size, arguments) -> dict:
 def _schedule() -> dict:
     schedule = NoiseSchedule.sd15().to_dict() | {"skip_prk_steps": True}
     return {k: v for k, v in schedule.items() if not k.startswith("_")}
-
-
-def _resampler(size) -> ResamplerConfig:
-    width = TransFaceConfig.vit_t().embed_dim
-    return ResamplerConfig(embedding_dim=width, output_dim=size.face_dim)
 
 
 def _best(draw: Callable[[], None], batch: int, runs: int, pipe) -> dict:

@@ -11,12 +11,13 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from converters.adapter import infer_resampler, split_state
+from converters.adapter import describe, infer_resampler, split_state
 from converters.weights import read_config
 from fact_jax.errors import UserError
 from fact_jax.fact import Combine, Guidance
 from fact_jax.regions import Regions
 from infer.base import FaceFiles, read_face_files
+from infer.hub import find_face_files, save_face_files
 from infer.torch_models import Resampler, TransFaceTokens, encoder_from, load_strictly
 from infer.torch_processors import FaceContext, FaceProcessor, installed, text_blocks, whole
 from infer.torch_steering import Steering
@@ -33,6 +34,7 @@ class FactTorch:
     encoder: TransFaceTokens
     resampler: Resampler
     context: FaceContext
+    files: FaceFiles
 
     def on(self, pipe: Any) -> "FactTorch":
         """The same for another pipe around the same UNet, as ``Other.from_pipe(pipe)`` gives."""
@@ -86,19 +88,17 @@ class FactTorch:
         if guidance.text > 1.0:
             same = guidance.negative_face == "same" and guidance.face is None
             branches = [face if same else null, *branches]
-        unet = self.pipe.unet
         steering = Steering(self.pipe, self.context, guidance, scales, regions)
-        hooks = [
-            unet.register_forward_pre_hook(steering.before, with_kwargs=True),
-            unet.register_forward_hook(steering.after),
-        ]
-        try:
-            steering.prepare(branches)
+        with steering.through(branches):
             yield
-        finally:
-            steering.forget()
-            for hook in hooks:
-                hook.remove()
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write adapter and encoder to a folder, which ``load_fact(pipe, folder)`` reads.
+
+        As it is, the folder can be uploaded as a repository of the Hub and be named instead.
+        """
+        config = describe(dict(self.pipe.unet.config), self.resampler.config)
+        save_face_files(self.files, folder, config)
 
 
 def load_fact(
@@ -110,10 +110,11 @@ def load_fact(
 ) -> FactTorch:
     """Put an adapter into a Stable Diffusion pipeline of diffusers.
 
-    ``files`` are adapter and encoder as ``read_face_files`` opened them, instead of their names.
+    ``adapter`` and ``encoder`` are paths or names on the Hub, as ``find_face_files`` takes them;
+    ``files`` is both as ``read_face_files`` opened them, instead.
     Raises UserError if they are not what they should be or the adapter is for another base.
     """
-    files = files or read_face_files(adapter, encoder)
+    files = files or read_face_files(*find_face_files(adapter, encoder))
     if installed(pipe.unet):
         raise UserError("this pipe has a face adapter already: unload_fact it first")
     resampler_state, states = split_state(files.adapter_state, files.adapter)
@@ -144,7 +145,7 @@ def load_fact(
         processors[path] = load_strictly(processor, states[path], source, pipe.unet.dtype)
     for path, processor in processors.items():
         processor.to(pipe.unet.device).install(path, blocks[path], context)
-    return FactTorch(pipe=pipe, encoder=encoder, resampler=resampler, context=context)
+    return FactTorch(pipe=pipe, encoder=encoder, resampler=resampler, context=context, files=files)
 
 
 def unload_fact(pipe: Any) -> None:

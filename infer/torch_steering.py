@@ -1,5 +1,6 @@
 """What happens around each call of the UNet while faces are being drawn."""
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -28,7 +29,7 @@ class Steering:
         pipe: Any,
         context: FaceContext,
         guidance: Guidance,
-        scales: Sequence[float] | None,
+        scales: Sequence[float] | None = None,
         regions: Regions | None = None,
     ):
         self.pipe, self.context, self.guidance, self.scales = pipe, context, guidance, scales
@@ -38,8 +39,24 @@ class Steering:
         self._coming: Iterator[Tensor | None] = iter(())
         self._text: Tensor | None = None
 
+    @contextlib.contextmanager
+    def through(self, branches: Sequence[Tensor]) -> Iterator[None]:
+        """While this is entered, the UNet draws the faces (b, m, d) of these branches."""
+        unet = self.pipe.unet
+        hooks = [
+            unet.register_forward_pre_hook(self._before, with_kwargs=True),
+            unet.register_forward_hook(self._after),
+        ]
+        try:
+            self._prepare(branches)
+            yield
+        finally:
+            self._forget()
+            for hook in hooks:
+                hook.remove()
+
     @torch.no_grad()
-    def prepare(self, branches: Sequence[Tensor]) -> None:
+    def _prepare(self, branches: Sequence[Tensor]) -> None:
         """Compute the keys of the face tokens (b, m, d) of each branch, in every block."""
         unet = self.pipe.unet
         if unet.device.type == "meta":
@@ -54,7 +71,7 @@ class Steering:
             processor.keys, processor.factor = processor.face_keys(tokens), factor
         self.context.guidance = self.guidance
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Leave nothing of the generation behind."""
         for processor in self.processors.values():
             processor.keys = processor.text = None
@@ -63,7 +80,7 @@ class Steering:
     # Which call this is, torch.compile need not know: it would compile each of them.
     @torch.compiler.disable
     @torch.no_grad()
-    def before(self, unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _before(self, unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """A hook: what the pipe passes on, widened by the third branch."""
         sample = args[0]
         if self.pipe.scheduler.timesteps is not self._timesteps:
@@ -77,7 +94,7 @@ class Steering:
         return args, kwargs | {"encoder_hidden_states": self._read(text, sample.device)}
 
     @torch.compiler.disable
-    def after(self, unet: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> Any:
+    def _after(self, unet: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> Any:
         """A hook: the pipe's own branches, the last one made of two."""
         if self.guidance.face is None:
             return None

@@ -1,0 +1,102 @@
+"""Adapter and encoder by path, by folder, and by a name on the Hub."""
+
+import fnmatch
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import numpy as np
+import pytest
+
+from fact_jax.errors import UserError
+from infer.base import read_face_files
+from infer.hub import find_face_files, save_face_files
+
+
+@pytest.fixture
+def saved(files, tmp_path) -> Path:
+    """Both in one folder, as they are published."""
+    opened = read_face_files(files.adapter, files.encoder)
+    save_face_files(opened, tmp_path / "saved", opened.metadata["config"])
+    return tmp_path / "saved"
+
+
+@pytest.fixture
+def hub(saved, tmp_path, monkeypatch) -> dict[str, list[str]]:
+    """A Hub with the repository ``someone/face``; in its folder ``half`` the same once more."""
+    remote, asked = tmp_path / "remote", {}
+    shutil.copytree(saved, remote)
+    shutil.copytree(saved, remote / "half")
+
+    def fetch(repository, allow_patterns):
+        if repository != "someone/face":
+            raise OSError("404\nnot found")
+        local = tmp_path / "cache"
+        for path in remote.rglob("*"):
+            name = path.relative_to(remote).as_posix()
+            if path.is_file() and any(fnmatch.fnmatch(name, p) for p in allow_patterns):
+                (local / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, local / name)
+        asked[repository] = sorted(
+            p.relative_to(local).as_posix() for p in local.rglob("*") if p.is_file()
+        )
+        return str(local)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    return asked
+
+
+def test_saved_folder_holds_the_same(files, saved):
+    found = find_face_files(saved)
+    assert found == (saved / "adapter.safetensors", saved / "encoder")
+    assert find_face_files(files.adapter, files.encoder) == (files.adapter, files.encoder)
+    assert find_face_files(saved, files.encoder) == (found[0], files.encoder)
+    before, after = (read_face_files(*pair) for pair in ((files.adapter, files.encoder), found))
+    assert after.metadata["config"] == before.metadata["config"]
+    assert after.encoder_config == before.encoder_config
+    for name in ("adapter_state", "encoder_state"):
+        old, new = getattr(before, name), getattr(after, name)
+        assert old.keys() == new.keys()
+        for key in old:
+            np.testing.assert_array_equal(np.asarray(new[key]), np.asarray(old[key]))
+
+
+@pytest.mark.parametrize(
+    ("name", "fetched"),
+    [
+        (
+            "someone/face",
+            ["adapter.safetensors", "encoder/config.json", "encoder/model.safetensors"],
+        ),
+        (
+            "someone/face/half",
+            [f"half/{n}" for n in ("adapter.safetensors", "encoder/config.json")]
+            + ["half/encoder/model.safetensors"],
+        ),
+    ],
+)
+def test_a_repository_gives_what_is_needed_and_no_more(hub, files, tmp_path, name, fetched):
+    adapter, encoder = find_face_files(name)
+    assert hub["someone/face"] == fetched
+    read_face_files(adapter, encoder)
+    shutil.rmtree(tmp_path / "cache")
+    adapter, encoder = find_face_files(f"{name}/adapter.safetensors", f"{name}/encoder")
+    assert hub["someone/face"] == fetched
+    read_face_files(adapter, encoder)
+
+
+def test_what_is_nowhere_is_said_in_one_line(hub, files, tmp_path):
+    for name, error in {
+        "someone/else": r"the Hub does not give it \(404\)",
+        "someone/face/third": "the repository someone/face holds no third",
+        str(tmp_path / "absent"): "no such file or folder$",
+        "no such name": "no such file or folder$",
+    }.items():
+        with pytest.raises(UserError, match=error) as caught:
+            find_face_files(name)
+        assert "\n" not in str(caught.value)
+    alone = shutil.copy(files.adapter, tmp_path / "alone.safetensors")
+    with pytest.raises(UserError, match=r"alone.safetensors: no encoder/model.safetensors beside"):
+        find_face_files(alone)
+    with pytest.raises(UserError, match=r"holds no adapter.safetensors"):
+        find_face_files(tmp_path, files.encoder)
