@@ -24,7 +24,6 @@ CASES = {
             "attention_head_dim": 4,
             "down_block_types": (CROSS[0],) * 2,
         },
-        "up": (CROSS[1],) * 2,
         "own": {"conditioning_embedding_out_channels": (4, 6, 8), "conditioning_channels": 3},
         "size": (12, 20),
         "timesteps": np.array([999, 1, 500]),
@@ -38,7 +37,6 @@ CASES = {
             "use_linear_projection": True,
             "down_block_types": (CROSS[0], "DownBlock2D"),
         },
-        "up": ("UpBlock2D", CROSS[1]),
         "own": {"conditioning_embedding_out_channels": (5, 8), "conditioning_channels": 1},
         "size": (5, 7),
         "timesteps": np.array([998.9, 0.25, 499.5], np.float32),
@@ -63,10 +61,7 @@ def case(request):
     """Peers, ours of the same weights, and inputs."""
     case = types.SimpleNamespace(**request.param)
     sizes = {"norm_num_groups": 4, "cross_attention_dim": 24, **case.shared}
-    unet = UNet2DConditionModel(sample_size=16, up_block_types=case.up, **sizes)
-    case.peer_unet = randomize(unet, seed=1)
     case.peer = not_zero(randomize(ControlNetModel(**sizes, **case.own), seed=2))
-    case.unet = convert("unet", case.peer_unet)
     case.ours = convert("controlnet", case.peer)
     case.inputs = normal(4, 3, *case.size, 4), case.timesteps, normal(5, 3, 11, 24)
     stride = case.ours.config.stride
@@ -75,30 +70,60 @@ def case(request):
     return case
 
 
-def test_residuals_and_steered_unet_as_diffusers(case):
-    inputs, picture = list(map(to_torch, case.inputs)), to_torch(case.picture)
+def test_residuals_as_diffusers(case):
     scale = torch.from_numpy(case.scale)[:, None, None, None]
     with torch.no_grad():
-        down, middle = case.peer(*inputs, picture, conditioning_scale=scale, return_dict=False)
-        steered = case.peer_unet(
-            *inputs, down_block_additional_residuals=down, mid_block_additional_residual=middle
-        ).sample
-        plain = case.peer_unet(*inputs).sample
-    assert (steered - plain).abs().max() > 0.1
-    graph, state = nnx.split((case.ours, case.unet))
+        down, middle = case.peer(
+            *map(to_torch, case.inputs),
+            to_torch(case.picture),
+            conditioning_scale=scale,
+            return_dict=False,
+        )
+    graph, state = nnx.split(case.ours)
 
     @quick_jit
     def run(state, picture, scale, *inputs):
-        controlnet, unet = nnx.merge(graph, state)
-        residuals = controlnet(*inputs, controlnet.embed(picture), scale)
-        return residuals, unet(*inputs, residuals=residuals)
+        model = nnx.merge(graph, state)
+        return model(*inputs, model.embed(picture), scale)
 
-    residuals, ours = run(state, case.picture, case.scale, *case.inputs)
-    assert len(residuals[0]) == len(down)
-    for one, other in zip(
-        (*residuals[0], residuals[1], ours), (*down, middle, steered), strict=True
-    ):
+    ours = run(state, case.picture, case.scale, *case.inputs)
+    assert len(ours[0]) == len(down)
+    for one, other in zip((*ours[0], ours[1]), (*down, middle), strict=True):
         assert_close(one, channels_last(other))
+
+
+def test_steered_unet_as_diffusers():
+    """Skips of 5 x 7 and 3 x 4, each with a residual of its own."""
+    peer = UNet2DConditionModel(
+        sample_size=16,
+        norm_num_groups=4,
+        cross_attention_dim=24,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        attention_head_dim=2,
+        down_block_types=(CROSS[0], "DownBlock2D"),
+        up_block_types=("UpBlock2D", CROSS[1]),
+    )
+    peer = randomize(peer, seed=1)
+    inputs = normal(4, 3, 5, 7, 4), np.array([999, 1, 500]), normal(5, 3, 11, 24)
+    sizes = [(5, 7, 8)] * 2 + [(3, 4, 8), (3, 4, 16)]
+    down = tuple(normal(10 + i, 3, *size) for i, size in enumerate(sizes))
+    middle = normal(20, 3, 3, 4, 16)
+    with torch.no_grad():
+        steered = peer(
+            *map(to_torch, inputs),
+            down_block_additional_residuals=tuple(map(to_torch, down)),
+            mid_block_additional_residual=to_torch(middle),
+        ).sample
+    graph, state = nnx.split(convert("unet", peer))
+
+    @quick_jit
+    def run(state, residuals, *inputs):
+        return nnx.merge(graph, state)(*inputs, residuals=residuals)
+
+    assert_close(run(state, (down, middle), *inputs), channels_last(steered))
+    with pytest.raises(UserError, match="another UNet or for other latents: 4 of them, 5 wanted"):
+        run(state, (down[1:], middle), *inputs)
 
 
 def test_folders_of_diffusers(case, tmp_path):

@@ -10,6 +10,7 @@ from flax import nnx
 
 from converters.weights import skeleton
 from fact_jax.models.clip_text import CLIPTextConfig
+from fact_jax.models.controlnet import ControlNetConfig
 from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
 from fact_jax.models.unet import UNetConfig
@@ -40,6 +41,7 @@ def count(kind: str, config, mark: str = "") -> int:
     ("kind", "config", "millions"),
     [
         ("unet", UNetConfig.sd15(), 859.52),
+        ("controlnet", ControlNetConfig.sd15(), 361.28),
         ("vae", VAEConfig.sd15(), 83.65),
         ("clip_text", CLIPTextConfig.sd15(), 123.06),
         ("transface", TransFaceConfig.vit_s(), 86.66),
