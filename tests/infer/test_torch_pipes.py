@@ -280,6 +280,48 @@ def test_half_precision(files):
     assert np.abs(face - base).mean() > 3.0
 
 
+def low_rank(unet) -> dict[str, torch.Tensor]:
+    """A LoRA for every attention of the base, as diffusers' users have it."""
+    draw, state = torch.Generator().manual_seed(5), {}
+    for path, module in unet.named_modules():
+        if "processor" not in path and path.endswith(("to_q", "to_k", "to_v", "to_out.0")):
+            outputs, inputs = module.weight.shape
+            state[f"unet.{path}.lora_A.weight"] = torch.randn(3, inputs, generator=draw) * 0.2
+            state[f"unet.{path}.lora_B.weight"] = torch.randn(outputs, 3, generator=draw) * 0.2
+    return state
+
+
+def test_lora_of_diffusers_before_or_after(pipe, files):
+    pytest.importorskip("peft")
+    lora, base = low_rank(pipe.unet), draw(pipe)
+    pipe.load_lora_weights(lora)
+    try:
+        styled = draw(pipe)
+        fact = load_fact(pipe, files.adapter, files.encoder)
+        face = people(fact)
+        np.testing.assert_array_equal(draw(pipe), styled)
+        with fact.face(face, GUIDANCE):
+            after = draw(pipe)
+        pipe.unload_lora_weights()
+        np.testing.assert_array_equal(draw(pipe), base)
+        with fact.face(face, GUIDANCE):
+            alone = draw(pipe)
+        pipe.load_lora_weights(lora)
+        touched = {path for path, _ in pipe.unet.named_modules() if "lora" in path}
+        assert touched
+        assert not [path for path in touched if "processor" in path]
+        with fact.face(face, GUIDANCE):
+            np.testing.assert_array_equal(draw(pipe), after)
+        assert np.abs(after - alone).mean() > 0.01
+        assert np.abs(after - styled).mean() > 0.01
+        unload_fact(pipe)
+        np.testing.assert_array_equal(draw(pipe), styled)
+    finally:
+        pipe.unload_lora_weights()
+        unload_fact(pipe)
+    np.testing.assert_array_equal(draw(pipe), base)
+
+
 @contextlib.contextmanager
 def compiled(unet, how: str):
     """By one of the ways that diffusers' users have; the eager backend, which still traces."""
