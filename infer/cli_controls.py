@@ -55,6 +55,42 @@ def add_control_options(group: argparse._ActionsContainer) -> None:
     )
 
 
+def add_base_options(group: argparse._ActionsContainer) -> None:
+    """What is added to a base."""
+    group.add_argument(
+        "--lora",
+        type=_pair,
+        action="append",
+        default=[],
+        metavar="FILE=X",
+        help="a LoRA that is added to the base X times; may be repeated",
+    )
+    group.add_argument("--controlnet", metavar="DIR", help="folder of a ControlNet")
+
+
+def add_input_options(group: argparse._ActionsContainer) -> None:
+    """Pictures to draw over or to be steered by."""
+    group.add_argument(
+        "--image", type=Path, metavar="FILE", help="a picture to draw over, of the size drawn"
+    )
+    group.add_argument(
+        "--strength",
+        type=float,
+        default=0.6,
+        metavar="X",
+        help="of --image: share of the steps that are taken, 1 forgets it (default 0.6)",
+    )
+    group.add_argument(
+        "--control",
+        type=Path,
+        metavar="FILE",
+        help="what the ControlNet looks at (a pose, edges), of the size drawn",
+    )
+    group.add_argument(
+        "--control-scale", type=float, default=1.0, metavar="X", help="how much it steers, 0 to 2"
+    )
+
+
 def _add_strength(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--face-scale",
@@ -108,11 +144,11 @@ def _numbers(text: str) -> float | tuple[float, ...]:
 
 
 def _pair(text: str) -> tuple[str, float]:
-    pattern, _, factor = text.rpartition("=")
+    name, _, factor = text.rpartition("=")
     try:
-        found = pattern, float(factor)
+        found = name, float(factor)
     except ValueError:
         found = "", 0.0
     if not found[0]:
-        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=X")
+        raise argparse.ArgumentTypeError(f"{text!r}: a name, = and a number are wanted")
     return found

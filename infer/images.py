@@ -34,6 +34,12 @@ def parameters(
     if request.photos:
         photos = [photo.path.name for photo in request.photos]
         faced["face"] = {"photos": photos, **_steering(request.guidance)}
+    if request.regions:
+        faced["regions"] = [path.name for path in request.regions]
+    if request.image:
+        faced |= {"image": request.image.name, "strength": request.strength}
+    if request.control:
+        faced |= {"control": request.control.name, "control scale": request.control_scale}
     return {
         "prompt": prompt,
         "negative": request.negative,

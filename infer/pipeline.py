@@ -10,7 +10,8 @@ from tqdm import tqdm
 from fact_jax.errors import UserError
 from infer.base import Base, FaceFiles, check_faces
 from infer.canvas import Canvas
-from infer.photos import prepare_crops, read_regions
+from infer.inputs import read_inputs
+from infer.photos import prepare_crops
 from infer.request import Request, Settings
 
 BATCH = 4
@@ -32,6 +33,8 @@ class Drawer(abc.ABC):
         *,
         canvas: Canvas | None = None,
         regions: Float[np.ndarray, "#b k h w"] | None = None,
+        control: UInt8[np.ndarray, "#b h w 3"] | None = None,
+        control_scale: float = 1.0,
         bar: tqdm | None = None,
     ) -> UInt8[np.ndarray, "b h w 3"]:
         """One picture for each prompt, seed and person, all at once.
@@ -39,7 +42,8 @@ class Drawer(abc.ABC):
         ``crops`` are the aligned faces of each picture's person (or of one for all pictures);
         None draws with the base alone. ``canvas`` is what is drawn over, if anything. With
         ``regions``, masks in [0, 1] of any size, the crops are of ``k`` people, an equal number of
-        each, who are drawn there. ``bar`` moves by one a call of the UNet.
+        each, who are drawn there. ``control`` are pictures for the ControlNet, as large as what is
+        drawn. ``bar`` moves by one a call of the UNet.
         """
 
     def generate(
@@ -72,14 +76,12 @@ def generate_batches(
     if crops is None and request.photos:
         crops, _ = prepare_crops(request.photos, drawer.face.encoder_config.img_size)
     people = None if crops is None else crops[None]
-    regions = read_regions(request.regions, drawer.base.picture_size(request))
-    places = None if regions is None else regions[None]
     pictures = request.pictures()
     batch = min(batch, len(pictures))
+    inputs = read_inputs(request, drawer.base, batch)
     for start in range(0, len(pictures), batch):
         part = pictures[start : start + batch]
         # The last batch is filled up: another shape would be compiled anew.
         full = part + part[-1:] * (batch - len(part))
         prompts, seeds = zip(*full, strict=True)
-        drawn = drawer.draw(prompts, seeds, people, request, regions=places, bar=bar)
-        yield drawn[: len(part)]
+        yield drawer.draw(prompts, seeds, people, request, **inputs, bar=bar)[: len(part)]

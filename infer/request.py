@@ -74,13 +74,19 @@ class Request(Settings):
     """Every prompt with every seed, with the people of ``photos`` or, without any, by the base.
 
     Photos come person after person, an equal number of each. ``regions`` are mask files of the
-    pictures' size: where each person is drawn. One person alone may do without.
+    pictures' size: where each person is drawn. One person alone may do without. ``image`` is a
+    picture that is drawn over in the last ``strength`` of the steps; ``control`` is one for the
+    ControlNet, which steers by ``control_scale``.
     """
 
     prompts: Sequence[str]
     seeds: Sequence[int] = (0,)
     photos: Sequence[Photo] = ()
     regions: Sequence[Path] = ()
+    image: Path | None = None
+    strength: float = 0.6
+    control: Path | None = None
+    control_scale: float = 1.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -89,6 +95,7 @@ class Request(Settings):
         for seed in self.seeds:
             if not 0 <= seed <= MAX_SEED:
                 raise UserError(f"a seed must lie in 0..{MAX_SEED}, got {seed}")
+        _check_range("control scale", self.control_scale, 0.0, MAX_SCALE)
         self._check_people()
 
     def _check_people(self) -> None:

@@ -13,7 +13,9 @@ import torch
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
+from converters.lora import read_lora
 from converters.tokenizer import tokenize
+from fact_jax.errors import UserError
 from fact_jax.fact import initial_noise
 from fact_jax.regions import region_masks
 from fact_jax.samplers import DIFFUSERS_SCHEDULERS, model_calls
@@ -22,6 +24,7 @@ from infer.canvas import Canvas
 from infer.pipeline import Drawer
 from infer.request import Settings
 from infer.torch_fact import FactTorch, load_fact
+from infer.torch_lora import merge_lora
 from infer.torch_steering import strengths
 
 
@@ -32,8 +35,14 @@ class TorchPipeline(Drawer):
     samplers that draw noise of their own on the way (euler_ancestral, lcm).
     """
 
-    def __init__(self, base: Base, face: FaceFiles | None, pipe: diffusers.StableDiffusionPipeline):
-        self.base, self.face, self.pipe = base, face, pipe
+    def __init__(
+        self,
+        base: Base,
+        face: FaceFiles | None,
+        pipe: diffusers.StableDiffusionPipeline,
+        controlnet: diffusers.ControlNetModel | None = None,
+    ):
+        self.base, self.face, self.pipe, self.controlnet = base, face, pipe, controlnet
         self.fact: FactTorch | None = load_fact(pipe, files=face) if face is not None else None
 
     @classmethod
@@ -45,15 +54,19 @@ class TorchPipeline(Drawer):
         dtype: torch.dtype = torch.float32,
         *,
         face: FaceFiles | None = None,
+        loras: Sequence[tuple[str | os.PathLike, float]] = (),
+        controlnet: str | os.PathLike | None = None,
     ) -> "TorchPipeline":
         """Read a diffusers folder and, for faces, an adapter file and an encoder.
 
         Runs on the first CUDA device where there is one. ``face`` are adapter and encoder as
-        ``read_face_files`` opened them, instead of their names.
+        ``read_face_files`` opened them, instead of their names. ``loras`` are files that are
+        added to the base, each times its factor.
         """
         base = base if isinstance(base, Base) else read_base(base)
         if face is None and adapter is not None:
             face = read_face_files(adapter, encoder)
+        added = [(read_lora(file), factor) for file, factor in loras]
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(
             base.folder,
             dtype=dtype,
@@ -61,7 +74,13 @@ class TorchPipeline(Drawer):
             requires_safety_checker=False,
             local_files_only=True,
         )
-        return cls(base, face, pipe.to("cuda" if torch.cuda.is_available() else "cpu"))
+        for lora, factor in added:
+            merge_lora(pipe, lora, factor)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if controlnet is not None:
+            load = diffusers.ControlNetModel.from_pretrained
+            controlnet = load(controlnet, dtype=dtype, local_files_only=True).to(device)
+        return cls(base, face, pipe.to(device), controlnet)
 
     def draw(
         self,
@@ -72,6 +91,8 @@ class TorchPipeline(Drawer):
         *,
         canvas: Canvas | None = None,
         regions: Float[np.ndarray, "#b k h w"] | None = None,
+        control: UInt8[np.ndarray, "#b h w 3"] | None = None,
+        control_scale: float = 1.0,
         bar: tqdm | None = None,
     ) -> UInt8[np.ndarray, "b h w 3"]:
         """One picture for each prompt, seed and person (``infer.pipeline.Drawer``)."""
@@ -82,8 +103,16 @@ class TorchPipeline(Drawer):
         pipe, drawn_on = self.pipe, {}
         if canvas is not None:
             canvas.check(self.base, settings, len(prompts))
+            if (channels := self.base.unet.in_channels) != 4:
+                raise UserError(
+                    "diffusers draws over a picture only with latents of 4 channels, "
+                    f"{self.base.name} has {channels}: use --backend flax"
+                )
             start, pipe = canvas.start(settings.steps), self._on_canvas
             drawn_on = _pixels(canvas, pipe.vae.config.latent_channels)
+        if control is not None:
+            pipe, more = self._under_control(control, len(prompts), canvas is not None)
+            drawn_on |= more | {"controlnet_conditioning_scale": control_scale}
         pipe.scheduler = scheduler
         indices, timesteps = model_calls(
             settings.sampler, self.base.schedule, settings.steps, start
@@ -120,6 +149,22 @@ class TorchPipeline(Drawer):
     @functools.cached_property
     def _on_canvas(self) -> "_OnCanvas":
         return _OnCanvas(**self.pipe.components, requires_safety_checker=False)
+
+    def _under_control(
+        self, control: np.ndarray, count: int, on_canvas: bool
+    ) -> tuple[diffusers.StableDiffusionControlNetPipeline, dict[str, Any]]:
+        if self.controlnet is None:
+            raise UserError("a control picture was given, but no ControlNet to look at it")
+        if on_canvas:
+            raise UserError(
+                "a picture to draw over together with a control picture: use --backend flax, or "
+                "load_fact in diffusers' own StableDiffusionControlNetInpaintPipeline"
+            )
+        pipe = diffusers.StableDiffusionControlNetPipeline(
+            **self.pipe.components, controlnet=self.controlnet, requires_safety_checker=False
+        )
+        pictures = torch.tensor(control).permute(0, 3, 1, 2).float() / 255
+        return pipe, {"image": pictures.expand(count, -1, -1, -1)}
 
     def _text(self, prompts: Sequence[str]) -> torch.Tensor:
         ids, _ = tokenize(self.base.tokenizer, prompts)

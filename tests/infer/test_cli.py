@@ -57,7 +57,8 @@ def test_generate(arguments, backend, files, tmp_path, capsys):
     words = " ".join(["smiling"] * 90)
     changed = replaced(arguments, "--prompt", words)
     options = ["--backend", backend, "--count", "2", "--seed", "5", "--face-scale", "0.5"]
-    assert main(changed + options) == 0
+    options += ["--block-scale", "up=0.5", "--image", str(files.photo), "--strength", "0.5"]
+    assert main([*changed, *options, "--width", "64", "--height", "72"]) == 0
     out, err = capsys.readouterr()
     paths = [tmp_path / "out" / name.rsplit("/")[-1] for name in out.split()]
     assert [str(path) for path in paths] == out.split()
@@ -66,10 +67,12 @@ def test_generate(arguments, backend, files, tmp_path, capsys):
     assert f"warning: prompt longer than 77 tokens: cut '{cut}'" in err.splitlines()
     assert f"note: {files.photo}: head from an ellipse fitted to the points" in err.splitlines()
     with Image.open(paths[1]) as picture:
-        assert picture.size == (32, 32)
+        assert picture.size == (64, 72)
         values = json.loads(picture.text["fact_jax"])
     assert (values["seed"], values["backend"], values["prompt"]) == (6, backend, words)
     assert values["face"]["face_scale"] == 0.5
+    assert values["face"]["block_scales"] == [["up", 0.5]]
+    assert (values["image"], values["strength"]) == ("one.png", 0.5)
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in paths}
 
 
@@ -151,13 +154,24 @@ def test_bad_input_is_one_line(arguments, files, tmp_path, option, value, messag
     [
         (["--face-start", "0.8", "--face-stop", "0.2"], "0 <= start <= stop <= 1"),
         (["--face-scale", "-1"], "face scale must lie in 0..2"),
+        (["--face-scale", "0.2,3"], "face scale must lie in 0..2, got 3"),
+        (["--face-scale", "1,"], "'1,' is not a number, or several: X,X"),
+        (["--face-cap", "0"], "cap of the face's increment must be above 0"),
+        (["--image", "PHOTO"], "one.png is 64 x 72, what is drawn will be 32 x 32"),
+        (["--control", "PHOTO"], "--control and --controlnet belong together"),
+        (["--strength", "2", "--image", "PHOTO", "--width", "64", "--height", "72"], "strength"),
+        (["--block-scale", "up"], "'up': a name, = and a number are wanted"),
+        (["--block-scale", "top=1"], "'top': found in the path of no block: down_blocks.0"),
+        (["--person", "1"], "photos must be of person 0, then 1 and so on"),
+        (["--region", "PHOTO"], "has colours: a mask is grey"),
         (["--height", "20"], "height 20: with this base it must be a multiple of 8"),
         (["--points", "a", "--points", "b"], "--points was given 2 times for 1 photos"),
         (["--count", "0"], "--count must be at least 1"),
         (["--backend", "numpy"], "invalid choice: 'numpy'"),
     ],
 )
-def test_bad_options_are_one_line(arguments, options, message, capsys):
+def test_bad_options_are_one_line(arguments, files, options, message, capsys):
+    options = [str(files.photo) if option == "PHOTO" else option for option in options]
     assert status(arguments + options) == 2
     _, err = capsys.readouterr()
     assert err.startswith("error: ")

@@ -1,12 +1,15 @@
 """What the JAX pipeline does beyond plain pictures, against PyTorch and against itself."""
 
+import functools
 import os
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from fact_jax.errors import UserError
 from fact_jax.fact import Guidance
 from infer.canvas import Canvas
 from infer.flax_pipeline import FlaxPipeline
@@ -124,3 +127,99 @@ def test_a_batch_over_several_devices(files, flax, crops, tmp_path):
     alone = flax.draw(["a man"] * 4, [1, 2, 3, 4], crops, settings)
     assert difference(np.load(tmp_path / "drawn.npy"), alone) <= SAME
     assert difference(alone[:1], alone[1:2]) > OTHER
+
+
+@pytest.fixture(scope="module")
+def steered(files, torch, tmp_path_factory):
+    """A random ControlNet for the base, and a LoRA of one layer of the UNet and one of the text."""
+    from diffusers import ControlNetModel
+    from safetensors.numpy import save_file
+    from torch import Generator, no_grad, randn
+
+    folder, generator = tmp_path_factory.mktemp("steered"), Generator().manual_seed(5)
+    controlnet = ControlNetModel.from_unet(
+        torch.pipe.unet, conditioning_embedding_out_channels=(4, 8)
+    )
+    with no_grad():
+        for weight in controlnet.parameters():
+            # Convolutions that start at zero would hide everything before them.
+            if weight.ndim == 4 and not weight.any():
+                weight += randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5
+    controlnet.save_pretrained(folder / "controlnet")
+    draw = np.random.default_rng(6)
+    layers = {
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": 8,
+        "lora_te_text_model_encoder_layers_0_self_attn_v_proj": 24,
+    }
+    state = {}
+    for name, width in layers.items():
+        state[f"{name}.lora_down.weight"] = draw.normal(size=(2, width)).astype(np.float32)
+        state[f"{name}.lora_up.weight"] = draw.normal(size=(width, 2)).astype(np.float32)
+        state[f"{name}.alpha"] = np.array(1.0, np.float32)
+    save_file(state, folder / "lora.safetensors")
+    return folder, controlnet, state
+
+
+def test_loras_are_in_the_base(files, steered):
+    folder, _, state = steered
+    plain = FlaxPipeline.load(files.base)._states
+    merged = FlaxPipeline.load(files.base, loras=[(folder / "lora.safetensors", 0.6)])._states
+    name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    up, down = (state[f"{name}.lora_{part}.weight"] for part in ("up", "down"))
+    place = ("down_blocks", 0, "attentions", 0, "transformer_blocks", 0, "attn1", "to_q", "kernel")
+    before, after = (functools.reduce(lambda s, k: s[k], place, s["unet"]) for s in (plain, merged))
+    np.testing.assert_allclose(after - before, 0.6 * (up @ down).T / 2, atol=1e-6)
+    changed = [
+        part
+        for part in plain
+        for one, other in zip(
+            jax.tree.leaves(plain[part]), jax.tree.leaves(merged[part]), strict=True
+        )
+        if (one != other).any()
+    ]
+    assert sorted(changed) == ["text_encoder", "unet"]
+    pipe = TorchPipeline.load(files.base, loras=[(folder / "lora.safetensors", 0.6)]).pipe
+    theirs = pipe.unet.get_submodule(".".join(map(str, place[:-1]))).weight.detach()
+    np.testing.assert_allclose(theirs.T, after, atol=1e-6)
+    (theirs,) = (
+        tensor
+        for key, tensor in pipe.text_encoder.state_dict().items()
+        if key.endswith("encoder.layers.0.self_attn.v_proj.weight")
+    )
+    ours = merged["text_encoder"]["encoder"]["layers"][0]["self_attn"]["v_proj"]["kernel"]
+    np.testing.assert_allclose(theirs.T, ours, atol=1e-6)
+
+
+def test_controlnet_of_diffusers(files, torch, steered):
+    from diffusers import DDIMScheduler, StableDiffusionControlNetPipeline
+    from PIL import Image
+
+    folder, controlnet, _ = steered
+    flax = FlaxPipeline.load(files.base, controlnet=folder / "controlnet")
+    picture = np.random.default_rng(8).integers(0, 256, (32, 40, 3), np.uint8)
+    settings = Settings(sampler="ddim", steps=3, height=32, width=40, guidance=Guidance(text=3.0))
+    ours = flax.draw(PROMPTS, SEEDS, None, settings, control=picture[None], control_scale=0.8)
+    pipe = StableDiffusionControlNetPipeline(
+        **torch.pipe.components
+        | {"scheduler": DDIMScheduler.from_pretrained(files.base / "scheduler")},
+        controlnet=controlnet,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    text = torch._text(["", *PROMPTS])
+    theirs = pipe(
+        prompt_embeds=text[1:],
+        negative_prompt_embeds=text[:1].expand_as(text[1:]),
+        image=[Image.fromarray(picture)] * 2,
+        guidance_scale=3.0,
+        num_inference_steps=3,
+        height=32,
+        width=40,
+        latents=torch._noise(SEEDS, 16, 20),
+        controlnet_conditioning_scale=0.8,
+        output_type="np",
+    ).images
+    assert difference(ours, np.round(255 * theirs).astype(np.uint8)) <= SAME
+    assert difference(ours, torch.draw(PROMPTS, SEEDS, None, settings)) > OTHER
+    with pytest.raises(UserError, match="no ControlNet to look at it"):
+        FlaxPipeline.load(files.base).draw(PROMPTS, SEEDS, None, settings, control=picture[None])

@@ -70,9 +70,8 @@ class Recorder(Drawer):
     def __init__(self, base):
         self.base, self.batches = base, []
 
-    def draw(self, prompts, seeds, crops, settings, *, regions=None, bar=None):
+    def draw(self, prompts, seeds, crops, settings, *, bar=None):
         assert crops is None
-        assert regions is None
         self.batches.append(len(prompts))
         return np.array(
             [[[[ord(p[0]), s, 0]]] for p, s in zip(prompts, seeds, strict=True)], np.uint8

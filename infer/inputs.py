@@ -1,0 +1,43 @@
+"""The pictures that a request gives to draw over or to be steered by, read and checked."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+
+from fact_jax.errors import UserError
+from fact_jax.face import read_image
+from infer.base import Base
+from infer.canvas import Canvas
+from infer.photos import read_regions
+from infer.request import Request
+
+
+def read_inputs(request: Request, base: Base, batch: int) -> dict[str, Any]:
+    """What ``Drawer.draw`` takes of a request beside prompts and people, for ``batch`` pictures.
+
+    Raises UserError for a file that is not of the pictures' size.
+    """
+    size, found = base.picture_size(request), {}
+    regions = read_regions(request.regions, size)
+    if regions is not None:
+        found["regions"] = regions[None]
+    if request.image is not None:
+        image = _read(request.image, "the picture to draw over", size)
+        found["canvas"] = Canvas.whole(np.repeat(image, batch, axis=0), request.strength, base)
+        found["canvas"].start(request.steps)
+    if request.control is not None:
+        found["control"] = _read(request.control, "the control picture", size)
+        found["control_scale"] = request.control_scale
+    return found
+
+
+def _read(path: Path, what: str, size: tuple[int, int]) -> UInt8[np.ndarray, "1 h w 3"]:
+    image = read_image(path)
+    if image.shape[:2] != size:
+        raise UserError(
+            f"{what} {path} is {image.shape[1]} x {image.shape[0]}, what is drawn will be "
+            f"{size[1]} x {size[0]}: they must be of one size (see --width and --height)"
+        )
+    return image[None]
