@@ -5,6 +5,7 @@ import numpy as np
 from converters.configs import check_fits, infer_config
 from converters.content import content_hash
 from converters.formats import Weights, step_of, unknown_keys
+from converters.lora import is_lora, read_lora
 from converters.mapping import guess_kind, prefix_of
 from converters.readers import State
 from converters.rules import ADAPTER_MARK
@@ -50,7 +51,10 @@ def summary(weights: Weights) -> dict[str, object]:
         "hash": content_hash(weights.tensors()),
         "left out": dict(weights.left_out),
     }
-    if unknown := unknown_keys(weights):
+    unknown = unknown_keys(weights)
+    if set(weights.states) == {"unknown"} and is_lora(weights.states["unknown"]):
+        found |= {"parts": {"lora": parts["unknown"]}, **_about_lora(weights)}
+    elif unknown:
         strange = "unknown" in weights.states
         found["unknown keys"] = {
             f"nearest to {kind}" if strange and kind != "unknown" else kind: keys
@@ -71,6 +75,22 @@ def nearest(state: State) -> str:
     except UserError as err:
         return f"{share:.0%} of the keys are those of a {kind}; {err}"
     return f"{share:.0%} of the keys are those of a {kind}"
+
+
+def _about_lora(weights: Weights) -> dict[str, object]:
+    """What a LoRA changes; of one that is not for these bases, why."""
+    try:
+        layers = read_lora(weights.path).layers
+    except UserError as err:
+        return {"kind": "LoRA", "difference": str(err)}
+    widths = {x.shape[1] for x in layers if x.key.endswith(("attn2.to_k.weight", "fc1.weight"))}
+    return {
+        "kind": "LoRA",
+        "base": "for Stable Diffusion 1.x" if widths == {768} else None,
+        "layers": {kind: sum(x.kind == kind for x in layers) for kind in ("unet", "clip_text")},
+        "ranks": sorted({layer.rank for layer in layers}),
+        "alphas": sorted({layer.alpha for layer in layers}),
+    }
 
 
 def base_of(weights: Weights) -> str | None:

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -128,6 +128,11 @@ def read_lora(path: str | os.PathLike) -> Lora:
     if not layers:
         raise UserError(f"{file}: holds no LoRA")
     return Lora(path=path, layers=tuple(layers.values()), metadata=text)
+
+
+def is_lora(keys: Iterable[str]) -> bool:
+    """Whether some of a file's keys are those of a LoRA, for whatever model."""
+    return any((match := _PART.fullmatch(key)) and match["part"] for key in keys)
 
 
 def _find(folder: Path) -> tuple[Path, dict]:

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from converters.about import summary
+from converters.formats import open_weights
 from converters.lora import add_lora, merge, read_lora
 from converters.weights import dump_state, load_state
 from fact_jax.errors import UserError
@@ -354,3 +356,17 @@ def test_what_does_not_fit_the_base_is_said_at_once(base, tmp_path):
         UserError, match=r"1 missing \(unet/down_blocks.7.*1 misshapen .*wanted \(8, 8\)"
     ):
         merge(base, lora)
+
+
+def test_inspected(base, tmp_path):
+    """What it changes; of one for another base, why it does not fit."""
+    file = saved(tmp_path / "x.safetensors", kohya(base))
+    about = summary(open_weights(file))
+    count = {kind: sum(layer.kind == kind for layer in read_lora(file).layers) for kind in base}
+    assert (about["kind"], about["layers"]) == ("LoRA", count)
+    assert (about["ranks"], about["alphas"]) == ([3], [2.0])
+    assert "base" not in about
+    saved(file, pair(f"{UNET}_to_k", inner=768))
+    assert summary(open_weights(file))["base"] == "for Stable Diffusion 1.x"
+    saved(file, pair(f"{UNET}_to_k", inner=2048))
+    assert "is a LoRA for SDXL" in summary(open_weights(file))["difference"]
