@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from converters.adapter import read_metadata, split_state
@@ -141,6 +142,35 @@ def read_face_files(adapter: str | os.PathLike, encoder: str | os.PathLike) -> F
         encoder_state=encoder_state,
         encoder_config=config,
     )
+
+
+def check_fit(base: Base, face: FaceFiles) -> None:
+    """UserError if an adapter is for another base, before the weights of either are read."""
+    _, blocks = split_state(face.adapter_state, face.adapter)
+    paths, own = base.unet.block_paths(), base.unet.block_out_channels
+    widths = {}
+    for path in paths:
+        part, *rest = path.split(".")
+        level = int(rest[0]) if part != "mid_block" else -1
+        widths[path] = own[::-1][level] if part == "up_blocks" else own[level]
+    made_for = {path: len(state.get("linear.bias", ())) for path, state in blocks.items()}
+    if widths != made_for:
+        raise UserError(
+            f"{face.adapter} is for another base model: it was made for {listed(made_for)}, "
+            f"{base.name} has {listed(widths)}"
+        )
+    config = face.metadata.get("config", {}).get("unet", {})
+    wanted = config.get("cross_attention_dim", base.unet.cross_attention_dim)
+    if wanted != base.unet.cross_attention_dim:
+        raise UserError(
+            f"{face.adapter} is for another base model: its text is {wanted} wide, that of "
+            f"{base.name} {base.unet.cross_attention_dim}"
+        )
+
+
+def listed(widths: Mapping[str, int]) -> str:
+    """Transformer blocks of a UNet in words, by their channels."""
+    return f"{len(widths)} transformer blocks of channels {', '.join(map(str, widths.values()))}"
 
 
 def check_faces(face: FaceFiles | None, photos: int) -> None:

@@ -24,8 +24,9 @@ from fact_jax.errors import UserError
 from fact_jax.fact import Control, Model, encode_face, guided_model, initial_noise, null_face
 from fact_jax.regions import region_masks
 from fact_jax.samplers import SAMPLERS, keep_outside, noise_latents_for_start, num_model_calls
-from infer.base import Base, FaceFiles, read_base, read_face_files
+from infer.base import Base, FaceFiles, check_fit, read_base, read_face_files
 from infer.canvas import Canvas
+from infer.hub import find_face_files
 from infer.pipeline import Drawer
 from infer.program import Shape, join_guidance, split_guidance
 from infer.request import Settings
@@ -76,7 +77,9 @@ class FlaxPipeline(Drawer):
         """
         base = base if isinstance(base, Base) else read_base(base)
         if face is None and adapter is not None:
-            face = read_face_files(adapter, encoder)
+            face = read_face_files(*find_face_files(adapter, encoder))
+        if face is not None:
+            check_fit(base, face)
         added = [(read_lora(file), factor) for file, factor in loras]
         pipeline = load_pipeline(base.folder, dtype=dtype)
         models = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}

@@ -16,7 +16,7 @@ from converters.weights import read_config
 from fact_jax.errors import UserError
 from fact_jax.fact import Combine, Guidance
 from fact_jax.regions import Regions
-from infer.base import FaceFiles, read_face_files
+from infer.base import FaceFiles, listed, read_face_files
 from infer.hub import find_face_files, save_face_files
 from infer.torch_models import Resampler, TransFaceTokens, encoder_from, load_strictly
 from infer.torch_processors import FaceContext, FaceProcessor, installed, text_blocks, whole
@@ -128,8 +128,8 @@ def load_fact(
     made_for = {path: len(state.get("linear.bias", ())) for path, state in states.items()}
     if widths != made_for:
         raise UserError(
-            f"{files.adapter} is for another base model: it was made for transformer blocks of "
-            f"channels {_listed(made_for)}, this UNet has {_listed(widths)}"
+            f"{files.adapter} is for another base model: it was made for {listed(made_for)}, "
+            f"this UNet has {listed(widths)}"
         )
     context = FaceContext()
     processors = {}
@@ -163,7 +163,3 @@ def _together(tokens: Tensor, combine: Combine) -> Tensor:
     lengths = tokens.norm(dim=-1, keepdim=True)
     mean = (tokens / lengths.clamp(min=1e-6)).mean(dim=2)
     return mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-6) * lengths.mean(dim=2)
-
-
-def _listed(widths: dict[str, int]) -> str:
-    return f"{', '.join(map(str, widths.values()))} ({len(widths)} blocks)"

@@ -19,8 +19,9 @@ from fact_jax.errors import UserError
 from fact_jax.fact import initial_noise
 from fact_jax.regions import region_masks
 from fact_jax.samplers import DIFFUSERS_SCHEDULERS, model_calls
-from infer.base import Base, FaceFiles, read_base, read_face_files
+from infer.base import Base, FaceFiles, check_fit, read_base, read_face_files
 from infer.canvas import Canvas
+from infer.hub import find_face_files
 from infer.pipeline import Drawer
 from infer.request import Settings
 from infer.torch_fact import FactTorch, load_fact
@@ -65,7 +66,9 @@ class TorchPipeline(Drawer):
         """
         base = base if isinstance(base, Base) else read_base(base)
         if face is None and adapter is not None:
-            face = read_face_files(adapter, encoder)
+            face = read_face_files(*find_face_files(adapter, encoder))
+        if face is not None:
+            check_fit(base, face)
         added = [(read_lora(file), factor) for file, factor in loras]
         pipe = diffusers.StableDiffusionPipeline.from_pretrained(
             base.folder,

@@ -1,5 +1,6 @@
 """Adapters in diffusers' own UNet: the released code's values, and nothing left behind."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from fact_jax.errors import UserError
 from fact_jax.fact import Guidance
 from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
+from infer.base import check_fit, read_base, read_face_files
 from infer.torch_models import Resampler, encoder_from, load_strictly
 from infer.torch_processors import FaceContext, FaceProcessor, installed, text_blocks
 
@@ -129,6 +131,20 @@ def test_every_wrong_key_is_listed():
     assert str(caught.value) == (
         "file: 1 missing (bias); 1 unexpected (gain); 1 misshapen (weight (2, 3) instead of (3, 2))"
     )
+
+
+def test_adapter_for_another_base_is_refused_before_weights_are_read(files):
+    face = read_face_files(files.adapter, files.encoder)
+    base = read_base(files.base)
+    check_fit(base, face)
+    longer = dataclasses.replace(base.unet, block_out_channels=(8, 24))
+    wider = dataclasses.replace(base.unet, cross_attention_dim=32)
+    for unet, error in (
+        (longer, r"blocks of channels 8, 16, 8, 8, .* has 4 .* channels 8, 24, 8, 8$"),
+        (wider, "its text is 24 wide, that of .* 32$"),
+    ):
+        with pytest.raises(UserError, match=error):
+            check_fit(dataclasses.replace(base, unet=unet), face)
 
 
 def test_unloaded_pipe_is_the_same_pipe(files):
