@@ -10,12 +10,18 @@ class Lazy:
     """Stands for an array that is read, or computed, every time it is wanted.
 
     What only moves axes, and ``astype``, gives a ``Lazy`` again; ``np.asarray`` and everything
-    else that arrays can do reads it.
+    else that arrays can do reads it. ``source`` is what it is made of, if that is one array.
     """
 
-    def __init__(self, shape: tuple[int, ...], dtype: np.dtype, read: Callable[[], np.ndarray]):
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        read: Callable[[], np.ndarray],
+        source: "np.ndarray | Lazy | None" = None,
+    ):
         self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
-        self.ndim = len(self.shape)
+        self.ndim, self.source = len(self.shape), source
 
     @property
     def size(self) -> int:
@@ -39,7 +45,7 @@ class Lazy:
         return self._viewed(lambda array: array[index])
 
     def astype(self, dtype) -> "Lazy":
-        return Lazy(self.shape, dtype, lambda: np.asarray(self).astype(dtype))
+        return Lazy(self.shape, dtype, lambda: np.asarray(self).astype(dtype), self)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -58,20 +64,25 @@ class Lazy:
 
     def _viewed(self, view: Callable[[np.ndarray], np.ndarray]) -> "Lazy":
         shape = view(np.broadcast_to(np.int8(0), self.shape)).shape
-        return Lazy(shape, self.dtype, lambda: view(np.asarray(self)))
+        return Lazy(shape, self.dtype, lambda: view(np.asarray(self)), self)
 
 
 def rounded(array: np.ndarray | Lazy, dtype: np.dtype) -> np.ndarray | Lazy:
     """``array`` in another precision, computed when wanted."""
     if array.dtype == dtype:
         return array
-    return Lazy(array.shape, dtype, lambda: np.asarray(array).astype(dtype))
+    return Lazy(array.shape, dtype, lambda: np.asarray(array).astype(dtype), array)
 
 
-def contiguous(view: np.ndarray | Lazy, dtype: np.dtype | None = None) -> np.ndarray:
-    """A copy in C order. By slices that fit the cache: half the time of one at once."""
+def contiguous(
+    view: np.ndarray | Lazy, dtype: np.dtype | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """A copy in C order, in ``out`` if it is given.
+
+    By slices that fit the cache: half the time of one at once.
+    """
     view = np.asarray(view)
-    out = np.empty(view.shape, dtype or view.dtype)
+    out = np.empty(view.shape, dtype or view.dtype) if out is None else out
     if view.ndim < 2 or view.flags.c_contiguous:
         out[...] = view
         return out
@@ -82,10 +93,24 @@ def contiguous(view: np.ndarray | Lazy, dtype: np.dtype | None = None) -> np.nda
     return out
 
 
+def fetch(array: np.ndarray | Lazy) -> None:
+    """Have the disk read an array of a mapped file at once, not page by page as it is used."""
+    while isinstance(array, Lazy):
+        array = array.source
+    _advise(array, mmap.MADV_WILLNEED)
+
+
 def release(array: np.ndarray) -> None:
-    """Let go of the memory behind a mapped file: what is wanted of it again is read again."""
+    """Let go of the memory of an array of a mapped file: what is wanted again is read again."""
+    _advise(array, mmap.MADV_DONTNEED)
+
+
+def _advise(array: np.ndarray | None, advice: int) -> None:
     base = array
     while isinstance(base, np.ndarray):
         base = base.base
-    if isinstance(base, mmap.mmap):
-        base.madvise(mmap.MADV_DONTNEED)
+    if isinstance(base, mmap.mmap) and array.nbytes:
+        low, high = np.lib.array_utils.byte_bounds(array)
+        origin = np.frombuffer(base, np.uint8).ctypes.data
+        begin = (low - origin) // mmap.PAGESIZE * mmap.PAGESIZE
+        base.madvise(advice, begin, high - origin - begin)

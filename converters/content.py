@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.arrays import Lazy, release
+from converters.arrays import Lazy, fetch, release
 from converters.parallel import in_threads
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 25
 
 
 def content_hash(tensors: Iterable[tuple[str, np.ndarray | Lazy]]) -> str:
@@ -27,7 +27,7 @@ def content_hash(tensors: Iterable[tuple[str, np.ndarray | Lazy]]) -> str:
         release(array)
         return text
 
-    return hash_of(in_threads(line, named))
+    return hash_of(in_threads(line, named, lambda entry: fetch(entry[1])))
 
 
 def digest(array: np.ndarray) -> str:
@@ -78,9 +78,12 @@ def _files(source: Path) -> list[tuple[str, Path]]:
 
 
 def _hash_file(path: Path) -> str:
-    found = hashlib.sha256()
-    block = bytearray(_BLOCK)
-    with open(path, "rb", buffering=0) as handle:
-        while count := handle.readinto(block):
-            found.update(memoryview(block)[:count])
+    size = path.stat().st_size
+    if not size:
+        return hashlib.sha256().hexdigest()
+    data, found = np.memmap(path, np.uint8, "r"), hashlib.sha256()
+    for begin in range(0, size, _BLOCK):
+        fetch(data[begin : begin + 2 * _BLOCK])  # the next one is on its way while this is hashed
+        found.update(data[begin : begin + _BLOCK].data)
+        release(data)
     return found.hexdigest()

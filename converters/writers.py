@@ -8,6 +8,7 @@ import pickle
 import secrets
 import shutil
 import struct
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from converters.arrays import Lazy, contiguous, release
+from converters.arrays import Lazy, contiguous, fetch, release
 from converters.content import describe, digest, hash_of
 from converters.parallel import in_threads
 from converters.readers import DTYPES
@@ -29,6 +30,9 @@ STORAGES = {
     **{np.dtype("i1"): "CharStorage", np.dtype("u1"): "ByteStorage", np.dtype(bool): "BoolStorage"},
 }
 """What PyTorch's pickles call the numbers of each sort."""
+_THREAD = threading.local()
+_PIECE = 1 << 18
+"""At once, as ``cp`` does. For more, Linux looks for larger pages, and may look for long."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CONTENT = "content"
 """Where a file's metadata says what it holds: the ``content_hash`` of its tensors."""
@@ -73,7 +77,9 @@ def write_safetensors(
     with atomic_write(path) as temporary, open(temporary, "wb") as handle:
         handle.truncate(start + end)
         lines = []
-        for key, line in zip(keys, in_threads(write, keys), strict=True):
+        for key, line in zip(
+            keys, in_threads(write, keys, lambda key: fetch(state[key])), strict=True
+        ):
             lines.append(line)
             if wrote is not None:
                 wrote(state[key].nbytes)
@@ -88,21 +94,26 @@ def _name(path: str | os.PathLike, key: str, dtype: np.dtype) -> str:
 
 
 def in_order(array: np.ndarray | Lazy) -> np.ndarray:
-    """The numbers of a stored array in C order; of mapped files they take no memory for long."""
+    """The numbers of a stored array in C order, until the next call in the same thread."""
     stored = np.asarray(array)
     if stored.flags.c_contiguous:
         return stored
-    copied = contiguous(stored)
+    if len(getattr(_THREAD, "room", b"")) < stored.nbytes:
+        _THREAD.room = np.empty(stored.nbytes, np.uint8)  # new memory costs as much as the copy
+    room = _THREAD.room[: stored.nbytes].view(stored.dtype).reshape(stored.shape)
+    copied = contiguous(stored, out=room)
     release(stored)
     return copied
 
 
 def write_at(handle, array: np.ndarray, offset: int) -> None:
     """Write an array in C order at a place in an open file, from any thread."""
-    rest = memoryview(array.reshape(-1).view(np.uint8))
+    rest, begin = memoryview(array.reshape(-1).view(np.uint8)), offset
     while rest:
-        count = os.pwrite(handle.fileno(), rest, offset)
+        count = os.pwrite(handle.fileno(), rest[:_PIECE], offset)
         rest, offset = rest[count:], offset + count
+    if hasattr(os, "posix_fadvise"):  # the disk begins now and not when all has been written
+        os.posix_fadvise(handle.fileno(), begin, array.nbytes, os.POSIX_FADV_DONTNEED)
     release(array)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from converters.arrays import Lazy
+from converters.arrays import Lazy, fetch
 from converters.parallel import in_threads
 from converters.safe import DTYPES, MOST_AXES, State, read_json
 from converters.writers import in_order, write_at
@@ -132,7 +132,7 @@ def _checked(folder: Path, name: tuple[str, ...], array: Array, known: int | Non
             raise UserError(f"{folder}: damaged, not what was written: {'.'.join(name[1:])}")
         return found
 
-    return Lazy(array.shape, array.dtype, read)
+    return Lazy(array.shape, array.dtype, read, array)
 
 
 def _first(err: Exception) -> str:
@@ -150,8 +150,11 @@ def write_tree(
     def write(name: tuple[str, ...]) -> int | None:
         return None if leaves[name] is None else _write_leaf(folder / ".".join(name), leaves[name])
 
+    def read_ahead(name: tuple[str, ...]) -> None:
+        fetch(leaves[name])
+
     sums = {}
-    for name, found in zip(leaves, in_threads(write, list(leaves)), strict=True):
+    for name, found in zip(leaves, in_threads(write, list(leaves), read_ahead), strict=True):
         if found is not None:
             sums["/".join(name)] = found
             if wrote is not None:
@@ -209,16 +212,26 @@ _ZARR_NAMES = {
 }
 _DTYPES = {name: dtype for dtype, name in _ZARR_NAMES.items()}
 
-_WORDS = 1 << 15
-_ODD = 2 * np.arange(_WORDS, dtype=np.uint32) + 1
+_ROWS, _COLUMNS = 16, 1 << 13
+_ODD = 2 * np.arange(_COLUMNS, dtype=np.uint32) + 1
+_EVEN = 2 * _COLUMNS * np.arange(_ROWS, dtype=np.uint32)
 
 
 def checksum(array: np.ndarray) -> int:
-    """The 32-bit sum that the trainer stores of a leaf: its words, each times an odd number."""
+    """The 32-bit sum that the trainer stores of a leaf: its words, each times an odd number.
+
+    In blocks that the cache holds, by the sums of their rows and columns.
+    """
     words = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
-    total = 0
-    for start in range(0, words.size, _WORDS):  # as much as the cache holds
-        block = words[start : start + _WORDS].astype(np.uint32, copy=False)
-        total += int(np.sum(block * _ODD[: block.size], dtype=np.uint32))
-        total += 2 * start * int(np.sum(block, dtype=np.uint32))
+    total, size = 0, _ROWS * _COLUMNS
+    for start in range(0, words.size, size):
+        block = words[start : start + size]
+        if block.size < size:
+            block = np.pad(block, (0, size - block.size))
+        block = block.reshape(_ROWS, _COLUMNS)
+        rows, columns = (block.sum(axis, dtype=np.uint32) for axis in (1, 0))
+        factors = _EVEN + np.uint32(2 * start % 2**32)
+        total += int((columns * _ODD).sum(dtype=np.uint32)) + int(
+            (rows * factors).sum(dtype=np.uint32)
+        )
     return total % 2**32
