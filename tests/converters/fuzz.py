@@ -46,6 +46,9 @@ def main() -> None:
     os.fsync, os.sync = lambda file: None, lambda: None
     path, out = _path(kind, seeds, work), work / "out.safetensors"
 
+    # Everything is imported before time counts.
+    assert mutants.attempt(seeds / "legacy.pt", out, "to-torch") == "done"
+
     def once(data: bytes) -> None:
         _write(kind, seeds, path, data)
         out.unlink(missing_ok=True)
