@@ -151,6 +151,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     from infer.base import check_faces, read_base, read_face_files
+    from infer.hub import find_face_files
     from infer.images import check_folder, parameters, save_picture
     from infer.inputs import read_inputs
     from infer.photos import prepare_crops
@@ -166,7 +167,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.adapter or arguments.encoder:
         if not (arguments.adapter and arguments.encoder):
             raise UserError("--adapter and --encoder belong together: give both or neither")
-        face = read_face_files(arguments.adapter, arguments.encoder)
+        face = read_face_files(*find_face_files(arguments.adapter, arguments.encoder))
     check_faces(face, len(request.photos))
     if face is not None:
         crops, notes = prepare_crops(request.photos, face.encoder_config.img_size)

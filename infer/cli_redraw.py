@@ -65,6 +65,7 @@ def _redraw(arguments: argparse.Namespace) -> None:
     from fact_jax.fact import Guidance
     from infer.base import read_base, read_face_files
     from infer.cli_generate import read_photos
+    from infer.hub import find_face_files
     from infer.images import check_folder, free_name, save_image
     from infer.photos import prepare_crops
     from infer.request import Settings
@@ -84,7 +85,7 @@ def _redraw(arguments: argparse.Namespace) -> None:
     )
     check_folder(arguments.out)
     base = read_base(arguments.base)
-    files = read_face_files(arguments.adapter, arguments.encoder)
+    files = read_face_files(*find_face_files(arguments.adapter, arguments.encoder))
     size = files.encoder_config.img_size
     people = [prepare_crops([photo], size) for photo in read_photos(arguments)]
     found = [find_template(path, pack=arguments.detector) for path in arguments.templates]
