@@ -11,6 +11,7 @@ process shares: read pages of the source file that nobody else has mapped count 
 import argparse
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -120,23 +121,27 @@ def main() -> None:
         times: dict[str, list[float]] = {"cp": [], "to-jax": [], "to-torch": []}
         peaks: dict[str, float] = {}
         for _ in range(ROUNDS):
-            times["cp"].append(copy(source, back))
             for name, words in (("to-jax", (source, there)), ("to-torch", (there, back))):
-                seconds, peak = convert(name, "--force", *words)
+                times["cp"].append(copy(source, back))
+                seconds, peak = convert(name, *words)
                 times[name].append(seconds)
                 peaks[name] = max(peaks.get(name, 0), peak)
             if content(source) != content(back):
                 raise SystemExit("what came back is not what was sent")
             back.unlink()
+            shutil.rmtree(there)
+        print(
+            f"{gigabytes:.2f} GB, {ROUNDS} rounds, medians; {os.cpu_count()} cores with "
+            f"{os.getloadavg()[1]:.1f} programs running on them"
+        )
         base = statistics.median(times["cp"])
-        print(f"{gigabytes:.2f} GB, median of {ROUNDS}; cp and sync: {base:.2f} s")
+        print(f"cp and sync: {base:.2f} s ({min(times['cp']):.2f} to {max(times['cp']):.2f})")
         for name, peak in peaks.items():
             seconds = statistics.median(times[name])
             print(
-                f"{name}: {seconds:.2f} s, {base / seconds:.2f} of the speed of cp, "
-                f"{peak:.0f} MB of private memory at most"
+                f"{name}: {seconds:.2f} s ({min(times[name]):.2f} to {max(times[name]):.2f}), "
+                f"{base / seconds:.2f} of the speed of cp, {peak:.0f} MB of private memory at most"
             )
-        print(json.dumps({"seconds": times, "private_megabytes": peaks}))
 
 
 if __name__ == "__main__":

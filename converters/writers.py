@@ -108,12 +108,10 @@ def in_order(array: np.ndarray | Lazy) -> np.ndarray:
 
 def write_at(handle, array: np.ndarray, offset: int) -> None:
     """Write an array in C order at a place in an open file, from any thread."""
-    rest, begin = memoryview(array.reshape(-1).view(np.uint8)), offset
+    rest = memoryview(array.reshape(-1).view(np.uint8))
     while rest:
         count = os.pwrite(handle.fileno(), rest[:_PIECE], offset)
         rest, offset = rest[count:], offset + count
-    if hasattr(os, "posix_fadvise"):  # the disk begins now and not when all has been written
-        os.posix_fadvise(handle.fileno(), begin, array.nbytes, os.POSIX_FADV_DONTNEED)
     release(array)
 
 
