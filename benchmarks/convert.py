@@ -9,7 +9,6 @@ process shares: read pages of the source file that nobody else has mapped count 
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
