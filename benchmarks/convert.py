@@ -79,7 +79,7 @@ def convert(*words: str | Path) -> tuple[float, float]:
 
 
 class Watch(threading.Thread):
-    """Looks at a process's memory thirty times a second until it ends."""
+    """Looks at a process's memory ten times a second until it ends."""
 
     def __init__(self, process: int):
         super().__init__(daemon=True)
@@ -95,7 +95,7 @@ class Watch(threading.Thread):
             if not private:
                 return
             self.peak = max(self.peak, sum(private) / 1024)
-            time.sleep(0.03)
+            time.sleep(0.1)
 
 
 def content(path: Path) -> str:

@@ -74,12 +74,15 @@ def write_safetensors(
         write_at(handle, array, start + header[key]["data_offsets"][0])
         return line
 
-    with atomic_write(path) as temporary, open(temporary, "wb") as handle:
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "wb") as handle,
+        # Whatever happens, the threads are done before their file is closed.
+        contextlib.closing(in_threads(write, keys, lambda key: fetch(state[key]))) as written,
+    ):
         handle.truncate(start + end)
         lines = []
-        for key, line in zip(
-            keys, in_threads(write, keys, lambda key: fetch(state[key])), strict=True
-        ):
+        for key, line in zip(keys, written, strict=True):
             lines.append(line)
             if wrote is not None:
                 wrote(state[key].nbytes)

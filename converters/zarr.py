@@ -5,6 +5,7 @@ by leaf, whoever wrote them, and written leaf by leaf as plain files, which Orba
 which can be mapped into memory.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -154,11 +155,12 @@ def write_tree(
         fetch(leaves[name])
 
     sums = {}
-    for name, found in zip(leaves, in_threads(write, list(leaves), read_ahead), strict=True):
-        if found is not None:
-            sums["/".join(name)] = found
-            if wrote is not None:
-                wrote(leaves[name].nbytes)
+    with contextlib.closing(in_threads(write, list(leaves), read_ahead)) as written:
+        for name, found in zip(leaves, written, strict=True):
+            if found is not None:
+                sums["/".join(name)] = found
+                if wrote is not None:
+                    wrote(leaves[name].nbytes)
     about = {
         "tree_metadata": {str(name): _leaf_metadata(name, leaves[name]) for name in leaves},
         "use_ocdbt": False,
