@@ -85,7 +85,7 @@ class TrainStep:
             given = (placed, frozen_shardings(frozen, self.config, self.mesh))
             on_cpu = self.mesh.devices.flat[0].platform == "cpu"
             self._jitted = jax.jit(
-                self._step,
+                self.compute,
                 donate_argnums=0,
                 in_shardings=(*given, batch_sharding(self.mesh)),
                 out_shardings=(placed, replicated(self.mesh)),
@@ -93,7 +93,8 @@ class TrainStep:
             )
         return self._jitted
 
-    def _step(self, state: TrainState, frozen: PyTree, batch: Batch):
+    def compute(self, state: TrainState, frozen: PyTree, batch: Batch):
+        """What the compiled program computes."""
         config = self.config
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         keys = jax.random.split(key, config.batch_size)

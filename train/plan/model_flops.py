@@ -22,7 +22,7 @@ def model_flops(step: TrainStep, state: Any, frozen: Any, batch: Any) -> int:
     task.config = config
     plain = TrainStep(task, step.optimizer, config, step.mesh)
     with _plain_attention():
-        return count_flops(trace(plain, state, frozen, batch))
+        return count_flops(trace(plain.compute, state, frozen, batch))
 
 
 @contextlib.contextmanager

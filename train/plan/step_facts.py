@@ -135,7 +135,7 @@ def _counts(built: Abstract, mesh: Mesh) -> Facts:
 
 
 def _trace(built: Abstract, mesh: Mesh) -> Any:
-    return trace(make_step(built, mesh), built.state, built.frozen, built.batch)
+    return trace(make_step(built, mesh).compute, built.state, built.frozen, built.batch)
 
 
 def _share(tree: PyTree, shardings: PyTree) -> int:
