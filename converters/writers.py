@@ -1,5 +1,6 @@
 """Flat PyTorch states to files: safetensors and JSON, whole or not at all."""
 
+import concurrent.futures
 import contextlib
 import json
 import math
@@ -68,10 +69,13 @@ def write_safetensors(
 
     start = 8 + len(text())
 
+    turn = threading.Lock()  # threads that write to one file at once wait without sleeping
+
     def write(key: str) -> str:
         array = in_order(state[key])
         line = describe(key, array, digest(array))
-        write_at(handle, array, start + header[key]["data_offsets"][0])
+        with turn:
+            write_at(handle, array, start + header[key]["data_offsets"][0])
         return line
 
     with (
@@ -79,13 +83,18 @@ def write_safetensors(
         open(temporary, "wb") as handle,
         # Whatever happens, the threads are done before their file is closed.
         contextlib.closing(in_threads(write, keys, lambda key: fetch(state[key]))) as written,
+        concurrent.futures.ThreadPoolExecutor(1) as beside,
     ):
         handle.truncate(start + end)
-        lines = []
+        lines, flushed = [], beside.submit(int)
         for key, line in zip(keys, written, strict=True):
             lines.append(line)
+            if flushed.done():  # the disk works all the while, not only at the end
+                flushed.result()
+                flushed = beside.submit(os.fdatasync, handle.fileno())
             if wrote is not None:
                 wrote(state[key].nbytes)
+        flushed.result()
         header["__metadata__"][CONTENT] = hash_of(lines)
         handle.write(struct.pack("<Q", start - 8) + text())
 

@@ -5,9 +5,11 @@ by leaf, whoever wrote them, and written leaf by leaf as plain files, which Orba
 which can be mapped into memory.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from fact_jax.errors import UserError
 
 Array = np.ndarray | Lazy
 
+_LARGE = 2**20
 _ROOM = 2**30
 _PACKED = 64
 """Zeros pack far better than weights do: what unpacks to more than this is not a checkpoint."""
@@ -155,12 +158,19 @@ def write_tree(
         fetch(leaves[name])
 
     sums = {}
-    with contextlib.closing(in_threads(write, list(leaves), read_ahead)) as written:
+    with (
+        contextlib.closing(in_threads(write, list(leaves), read_ahead)) as written,
+        concurrent.futures.ThreadPoolExecutor(1) as beside,
+    ):
+        flushed = beside.submit(int)
         for name, found in zip(leaves, written, strict=True):
-            if found is not None:
-                sums["/".join(name)] = found
-                if wrote is not None:
-                    wrote(leaves[name].nbytes)
+            if found is None:
+                continue
+            sums["/".join(name)] = found
+            if leaves[name].nbytes > _LARGE and flushed.done():
+                flushed = beside.submit(os.sync)  # the disk works all the while, not at the end
+            if wrote is not None:
+                wrote(leaves[name].nbytes)
     about = {
         "tree_metadata": {str(name): _leaf_metadata(name, leaves[name]) for name in leaves},
         "use_ocdbt": False,
