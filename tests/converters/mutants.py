@@ -322,7 +322,7 @@ def expected(path: Path) -> dict[str, np.ndarray] | None:
     if path.suffix == ".safetensors":
         return load_file(path)
     if path.is_file():
-        held = torch.load(path, weights_only=True)
+        held = torch.load(path, map_location="cpu", weights_only=True)
         return held.get("state_dict", held)
     return None
 
