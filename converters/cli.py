@@ -48,13 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     torch = _command(commands, "to-torch", _to_torch, "write weights as PyTorch code opens them")
     torch.add_argument("source", type=Path, metavar="SRC")
     _add_out(torch)
-    _add_head(torch)
-    torch.add_argument(
-        "--base",
-        type=Path,
-        metavar="BASE",
-        help="of an adapter with copies of its base's norm2: leave out those that BASE has too",
-    )
+    _add_adapter(torch)
 
     jax = _command(commands, "to-jax", _to_jax, "write weights as a checkpoint of JAX arrays")
     jax.add_argument("source", type=Path, metavar="SRC")
@@ -74,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     extract.add_argument("source", type=Path, metavar="SRC")
     _add_out(extract)
-    _add_head(extract)
+    _add_adapter(extract)
 
     verify = _command(
         commands, "verify", _verify, "compare the numbers of two files or folders of any format"
@@ -120,13 +114,46 @@ def _add_out(command: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="for a folder: where configurations, tokenizer and scheduler are, if not in SRC",
     )
+    command.add_argument(
+        "--save-variant",
+        metavar="NAME",
+        help="for a folder: what its files are named after, as fp16",
+    )
+    command.add_argument(
+        "--shard", type=_size, metavar="SIZE", help="for a folder: how large a file may be, as 2GB"
+    )
+    command.add_argument(
+        "--legacy",
+        action="store_true",
+        help="for a folder: pickled .bin files, as before safetensors",
+    )
     _add_caution(command)
+
+
+def _size(text: str) -> int:
+    """Bytes; argparse says what is wrong with a text that is no size."""
+    number = text.upper().removesuffix("B")
+    unit = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
+    size = int(float(number.rstrip("KMG")) * unit)
+    if size < 1:
+        raise ValueError
+    return size
 
 
 def _add_caution(command: argparse.ArgumentParser) -> None:
     command.add_argument("--force", action="store_true", help="replace OUT if it exists")
     command.add_argument(
         "--dry-run", action="store_true", help="check everything, say what would be written"
+    )
+
+
+def _add_adapter(command: argparse.ArgumentParser) -> None:
+    _add_head(command)
+    command.add_argument(
+        "--base",
+        type=Path,
+        metavar="BASE",
+        help="of an adapter with copies of its base's norm2: leave out those that BASE has too",
     )
 
 
@@ -173,7 +200,8 @@ def _sentence(value) -> str:
     if isinstance(value, list):
         more = f" and {len(value) - _SHOWN:,} more (--json)" if len(value) > _SHOWN else ""
         return " ".join(map(_plain, value[:_SHOWN])) + more
-    return f"{value:,}" if isinstance(value, int) else _plain(value)
+    counted = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,}" if counted else _plain(value)
 
 
 def _plain(value) -> str:
@@ -183,12 +211,7 @@ def _plain(value) -> str:
 
 
 def _to_torch(arguments: argparse.Namespace) -> int:
-    from converters.saving import without_copies
-
-    weights = _open(arguments.source, arguments)
-    base = None if arguments.base is None else _open(arguments.base, arguments)
-    weights, notes = without_copies(weights, base)
-    return _write(arguments, weights, notes, dim_head=arguments.dim_head)
+    return _write_adapter(arguments, _open(arguments.source, arguments))
 
 
 def _merge_lora(arguments: argparse.Namespace) -> int:
@@ -208,12 +231,21 @@ def _merge_lora(arguments: argparse.Namespace) -> int:
 def _extract(arguments: argparse.Namespace) -> int:
     from converters.saving import adapter_in
 
-    weights = adapter_in(_open(arguments.source, arguments))
-    return _write(arguments, weights, [], dim_head=arguments.dim_head)
+    return _write_adapter(arguments, adapter_in(_open(arguments.source, arguments)))
+
+
+def _write_adapter(arguments: argparse.Namespace, weights) -> int:
+    """:func:`_write`, without the copies of ``--base``, if these are an adapter's weights."""
+    from converters.saving import without_copies
+
+    base = None if arguments.base is None else _open(arguments.base, arguments)
+    weights, notes = without_copies(weights, base)
+    return _write(arguments, weights, notes, dim_head=arguments.dim_head)
 
 
 def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None = None) -> int:
     """Write weights as OUT and the options say, with a bar; what was noticed is said at the end."""
+    from converters.folders import Files
     from converters.saving import in_dtype, save
 
     _refuse_existing(arguments)
@@ -224,6 +256,9 @@ def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None =
             arguments.out,
             layout=arguments.format,
             beside=arguments.config,
+            files=Files(
+                variant=arguments.save_variant, shard=arguments.shard, legacy=arguments.legacy
+            ),
             dim_head=dim_head,
             force=arguments.force,
             dry_run=arguments.dry_run,

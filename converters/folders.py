@@ -1,14 +1,15 @@
 """Folders that diffusers and transformers open: weights with their configurations beside them."""
 
+import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from converters.configs import check_fits, infer_config
 from converters.pipeline import PARTS, index_of, scheduler_config
-from converters.readers import State, read_json
+from converters.readers import LEGACY_STEMS, State, read_json
 from converters.tokenizer import Tokenizer, read_tokenizer, write_tokenizer
-from converters.writers import whole_folder, write_json, write_safetensors
+from converters.writers import whole_folder, write_json, write_pickle, write_safetensors
 from fact_jax.errors import UserError
 from fact_jax.schedules import NoiseSchedule
 
@@ -18,6 +19,19 @@ STEMS = {
 }
 """What the weight files of each kind are called that has folders."""
 _FOLDERS = {kind: part for part, (kind, _) in PARTS.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Files:
+    """What a folder's weight files are like.
+
+    ``variant`` (as fp16) stands in their names, ``shard`` is how many bytes one may have, and
+    ``legacy`` ones are pickles.
+    """
+
+    variant: str | None = None
+    shard: int | None = None
+    legacy: bool = False
 
 
 def read_configs(folder: Path) -> dict[str, dict]:
@@ -53,6 +67,8 @@ def plan_pipeline(
     scheduler = scheduler_config("PNDMScheduler", NoiseSchedule.sd15())
     if files:
         scheduler = {"_class_name": "DDIMScheduler", **read_json(files[0])}
+        if not isinstance(scheduler["_class_name"], str):
+            raise UserError(f"{files[0]}: its _class_name is no name")
         NoiseSchedule.from_dict(scheduler)
     return chosen, read_tokenizer(tokenizers[0], longest), scheduler
 
@@ -63,6 +79,7 @@ def write_pipeline(
     plan: tuple[Mapping[str, Mapping], Tokenizer, Mapping],
     metadata: Mapping[str, str],
     *,
+    files: Files,
     force: bool,
     wrote: Callable[[int], None] | None = None,
 ) -> None:
@@ -70,7 +87,7 @@ def write_pipeline(
     configs, tokenizer, scheduler = plan
     with whole_folder(out, force=force) as folder:
         for kind, part in _FOLDERS.items():
-            _write_model(folder / part, kind, states[kind], configs[kind], metadata, wrote)
+            _write_model(folder / part, kind, states[kind], configs[kind], metadata, files, wrote)
         write_tokenizer(tokenizer, folder / "tokenizer")
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         write_json(folder / "model_index.json", index_of(scheduler["_class_name"]))
@@ -97,21 +114,55 @@ def write_model(
     config: Mapping,
     metadata: Mapping[str, str],
     *,
+    files: Files,
     force: bool,
     wrote: Callable[[int], None] | None = None,
 ) -> None:
     """Write the folder of one model, whole or not at all."""
     with whole_folder(out, force=force) as folder:
-        _write_model(folder, kind, state, config, metadata, wrote)
+        _write_model(folder, kind, state, config, metadata, files, wrote)
 
 
-def _write_model(folder, kind, state, config, metadata, wrote) -> None:
-    write_safetensors(folder / f"{STEMS[kind]}.safetensors", state, metadata, wrote)
+def _write_model(folder, kind, state, config, metadata, files, wrote) -> None:
+    _write_files(folder, STEMS[kind], state, metadata, files, wrote)
     if kind == "clip_text":
         # transformers opens the file in the precision named here, whatever is stored, while
         # diffusers opens the other models in float32: they would not fit together.
         config = {k: v for k, v in config.items() if k != "dtype"} | {"torch_dtype": "float32"}
     write_json(folder / "config.json", config)
+
+
+def _write_files(folder, stem, state, metadata, files, wrote) -> None:
+    stem = LEGACY_STEMS.get(stem, stem) if files.legacy else stem
+    suffix = "bin" if files.legacy else "safetensors"
+    dotted = f".{files.variant}" if files.variant else ""
+    shards = list(_shards(state, files.shard))
+    where = {}
+    for number, shard in enumerate(shards, 1):
+        of = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        name = f"{stem}{dotted}{of}.{suffix}"
+        where |= dict.fromkeys(shard, name)
+        if files.legacy:
+            write_pickle(folder / name, shard, wrote)
+        else:
+            write_safetensors(folder / name, shard, metadata, wrote)
+    if len(shards) > 1:
+        total = sum(array.nbytes for array in state.values())
+        index = {"metadata": {"total_size": total}, "weight_map": where}
+        write_json(folder / f"{stem}.{suffix}.index{dotted}.json", index)
+
+
+def _shards(state: State, limit: int | None) -> Iterator[State]:
+    """Parts of a state that have at most so many bytes, or a single tensor."""
+    shard: State = {}
+    size = 0
+    for key, array in state.items():
+        if shard and limit is not None and size + array.nbytes > limit:
+            yield shard
+            shard, size = {}, 0
+        shard[key] = array
+        size += array.nbytes
+    yield shard
 
 
 def _check(source: Path, kind: str, state: State, config: Mapping) -> None:

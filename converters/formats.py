@@ -38,6 +38,7 @@ from fact_jax.errors import UserError
 
 ADAPTER_PARTS = {"adapter", "resampler"}
 BASE_PARTS = {"unet", "vae", "clip_text"}
+_KNOWN_PARTS = {*PARTS, "tokenizer", "scheduler"}
 _SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
 
 
@@ -116,7 +117,8 @@ def open_weights(
     if find_checkpoint(path) is not None:
         flat, meta = read_checkpoint(path, weights)
         states = to_torch(flat, meta.get("kept", {}))
-        configs = meta.get("configs", {})
+        configs = meta.get("configs")
+        configs = configs if isinstance(configs, Mapping) else {}
         return Weights(
             path=path, format="checkpoint", states=states, metadata=meta, configs=configs
         )
@@ -154,8 +156,19 @@ def _open_pipeline(path: Path, variant: str | None) -> Weights:
         kind: read_weights(path / part, stem, variant) for part, (kind, stem) in PARTS.items()
     }
     index = read_json(path / "model_index.json")
-    configs = read_configs(path)
-    return Weights(path=path, format="diffusers", states=states, metadata=index, configs=configs)
+    others = [
+        name
+        for name, said in index.items()
+        if isinstance(said, list) and said[0:1] not in ([None], []) and name not in _KNOWN_PARTS
+    ]
+    return Weights(
+        path=path,
+        format="diffusers",
+        states=states,
+        metadata=index,
+        configs=read_configs(path),
+        left_out={"parts of a pipeline that are no weights of ours": others} if others else {},
+    )
 
 
 def by_kind(state: State) -> dict[str, State]:

@@ -17,6 +17,7 @@ from converters.mapping import is_ignored, place_of, table
 from converters.readers import State
 from converters.rules import Ignored
 from fact_jax.errors import UserError
+from fact_jax.schedules import NoiseSchedule, alphas_cumprod_numpy
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -90,6 +91,7 @@ _OTHERS = {
     "control_model.": "a ControlNet in its original layout",
     "text_encoders.": "a model with several text encoders",
 }
+_OTHER_NOISE = "a noise schedule that is NOT Stable Diffusion 1.x's: give --config with its own"
 _RAW, _AVERAGED = "the running average is taken instead", "the running average of the parameters"
 
 
@@ -120,7 +122,8 @@ def read_ldm(state: State, weights: str) -> tuple[dict[str, State], dict[str, li
     parts: dict[str, State] = defaultdict(dict)
     for key, array in raw.items():
         if reason := _why_ignored(key):
-            left[reason].append(key)
+            odd = key == "alphas_cumprod" and not _is_usual(array)
+            left[_OTHER_NOISE if odd else reason].append(key)
             continue
         kind = next((kind for kind, start in PREFIXES.items() if key.startswith(start)), None)
         kind = "vae" if kind is None and _bare_vae(raw) else kind
@@ -178,6 +181,13 @@ def _averaged(state: State, weights: str, left: dict[str, list[str]]) -> State:
             plain[key] = averages[average] if weights == "ema" else plain[key]
     orphans = set(averages) - set(partners.values())
     return plain | {key: array for key, array in averages.items() if key in orphans}
+
+
+def _is_usual(abar: np.ndarray | Lazy) -> bool:
+    """Whether a file's noise schedule is that of Stable Diffusion 1.x."""
+    usual = alphas_cumprod_numpy(NoiseSchedule.sd15())
+    held = np.asarray(abar)
+    return held.shape == usual.shape and bool(np.allclose(held.astype(np.float32), usual, 1e-2))
 
 
 def _is_known(kind: str, name: str) -> bool:

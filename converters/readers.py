@@ -27,7 +27,8 @@ __all__ += ["read_pickle", "read_safetensors", "read_weights"]
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 """Endings of files that ``torch.save`` wrote."""
-_LEGACY_STEMS = {"model": "pytorch_model"}
+LEGACY_STEMS = {"model": "pytorch_model"}
+"""What pickled weight files are called where safetensors have another name."""
 
 
 def read_file(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
@@ -52,7 +53,7 @@ def read_weights(folder: str | os.PathLike, stem: str, variant: str | None = Non
     folder = Path(folder)
     dotted = f".{variant}" if variant else ""
     wanted = []
-    for base, suffix in ((stem, "safetensors"), (_LEGACY_STEMS.get(stem, stem), "bin")):
+    for base, suffix in ((stem, "safetensors"), (LEGACY_STEMS.get(stem, stem), "bin")):
         single = folder / f"{base}{dotted}.{suffix}"
         index = folder / f"{base}.{suffix}.index{dotted}.json"
         if single.exists():
@@ -66,7 +67,7 @@ def read_weights(folder: str | os.PathLike, stem: str, variant: str | None = Non
             for file in (folder.iterdir() if folder.is_dir() else ())
             if (
                 match := re.fullmatch(
-                    rf"(?:{stem}|{_LEGACY_STEMS.get(stem, stem)})"
+                    rf"(?:{stem}|{LEGACY_STEMS.get(stem, stem)})"
                     r"(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)",
                     file.name,
                 )

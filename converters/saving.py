@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from converters.configs import infer_config
-from converters.folders import plan_model, plan_pipeline, write_model, write_pipeline
+from converters.folders import Files, plan_model, plan_pipeline, write_model, write_pipeline
 from converters.formats import (
     ADAPTER_PARTS,
     Weights,
@@ -37,6 +37,7 @@ def save(
     *,
     layout: str | None,
     beside: Path | None,
+    files: Files,
     dim_head: int | None,
     force: bool,
     dry_run: bool,
@@ -45,15 +46,17 @@ def save(
     """Write weights; gives the name of the layout, which follows from ``out`` if it is None.
 
     ``beside`` is a folder with the configurations, the tokenizer and the scheduler that a
-    diffusers folder needs, where the source has none. With ``dry_run`` everything is checked and
-    nothing is written.
+    diffusers folder needs, where the source has none; ``files`` is how its weights are stored.
+    With ``dry_run`` everything is checked and nothing is written.
     """
     check_known(weights)
     layout = layout or _layout(weights, out)
+    if layout != "diffusers" and files != Files():
+        raise UserError(f"{out}: only folders have variants, shards and legacy files")
     if layout == "onnx":
         _save_onnx(weights, out, dry_run)
     elif layout == "diffusers":
-        _save_folder(weights, out, beside, force, dry_run, wrote)
+        _save_folder(weights, out, beside, dry_run, files=files, force=force, wrote=wrote)
     else:
         original = layout == "original"
         save_torch(weights, out, dim_head, wrote, original=original, dry_run=dry_run)
@@ -68,23 +71,23 @@ def _layout(weights: Weights, out: Path) -> str:
     return "diffusers"
 
 
-def _save_folder(weights, out, beside, force, dry_run, wrote) -> None:
+def _save_folder(
+    weights: Weights, out: Path, beside: Path | None, dry_run: bool, **options
+) -> None:
     if beside is not None and not beside.is_dir():
         raise UserError(f"{beside}: no such folder")
-    texts = functools.partial(texts_about, weights)
+    path, states = weights.path, weights.states
     if weights.kind == "pipeline":
-        plan = plan_pipeline(weights.path, weights.states, weights.configs, beside)
-        if not dry_run:
-            write_pipeline(
-                out, weights.states, plan, {"format": "pt", **texts()}, force=force, wrote=wrote
-            )
-        return
-    if len(weights.states) != 1:
-        raise UserError(f"{weights.path}: {weights.kind} is not what a folder holds")
-    ((kind, state),) = weights.states.items()
-    config = plan_model(weights.path, kind, state, weights.configs.get(kind), beside)
+        plan = plan_pipeline(path, states, weights.configs, beside)
+        write = functools.partial(write_pipeline, out, states, plan)
+    elif len(states) == 1:
+        ((kind, state),) = states.items()
+        config = plan_model(path, kind, state, weights.configs.get(kind), beside)
+        write = functools.partial(write_model, out, kind, state, config)
+    else:
+        raise UserError(f"{path}: {weights.kind} is not what a folder holds")
     if not dry_run:
-        write_model(out, kind, state, config, {"format": "pt", **texts()}, force=force, wrote=wrote)
+        write({"format": "pt", **texts_about(weights)}, **options)
 
 
 def _save_onnx(weights: Weights, out: Path, dry_run: bool) -> None:

@@ -1,7 +1,6 @@
 """Pictures by PyTorch: a stock StableDiffusionPipeline of diffusers with FACT in it."""
 
 import contextlib
-import functools
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -24,6 +23,7 @@ from infer.canvas import Canvas
 from infer.hub import find_face_files
 from infer.pipeline import Drawer
 from infer.request import Settings
+from infer.torch_canvas import OnCanvas, OnCanvasUnderControl, canvas_inputs
 from infer.torch_fact import FactTorch, load_fact
 from infer.torch_lora import merge_lora
 from infer.torch_steering import strengths
@@ -103,24 +103,14 @@ class TorchPipeline(Drawer):
         scheduler = getattr(diffusers, name).from_config(self.base.schedule.to_dict(), **extra)
         height, width = self.base.latent_size(settings)
         factor, start = self.base.vae.downscale, 0
-        pipe, drawn_on = self.pipe, {}
         if canvas is not None:
             canvas.check(self.base, settings, len(prompts))
-            if (channels := self.base.unet.in_channels) != 4:
-                raise UserError(
-                    "diffusers draws over a picture only with latents of 4 channels, "
-                    f"{self.base.name} has {channels}: use --backend flax"
-                )
-            start, pipe = canvas.start(settings.steps), self._on_canvas
-            drawn_on = _pixels(canvas, pipe.vae.config.latent_channels)
-        if control is not None:
-            pipe, more = self._under_control(control, len(prompts), canvas is not None)
-            drawn_on |= more | {"controlnet_conditioning_scale": control_scale}
-        pipe.scheduler = scheduler
+            start = canvas.start(settings.steps)
         indices, timesteps = model_calls(
             settings.sampler, self.base.schedule, settings.steps, start
         )
-        self._on_canvas.visited = timesteps
+        pipe, inputs = self._pipe_for(canvas, control, control_scale, len(prompts))
+        pipe.scheduler, pipe.visited = scheduler, timesteps
         pipe.set_progress_bar_config(disable=True)
         text = self._text([settings.negative, *prompts])
         face = contextlib.nullcontext()
@@ -145,29 +135,34 @@ class TorchPipeline(Drawer):
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
                 callback_on_step_end=None if bar is None else _ticking(bar),
                 output_type="np",
-                **drawn_on,
+                **inputs,
             ).images
         return np.round(255 * pictures).astype(np.uint8)
 
-    @functools.cached_property
-    def _on_canvas(self) -> "_OnCanvas":
-        return _OnCanvas(**self.pipe.components, requires_safety_checker=False)
-
-    def _under_control(
-        self, control: np.ndarray, count: int, on_canvas: bool
-    ) -> tuple[diffusers.StableDiffusionControlNetPipeline, dict[str, Any]]:
+    def _pipe_for(
+        self, canvas: Canvas | None, control: np.ndarray | None, control_scale: float, count: int
+    ) -> tuple[diffusers.DiffusionPipeline, dict[str, Any]]:
+        """The pipeline of diffusers that takes what is given, and what it is to be given of it."""
+        inputs = {} if canvas is None else canvas_inputs(canvas)
+        parts = self.pipe.components | {"requires_safety_checker": False}
+        if canvas is not None and (channels := self.base.unet.in_channels) != 4:
+            raise UserError(
+                "diffusers draws over a picture only with latents of 4 channels, "
+                f"{self.base.name} has {channels}: use --backend flax"
+            )
+        if control is None:
+            return (self.pipe if canvas is None else OnCanvas(**parts)), inputs
         if self.controlnet is None:
             raise UserError("a control picture was given, but no ControlNet to look at it")
-        if on_canvas:
-            raise UserError(
-                "a picture to draw over together with a control picture: use --backend flax, or "
-                "load_fact in diffusers' own StableDiffusionControlNetInpaintPipeline"
-            )
-        pipe = diffusers.StableDiffusionControlNetPipeline(
-            **self.pipe.components, controlnet=self.controlnet, requires_safety_checker=False
-        )
+        parts["controlnet"] = self.controlnet
         pictures = torch.tensor(control).permute(0, 3, 1, 2).float() / 255
-        return pipe, {"image": pictures.expand(count, -1, -1, -1)}
+        inputs["controlnet_conditioning_scale"] = control_scale
+        name = "image" if canvas is None else "control_image"
+        inputs[name] = pictures.expand(count, -1, -1, -1)
+        kind = OnCanvasUnderControl
+        if canvas is None:
+            kind = diffusers.StableDiffusionControlNetPipeline
+        return kind(**parts), inputs
 
     def _text(self, prompts: Sequence[str]) -> torch.Tensor:
         ids, _ = tokenize(self.base.tokenizer, prompts)
@@ -179,64 +174,6 @@ class TorchPipeline(Drawer):
         channels = self.base.unet.in_channels
         noise = np.array(initial_noise(jnp.asarray(seeds, jnp.int32), height, width, channels))
         return torch.from_numpy(noise).permute(0, 3, 1, 2).to(self.pipe.device, self.pipe.dtype)
-
-
-class _OnCanvas(diffusers.StableDiffusionInpaintPipeline):
-    """diffusers' masked image-to-image, with what the JAX backend has too.
-
-    Its noise is given (as ``latents``), the picture's latents are the mean of their distribution,
-    and ``visited`` are the timesteps: a slice of PLMS' own would lack the step that warms it up.
-    """
-
-    visited: np.ndarray
-
-    def get_timesteps(self, num_inference_steps, strength, device):
-        super().get_timesteps(num_inference_steps, strength, device)
-        timesteps = torch.from_numpy(np.asarray(self.visited))
-        # The scheduler looks the next one up by its value.
-        timesteps = timesteps.to(device, self.scheduler.timesteps.dtype)
-        return timesteps, len(timesteps)
-
-    def prepare_latents(
-        self,
-        batch_size,
-        num_channels_latents,
-        height,
-        width,
-        dtype,
-        device,
-        generator,
-        latents,
-        *,
-        image,
-        timestep,
-        is_strength_max,
-        return_noise,
-        return_image_latents,
-    ):
-        own = self._encode_vae_image(image.to(device, dtype), generator)
-        if is_strength_max:
-            noised = latents * self.scheduler.init_noise_sigma
-        else:
-            noised = self.scheduler.add_noise(own, latents, timestep)
-        return (noised, latents, own) if return_image_latents else (noised, latents)
-
-    def _encode_vae_image(self, image, generator):
-        return self.vae.encode(image).latent_dist.mean * self.vae.config.scaling_factor
-
-
-def _pixels(canvas: Canvas, channels: int) -> dict[str, Any]:
-    """A canvas as diffusers takes it: channels first, and the cells as a mask of pixels."""
-    count, rows, columns = canvas.cells.shape
-    factor = canvas.images.shape[1] // rows
-    mask = canvas.cells.repeat(factor, 1).repeat(factor, 2)
-    return {
-        "image": torch.tensor(canvas.images).permute(0, 3, 1, 2).float() / 255,
-        "mask_image": torch.from_numpy(mask)[:, None].float(),
-        "strength": canvas.strength,
-        # Only UNets made for inpainting look at them; encoding would be for nothing.
-        "masked_image_latents": torch.zeros(count, channels, rows, columns),
-    }
 
 
 def _ticking(bar: tqdm):

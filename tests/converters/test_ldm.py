@@ -153,6 +153,16 @@ def test_a_file_of_a_trainer(original, state, tmp_path, capsys):
     assert "left out 1 keys (betas): the noise schedule" in capsys.readouterr().err
 
 
+def test_another_noise_schedule_is_said(state):
+    from fact_jax.schedules import NoiseSchedule, alphas_cumprod_numpy
+
+    for schedule, said in ((NoiseSchedule.sd15(), False), (NoiseSchedule.mini(), True)):
+        abar = {"alphas_cumprod": alphas_cumprod_numpy(schedule)}
+        ((reason, keys),) = read_ldm(state | abar, "ema")[1].items()
+        assert keys == ["alphas_cumprod"]
+        assert ("give --config" in reason) == said
+
+
 def test_running_averages(state, original, tmp_path):
     averages = {
         "model_ema." + key.removeprefix("model.").replace(".", ""): array + 1

@@ -154,6 +154,59 @@ def test_one_model_as_a_folder(pipeline_folder, peers, tmp_path, capsys):
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("options", "variant", "count"),
+    [
+        (["--save-variant", "fp16"], "fp16", 3),
+        (["--save-variant", "fp16", "--shard", "30kB"], "fp16", 9),
+        (["--shard", "30000", "--legacy"], None, 9),
+    ],
+)
+def test_files_of_a_folder(pipeline_folder, peers, options, variant, count, tmp_path, capsys):
+    from diffusers import StableDiffusionPipeline
+
+    run("to-torch", pipeline_folder, tmp_path / "out", *options)
+    suffix = "bin" if "--legacy" in options else "safetensors"
+    found = list((tmp_path / "out").rglob(f"*.{suffix}"))
+    if "--shard" in options:
+        assert all(file.stat().st_size < 60_000 for file in found)
+        assert len(found) > count
+    else:
+        assert len(found) == count
+    # Without the last argument, diffusers looks for no pickles that have an index.
+    pipe = StableDiffusionPipeline.from_pretrained(
+        tmp_path / "out", variant=variant, use_safetensors="--legacy" not in options
+    )
+    for part, kind in (("unet", "unet"), ("vae", "vae"), ("text_encoder", "clip_text")):
+        opened, wanted = getattr(pipe, part).state_dict(), peers[kind].state_dict()
+        assert set(opened) == set(wanted)
+        assert all(torch.equal(opened[key], array) for key, array in wanted.items())
+    chosen = ["--variant", variant] if variant else []
+    run("to-torch", tmp_path / "out", tmp_path / "x.ckpt", *chosen)
+    run("verify", tmp_path / "x.ckpt", pipeline_folder)
+
+
+def test_only_folders_have_variants_and_shards(encoder, tmp_path, capsys):
+    for options in (["--shard", "1GB"], ["--save-variant", "fp16"], ["--legacy"]):
+        run("to-torch", encoder, tmp_path / "x.pt", *options, status=2)
+        assert "only folders have variants" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["to-torch", str(encoder), str(tmp_path / "x"), "--shard", "much"])
+
+
+def test_what_a_pipeline_has_beside_is_said(pipeline_folder, tmp_path, capsys):
+    folder = shutil.copytree(pipeline_folder, tmp_path / "base")
+    index = json.loads((folder / "model_index.json").read_text())
+    index["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    run("to-torch", folder, tmp_path / "copy")
+    assert "left out 1 keys (safety_checker): parts of a pipeline" in capsys.readouterr().err
+    assert json.loads((tmp_path / "copy" / "model_index.json").read_text())["safety_checker"] == [
+        None,
+        None,
+    ]
+
+
 def test_a_dry_run_writes_nothing(
     pipeline_folder, released_checkpoint, encoder, base_file, tmp_path, capsys
 ):

@@ -118,7 +118,7 @@ def spoilt(tmp_path, files) -> dict[str, str]:
         ("--adapter", "/nowhere/a.safetensors", "/nowhere/a.safetensors: no such file"),
         ("--adapter", "cut.safetensors", "not a whole safetensors file"),
         ("--adapter", "ENCODER", "not a FACT adapter"),
-        ("--adapter", "BASE", "not a file"),
+        ("--adapter", "BASE", "holds no adapter.safetensors"),
         ("--adapter", None, "--adapter and --encoder belong together"),
         ("--encoder", "ADAPTER", "not a TransFace model"),
         ("--base", "ADAPTER", "not a folder"),
