@@ -34,6 +34,8 @@ STORAGES = {
 _THREAD = threading.local()
 _PIECE = 1 << 18
 """At once, as ``cp`` does. For more, Linux looks for larger pages, and may look for long."""
+_DONTCACHE = 0x80
+"""Linux' RWF_DONTCACHE, since 6.14: what is written goes to disk at once and leaves the cache."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 CONTENT = "content"
 """Where a file's metadata says what it holds: the ``content_hash`` of its tensors."""
@@ -75,7 +77,7 @@ def write_safetensors(
         array = in_order(state[key])
         line = describe(key, array, digest(array))
         with turn:
-            write_at(handle, array, start + header[key]["data_offsets"][0])
+            write_at(handle, array, start + header[key]["data_offsets"][0], flags)
         return line
 
     with (
@@ -86,6 +88,7 @@ def write_safetensors(
         concurrent.futures.ThreadPoolExecutor(1) as beside,
     ):
         handle.truncate(start + end)
+        flags = _past_the_cache(handle)
         lines, flushed = [], beside.submit(int)
         for key, line in zip(keys, written, strict=True):
             lines.append(line)
@@ -118,13 +121,25 @@ def in_order(array: np.ndarray | Lazy) -> np.ndarray:
     return copied
 
 
-def write_at(handle, array: np.ndarray, offset: int) -> None:
+def write_at(handle, array: np.ndarray, offset: int, flags: int = 0) -> None:
     """Write an array in C order at a place in an open file, from any thread."""
     rest = memoryview(array.reshape(-1).view(np.uint8))
     while rest:
-        count = os.pwrite(handle.fileno(), rest[:_PIECE], offset)
+        count = os.pwritev(handle.fileno(), [rest[:_PIECE]], offset, flags)
         rest, offset = rest[count:], offset + count
     release(array)
+
+
+def _past_the_cache(handle) -> int:
+    """The flag that has Linux keep nothing of a file in memory, 0 where it cannot.
+
+    To find room for a file of gigabytes takes the system longer than to write it.
+    """
+    try:
+        os.pwritev(handle.fileno(), [b"0"], 0, _DONTCACHE)
+    except OSError:
+        return 0
+    return _DONTCACHE
 
 
 def write_pickle(
