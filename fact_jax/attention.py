@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-PLAIN_MATRIX_LIMIT = 1024 * 1280
-"""Largest queries x keys matrix a head may materialise before the tiled form takes over."""
+PLAIN_MATRIX_LIMIT, PLAIN_MATRIX_LIMIT_CPU = 1024 * 1280, 512 * 1024
+"""Largest queries x keys matrix a head may materialise before a tiled form takes over."""
 KEPT_MATRIX_LIMIT = 256 * 384
 """Largest one that is kept for the backward pass; larger ones are computed again there."""
 TILE, TILE_TOGETHER = 512, 128
@@ -137,10 +137,12 @@ def _by_platform(of):
     """What ``of`` makes of the form to take, chosen when the program is compiled."""
 
     def call(q, k, *rest):
-        if q.shape[1] * k.shape[1] <= PLAIN_MATRIX_LIMIT:
-            return of(attention_plain)(q, k, *rest)
-        forms = {"cpu": of(attention_tiled), "default": of(attention_together)}
-        return lax.platform_dependent(q, k, *rest, **forms)
+        size = q.shape[1] * k.shape[1]
+        cpu = attention_plain if size <= PLAIN_MATRIX_LIMIT_CPU else attention_tiled
+        default = attention_plain if size <= PLAIN_MATRIX_LIMIT else attention_together
+        if cpu is default:
+            return of(default)(q, k, *rest)
+        return lax.platform_dependent(q, k, *rest, cpu=of(cpu), default=of(default))
 
     return call
 

@@ -9,6 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Real
 
 from fact_jax.attention import attention
+from fact_jax.convolution import convolve
 from fact_jax.errors import UserError
 
 
@@ -45,7 +46,14 @@ def layer_norm(channels: int, eps: float = 1e-5, *, rngs: nnx.Rngs) -> nnx.Layer
 
 def conv(inputs: int, outputs: int, kernel: int = 3, *, rngs: nnx.Rngs) -> nnx.Conv:
     """A convolution that keeps height and width."""
-    return nnx.Conv(inputs, outputs, (kernel, kernel), padding=kernel // 2, rngs=rngs)
+    return nnx.Conv(
+        inputs,
+        outputs,
+        (kernel, kernel),
+        padding=kernel // 2,
+        conv_general_dilated=convolve,
+        rngs=rngs,
+    )
 
 
 def split_heads(x: Float[Array, "b n c"], heads: int) -> Float[Array, "b n h d"]:

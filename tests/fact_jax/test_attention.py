@@ -105,7 +105,7 @@ def test_the_size_of_the_matrix_decides(monkeypatch):
         return q
 
     monkeypatch.setattr(module, "KEPT_MATRIX_LIMIT", 0)
-    monkeypatch.setattr(module, "PLAIN_MATRIX_LIMIT", 70)
+    monkeypatch.setattr(module, "PLAIN_MATRIX_LIMIT_CPU", 70)
     for name in ("plain", "tiled"):
         monkeypatch.setattr(module, f"attention_{name}", functools.partial(record, name))
     attention(Q, K, V)
@@ -130,6 +130,7 @@ def test_the_gradient_on_this_platform(monkeypatch, limit):
     """What is differentiated is the form for the platform, whose gradient is written by hand."""
     monkeypatch.setattr(module, "KEPT_MATRIX_LIMIT", 0)
     monkeypatch.setattr(module, "PLAIN_MATRIX_LIMIT", limit)
+    monkeypatch.setattr(module, "PLAIN_MATRIX_LIMIT_CPU", limit)
     weights = normal(4, *Q.shape)
     ours, plain = (
         jax.jit(jax.grad(lambda *a, form=form: (form(*a) * weights).sum(), argnums=(0, 1, 2)))
