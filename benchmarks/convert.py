@@ -19,8 +19,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
-
 ROUNDS = 3
 _CHILD = """
 import json, sys, time
@@ -34,23 +32,11 @@ sys.exit(status)
 
 def write_source(path: Path, model: str) -> None:
     """A UNet's file with random weights, never in memory as a whole."""
-    from converters.arrays import Lazy
-    from converters.mapping import names_of
-    from converters.weights import skeleton
+    from benchmarks.random_weights import random_state
     from converters.writers import write_safetensors
     from fact_jax.models.unet import UNetConfig
 
-    _, flat = skeleton("unet", getattr(UNetConfig, model)())
-    state = {}
-    for seed, (name, variable) in enumerate(flat.items()):
-        shape = variable.get_value().shape
-        place = names_of("unet", name, "")[0]
-        turned = place.leaf.to_torch(np.broadcast_to(np.int8(0), shape), len(shape)).shape
-
-        def numbers(seed=seed, shape=turned) -> np.ndarray:
-            return np.random.default_rng(seed).standard_normal(shape, np.float32)
-
-        state[place.torch] = Lazy(turned, np.dtype(np.float32), numbers)
+    state = random_state("unet", getattr(UNetConfig, model)())
     write_safetensors(path, state, {"format": "pt"})
 
 

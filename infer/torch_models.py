@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from converters.arrays import release
 from fact_jax.errors import UserError
 from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
@@ -157,7 +158,9 @@ def load_strictly(
             f"{source}: "
             + "; ".join(f"{len(k)} {name} ({', '.join(k)})" for name, k in problems.items() if k)
         )
-    # Never a second copy of the whole state: an adapter alone is 0.8 GB.
-    tensors = {key: torch.from_numpy(np.array(state[key], np.float32)).to(dtype) for key in wanted}
+    tensors = {}
+    for key in wanted:
+        tensors[key] = torch.from_numpy(np.array(state[key], np.float32)).to(dtype)
+        release(state[key])  # never a second copy of the whole state: an adapter alone is 0.8 GB
     module.load_state_dict(tensors, assign=True)
     return module.requires_grad_(False).eval()

@@ -1,0 +1,70 @@
+"""Models with random weights in the real formats, never in memory as a whole."""
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from converters.adapter import describe, write_adapter
+from converters.arrays import Lazy
+from converters.folders import Files, write_pipeline
+from converters.mapping import names_of
+from converters.pipeline import scheduler_config
+from converters.rules import ADAPTER_MARK, RESAMPLER_PREFIX
+from converters.tokenizer import read_tokenizer
+from converters.weights import skeleton
+from converters.writers import write_json, write_safetensors
+from fact_jax.models.clip_text import CLIPTextConfig
+from fact_jax.models.resampler import ResamplerConfig
+from fact_jax.models.transface import TransFaceConfig
+from fact_jax.models.unet import UNetConfig
+from fact_jax.models.vae import VAEConfig
+from fact_jax.schedules import NoiseSchedule
+
+_MINIATURE = Path("miniature/base")
+
+
+def random_state(kind: str, config, dtype: str = "float32") -> dict[str, Lazy]:
+    """A flat PyTorch state whose tensors are drawn when they are wanted."""
+    _, flat = skeleton(kind, config)
+    state = {}
+    for seed, (name, variable) in enumerate(flat.items()):
+        shape = variable.get_value().shape
+        place = names_of(kind, name, "")[0]
+        turned = place.leaf.to_torch(np.broadcast_to(np.int8(0), shape), len(shape)).shape
+
+        def numbers(seed=seed, shape=turned) -> np.ndarray:
+            drawn = np.random.default_rng(seed).standard_normal(shape, np.float32)
+            return drawn.astype(dtype) if len(shape) < 2 else (0.02 * drawn).astype(dtype)
+
+        state[place.torch] = Lazy(turned, np.dtype(dtype), numbers)
+    return state
+
+
+def write_everything(folder: Path, dtype: str) -> None:
+    """Of SD 1.5's size: ``base/`` (with the miniature's tokenizer), ``adapter/`` with its encoder.
+
+    The base and the adapter are of ``dtype``, the encoder (vit_s) float32, as it is computed.
+    """
+    unet, resampler = UNetConfig.sd15(), ResamplerConfig.sd15()
+    encoder, text = TransFaceConfig.vit_s(), CLIPTextConfig.sd15()
+    configs = {"unet": unet, "vae": VAEConfig.sd15(), "clip_text": text}
+    states = {kind: random_state(kind, config, dtype) for kind, config in configs.items()}
+    tokenizer = read_tokenizer(_MINIATURE / "tokenizer", text.max_position_embeddings)
+    plan = (
+        {kind: config.to_dict() for kind, config in configs.items()},
+        tokenizer,
+        scheduler_config("PNDMScheduler", NoiseSchedule.sd15()),
+    )
+    write_pipeline(folder / "base", states, plan, {"format": "pt"}, files=Files(), force=False)
+
+    adapted = dataclasses.replace(unet, face_dim=resampler.output_dim)
+    state = {k: a for k, a in random_state("unet", adapted, dtype).items() if ADAPTER_MARK in k}
+    own = random_state("resampler", resampler, dtype)
+    state |= {RESAMPLER_PREFIX + key: array for key, array in own.items()}
+    file = folder / "adapter" / "adapter.safetensors"
+    write_adapter(file, state, describe(unet.to_dict(), resampler))
+    beside = folder / "adapter" / "encoder"
+    faces = random_state("transface", encoder)
+    write_safetensors(beside / "model.safetensors", faces, {"format": "pt"})
+    write_json(beside / "config.json", {"model_type": "transface", **encoder.to_dict()})
