@@ -21,6 +21,8 @@ from fact_jax.errors import UserError
 
 _PICKLE_LIMIT = 16 * 2**20
 _LOCAL = struct.Struct("<4s22xHH")
+_FOLDER = 0x10
+"""In DOS' attributes. PyTorch, unless it maps a file, gives such a record any numbers at all."""
 
 
 def read_pickle(path: str | os.PathLike) -> State:
@@ -108,6 +110,8 @@ def _records(path: Path) -> dict[int, int]:
                 plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1
                 if not plain or entry.compress_size != entry.file_size:
                     raise UserError(f"{path}: refused, it is packed as PyTorch never does")
+                if entry.external_attr & _FOLDER:
+                    raise UserError(f"{path}: refused, {entry.filename!a} is marked as a folder")
                 handle.seek(entry.header_offset)
                 mark, name, extra = _LOCAL.unpack(handle.read(_LOCAL.size))
                 begin = entry.header_offset + _LOCAL.size + name + extra

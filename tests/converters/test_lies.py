@@ -138,6 +138,16 @@ def test_numbers_of_another_byte_order(pickled):
         readers.read_pickle(pickled)
 
 
+def test_a_record_that_is_marked_as_a_folder(pickled):
+    """Found by fuzzing: the loader hands out memory that nothing was written to."""
+    with zipfile.ZipFile(pickled, "a") as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        largest.external_attr |= 0x10
+        archive._didModify = True
+    with pytest.raises(UserError, match="data/1' is marked as a folder"):
+        readers.read_pickle(pickled)
+
+
 @pytest.mark.parametrize("count", [5, 7, 2**30])
 def test_a_pickle_that_lies_about_the_length_of_a_record(tmp_path, count):
     """The loader itself would read the bytes of what lies beside."""
