@@ -1,5 +1,7 @@
 """What weights are, and whether two of them are the same: for ``fact-convert``."""
 
+from collections.abc import Iterator, Mapping
+
 import numpy as np
 
 from converters.configs import check_fits, infer_config
@@ -141,8 +143,8 @@ def compare(one: Weights, other: Weights, tolerance: float) -> list[str]:
     Precisions may differ: numbers are compared. NaN equals NaN.
     """
     first, second = dict(one.tensors()), dict(other.tensors())
-    lines = [f"only in {one.path}: {key}" for key in first if key not in second]
-    lines += [f"only in {other.path}: {key}" for key in second if key not in first]
+    lines = [f"only in {one.path}: {key}" for key in _only(first, second)]
+    lines += [f"only in {other.path}: {key}" for key in _only(second, first)]
     for key in first.keys() & second.keys():
         a, b = first[key], second[key]
         if a.shape != b.shape:
@@ -150,6 +152,20 @@ def compare(one: Weights, other: Weights, tolerance: float) -> list[str]:
         elif found := _difference(np.asarray(a), np.asarray(b), tolerance):
             lines.append(f"{key}: largest difference {found[0]:.3g}, {found[1]} of {a.size}")
     return sorted(lines)
+
+
+def _only(own: Mapping[str, object], other: Mapping[str, object]) -> Iterator[str]:
+    """What ``other`` lacks: tensors, or whole parts (what stands before the slash)."""
+    theirs = {key.partition("/")[0] for key in other}
+    parts: dict[str, list[str]] = {}
+    for key in own:
+        if key not in other:
+            parts.setdefault(key.partition("/")[0], []).append(key)
+    for part, keys in parts.items():
+        if part in theirs:
+            yield from keys
+        else:
+            yield f"{part}, {len(keys)} tensors"
 
 
 def _difference(a: np.ndarray, b: np.ndarray, tolerance: float) -> tuple[float, int] | None:

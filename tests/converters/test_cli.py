@@ -102,6 +102,18 @@ def test_a_pipeline_is_copied(pipeline_folder, tmp_path):
     assert main(["verify", str(pipeline_folder), str(tmp_path / "copy")]) == 0
 
 
+def test_verify_names_parts_that_only_one_has(pipeline_folder, tmp_path, capsys):
+    unet = tmp_path / "unet.safetensors"
+    assert main(["to-torch", str(pipeline_folder / "unet"), str(unet)]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(unet), str(pipeline_folder)]) == 1
+    *lines, last = capsys.readouterr().out.splitlines()
+    found = [line.removeprefix(f"only in {pipeline_folder}: ") for line in lines]
+    assert [line.partition(",")[0] for line in found] == ["clip_text", "vae"]
+    assert all(line.endswith(" tensors") for line in found)
+    assert last == "different"
+
+
 def test_verify_says_what_differs(tmp_path, capsys, golden):
     state = {k: v.astype(np.float32) for k, v in golden("transface", "state.")[0].items()}
     changed = dict(state)
