@@ -46,6 +46,7 @@ def main() -> None:
     os.fsync, os.sync = lambda file: None, lambda: None
     path, out = _path(kind, seeds, work), work / "out.safetensors"
 
+    out.unlink(missing_ok=True)  # of a run before
     # Everything is imported before time counts.
     assert mutants.attempt(seeds / "legacy.pt", out, "to-torch") == "done"
 
