@@ -67,7 +67,10 @@ def main() -> int:
     elif arguments.pictures:
         _report_pictures(_run("torch"))
     else:
-        _report_calls(_run("torch") | ({} if arguments.no_jax else _run("jax")))
+        found = _run("torch")
+        if not arguments.no_jax:
+            found["seconds"] |= _run("jax")
+        _report_calls(found)
     return 0
 
 
@@ -78,14 +81,24 @@ def _run(library: str) -> dict:
 
 
 def _report_calls(found: dict) -> None:
-    print(found.pop("device"))
-    for side, times in found.items():
-        print(f"{side:9s} {min(times):8.4f} s a call (all: {', '.join(f'{t:.4f}' for t in times)})")
-    best = {side: min(times) for side, times in found.items()}
+    print(f"{found['device']}; a product of matrices: {found['product'] / 1e9:.0f} GFLOP/s")
+    best = {side: min(times) for side, times in found["seconds"].items()}
+    for side, times in found["seconds"].items():
+        # JAX computes what ours in PyTorch does, in fewer operations or not.
+        rate = found["operations"].get(side, found["operations"]["ours"]) / best[side]
+        print(
+            f"{side:9s} {best[side]:8.4f} s a call, {rate / 1e9:.0f} GFLOP/s "
+            f"(all: {', '.join(f'{t:.4f}' for t in times)})"
+        )
+    print(f"ours / plain in operations: {_ratio(found['operations'], 'ours', 'plain'):.2f}")
     pairs = [("ours", "plain"), ("released", "ours"), ("jax", "ours")]
     for one, other in pairs:
         if one in best:
-            print(f"{one} / {other}: {best[one] / best[other]:.2f}")
+            print(f"{one} / {other}: {_ratio(best, one, other):.2f}")
+
+
+def _ratio(values: dict[str, float], one: str, other: str) -> float:
+    return values[one] / values[other]
 
 
 def _report_pictures(found: dict) -> None:

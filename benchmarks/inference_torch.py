@@ -9,6 +9,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.inference_jax import unet_config
 from fact_jax.fact import Guidance
@@ -16,6 +17,13 @@ from fact_jax.models.vae import VAEConfig
 from fact_jax.schedules import NoiseSchedule
 from infer.torch_processors import FaceContext, FaceProcessor, installed, text_blocks
 from infer.torch_steering import Steering
+
+_UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
+        lambda q, k, v, *args, **options: sdpa_flop_count(q, k, v)
+    )
+}
+"""Attention on a CPU, which PyTorch's counter of operations leaves out."""
 
 
 class AsReleased(FaceProcessor):
@@ -50,7 +58,9 @@ def measure(size, arguments) -> dict:
     autocast = device.type == "cpu" and arguments.dtype != "float32"
     dtype = torch.float32 if autocast else getattr(torch, arguments.dtype)
     unet = _make_unet(size).to(device, dtype)
-    if device.type == "cuda":
+    if device.type == "cuda" or autocast:
+        # In 16 bits PyTorch's other order takes seconds a layer on a processor without such
+        # arithmetic.
         unet.to(memory_format=torch.channels_last)
     adapters = _make_adapters(unet, size)
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
@@ -99,34 +109,42 @@ def _calls(unet, adapters, size, arguments) -> dict:
     text = torch.randn(batch, size.words, unet.config.cross_attention_dim, **like)
     face = torch.randn(batch, size.face_tokens, size.face_dim, **like)
     t = torch.tensor(500, device=unet.device)
-    called = torch.compile(unet) if arguments.compile else unet
 
-    def call() -> Tensor:
-        return called(x, t, encoder_hidden_states=text, return_dict=False)[0]
+    def call(model: nn.Module) -> float:
+        return _seconds(lambda: model(x, t, encoder_hidden_states=text), unet.device)
 
-    def with_face(kind: type) -> Callable[[], float]:
-        def timed() -> float:
+    def with_face(kind: type) -> Callable[[nn.Module], float]:
+        def timed(model: nn.Module) -> float:
             with _adapted(unet, adapters, kind) as context:
                 for processor in installed(unet).values():
                     processor.keys = processor.face_keys(face)
                     processor.text = processor.text_keys(text) if kind is FaceProcessor else None
                 context.scale = torch.tensor(1.0, device=unet.device)
-                return _seconds(call, unet.device)
+                return call(model)
 
         return timed
 
-    sides = {
-        "plain": lambda: _seconds(call, unet.device),
-        "ours": with_face(FaceProcessor),
-        "released": with_face(AsReleased),
-    }
-    outputs = {}
-    for run in sides.values():
-        run()
+    sides = {"plain": call, "ours": with_face(FaceProcessor), "released": with_face(AsReleased)}
+    seconds, operations = {side: [] for side in sides}, {}
+    for side, run in sides.items():
+        with FlopCounterMode(display=False, custom_mapping=_UNCOUNTED) as counter:
+            run(unet)
+        operations[side] = counter.get_total_flops()
+    model = unet
+    if arguments.compile:
+        model = torch.compile(unet)
+        for run in sides.values():
+            run(model)
     for _ in range(arguments.runs):
         for side, run in sides.items():
-            outputs.setdefault(side, []).append(run())
-    return outputs
+            seconds[side].append(run(model))
+    return {"seconds": seconds, "operations": operations, "product": _product_rate(unet)}
+
+
+def _product_rate(unet: nn.Module, side: int = 4096, runs: int = 5) -> float:
+    """Operations a second in a product of two matrices, the most that a call can come near."""
+    a, b = torch.randn(2, side, side, device=unet.device, dtype=unet.dtype)
+    return 2 * side**3 / min(_seconds(lambda: a @ b, unet.device) for _ in range(runs))
 
 
 def _seconds(run: Callable[[], object], device: torch.device) -> float:
