@@ -150,19 +150,31 @@ def attach_adapter(unet: UNet, adapter: Adapter) -> UNet:
     """
     if unet.config.face_dim is not None:
         raise UserError("this UNet has an adapter already: attach the other one to its base")
-    widths = {path: block.norm2.num_features for path, block in unet.transformer_blocks()}
-    made_for = {path: block["linear.weight"].shape[0] for path, block in adapter.blocks.items()}
-    if widths != made_for:
-        raise UserError(
-            "this adapter is for another base model: it was made for transformer blocks of "
-            f"channels {_widths(made_for)}, this UNet has {_widths(widths)}"
-        )
+    check_blocks(
+        adapter.blocks,
+        {path: block.norm2.num_features for path, block in unet.transformer_blocks()},
+    )
     config = dataclasses.replace(unet.config, face_dim=adapter.face_dim)
     return add_state(unet, adapter.state(), config)
 
 
-def _widths(blocks: Mapping[str, int]) -> str:
-    return f"{', '.join(map(str, blocks.values()))} ({len(blocks)} blocks)"
+def check_blocks(
+    adapters: Mapping[str, State],
+    widths: Mapping[str, int],
+    adapter: str | os.PathLike = "this adapter",
+    base: str = "this UNet",
+) -> None:
+    """UserError if adapters, by their blocks, do not fit a UNet's blocks of these channels."""
+    made_for = {path: len(state.get("linear.bias", ())) for path, state in adapters.items()}
+    if widths != made_for:
+        raise UserError(
+            f"{adapter} is for another base model: it was made for {_listed(made_for)}, {base} has "
+            f"{_listed(widths)}"
+        )
+
+
+def _listed(widths: Mapping[str, int]) -> str:
+    return f"{len(widths)} transformer blocks of channels {', '.join(map(str, widths.values()))}"
 
 
 def save_adapter(

@@ -4,10 +4,9 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
-from converters.adapter import read_metadata, split_state
+from converters.adapter import check_blocks, read_metadata, split_state
 from converters.encoder import infer_encoder
 from converters.readers import State, local_folder, read_file, read_json
 from converters.tokenizer import Tokenizer, read_tokenizer, tokenize
@@ -153,12 +152,7 @@ def check_fit(base: Base, face: FaceFiles) -> None:
         part, *rest = path.split(".")
         level = int(rest[0]) if part != "mid_block" else -1
         widths[path] = own[::-1][level] if part == "up_blocks" else own[level]
-    made_for = {path: len(state.get("linear.bias", ())) for path, state in blocks.items()}
-    if widths != made_for:
-        raise UserError(
-            f"{face.adapter} is for another base model: it was made for {listed(made_for)}, "
-            f"{base.name} has {listed(widths)}"
-        )
+    check_blocks(blocks, widths, face.adapter, base.name)
     config = face.metadata.get("config", {}).get("unet", {})
     wanted = config.get("cross_attention_dim", base.unet.cross_attention_dim)
     if wanted != base.unet.cross_attention_dim:
@@ -166,11 +160,6 @@ def check_fit(base: Base, face: FaceFiles) -> None:
             f"{face.adapter} is for another base model: its text is {wanted} wide, that of "
             f"{base.name} {base.unet.cross_attention_dim}"
         )
-
-
-def listed(widths: Mapping[str, int]) -> str:
-    """Transformer blocks of a UNet in words, by their channels."""
-    return f"{len(widths)} transformer blocks of channels {', '.join(map(str, widths.values()))}"
 
 
 def check_faces(face: FaceFiles | None, photos: int) -> None:

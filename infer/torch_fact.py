@@ -11,12 +11,12 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
-from converters.adapter import describe, infer_resampler, split_state
+from converters.adapter import check_blocks, describe, infer_resampler, split_state
 from converters.weights import read_config
 from fact_jax.errors import UserError
 from fact_jax.fact import Combine, Guidance
 from fact_jax.regions import Regions
-from infer.base import FaceFiles, listed, read_face_files
+from infer.base import FaceFiles, read_face_files
 from infer.hub import find_face_files, save_face_files
 from infer.torch_models import Resampler, TransFaceTokens, encoder_from, load_strictly
 from infer.torch_processors import FaceContext, FaceProcessor, installed, text_blocks, whole
@@ -125,12 +125,7 @@ def load_fact(
     encoder = encoder_from(files.encoder_state, files.encoder_config, files.encoder)
     blocks = dict(text_blocks(pipe.unet))
     widths = {path: block.norm2.normalized_shape[0] for path, block in blocks.items()}
-    made_for = {path: len(state.get("linear.bias", ())) for path, state in states.items()}
-    if widths != made_for:
-        raise UserError(
-            f"{files.adapter} is for another base model: it was made for {listed(made_for)}, "
-            f"this UNet has {listed(widths)}"
-        )
+    check_blocks(states, widths, files.adapter)
     context = FaceContext()
     processors = {}
     for path, block in blocks.items():

@@ -136,8 +136,8 @@ def test_an_adapter_for_another_base(released, peer_state):
     other = load_state("unet", *peer_state("unet"))
     with pytest.raises(UserError, match="is for another base model") as caught:
         attach_adapter(other, released)
-    assert "(16 blocks)" in str(caught.value)
-    assert "(4 blocks)" in str(caught.value)
+    assert "made for 16 transformer blocks" in str(caught.value)
+    assert "this UNet has 4 transformer blocks" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
