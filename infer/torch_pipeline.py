@@ -110,7 +110,9 @@ class TorchPipeline(Drawer):
             settings.sampler, self.base.schedule, settings.steps, start
         )
         pipe, inputs = self._pipe_for(canvas, control, control_scale, len(prompts))
-        pipe.scheduler, pipe.visited = scheduler, timesteps
+        pipe.scheduler = scheduler
+        if canvas is not None:
+            pipe.visited = timesteps
         pipe.set_progress_bar_config(disable=True)
         text = self._text([settings.negative, *prompts])
         face = contextlib.nullcontext()
