@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import numpy as np
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Float, UInt8
 
 from fact_jax.errors import UserError
 from infer.base import Base
@@ -17,12 +17,14 @@ class Canvas:
 
     ``cells`` are the latents' cells that are drawn anew; those of the others are the picture's own
     latents, noised to each step's level. ``strength`` in (0, 1] is the share of the steps that are
-    taken: the pictures are noised to the level of the first one.
+    taken: the pictures are noised to the level of the first one. ``masks``, in [0, 1], are what
+    :meth:`finish` takes of what was drawn; None: all of it.
     """
 
     images: UInt8[np.ndarray, "b h w 3"]
     cells: Bool[np.ndarray, "b rows columns"]
     strength: float
+    masks: Float[np.ndarray, "b h w"] | None = None
 
     def __post_init__(self):
         check_strength(self.strength)
@@ -33,6 +35,25 @@ class Canvas:
         count, height, width, _ = images.shape
         cells = np.ones((count, height // base.vae.downscale, width // base.vae.downscale), bool)
         return cls(images=images, cells=cells, strength=strength)
+
+    @classmethod
+    def masked(
+        cls,
+        images: UInt8[np.ndarray, "b h w 3"],
+        masks: Float[np.ndarray, "b h w"],
+        strength: float,
+        base: Base,
+    ) -> "Canvas":
+        """Masked image-to-image: what the masks cover is drawn anew."""
+        cells = np.stack([touched_cells(mask, base.vae.downscale) for mask in masks])
+        return cls(images=images, cells=cells, strength=strength, masks=masks)
+
+    def finish(self, drawn: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n h w 3"]:
+        """The first pictures, as drawn, with their own pixels where the masks are 0."""
+        if self.masks is None:
+            return drawn
+        count = len(drawn)
+        return blend(self.images[:count], drawn, self.masks[:count])
 
     def start(self, steps: int) -> int:
         """The first step that is taken."""
@@ -51,6 +72,26 @@ class Canvas:
                 f"{columns} x {rows} cells are to be drawn"
             )
         self.start(settings.steps)
+
+
+def touched_cells(mask: Float[np.ndarray, "h w"], factor: int) -> Bool[np.ndarray, "rows columns"]:
+    """The cells, ``factor`` pixels a side, that a mask touches anywhere.
+
+    So that all that is blended in has been drawn.
+    """
+    height, width = mask.shape
+    return mask.reshape(height // factor, factor, width // factor, factor).max((1, 3)) > 0.0
+
+
+def blend(
+    image: UInt8[np.ndarray, "*b h w 3"],
+    drawn: UInt8[np.ndarray, "*b h w 3"],
+    mask: Float[np.ndarray, "*b h w"],
+) -> UInt8[np.ndarray, "*b h w 3"]:
+    """What was drawn over an image, as far as a mask in [0, 1] says; untouched where that is 0."""
+    share = mask[..., None].astype(np.float32)
+    mixed = np.rint(image * (1 - share) + drawn * share).astype(np.uint8)
+    return np.where(share > 0, mixed, image)
 
 
 def check_strength(strength: float) -> None:

@@ -3,9 +3,11 @@
 import argparse
 from pathlib import Path
 
+from fact_jax.errors import UserError
 
-def add_control_options(group: argparse._ActionsContainer) -> None:
-    """Add them to a group of options; :func:`read_guidance` reads most of them."""
+
+def add_steering_options(group: argparse._ActionsContainer) -> None:
+    """Add what :func:`read_guidance` reads to a group of options."""
     _add_strength(group)
     group.add_argument(
         "--face-guidance",
@@ -37,14 +39,11 @@ def add_control_options(group: argparse._ActionsContainer) -> None:
         action="store_true",
         help="move the face's keys and values to the picture's mean: more of the prompt's style",
     )
-    group.add_argument(
-        "--person",
-        type=int,
-        action="append",
-        default=[],
-        metavar="N",
-        help="whose photo it is of several people in one picture, from 0; once for each photo",
-    )
+
+
+def add_people_options(group: argparse._ActionsContainer) -> None:
+    """Several people in one picture."""
+    add_person_option(group, "whose photo it is of several people in one picture")
     group.add_argument(
         "--region",
         type=Path,
@@ -52,6 +51,18 @@ def add_control_options(group: argparse._ActionsContainer) -> None:
         default=[],
         metavar="FILE",
         help="grey mask, as large as the picture, of where a person is drawn; once for each person",
+    )
+
+
+def add_person_option(group: argparse._ActionsContainer, meaning: str) -> None:
+    """Which photos are of one person."""
+    group.add_argument(
+        "--person",
+        type=int,
+        action="append",
+        default=[],
+        metavar="N",
+        help=f"{meaning}, from 0; once for each photo",
     )
 
 
@@ -74,6 +85,13 @@ def add_input_options(group: argparse._ActionsContainer) -> None:
         "--image", type=Path, metavar="FILE", help="a picture to draw over, of the size drawn"
     )
     group.add_argument(
+        "--image-mask",
+        type=Path,
+        metavar="FILE",
+        help="grey mask, as large, of what of --image is drawn anew (default: all); where it is "
+        "black every pixel stays as it is",
+    )
+    group.add_argument(
         "--strength",
         type=float,
         default=0.6,
@@ -86,9 +104,20 @@ def add_input_options(group: argparse._ActionsContainer) -> None:
         metavar="FILE",
         help="what the ControlNet looks at (a pose, edges), of the size drawn",
     )
+    add_control_scale(group)
+
+
+def add_control_scale(group: argparse._ActionsContainer) -> None:
+    """The strength of a ControlNet."""
     group.add_argument(
         "--control-scale", type=float, default=1.0, metavar="X", help="how much it steers, 0 to 2"
     )
+
+
+def check_control(arguments: argparse.Namespace) -> None:
+    """UserError for a ControlNet without a picture, or a picture without a ControlNet."""
+    if bool(arguments.control) != bool(arguments.controlnet):
+        raise UserError("--control and --controlnet belong together: give both or neither")
 
 
 def _add_strength(group: argparse._ActionsContainer) -> None:

@@ -8,8 +8,10 @@ from pathlib import Path
 from fact_jax.errors import UserError
 from infer.cli_controls import (
     add_base_options,
-    add_control_options,
     add_input_options,
+    add_people_options,
+    add_steering_options,
+    check_control,
     read_guidance,
 )
 
@@ -33,7 +35,8 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     add_base_options(models)
     face = command.add_argument_group("face")
     add_photo_options(face, several=True)
-    add_control_options(face)
+    add_steering_options(face)
+    add_people_options(face)
     add_input_options(command.add_argument_group("pictures to start from"))
     _add_picture_options(command.add_argument_group("picture"))
 
@@ -173,6 +176,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         crops, notes = prepare_crops(request.photos, face.encoder_config.img_size)
         for note in notes:
             print(f"note: {note}", file=sys.stderr)
+    # Where a mask keeps pixels of a picture, a model has drawn a part only.
+    whole, part = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"
+    how = {"suffix": f".{arguments.format}", "source": part if request.image_mask else whole}
     ranking = None
     if arguments.best is not None:
         from infer.ranking import Ranking
@@ -192,8 +198,7 @@ def _generate(arguments: argparse.Namespace) -> None:
                 if ranking is not None and len(group) < arguments.count:
                     continue
                 for image, values in _best(group, arguments.best):
-                    suffix = f".{arguments.format}"
-                    tqdm.write(str(save_picture(image, arguments.out, values, suffix=suffix)))
+                    tqdm.write(str(save_picture(image, arguments.out, values, **how)))
                     written.append((image, values))
                 group.clear()
     if arguments.sheet:
@@ -237,8 +242,7 @@ def _save_sheet(written: list, arguments: argparse.Namespace) -> Path:
 def _request(arguments: argparse.Namespace):
     from infer.request import Request
 
-    if bool(arguments.control) != bool(arguments.controlnet):
-        raise UserError("--control and --controlnet belong together: give both or neither")
+    check_control(arguments)
     if arguments.count < 1:
         raise UserError(f"--count must be at least 1, got {arguments.count}")
     if arguments.best is not None:
@@ -252,6 +256,7 @@ def _request(arguments: argparse.Namespace):
         photos=sorted(read_photos(arguments), key=lambda photo: photo.person),
         regions=arguments.region,
         image=arguments.image,
+        image_mask=arguments.image_mask,
         strength=arguments.strength,
         control=arguments.control,
         control_scale=arguments.control_scale,

@@ -33,11 +33,13 @@ def parameters(
     faced = {"guidance": request.guidance.text}
     if request.photos:
         photos = [photo.path.name for photo in request.photos]
-        faced["face"] = {"photos": photos, **_steering(request.guidance)}
+        faced["face"] = {"photos": photos, **steering(request.guidance)}
     if request.regions:
         faced["regions"] = [path.name for path in request.regions]
     if request.image:
         faced |= {"image": request.image.name, "strength": request.strength}
+    if request.image_mask:
+        faced["image mask"] = request.image_mask.name
     if request.control:
         faced |= {"control": request.control.name, "control scale": request.control_scale}
     return {
@@ -54,7 +56,7 @@ def parameters(
     }
 
 
-def _steering(guidance: Guidance) -> dict[str, Any]:
+def steering(guidance: Guidance) -> dict[str, Any]:
     """The face's part of a guidance as JSON holds it, without what is switched off."""
     fields = {k: v for k, v in dataclasses.asdict(guidance).items() if k != "text"}
     used = {k: v for k, v in fields.items() if not (v is None or v is False or v == ())}
@@ -81,6 +83,7 @@ def save_picture(
     values: Mapping[str, Any],
     *,
     suffix: str = ".png",
+    source: provenance.Source = "trainedAlgorithmicMedia",
 ) -> Path:
     """Write a picture to ``folder`` under its prompt and seed, and return its path.
 
@@ -91,7 +94,7 @@ def save_picture(
     name = f"{words.rstrip('-') or 'picture'}-seed{values['seed']}"
     text = {"parameters": describe(values), "fact_jax": json.dumps(values, ensure_ascii=False)}
     path = free_name(Path(folder), name, suffix)
-    save_image(image, path, text)
+    save_image(image, path, text, source)
     return path
 
 

@@ -84,4 +84,5 @@ def generate_batches(
         # The last batch is filled up: another shape would be compiled anew.
         full = part + part[-1:] * (batch - len(part))
         prompts, seeds = zip(*full, strict=True)
-        yield drawer.draw(prompts, seeds, people, request, **inputs, bar=bar)[: len(part)]
+        drawn = drawer.draw(prompts, seeds, people, request, **inputs, bar=bar)[: len(part)]
+        yield inputs["canvas"].finish(drawn) if "canvas" in inputs else drawn

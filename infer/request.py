@@ -50,14 +50,14 @@ class Settings:
             raise UserError(f"no sampler {self.sampler!r}; known are {', '.join(SAMPLERS)}")
         if self.steps < 1:
             raise UserError(f"steps must be at least 1, got {self.steps}")
-        _check_range("guidance", self.guidance.text, 1.0, MAX_GUIDANCE)
+        check_range("guidance", self.guidance.text, 1.0, MAX_GUIDANCE)
         if self.guidance.face is not None:
-            _check_range("face guidance", self.guidance.face, 0.0, MAX_GUIDANCE)
+            check_range("face guidance", self.guidance.face, 0.0, MAX_GUIDANCE)
         scales = self.guidance.face_scale
         for scale in scales if isinstance(scales, tuple) else (scales,):
-            _check_range("face scale", scale, 0.0, MAX_SCALE)
+            check_range("face scale", scale, 0.0, MAX_SCALE)
         for pattern, factor in self.guidance.block_scales:
-            _check_range(f"block scale {pattern!r}", factor, 0.0, MAX_SCALE)
+            check_range(f"block scale {pattern!r}", factor, 0.0, MAX_SCALE)
         for name in ("height", "width"):
             pixels = getattr(self, name)
             if pixels is not None and pixels < 1:
@@ -75,8 +75,8 @@ class Request(Settings):
 
     Photos come person after person, an equal number of each. ``regions`` are mask files of the
     pictures' size: where each person is drawn. One person alone may do without. ``image`` is a
-    picture that is drawn over in the last ``strength`` of the steps; ``control`` is one for the
-    ControlNet, which steers by ``control_scale``.
+    picture that is drawn over in the last ``strength`` of the steps, all of it or what
+    ``image_mask`` covers; ``control`` is one for the ControlNet, which steers by ``control_scale``.
     """
 
     prompts: Sequence[str]
@@ -84,6 +84,7 @@ class Request(Settings):
     photos: Sequence[Photo] = ()
     regions: Sequence[Path] = ()
     image: Path | None = None
+    image_mask: Path | None = None
     strength: float = 0.6
     control: Path | None = None
     control_scale: float = 1.0
@@ -95,7 +96,9 @@ class Request(Settings):
         for seed in self.seeds:
             if not 0 <= seed <= MAX_SEED:
                 raise UserError(f"a seed must lie in 0..{MAX_SEED}, got {seed}")
-        _check_range("control scale", self.control_scale, 0.0, MAX_SCALE)
+        if self.image_mask is not None and self.image is None:
+            raise UserError("a mask of what is drawn anew was given, but no image to draw over")
+        check_range("control scale", self.control_scale, 0.0, MAX_SCALE)
         self._check_people()
 
     def _check_people(self) -> None:
@@ -119,6 +122,7 @@ class Request(Settings):
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
 
-def _check_range(name: str, value: float, low: float, high: float) -> None:
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """UserError for a number that is not in ``low..high``."""
     if not (math.isfinite(value) and low <= value <= high):
         raise UserError(f"{name} must lie in {low:g}..{high:g}, got {value:g}")

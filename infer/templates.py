@@ -2,6 +2,7 @@
 
 For each face a square around it is cut out, brought to the base's size, redrawn inside a soft mask
 by masked image-to-image, and blended back. Where the mask is 0 the photo's bytes stay untouched.
+The photo keeps its size, whatever that is.
 """
 
 import dataclasses
@@ -12,16 +13,16 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
+from scipy.ndimage import distance_transform_edt
 from tqdm import tqdm
 
 from fact_jax.errors import UserError
-from fact_jax.face import Face, face_mask, find_faces, limit_side, read_image
+from fact_jax.face import Face, face_mask, find_faces, read_image
 from infer.base import Base
-from infer.canvas import Canvas, check_strength, first_step
+from infer.canvas import Canvas, blend, check_strength, first_step, touched_cells
 from infer.pipeline import BATCH, Drawer
-from infer.request import Settings
+from infer.request import MAX_SCALE, Settings, check_range
 
-LONGEST_SIDE = 2000
 Square = tuple[int, int, int]
 """Left, top and side in pixels; it may reach over the photo's edges."""
 
@@ -71,46 +72,55 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """One picture to make of a template."""
+    """One picture to make of a template.
+
+    ``control`` is what a ControlNet looks at (the template's pose, its edges), as large.
+    """
 
     template: Template
     places: tuple[Place, ...]
     prompt: str
     seed: int = 0
+    control: UInt8[np.ndarray, "h w 3"] | None = None
 
     def __post_init__(self):
+        if self.control is not None:
+            self._check_size("control picture", self.control)
         for place in self.places:
             self.template.choose(index=place.index)
-            if place.mask is not None and place.mask.shape != self.template.image.shape[:2]:
-                height, width = self.template.image.shape[:2]
-                raise UserError(
-                    f"the mask for {self.template.name} is {place.mask.shape[1]} x "
-                    f"{place.mask.shape[0]}, the template is {width} x {height}: they must be of "
-                    "one size"
-                )
+            if place.mask is not None:
+                self._check_size("mask", place.mask)
+
+    def _check_size(self, what: str, image: np.ndarray) -> None:
+        height, width = self.template.image.shape[:2]
+        if image.shape[:2] != (height, width):
+            raise UserError(
+                f"the {what} for {self.template.name} is {image.shape[1]} x {image.shape[0]}, the "
+                f"template is {width} x {height}: they must be of one size"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Redrawing:
     """How faces of templates are redrawn.
 
-    ``strength``: of image-to-image. ``fill``: the share of the square's side that the mask takes.
-    ``grow`` and ``soften``: the mask is widened by the one and fades out over the other, both in
-    shares of the face's size (the root of its mask's area).
+    ``strength``: of image-to-image. ``control_scale``: how much a ControlNet steers. ``fill``: the
+    share of the square's side that the mask takes. ``grow`` and ``soften``: the mask is widened by
+    the one and fades out over the other, both in shares of the face's size (the root of its mask's
+    area).
     """
 
     strength: float = 0.6
+    control_scale: float = 1.0
     fill: float = 0.7
     grow: float = 0.1
     soften: float = 0.15
 
     def __post_init__(self):
         check_strength(self.strength)
-        for name, low, high in (("fill", 0.1, 1.0), ("grow", 0.0, 1.0), ("soften", 0.0, 1.0)):
-            if not low <= getattr(self, name) <= high:
-                raise UserError(
-                    f"{name} must lie in {low:g}..{high:g}, got {getattr(self, name):g}"
-                )
+        check_range("control scale", self.control_scale, 0.0, MAX_SCALE)
+        for name, low in (("fill", 0.1), ("grow", 0.0), ("soften", 0.0)):
+            check_range(name, getattr(self, name), low, 1.0)
 
 
 def find_template(
@@ -120,13 +130,8 @@ def find_template(
     pack: str | os.PathLike | None = None,
 ) -> tuple[Template, str]:
     """Read a template and find its faces; and a note for the user ("" if there is none)."""
-    full = read_image(path)
-    found, note = find_faces(path, full, points_file=points_file, pack=pack)
-    faces = []
-    for face in found:
-        image, points = limit_side(full, face.points, LONGEST_SIDE)
-        ratio = image.shape[1] / full.shape[1], image.shape[0] / full.shape[0]
-        faces.append(Face(points, (face.box * (ratio * 2)).astype(np.float32), face.score))
+    image = read_image(path)
+    faces, note = find_faces(path, image, points_file=points_file, pack=pack)
     return Template(name=Path(path).name, image=image, faces=tuple(faces)), note
 
 
@@ -142,7 +147,8 @@ def redraw_templates(
     """The templates of all jobs with their faces redrawn, one after another, in their own sizes.
 
     ``batch`` squares are drawn at a time, of whatever templates they are. All people need the same
-    number of photos. What cannot be done is said, as UserError, before anything is drawn.
+    number of photos, and all jobs a control picture or none. What cannot be done is said, as
+    UserError, before anything is drawn.
     """
     places = [(job, place) for job in jobs for place in job.places]
     photos = {len(place.crops) for _, place in places}
@@ -152,6 +158,8 @@ def redraw_templates(
             f"photos of every person; got {len(places)} faces, a batch of {batch}, "
             f"{' or '.join(map(str, sorted(photos)))} photos"
         )
+    if len({job.control is None for job, _ in places}) > 1:
+        raise UserError("a ControlNet needs a control picture of every template")
     settings = _square_settings(drawer.base, settings)
     drawer.base.check(settings)
     first_step(how.strength, settings.steps)
@@ -165,6 +173,10 @@ def _redraw(drawer, jobs, cuts, settings, how, batch, bar) -> Iterator[np.ndarra
         part = cuts[start : start + batch]
         # The last batch is filled up: another shape would be compiled anew.
         full = part + part[-1:] * (batch - len(part))
+        control = {}
+        if full[0].control is not None:
+            control["control"] = np.stack([cut.control for cut in full])
+            control["control_scale"] = how.control_scale
         drawn = drawer.draw(
             [cut.job.prompt for cut in full],
             [cut.job.seed for cut in full],
@@ -175,6 +187,7 @@ def _redraw(drawer, jobs, cuts, settings, how, batch, bar) -> Iterator[np.ndarra
                 cells=np.stack([cut.cells for cut in full]),
                 strength=how.strength,
             ),
+            **control,
             bar=bar,
         )
         for cut, pixels in zip(part, drawn, strict=False):
@@ -192,10 +205,11 @@ class _Cut:
 
     job: Job
     place: Place
-    mask: Float[np.ndarray, "h w"]
     square: Square
+    mask: Float[np.ndarray, "s s"]
     pixels: UInt8[np.ndarray, "side side 3"]
     cells: Bool[np.ndarray, "rows rows"]
+    control: UInt8[np.ndarray, "side side 3"] | None
 
 
 def _square_settings(base: Base, settings: Settings) -> Settings:
@@ -218,19 +232,22 @@ def _cut(base: Base, job: Job, place: Place, settings: Settings, how: Redrawing)
         raise UserError(f"{job.template.name}: the mask of face {place.index} is empty")
     mask = widen(mask, how.grow * size, how.soften * size)
     square = square_around(mask, how.fill)
-    side, factor = settings.height, base.vae.downscale
-    pixels = Image.fromarray(cut_square(image, square, mode="edge"))
-    inside = Image.fromarray(cut_square(mask, square, mode="constant"))
-    # A cell that the mask touches anywhere is drawn anew: what is pasted must all be drawn.
-    inside = np.asarray(inside.resize((side, side), Image.Resampling.BOX))
-    cells = inside.reshape(side // factor, factor, side // factor, factor).max((1, 3)) > 0.0
+    mask = cut_square(mask, square, mode="constant")
+    drawn_size = settings.height, settings.height
+
+    def seen(image: np.ndarray) -> np.ndarray:
+        cut = Image.fromarray(cut_square(image, square, mode="edge"))
+        return np.asarray(cut.resize(drawn_size, Image.Resampling.LANCZOS))
+
+    inside = np.asarray(Image.fromarray(mask).resize(drawn_size, Image.Resampling.BOX))
     return _Cut(
         job=job,
         place=place,
-        mask=mask,
         square=square,
-        pixels=np.asarray(pixels.resize((side, side), Image.Resampling.LANCZOS)),
-        cells=cells,
+        mask=mask,
+        pixels=seen(image),
+        cells=touched_cells(inside, base.vae.downscale),
+        control=None if job.control is None else seen(job.control),
     )
 
 
@@ -258,21 +275,19 @@ def cut_square(image: np.ndarray, square: Square, *, mode: str) -> np.ndarray:
 
 def paste(
     image: UInt8[np.ndarray, "h w 3"],
-    drawn: UInt8[np.ndarray, "s s 3"],
-    mask: Float[np.ndarray, "h w"],
+    drawn: UInt8[np.ndarray, "r r 3"],
+    mask: Float[np.ndarray, "s s"],
     square: Square,
 ) -> UInt8[np.ndarray, "h w 3"]:
-    """The image with a square drawn in it, blended by the mask; untouched where that is 0."""
+    """The image with a square drawn in it, blended by its mask; untouched where that is 0."""
     left, top, side = square
     height, width = image.shape[:2]
     rows = slice(max(0, top), min(height, top + side))
     columns = slice(max(0, left), min(width, left + side))
-    resized = Image.fromarray(drawn).resize((side, side), Image.Resampling.LANCZOS)
-    new = np.asarray(resized)[rows.start - top : rows.stop - top]
-    new = new[:, columns.start - left : columns.stop - left].astype(np.float32)
-    share, old = mask[rows, columns, None], image[rows, columns]
+    own = np.s_[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    new = np.asarray(Image.fromarray(drawn).resize((side, side), Image.Resampling.LANCZOS))
     out = image.copy()
-    out[rows, columns] = np.where(share > 0, np.rint(old * (1 - share) + new * share), old)
+    out[rows, columns] = blend(image[rows, columns], new[own], mask[own])
     return out
 
 
@@ -287,25 +302,10 @@ def widen(mask: Float[np.ndarray, "h w"], grow: float, soften: float) -> Float[n
         slice(max(0, rows[0] - reach), rows[-1] + reach + 1),
         slice(max(0, columns[0] - reach), columns[-1] + reach + 1),
     )
-    away = _distances(inside[near], reach)
+    away = distance_transform_edt(~inside[near])
     out = np.zeros(mask.shape, np.float32)
     out[near] = np.clip(1.0 - np.maximum(away - grow, 0.0) / max(soften, 1e-6), 0.0, 1.0)
     return out
-
-
-def _distances(inside: Bool[np.ndarray, "h w"], reach: int) -> Float[np.ndarray, "h w"]:
-    """To the nearest pixel inside, exact up to ``reach``: along columns, then along rows."""
-    column = np.where(inside, 0.0, np.inf)
-    for row in range(1, len(column)):
-        column[row] = np.minimum(column[row], column[row - 1] + 1)
-    for row in range(len(column) - 2, -1, -1):
-        column[row] = np.minimum(column[row], column[row + 1] + 1)
-    squared = column**2
-    nearest = squared.copy()
-    for dx in range(1, min(reach, inside.shape[1] - 1) + 1):
-        np.minimum(nearest[:, dx:], squared[:, :-dx] + dx**2, out=nearest[:, dx:])
-        np.minimum(nearest[:, :-dx], squared[:, dx:] + dx**2, out=nearest[:, :-dx])
-    return np.sqrt(nearest)
 
 
 def _overlap(box: Sequence[float], other: Sequence[float]) -> float:

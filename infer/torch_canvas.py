@@ -1,77 +1,60 @@
-"""diffusers' masked image-to-image, with and without a ControlNet, as the JAX backend has it."""
+"""Masked image-to-image by diffusers' image-to-image pipelines, as the JAX backend has it.
 
-from typing import Any
+diffusers' inpainting pipelines take latents of 4 channels only. What they do beyond image-to-image
+is little: after each step the cells outside of the mask become the picture's own again. A callback
+does that here, for latents of any width.
+"""
 
-import diffusers
 import numpy as np
 import torch
+from diffusers import (
+    StableDiffusionControlNetImg2ImgPipeline,
+    StableDiffusionImg2ImgPipeline,
+)
+from torch import Tensor
 
 from infer.canvas import Canvas
 
 
-class _Canvas:
+class _OnCanvas:
     """What both pipelines do otherwise than diffusers' own.
 
-    The noise is given (as ``latents``), the picture's latents are the mean of their distribution,
-    and ``visited`` are the timesteps: a slice of PLMS' own would lack the step that warms it up.
+    The noise is given, the picture's latents are the mean of their distribution, and ``visited``
+    are the timesteps: a slice of PLMS' own would lack the step that warms it up.
     """
 
-    visited: np.ndarray
+    def put(self, canvas: Canvas, noise: Tensor, visited: np.ndarray) -> None:
+        """What the next call draws on, from which noise (b, c, h, w), at which timesteps."""
+        self._noise, self._visited = noise, torch.from_numpy(np.asarray(visited))
+        self._cells = torch.from_numpy(canvas.cells)[:, None].to(noise.device)
+        # A canvas of which everything is to be forgotten is none.
+        self._forgotten = canvas.strength == 1.0
+
+    def keep_outside(self, step: int, latents: Tensor) -> Tensor:
+        """The latents after a step, those of the picture outside of the mask."""
+        own = self._own
+        if step < len(self._timesteps) - 1:
+            following = self._timesteps[step + 1].expand(len(own))
+            own = self.scheduler.add_noise(own, self._noise, following)
+        return torch.where(self._cells, latents, own)
 
     def get_timesteps(self, num_inference_steps, strength, device):
         super().get_timesteps(num_inference_steps, strength, device)
-        timesteps = torch.from_numpy(np.asarray(self.visited))
         # The scheduler looks the next one up by its value.
-        timesteps = timesteps.to(device, self.scheduler.timesteps.dtype)
-        return timesteps, len(timesteps)
+        self._timesteps = self._visited.to(device, self.scheduler.timesteps.dtype)
+        return self._timesteps, len(self._timesteps)
 
-    def prepare_latents(
-        self,
-        batch_size,
-        num_channels_latents,
-        height,
-        width,
-        dtype,
-        device,
-        generator,
-        latents,
-        *,
-        image,
-        timestep,
-        is_strength_max,
-        return_noise,
-        return_image_latents,
-    ):
-        own = self._encode_vae_image(image.to(device, dtype), generator)
-        if is_strength_max:
-            noised = latents * self.scheduler.init_noise_sigma
-        else:
-            noised = self.scheduler.add_noise(own, latents, timestep)
-        return noised, latents, own
-
-    def prepare_mask_latents(self, mask, masked_image, batch_size, *rest):
-        # Only UNets made for inpainting look at the masked picture: encoding would be for nothing.
-        nothing = masked_image.new_zeros(batch_size, 4, 1, 1)
-        return super().prepare_mask_latents(mask, nothing, batch_size, *rest)
-
-    def _encode_vae_image(self, image, generator):
-        return self.vae.encode(image).latent_dist.mean * self.vae.config.scaling_factor
+    def prepare_latents(self, image, timestep, batch_size, count, dtype, device, generator=None):
+        encoded = self.vae.encode(image.to(device, dtype)).latent_dist.mean
+        self._own = encoded * self.vae.config.scaling_factor
+        if self._forgotten:
+            return self._noise * self.scheduler.init_noise_sigma
+        return self.scheduler.add_noise(self._own, self._noise, timestep)
 
 
-class OnCanvas(_Canvas, diffusers.StableDiffusionInpaintPipeline):
+class OnCanvas(_OnCanvas, StableDiffusionImg2ImgPipeline):
     """Masked image-to-image."""
 
 
-class OnCanvasUnderControl(_Canvas, diffusers.StableDiffusionControlNetInpaintPipeline):
+class OnCanvasUnderControl(_OnCanvas, StableDiffusionControlNetImg2ImgPipeline):
     """Masked image-to-image with a ControlNet."""
-
-
-def canvas_inputs(canvas: Canvas) -> dict[str, Any]:
-    """A canvas as diffusers takes it: channels first, and the cells as a mask of pixels."""
-    factor = canvas.images.shape[1] // canvas.cells.shape[1]
-    mask = canvas.cells.repeat(factor, 1).repeat(factor, 2)
-    return {
-        "image": torch.tensor(canvas.images).permute(0, 3, 1, 2).float() / 255,
-        "mask_image": torch.from_numpy(mask)[:, None].float(),
-        "strength": canvas.strength,
-    }

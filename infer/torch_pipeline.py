@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
@@ -23,7 +23,7 @@ from infer.canvas import Canvas
 from infer.hub import find_face_files
 from infer.pipeline import Drawer
 from infer.request import Settings
-from infer.torch_canvas import OnCanvas, OnCanvasUnderControl, canvas_inputs
+from infer.torch_canvas import OnCanvas, OnCanvasUnderControl
 from infer.torch_fact import FactTorch, load_fact
 from infer.torch_lora import merge_lora
 from infer.torch_steering import strengths
@@ -101,19 +101,24 @@ class TorchPipeline(Drawer):
         """One picture for each prompt, seed and person (``infer.pipeline.Drawer``)."""
         name, extra = DIFFUSERS_SCHEDULERS[settings.sampler]
         scheduler = getattr(diffusers, name).from_config(self.base.schedule.to_dict(), **extra)
-        height, width = self.base.latent_size(settings)
-        factor, start = self.base.vae.downscale, 0
+        (height, width), start = self.base.latent_size(settings), 0
         if canvas is not None:
             canvas.check(self.base, settings, len(prompts))
             start = canvas.start(settings.steps)
         indices, timesteps = model_calls(
             settings.sampler, self.base.schedule, settings.steps, start
         )
-        pipe, inputs = self._pipe_for(canvas, control, control_scale, len(prompts))
+        pipe = self._pipe_for(canvas, control)
         pipe.scheduler = scheduler
-        if canvas is not None:
-            pipe.visited = timesteps
         pipe.set_progress_bar_config(disable=True)
+        noise = self._noise(seeds, height, width)
+        inputs = _control_inputs(canvas, control, control_scale, len(prompts))
+        if canvas is None:
+            factor = self.base.vae.downscale
+            inputs |= {"height": height * factor, "width": width * factor, "latents": noise}
+        else:
+            pipe.put(canvas, noise, timesteps)
+            inputs |= {"image": _pixels(canvas.images), "strength": canvas.strength}
         text = self._text([settings.negative, *prompts])
         face = contextlib.nullcontext()
         if crops is not None:
@@ -131,40 +136,28 @@ class TorchPipeline(Drawer):
                 negative_prompt_embeds=text[:1].expand_as(text[1:]),
                 guidance_scale=settings.guidance.text,
                 num_inference_steps=settings.steps,
-                height=height * factor,
-                width=width * factor,
-                latents=self._noise(seeds, height, width),
                 generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-                callback_on_step_end=None if bar is None else _ticking(bar),
+                callback_on_step_end=_after_step(canvas is not None, bar),
                 output_type="np",
                 **inputs,
             ).images
         return np.round(255 * pictures).astype(np.uint8)
 
     def _pipe_for(
-        self, canvas: Canvas | None, control: np.ndarray | None, control_scale: float, count: int
-    ) -> tuple[diffusers.DiffusionPipeline, dict[str, Any]]:
-        """The pipeline of diffusers that takes what is given, and what it is to be given of it."""
-        inputs = {} if canvas is None else canvas_inputs(canvas)
+        self, canvas: Canvas | None, control: np.ndarray | None
+    ) -> diffusers.DiffusionPipeline:
+        """The pipeline of diffusers that takes what is given."""
+        if control is None and canvas is None:
+            return self.pipe
         parts = self.pipe.components | {"requires_safety_checker": False}
-        if canvas is not None and (channels := self.base.unet.in_channels) != 4:
-            raise UserError(
-                "diffusers draws over a picture only with latents of 4 channels, "
-                f"{self.base.name} has {channels}: use --backend flax"
-            )
         if control is None:
-            return (self.pipe if canvas is None else OnCanvas(**parts)), inputs
+            return OnCanvas(**parts)
         if self.controlnet is None:
             raise UserError("a control picture was given, but no ControlNet to look at it")
-        parts["controlnet"] = self.controlnet
-        pictures = torch.tensor(control).permute(0, 3, 1, 2).float() / 255
-        inputs["controlnet_conditioning_scale"] = control_scale
-        name = "image" if canvas is None else "control_image"
-        inputs[name] = pictures.expand(count, -1, -1, -1)
         kind = OnCanvasUnderControl
         if canvas is None:
             kind = diffusers.StableDiffusionControlNetPipeline
-        return kind(**parts), inputs
+        return kind(**parts, controlnet=self.controlnet)
 
     def _text(self, prompts: Sequence[str]) -> torch.Tensor:
         ids, _ = tokenize(self.base.tokenizer, prompts)
@@ -178,9 +171,28 @@ class TorchPipeline(Drawer):
         return torch.from_numpy(noise).permute(0, 3, 1, 2).to(self.pipe.device, self.pipe.dtype)
 
 
-def _ticking(bar: tqdm):
-    def tick(pipe, i, t, kwargs):
-        bar.update()
-        return kwargs
+def _control_inputs(
+    canvas: Canvas | None, control: np.ndarray | None, scale: float, count: int
+) -> dict[str, Any]:
+    """What a ControlNet is given, under the names that its pipeline has for it."""
+    if control is None:
+        return {}
+    name = "image" if canvas is None else "control_image"
+    pictures = _pixels(control).expand(count, -1, -1, -1)
+    return {name: pictures, "controlnet_conditioning_scale": scale}
 
-    return tick
+
+def _pixels(images: UInt8[np.ndarray, "b h w 3"]) -> torch.Tensor:
+    """Pictures as diffusers takes them: channels first, in [0, 1]."""
+    return torch.tensor(images).permute(0, 3, 1, 2).float() / 255
+
+
+def _after_step(on_canvas: bool, bar: tqdm | None) -> Callable[..., dict]:
+    def after(pipe: Any, step: int, t: torch.Tensor, values: dict) -> dict:
+        if on_canvas:
+            values["latents"] = pipe.keep_outside(step, values["latents"])
+        if bar is not None:
+            bar.update()
+        return values
+
+    return after

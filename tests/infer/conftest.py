@@ -84,6 +84,36 @@ def files(base_folder, tmp_path_factory) -> Files:
     return Files(base_folder, folder / "adapter.safetensors", folder / "encoder", *photos)
 
 
+@pytest.fixture(scope="session")
+def steered(base_folder, tmp_path_factory):
+    """A random ControlNet for the base, and a LoRA of one layer of the UNet and one of the text."""
+    from diffusers import ControlNetModel, UNet2DConditionModel
+    from safetensors.numpy import save_file
+    from torch import Generator, no_grad, randn
+
+    folder, generator = tmp_path_factory.mktemp("steered"), Generator().manual_seed(5)
+    unet = UNet2DConditionModel.from_pretrained(base_folder / "unet")
+    controlnet = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
+    with no_grad():
+        for weight in controlnet.parameters():
+            # Convolutions that start at zero would hide everything before them.
+            if weight.ndim == 4 and not weight.any():
+                weight += randn(weight.shape, generator=generator) / weight[0].numel() ** 0.5
+    controlnet.save_pretrained(folder / "controlnet")
+    draw = np.random.default_rng(6)
+    layers = {
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q": 8,
+        "lora_te_text_model_encoder_layers_0_self_attn_v_proj": 24,
+    }
+    state = {}
+    for name, width in layers.items():
+        state[f"{name}.lora_down.weight"] = draw.normal(size=(2, width)).astype(np.float32)
+        state[f"{name}.lora_up.weight"] = draw.normal(size=(width, 2)).astype(np.float32)
+        state[f"{name}.alpha"] = np.array(1.0, np.float32)
+    save_file(state, folder / "lora.safetensors")
+    return folder, controlnet, state
+
+
 def _amplify(state: dict) -> dict:
     """Fresh layers whisper: a face must change a picture by far more than backends differ."""
     for tensor in state.values():

@@ -10,6 +10,7 @@ from PIL import Image
 
 from fact_jax.samplers import SAMPLERS
 from infer.cli import main
+from infer.provenance import read_text
 
 
 @pytest.fixture
@@ -58,6 +59,10 @@ def test_generate(arguments, backend, files, tmp_path, capsys):
     changed = replaced(arguments, "--prompt", words)
     options = ["--backend", backend, "--count", "2", "--seed", "5", "--face-scale", "0.5"]
     options += ["--block-scale", "up=0.5", "--image", str(files.photo), "--strength", "0.5"]
+    mask = np.zeros((72, 64), np.uint8)
+    mask[20:50, 10:41] = 255
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    options += ["--image-mask", str(tmp_path / "mask.png")]
     assert main([*changed, *options, "--width", "64", "--height", "72"]) == 0
     out, err = capsys.readouterr()
     paths = [tmp_path / "out" / name.rsplit("/")[-1] for name in out.split()]
@@ -68,11 +73,17 @@ def test_generate(arguments, backend, files, tmp_path, capsys):
     assert f"note: {files.photo}: head from an ellipse fitted to the points" in err.splitlines()
     with Image.open(paths[1]) as picture:
         assert picture.size == (64, 72)
-        values = json.loads(picture.text["fact_jax"])
+        values, drawn = json.loads(picture.text["fact_jax"]), np.asarray(picture)
     assert (values["seed"], values["backend"], values["prompt"]) == (6, backend, words)
     assert values["face"]["face_scale"] == 0.5
     assert values["face"]["block_scales"] == [["up", 0.5]]
-    assert (values["image"], values["strength"]) == ("one.png", 0.5)
+    with Image.open(files.photo) as photo:
+        changed = (np.asarray(photo) != drawn).any(-1)
+    assert not changed[mask == 0].any()
+    assert changed[mask > 0].mean() > 0.9
+    assert (values["image"], values["image mask"]) == ("one.png", "mask.png")
+    assert values["strength"] == 0.5
+    assert read_text(paths[1])["source"] == "compositeWithTrainedAlgorithmicMedia"
     assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in paths}
 
 
@@ -158,6 +169,11 @@ def test_bad_input_is_one_line(arguments, files, tmp_path, option, value, messag
         (["--face-scale", "1,"], "'1,' is not a number, or several: X,X"),
         (["--face-cap", "0"], "cap of the face's increment must be above 0"),
         (["--image", "PHOTO"], "one.png is 64 x 72, what is drawn will be 32 x 32"),
+        (["--image-mask", "PHOTO"], "no image to draw over"),
+        (
+            ["--image-mask", "MASK", "--image", "PHOTO", "--width", "64", "--height", "72"],
+            "is 8 x 8 and black: it must be white where",
+        ),
         (["--control", "PHOTO"], "--control and --controlnet belong together"),
         (["--strength", "2", "--image", "PHOTO", "--width", "64", "--height", "72"], "strength"),
         (["--block-scale", "up"], "'up': a name, = and a number are wanted"),
@@ -170,8 +186,10 @@ def test_bad_input_is_one_line(arguments, files, tmp_path, option, value, messag
         (["--backend", "numpy"], "invalid choice: 'numpy'"),
     ],
 )
-def test_bad_options_are_one_line(arguments, files, options, message, capsys):
-    options = [str(files.photo) if option == "PHOTO" else option for option in options]
+def test_bad_options_are_one_line(arguments, files, options, message, capsys, tmp_path):
+    Image.new("L", (8, 8)).save(tmp_path / "mask.png")
+    places = {"PHOTO": str(files.photo), "MASK": str(tmp_path / "mask.png")}
+    options = [places.get(option, option) for option in options]
     assert status(arguments + options) == 2
     _, err = capsys.readouterr()
     assert err.startswith("error: ")

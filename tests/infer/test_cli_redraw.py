@@ -64,7 +64,17 @@ def test_by_a_box_and_all_of_them(command, template, capsys):
     ("options", "message"),
     [
         (["--face", 2], "no face 2 in group.png: 2 found"),
-        (["--face", 0, "--box", "0,0,1,1"], "once for each --photo"),
+        (["--face", 0, "--box", "0,0,1,1"], "once for each person"),
+        (["--area", "TEMPLATE", "--area", "TEMPLATE"], "give --area once for each person"),
+        (["--area", "PHOTO"], "has colours: a mask is grey"),
+        (["--area", "SMALL"], "the mask for group.png is 20 x 30, the template is 140 x 90"),
+        (["--control", "PHOTO"], "--control and --controlnet belong together"),
+        (["--controlnet", "X", "--control", "SMALL", "--control", "SMALL"], "for each template"),
+        (["--controlnet", "X", "--control", "SMALL"], "the control picture for group.png is 20 x"),
+        (["--person", 1], "photos must be of person 0"),
+        (["--face-start", 0.8, "--face-stop", 0.2], "0 <= start <= stop <= 1"),
+        (["--block-scale", "top=1"], "'top': found in the path of no block"),
+        (["--control-scale", 3], "control scale must lie in 0..2"),
         (["--box", "1,2,3"], "--box 1,2,3: expected left,top,right,bottom"),
         (["--box", "66,0,68,4"], "no face of group.png lies in the box"),
         (["--strength", 0], "strength must lie above 0"),
@@ -72,13 +82,56 @@ def test_by_a_box_and_all_of_them(command, template, capsys):
         (["--soften", -1], "soften must lie in 0..1"),
     ],
 )
-def test_bad_input_is_one_line(command, options, message, capsys, tmp_path):
-    assert main(command(*options)) == 2
+def test_bad_input_is_one_line(command, files, template, options, message, capsys, tmp_path):
+    Image.new("L", (20, 30), "white").save(tmp_path / "small.png")
+    files = {"TEMPLATE": template, "PHOTO": files.photo, "SMALL": tmp_path / "small.png"}
+    assert main(command(*(files.get(option, option) for option in options))) == 2
     err = capsys.readouterr().err
     assert message in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
 
 
-def test_two_photos_for_one_face(command, files, capsys):
+def test_two_people_for_one_face(command, files, capsys):
     assert main(command("--photo", files.other_photo, "--face", 1, "--face", 1)) == 2
-    assert "two photos are meant for the same face" in capsys.readouterr().err
+    assert "two people are meant for the same face" in capsys.readouterr().err
+
+
+def pixels(path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image).astype(int)
+
+
+def test_an_area_instead_of_the_face(command, template, tmp_path, capsys):
+    area = np.zeros((90, 140), np.uint8)
+    area[50:80, 20:50] = 255
+    Image.fromarray(area).save(tmp_path / "area.png")
+    wanted = ("--face", 0, "--area", tmp_path / "area.png", "--grow", 0, "--soften", 0)
+    assert main(command(*wanted)) == 0
+    different = (pixels(capsys.readouterr().out.split()[0]) != pixels(template)).any(-1)
+    assert not different[area == 0].any()
+    assert different[area > 0].mean() > 0.9
+
+
+def test_what_steers_a_redrawing(command, files, steered, template, capsys):
+    """Another photo of the person, a LoRA, a ControlNet, a window of nothing: each counts."""
+    folder, _, _ = steered
+    net = ("--controlnet", folder / "controlnet", "--control", template)
+    drawn = {}
+    for name, options in {
+        "plain": (),
+        "two photos": ("--photo", files.other_photo, "--person", 0, "--person", 0),
+        "lora": ("--lora", f"{folder / 'lora.safetensors'}=0.8"),
+        "control": net,
+        "less control": (*net, "--control-scale", 0.3),
+        "no face": ("--face-stop", 0),
+    }.items():
+        assert main(command("--face", 0, *options)) == 0, name
+        path = capsys.readouterr().out.split()[0]
+        drawn[name] = pixels(path)
+    said = read_text(path)["parameters"]
+    assert "face stop: 0.0" in said
+    for name, picture in drawn.items():
+        for other, compared in drawn.items():
+            assert name == other or (picture != compared).any(), (name, other)
+    far = (pixels(template) == drawn["control"]).all(-1)
+    assert far[:, 75:].all()
