@@ -42,6 +42,7 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default="sd15")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--batch", type=int, default=2, help="samples in a call of the UNet")
+    parser.add_argument("--cells", type=int, help="side of the latents (default: the size's own)")
     parser.add_argument("--runs", type=int, default=3, help="timed calls of each side")
     parser.add_argument("--device", default=None, help="of PyTorch (default: CUDA if there is one)")
     parser.add_argument("--compile", action="store_true", help="torch.compile the UNet")
@@ -59,11 +60,11 @@ def main() -> int:
     if arguments.in_process == "torch":
         from benchmarks.inference_torch import measure
 
-        print(json.dumps(measure(SIZES[arguments.size], arguments)))
+        print(json.dumps(measure(_size(arguments), arguments)))
     elif arguments.in_process == "jax":
         from benchmarks.inference_jax import measure
 
-        print(json.dumps(measure(SIZES[arguments.size], arguments)))
+        print(json.dumps(measure(_size(arguments), arguments)))
     elif arguments.pictures:
         _report_pictures(_run("torch"))
     else:
@@ -72,6 +73,11 @@ def main() -> int:
             found["seconds"] |= _run("jax")
         _report_calls(found)
     return 0
+
+
+def _size(arguments: argparse.Namespace) -> Size:
+    size = SIZES[arguments.size]
+    return dataclasses.replace(size, cells=arguments.cells or size.cells)
 
 
 def _run(library: str) -> dict:

@@ -117,7 +117,10 @@ def local_folder(name: str | os.PathLike, patterns: Iterable[str], variant: str 
     if path.is_dir():
         return path
     if path.exists():
-        raise UserError(f"{path}: not a folder")
+        raise UserError(
+            f"{path}: not a folder in diffusers' layout; of a single file `fact-convert to-torch` "
+            "makes one"
+        )
     if not _HUB_NAME.fullmatch(str(name)) or path.parent.exists():
         raise UserError(f"{path}: no such folder")
     from huggingface_hub import snapshot_download
