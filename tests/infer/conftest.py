@@ -84,6 +84,28 @@ def files(base_folder, tmp_path_factory) -> Files:
     return Files(base_folder, folder / "adapter.safetensors", folder / "encoder", *photos)
 
 
+@pytest.fixture(scope="module")
+def flax(files):
+    """The JAX backend with the face in it."""
+    from infer.flax_pipeline import FlaxPipeline
+
+    return FlaxPipeline.load(files.base, files.adapter, files.encoder)
+
+
+@pytest.fixture(scope="module")
+def torch(files):
+    """Its twin in PyTorch."""
+    from infer.torch_pipeline import TorchPipeline
+
+    return TorchPipeline.load(files.base, files.adapter, files.encoder)
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> float:
+    """Of two arrays of 8-bit pictures: the mean, in 255ths."""
+    assert one.shape == other.shape
+    return float(np.abs(one.astype(float) - other).mean())
+
+
 @pytest.fixture(scope="session")
 def steered(base_folder, tmp_path_factory):
     """A random ControlNet for the base, and a LoRA of one layer of the UNet and one of the text."""

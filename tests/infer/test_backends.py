@@ -16,6 +16,7 @@ from infer.photos import prepare_crops
 from infer.pipeline import generate_batches
 from infer.request import Photo, Request
 from infer.torch_pipeline import TorchPipeline
+from tests.infer.conftest import difference
 
 # Mean difference of 8-bit pictures; the rest is rounding of the two libraries' sums.
 SAME = 1.0
@@ -23,23 +24,8 @@ OTHER = 3.0
 
 
 @pytest.fixture(scope="module")
-def flax(files):
-    return FlaxPipeline.load(files.base, files.adapter, files.encoder)
-
-
-@pytest.fixture(scope="module")
-def torch(files):
-    return TorchPipeline.load(files.base, files.adapter, files.encoder)
-
-
-@pytest.fixture(scope="module")
 def crops(files):
     return prepare_crops([Photo(path=files.photo), Photo(path=files.other_photo)], 32)[0]
-
-
-def difference(one: np.ndarray, other: np.ndarray) -> float:
-    assert one.shape == other.shape
-    return float(np.abs(one.astype(float) - other).mean())
 
 
 def request(**changes) -> Request:

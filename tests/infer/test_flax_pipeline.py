@@ -16,6 +16,7 @@ from infer.flax_pipeline import FlaxPipeline
 from infer.photos import prepare_crops
 from infer.request import Photo, Settings
 from infer.torch_pipeline import TorchPipeline
+from tests.infer.conftest import difference
 
 # Mean difference of 8-bit pictures; the rest is rounding of the two libraries' sums.
 SAME, OTHER = 1.0, 3.0
@@ -23,23 +24,8 @@ PROMPTS, SEEDS = ("a smiling woman", "a man in a red coat"), (3, 4)
 
 
 @pytest.fixture(scope="module")
-def flax(files):
-    return FlaxPipeline.load(files.base, files.adapter, files.encoder)
-
-
-@pytest.fixture(scope="module")
-def torch(files):
-    return TorchPipeline.load(files.base, files.adapter, files.encoder)
-
-
-@pytest.fixture(scope="module")
 def crops(files):
     return prepare_crops([Photo(path=files.photo), Photo(path=files.other_photo)], 32)[0][None]
-
-
-def difference(one: np.ndarray, other: np.ndarray) -> float:
-    assert one.shape == other.shape
-    return float(np.abs(one.astype(float) - other).mean())
 
 
 def test_controls_of_both_backends_in_one_program(flax, torch, crops):
