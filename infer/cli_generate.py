@@ -230,7 +230,7 @@ def _save_sheet(written: list, arguments: argparse.Namespace) -> Path:
     labels = []
     for _, values in written:
         likeness = values.get("similarity")
-        labels.append(f"seed {values['seed']}" + (f"  {likeness:.2f}" if likeness else ""))
+        labels.append(f"seed {values['seed']}" + ("" if likeness is None else f"  {likeness:.2f}"))
     sheet = labelled_sheet(
         [image for image, _ in written], labels, arguments.best or arguments.count
     )
