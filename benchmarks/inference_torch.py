@@ -99,7 +99,7 @@ def _adapted(unet, adapters: dict[str, FaceProcessor], kind: type) -> Iterator[F
         yield context
     finally:
         for processor in installed(unet).values():
-            processor.keys = processor.text = None
+            processor.forget()
             processor.remove()
 
 

@@ -80,6 +80,9 @@ class FactTorch:
         and the timesteps of the pipe's scheduler, whichever that is. With ``regions``
         (``fact_jax.regions``) a row holds the tokens of several people, an equal share each.
         """
+        inside = installed(self.pipe.unet).values()
+        if not inside or any(processor.context is not self.context for processor in inside):
+            raise UserError("this adapter is no longer in the pipe: load_fact it again")
         photos = face.shape[1] // self.resampler.config.num_queries
         null = self.null_tokens(photos).to(face).expand_as(face)
         branches = [face]

@@ -109,6 +109,10 @@ class FaceProcessor(nn.Module):
         del block.attn2.set_processor, block.attn2.get_processor
         block.attn2.set_processor(self.inner)
 
+    def forget(self) -> None:
+        """Drop what belongs to a generation."""
+        self.keys = self.text = self._increment = None
+
     def face_keys(self, face: Tensor) -> Keys:
         """Keys and values (b, m, c) of face tokens."""
         tokens = self.norm1(self.linear(face))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from diffusers.utils import USE_PEFT_BACKEND, scale_lora_layers, unscale_lora_layers
 from torch import Tensor, nn
 
 from fact_jax.errors import UserError
@@ -38,10 +39,13 @@ class Steering:
         self._timesteps: Tensor | None = None
         self._coming: Iterator[Tensor | None] = iter(())
         self._text: Tensor | None = None
+        self._lora = 1.0
 
     @contextlib.contextmanager
     def through(self, branches: Sequence[Tensor]) -> Iterator[None]:
         """While this is entered, the UNet draws the faces (b, m, d) of these branches."""
+        if self.context.guidance is not None:
+            raise UserError("faces are being drawn already: leave that `with` before the next")
         unet = self.pipe.unet
         hooks = [
             unet.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -72,9 +76,9 @@ class Steering:
         self.context.guidance = self.guidance
 
     def _forget(self) -> None:
-        """Leave nothing of the generation behind."""
+        """Leave nothing of the generation behind, even if it ended within a block."""
         for processor in self.processors.values():
-            processor.keys = processor.text = None
+            processor.forget()
         self.context.guidance = self.context.scale = self.context.regions = None
 
     # Which call this is, torch.compile need not know: it would compile each of them.
@@ -90,8 +94,9 @@ class Steering:
         except StopIteration:
             raise UserError("the pipe takes more steps than the adapter was told of") from None
         text = kwargs.pop("encoder_hidden_states")
+        lora = (kwargs.get("cross_attention_kwargs") or {}).get("scale", 1.0)
         args, kwargs = (self._widen(values, len(sample)) for values in (args, kwargs))
-        return args, kwargs | {"encoder_hidden_states": self._read(text, sample.device)}
+        return args, kwargs | {"encoder_hidden_states": self._read(text, lora)}
 
     @torch.compiler.disable
     def _after(self, unet: nn.Module, args: tuple, output: tuple[Tensor, ...]) -> Any:
@@ -146,17 +151,22 @@ class Steering:
         calls = timesteps[-getattr(self.pipe, "num_timesteps", len(timesteps)) :]
         return strengths(self.guidance, [steps[t] for t in calls], len(steps))
 
-    def _read(self, text: Tensor, device: torch.device) -> Tensor:
-        """The text of all branches; the same as in the call before has its keys already."""
-        if text is not self._text:
-            self._text, self._widened, self._unread = text, self._widen(text, len(text)), True
+    def _read(self, text: Tensor, lora: float) -> Tensor:
+        """The text of all branches; the same as in the call before has its keys already.
+
+        ``lora`` is what diffusers will multiply LoRA layers by inside the call.
+        """
+        if text is not self._text or lora != self._lora:
+            self._text, self._lora = text, lora
+            self._widened, self._unread = self._widen(text, len(text)), True
             for processor in self.processors.values():
                 processor.text = None
         # Under CPU offload the UNet only comes to the device after this hook, the first time.
-        if self._unread and self.pipe.unet.device == device:
+        if self._unread and self.pipe.unet.device == text.device:
             self._unread = False
-            for processor in self.processors.values():
-                processor.text = processor.text_keys(self._widened)
+            with _scaled_lora(self.pipe.unet, lora):
+                for processor in self.processors.values():
+                    processor.text = processor.text_keys(self._widened)
         return self._widened
 
     def _widen(self, value: Any, batch: int) -> Any:
@@ -170,6 +180,19 @@ class Steering:
         if isinstance(value, tuple | list):
             return type(value)(self._widen(part, batch) for part in value)
         return value
+
+
+@contextlib.contextmanager
+def _scaled_lora(unet: nn.Module, scale: float) -> Iterator[None]:
+    """LoRA layers multiplied as diffusers has them inside a call of the UNet."""
+    if not USE_PEFT_BACKEND:
+        yield
+        return
+    scale_lora_layers(unet, scale)
+    try:
+        yield
+    finally:
+        unscale_lora_layers(unet, scale)
 
 
 def strengths(guidance: Guidance, indices: Sequence[int], steps: int) -> list[float]:

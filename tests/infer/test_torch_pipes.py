@@ -273,11 +273,12 @@ def test_offloaded_models(fact, pipe):
     finally:
         hook.remove()
     again = copy.deepcopy(pipe.unet)
+    context = next(iter(installed(again).values())).context
     accelerate.cpu_offload(again, "cpu")
     sequential = pipe.__class__(**{**pipe.components, "unet": again}, requires_safety_checker=False)
     with (
         pytest.raises(UserError, match="use enable_model_cpu_offload instead"),
-        dataclasses.replace(fact, pipe=sequential).face(face, GUIDANCE),
+        dataclasses.replace(fact, pipe=sequential, context=context).face(face, GUIDANCE),
     ):
         pass
 
@@ -330,12 +331,57 @@ def test_lora_of_diffusers_before_or_after(pipe, files):
             np.testing.assert_array_equal(draw(pipe), after)
         assert np.abs(after - alone).mean() > 0.01
         assert np.abs(after - styled).mean() > 0.01
+        # What a call scales its LoRA by reaches the text's keys, which are read before it.
+        half = {"cross_attention_kwargs": {"scale": 0.5}}
+        with fact.face(face, dataclasses.replace(GUIDANCE, start=1.0)):
+            silent = draw(pipe, **half)
+        np.testing.assert_array_equal(silent, draw(pipe, **half))
+        assert np.abs(silent - styled).mean() > 0.001
         unload_fact(pipe)
         np.testing.assert_array_equal(draw(pipe), styled)
     finally:
         pipe.unload_lora_weights()
         unload_fact(pipe)
     np.testing.assert_array_equal(draw(pipe), base)
+
+
+def test_an_error_within_a_block_leaves_nothing_behind(fact, pipe):
+    base = draw(pipe)
+
+    def fail(*_):
+        raise MemoryError
+
+    norm = pipe.unet.mid_block.attentions[0].transformer_blocks[0].norm2
+    hook = norm.register_forward_hook(fail)
+    with fact.face(people(fact), GUIDANCE), pytest.raises(MemoryError):
+        draw(pipe)
+    hook.remove()
+    np.testing.assert_array_equal(draw(pipe), base)
+
+
+def test_what_is_over_or_nested_is_refused(pipe, files):
+    fact = load_fact(pipe, files.adapter, files.encoder)
+    face = people(fact)
+    with fact.face(face, GUIDANCE):
+        drawn = draw(pipe)
+        with (
+            pytest.raises(UserError, match="being drawn already"),
+            fact.face(face, GUIDANCE),
+        ):
+            pass
+        np.testing.assert_array_equal(draw(pipe), drawn)
+    unload_fact(pipe)
+    try:
+        for again in (False, True):
+            if again:
+                load_fact(pipe, files.adapter, files.encoder)
+            with (
+                pytest.raises(UserError, match="no longer in the pipe"),
+                fact.face(face, GUIDANCE),
+            ):
+                pass
+    finally:
+        unload_fact(pipe)
 
 
 @contextlib.contextmanager
