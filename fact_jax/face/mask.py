@@ -143,14 +143,23 @@ def _ellipse(
     """An ellipse of the template in the photo; its distance is to first order, f / |grad f|."""
     to_template = similarity_transform(points, ARCFACE_TEMPLATE)
     scale = np.hypot(to_template[0, 0], to_template[1, 0])
-    rows, columns = np.mgrid[: shape[0], : shape[1]].astype(np.float64)
+    # In a large photo it is small: beyond a circle around it there is nothing to compute.
+    middle = transform_points(np.array([centre]), invert_affine(to_template))[0]
+    reach = max(half_axes) / scale + 2
+    low, high = (
+        np.clip(np.floor(middle[::-1] + side), 0, shape).astype(int) for side in (-reach, reach + 1)
+    )
+    window = tuple(slice(*ends) for ends in zip(low, high, strict=True))
+    rows, columns = np.mgrid[window].astype(np.float64)
     where = transform_points(np.stack([columns, rows], -1).reshape(-1, 2), to_template)
     unit = (where - centre) / half_axes
     radius = np.linalg.norm(unit, axis=-1)
     slope = np.linalg.norm(unit / half_axes, axis=-1)
     # Both vanish at the centre, where any length will do.
     distance = (radius - 1.0) * (radius + 1e-6) / (slope + 1e-8) / scale
-    return np.clip(0.5 - distance, 0.0, 1.0).reshape(shape).astype(np.float32)
+    mask = np.zeros(shape, np.float32)
+    mask[window] = np.clip(0.5 - distance, 0.0, 1.0).reshape(rows.shape)
+    return mask
 
 
 def crop_square(points: Float[np.ndarray, "5 2"], size: float = 112.0) -> Float[np.ndarray, "4"]:
