@@ -1,17 +1,38 @@
 """A ControlNet as diffusers' folder, read and written."""
 
 import os
+from pathlib import Path
 
 import jax.numpy as jnp
 
 from converters.pipeline import save_part
 from converters.readers import local_folder, read_json, read_weights
-from converters.weights import load_state
+from converters.weights import load_state, read_config
 from converters.writers import whole_folder
 from fact_jax.errors import UserError
-from fact_jax.models.controlnet import ControlNet
+from fact_jax.models.controlnet import ControlNet, ControlNetConfig
 
 _STEM = "diffusion_pytorch_model"
+
+
+def find_controlnet(
+    path: str | os.PathLike, variant: str | None = None, *, weights: bool = True
+) -> tuple[Path, ControlNetConfig]:
+    """The folder of a ControlNet, fetched from the Hub if it is a repository's name; its config.
+
+    Without ``weights`` only the configuration is. Raises UserError if it is something else.
+    """
+    dotted = f".{variant}" if variant else ""
+    files = (f"{_STEM}{dotted}.safetensors", f"{_STEM}*.safetensors.index*.json") if weights else ()
+    folder = local_folder(path, ("config.json", *files), variant, weights=weights)
+    config = read_json(folder / "config.json")
+    kind = config.get("_class_name", "ControlNetModel")
+    if kind != "ControlNetModel":
+        raise UserError(f"{folder}: not a ControlNet but a {kind}")
+    try:
+        return folder, read_config("controlnet", config)
+    except UserError as err:
+        raise UserError(f"{folder}: {err}") from err
 
 
 def load_controlnet(
@@ -22,11 +43,8 @@ def load_controlnet(
     ``variant`` (as fp16) picks the weight files of that name; parameters are of ``dtype``
     whatever the files hold. Raises UserError naming the folder and what is wrong with it.
     """
-    dotted = f".{variant}" if variant else ""
-    names = ("config.json", f"{_STEM}{dotted}.safetensors", f"{_STEM}*.safetensors.index*.json")
-    folder = local_folder(path, names, variant)
+    folder, config = find_controlnet(path, variant)
     try:
-        config = read_json(folder / "config.json")
         return load_state("controlnet", read_weights(folder, _STEM, variant), config, dtype=dtype)
     except UserError as err:
         where = "" if str(err).startswith(str(folder)) else f"{folder}: "

@@ -43,6 +43,20 @@ class Pipeline:
     scheduler_class: str = "DDIMScheduler"
 
 
+def find_pipeline(
+    path: str | os.PathLike, variant: str | None = None, *, weights: bool = True
+) -> Path:
+    """The folder of a whole pipeline, fetched from the Hub if it is a repository's name.
+
+    Without ``weights`` only the small files are. Raises UserError if a part is missing.
+    """
+    folder = local_folder(path, _SMALL_FILES, variant, weights=weights)
+    absent = [part for part in (*PARTS, "tokenizer", "scheduler") if not (folder / part).is_dir()]
+    if absent:
+        raise UserError(f"{folder}: not a whole diffusers pipeline: it has no {', '.join(absent)}")
+    return folder
+
+
 def load_pipeline(
     path: str | os.PathLike, *, variant: str | None = None, dtype=jnp.float32
 ) -> Pipeline:
@@ -51,10 +65,7 @@ def load_pipeline(
     ``variant`` (as fp16) picks the weight files of that name; parameters are of ``dtype``
     whatever the files hold. Raises UserError naming the folder and what is wrong with it.
     """
-    folder = local_folder(path, _SMALL_FILES, variant)
-    absent = [part for part in (*PARTS, "tokenizer", "scheduler") if not (folder / part).is_dir()]
-    if absent:
-        raise UserError(f"{folder}: not a whole diffusers pipeline: it has no {', '.join(absent)}")
+    folder = find_pipeline(path, variant)
     models = {part: load_part(folder / part, variant=variant, dtype=dtype) for part in PARTS}
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     longest = models["text_encoder"].config.max_position_embeddings

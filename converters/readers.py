@@ -108,10 +108,17 @@ def _stays(folder: Path, name: str) -> bool:
     return found.parent in (home, *blobs)
 
 
-def local_folder(name: str | os.PathLike, patterns: Iterable[str], variant: str | None) -> Path:
+def local_folder(
+    name: str | os.PathLike,
+    patterns: Iterable[str],
+    variant: str | None,
+    *,
+    weights: bool = True,
+) -> Path:
     """``name`` itself if it is a folder, else the folder of the Hub repository of that name.
 
-    ``patterns`` are the small files to fetch; of the weights only safetensors of the variant are.
+    ``patterns`` are the small files to fetch; of the weights only safetensors of the variant are,
+    and without ``weights`` none.
     """
     path = Path(name)
     if path.is_dir():
@@ -125,9 +132,12 @@ def local_folder(name: str | os.PathLike, patterns: Iterable[str], variant: str 
         raise UserError(f"{path}: no such folder")
     from huggingface_hub import snapshot_download
 
-    weights = [f"*/*.{variant}*safetensors"] if variant else ["*/*model*.safetensors"]
+    wanted = [f"*/*.{variant}*safetensors"] if variant else ["*/*model*.safetensors"]
+    unwanted = ["safety_checker/*", *([] if variant else ["*.fp16.*", "*.non_ema.*"])]
+    wanted = [*patterns, *(wanted if weights else ())]
     try:
-        return Path(snapshot_download(str(name), allow_patterns=[*patterns, *weights]))
+        found = snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=unwanted)
+        return Path(found)
     except Exception as err:  # the client has a dozen sorts for offline, absent and forbidden
         line = str(err).strip().splitlines()
         raise UserError(

@@ -4,11 +4,14 @@ import dataclasses
 import functools
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from converters.adapter import check_blocks, read_metadata, split_state
+from converters.controlnet import find_controlnet
 from converters.encoder import infer_encoder
-from converters.readers import State, local_folder, read_file, read_json
+from converters.pipeline import find_pipeline
+from converters.readers import State, read_file, read_json
 from converters.tokenizer import Tokenizer, read_tokenizer, tokenize
 from fact_jax.errors import UserError
 from fact_jax.models.transface import TransFaceConfig
@@ -16,17 +19,18 @@ from fact_jax.models.unet import UNetConfig
 from fact_jax.models.vae import VAEConfig
 from fact_jax.samplers import model_calls
 from fact_jax.schedules import NoiseSchedule
-from infer.request import Request, Settings
+from infer.request import Settings, check_prompt
 
 # diffusers refuses other sizes, whatever the models are.
 _DIFFUSERS_FACTOR = 8
-_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-_SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Base:
-    """The facts of a base model that a request depends on; ``name`` is what it was asked for by."""
+    """The facts of a base model that a request depends on; ``name`` is what it was asked for by.
+
+    ``folder`` holds the small files; :meth:`whole` is the folder with the weights.
+    """
 
     name: str
     folder: Path
@@ -34,6 +38,10 @@ class Base:
     vae: VAEConfig
     schedule: NoiseSchedule
     tokenizer: Tokenizer
+
+    def whole(self) -> Path:
+        """The folder with everything in it; from the Hub the weights are fetched only now."""
+        return find_pipeline(self.name)
 
     @functools.cached_property
     def factor(self) -> int:
@@ -63,9 +71,10 @@ class Base:
         settings.guidance.block_factors(self.unet.block_paths())
         model_calls(settings.sampler, self.schedule, settings.steps)
 
-    def cut_prompts(self, request: Request) -> list[str]:
+    def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
         """One line for each prompt that is longer than the text encoder takes."""
-        prompts = [*request.prompts, request.negative]
+        for prompt in prompts:
+            check_prompt(prompt)
         _, cut = tokenize(self.tokenizer, prompts)
         longest = self.tokenizer.model_max_length
         return [f"prompt longer than {longest} tokens: cut {end!r}" for end in cut if end]
@@ -73,16 +82,21 @@ class Base:
 
 def read_base(name: str | os.PathLike) -> Base:
     """Read what is known of a diffusers folder (or Hub repository) without its weights."""
-    folder = local_folder(name, _SMALL_FILES, None)
-    absent = [part for part in _PARTS if not (folder / part).is_dir()]
-    if absent:
-        raise UserError(f"{folder}: not a whole diffusers pipeline: it has no {', '.join(absent)}")
+    folder = find_pipeline(name, weights=False)
     longest = read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
+    unet = _config(folder / "unet" / "config.json", UNetConfig)
+    vae = _config(folder / "vae" / "config.json", VAEConfig)
+    if unet.in_channels != vae.latent_channels:
+        raise UserError(
+            f"{folder}: its UNet takes {unet.in_channels} channels, its latents have "
+            f"{vae.latent_channels}: a base made for inpainting or editing cannot be used, its "
+            "ordinary sister can, also to draw over pictures"
+        )
     return Base(
         name=str(name),
         folder=folder,
-        unet=_config(folder / "unet" / "config.json", UNetConfig),
-        vae=_config(folder / "vae" / "config.json", VAEConfig),
+        unet=unet,
+        vae=vae,
         schedule=_config(folder / "scheduler" / "scheduler_config.json", NoiseSchedule),
         tokenizer=read_tokenizer(folder / "tokenizer", longest),
     )
@@ -160,6 +174,21 @@ def check_fit(base: Base, face: FaceFiles) -> None:
             f"{face.adapter} is for another base model: its text is {wanted} wide, that of "
             f"{base.name} {base.unet.cross_attention_dim}"
         )
+
+
+def check_controlnet(base: Base, controlnet: str | os.PathLike) -> None:
+    """UserError if a ControlNet is for another base, before its weights are read."""
+    _, config = find_controlnet(controlnet, weights=False)
+    names = ("in_channels", "block_out_channels", "down_attention", "layers_per_block")
+    wrong = [
+        f"{name} {getattr(config, name)} (the base's: {getattr(base.unet, name)})"
+        for name in (*names, "cross_attention_dim")
+        if getattr(config, name) != getattr(base.unet, name)
+    ]
+    if config.stride != base.vae.downscale:
+        wrong.append(f"its picture is {config.stride} (the base's: {base.vae.downscale}) times")
+    if wrong:
+        raise UserError(f"{controlnet} is for another base model than {base.name}: {wrong[0]}")
 
 
 def check_faces(face: FaceFiles | None, photos: int) -> None:

@@ -55,7 +55,8 @@ def add_models(models: argparse._ActionsContainer) -> None:
         "--precision",
         choices=_PRECISIONS,
         default="float32",
-        help="numbers in which UNet and text encoder compute (default float32)",
+        help="numbers in which UNet, text encoder and, in PyTorch, the autoencoder compute "
+        "(default float32)",
     )
 
 
@@ -103,7 +104,10 @@ def add_sampling(group: argparse._ActionsContainer) -> None:
 def add_files(group: argparse._ActionsContainer, folder: str) -> None:
     """Where pictures go, and as what."""
     group.add_argument(
-        "--format", choices=("png", "jpg"), default="png", help="of the files (default png)"
+        "--format",
+        choices=("png", "jpg"),
+        default="png",
+        help="of the files (default png, which keeps every pixel; jpg rounds)",
     )
     group.add_argument(
         "--out", type=Path, default=Path(folder), metavar="DIR", help=f"default {folder}/"
@@ -153,7 +157,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from infer.base import check_faces, read_base, read_face_files
+    from infer.base import check_controlnet, check_faces, read_base, read_face_files
     from infer.hub import find_face_files
     from infer.images import check_folder, parameters, save_picture
     from infer.inputs import read_inputs
@@ -164,8 +168,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     base = read_base(arguments.base)
     base.check(request)
     read_inputs(request, base, 1)
-    for line in base.cut_prompts(request):
-        print(f"warning: {line}", file=sys.stderr)
+    warn_of_cut_prompts(base, [*request.prompts, request.negative])
+    if arguments.controlnet:
+        check_controlnet(base, arguments.controlnet)
     face = crops = None
     if arguments.adapter or arguments.encoder:
         if not (arguments.adapter and arguments.encoder):
@@ -191,7 +196,7 @@ def _generate(arguments: argparse.Namespace) -> None:
         for pictures in generate_batches(drawer, request, crops, batch=arguments.batch, bar=bar):
             for image in pictures:
                 prompt, seed = next(todo)
-                values = parameters(request, prompt, seed, base, **_files(arguments))
+                values = parameters(request, prompt, seed, base, **drawing_files(arguments))
                 if ranking is not None:
                     values["similarity"] = ranking.similarity(image)
                 group.append((image, values))
@@ -202,10 +207,16 @@ def _generate(arguments: argparse.Namespace) -> None:
                     written.append((image, values))
                 group.clear()
     if arguments.sheet:
-        print(_save_sheet(written, arguments))
+        print(_save_sheet(written, arguments, how["source"]))
 
 
-def _files(arguments: argparse.Namespace) -> dict[str, str | None]:
+def warn_of_cut_prompts(base, prompts: list[str]) -> None:
+    """Say what the text encoder will not read."""
+    for line in base.cut_prompts(prompts):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def drawing_files(arguments: argparse.Namespace) -> dict[str, str | None]:
     """What draws, for the record."""
     names = ("adapter", "encoder", "controlnet", "backend", "precision")
     loras = " + ".join(f"{file}={factor:g}" for file, factor in arguments.lora)
@@ -222,7 +233,7 @@ def _best(group: list, count: int | None) -> list:
     return [group[i] for i in order[:count]]
 
 
-def _save_sheet(written: list, arguments: argparse.Namespace) -> Path:
+def _save_sheet(written: list, arguments: argparse.Namespace, source: str) -> Path:
     """A row for each prompt; returns the path."""
     from infer.images import free_name, save_image
     from infer.ranking import labelled_sheet
@@ -235,7 +246,7 @@ def _save_sheet(written: list, arguments: argparse.Namespace) -> Path:
         [image for image, _ in written], labels, arguments.best or arguments.count
     )
     path = free_name(arguments.out, "sheet", f".{arguments.format}")
-    save_image(sheet, path, {"prompts": "\n".join(arguments.prompt)})
+    save_image(sheet, path, {"prompts": "\n".join(arguments.prompt)}, source)
     return path
 
 
@@ -243,6 +254,8 @@ def _request(arguments: argparse.Namespace):
     from infer.request import Request
 
     check_control(arguments)
+    if arguments.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {arguments.batch}")
     if arguments.count < 1:
         raise UserError(f"--count must be at least 1, got {arguments.count}")
     if arguments.best is not None:
@@ -250,6 +263,8 @@ def _request(arguments: argparse.Namespace):
             raise UserError(f"--best must lie in 1..{arguments.count} (--count)")
         if not (arguments.photo and arguments.adapter):
             raise UserError("--best compares with photos: give --photo, --adapter and --encoder")
+        if any(arguments.person):
+            raise UserError("--best compares with the photos of one person, not of several")
     return Request(
         prompts=arguments.prompt,
         seeds=range(arguments.seed, arguments.seed + arguments.count),

@@ -1,8 +1,11 @@
 """``fact-infer redraw``: its options, and what it calls."""
 
 import argparse
+import dataclasses
+import math
 import sys
 from pathlib import Path
+from typing import Any
 
 from fact_jax.errors import UserError
 from infer.cli_controls import (
@@ -18,9 +21,14 @@ from infer.cli_generate import (
     add_models,
     add_photo_options,
     add_sampling,
+    drawing_files,
     load_drawer,
     read_photos,
+    warn_of_cut_prompts,
 )
+
+_HOW = ("strength", "control_scale", "fill", "grow", "soften")
+_WHERE = ("face", "box", "area")
 
 
 def add_redraw(commands: argparse._SubParsersAction) -> None:
@@ -29,8 +37,9 @@ def add_redraw(commands: argparse._SubParsersAction) -> None:
         help="put people into the faces of template photos",
         description="Redraw faces of template photos as other people, by masked image-to-image. "
         "Outside a face's soft mask every pixel stays the template's own. Each --photo is one "
-        "person, unless --person says otherwise; without --face and --box a single person takes "
-        "the place of every face, and several take the faces from the left.",
+        "person, unless --person says otherwise. --face, --box or --area says where a person is "
+        "put, once for each; without them a single person takes the place of every face, and "
+        "several take the faces from the left.",
     )
     command.set_defaults(run=_redraw)
     command.add_argument("templates", nargs="+", type=Path, metavar="TEMPLATE")
@@ -65,8 +74,8 @@ def _add_places(group: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="grey mask of the template, white where the person's face is redrawn (default: the "
-        "face as its points tell); once for each person",
+        help="a grey mask instead, as large as the template and white where the person's face is "
+        "drawn; once for each person",
     )
 
 
@@ -100,12 +109,12 @@ def _redraw(arguments: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from infer.base import read_base, read_face_files
+    from infer.base import check_controlnet, read_base, read_face_files
     from infer.hub import find_face_files
-    from infer.images import check_folder, free_name, save_image
+    from infer.images import check_folder, free_name, recorded, save_image
     from infer.photos import prepare_crops
     from infer.request import Settings
-    from infer.templates import Redrawing, redraw_templates
+    from infer.templates import Redrawing, check_jobs, redraw_templates
 
     settings = Settings(
         negative=arguments.negative,
@@ -113,121 +122,131 @@ def _redraw(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         guidance=read_guidance(arguments),
     )
-    names = ("strength", "control_scale", "fill", "grow", "soften")
-    how = Redrawing(**{name: getattr(arguments, name) for name in names})
+    how = Redrawing(**{name: getattr(arguments, name) for name in _HOW})
     check_folder(arguments.out)
     base = read_base(arguments.base)
     base.check(settings)
+    if arguments.controlnet:
+        check_controlnet(base, arguments.controlnet)
+    warn_of_cut_prompts(base, [arguments.prompt, arguments.negative])
     face = read_face_files(*find_face_files(arguments.adapter, arguments.encoder))
     prepared = [prepare_crops(photos, face.encoder_config.img_size) for photos in people]
     notes = [note for _, found in prepared for note in found]
     jobs = _jobs(arguments, [crops for crops, _ in prepared], notes)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    check_jobs(base, jobs, settings, how, arguments.batch)
     more = {"loras": arguments.lora, "controlnet": arguments.controlnet}
     drawer = load_drawer(arguments.backend, arguments.precision, base, face, **more)
     total = sum(len(job.places) for job in jobs)
     with tqdm(total=len(jobs), desc=f"redrawing {total} faces", disable=None) as bar:
         pictures = redraw_templates(drawer, jobs, settings, how, batch=arguments.batch)
-        for path, picture in zip(arguments.templates, pictures, strict=True):
+        for job, path, picture in zip(jobs, arguments.templates, pictures, strict=True):
             out = free_name(arguments.out, f"{path.stem}-redrawn", f".{arguments.format}")
-            text = {"parameters": _describe(arguments, settings, path)}
-            save_image(picture, out, text, "compositeWithTrainedAlgorithmicMedia")
+            text = recorded(_values(arguments, settings, job))
+            part = "compositeWithTrainedAlgorithmicMedia"
+            save_image(picture, out, text, part, job.template.profile)
             bar.update()
             tqdm.write(str(out))
 
 
 def _people(arguments: argparse.Namespace) -> list[list]:
     """The photos of each person; UserError where options do not go together."""
+    from infer.request import by_person
+
     if not (arguments.adapter and arguments.encoder and arguments.photo):
         raise UserError("--adapter, --encoder and at least one --photo are needed")
     check_control(arguments)
     if arguments.control and len(arguments.control) != len(arguments.templates):
         raise UserError("give --control once for each template, in their order")
     photos = read_photos(arguments)
-    whose = arguments.person or range(len(photos))
-    people = {person: [] for person in sorted(set(whose))}
-    for person, photo in zip(whose, photos, strict=True):
-        people[person].append(photo)
-    if list(people) != list(range(len(people))) or len({*map(len, people.values())}) > 1:
-        raise UserError("photos must be of person 0, then 1 and so on, equally many of each")
-    chosen = [name for name in ("face", "box") if getattr(arguments, name)]
-    if len(chosen) > 1 or any(len(getattr(arguments, name)) != len(people) for name in chosen):
-        raise UserError("give --face or --box once for each person, in their order, or neither")
-    if arguments.area and len(arguments.area) != len(people):
-        raise UserError("give --area once for each person, in their order, or not at all")
-    return list(people.values())
+    if not arguments.person:
+        photos = [dataclasses.replace(photo, person=i) for i, photo in enumerate(photos)]
+    people = by_person(photos)
+    chosen = [getattr(arguments, name) for name in _WHERE if getattr(arguments, name)]
+    if len(chosen) > 1 or any(len(places) != len(people) for places in chosen):
+        raise UserError(
+            "give --face, --box or --area once for each person, in their order, or none of them"
+        )
+    return people
 
 
 def _jobs(arguments: argparse.Namespace, people: list, notes: list[str]) -> list:
     """What is to be done with each template; lines for the user are added to ``notes``."""
     from fact_jax.face import read_image
-    from infer.templates import Job, find_template
+    from fact_jax.face.mask import read_mask
+    from infer.templates import Job, find_template, read_template
 
+    areas = [read_mask(file) for file in arguments.area]
+    controls = [read_image(file) for file in arguments.control] or [None] * len(arguments.templates)
     jobs = []
-    controls = arguments.control or [None] * len(arguments.templates)
     for path, control in zip(arguments.templates, controls, strict=True):
-        template, note = find_template(path, pack=arguments.detector)
-        notes += [note] if note else []
+        if areas:
+            template = read_template(path)
+        else:
+            template, note = find_template(path, pack=arguments.detector)
+            notes += [note] if note else []
         jobs.append(
             Job(
                 template=template,
-                places=_places(template, people, arguments),
+                places=_places(template, people, areas, arguments),
                 prompt=arguments.prompt,
                 seed=arguments.seed,
-                control=None if control is None else read_image(control),
+                control=control,
             )
         )
     return jobs
 
 
-def _places(template, people: list, arguments: argparse.Namespace) -> tuple:
-    """Which person takes the place of which face of a template."""
-    from fact_jax.face.mask import read_mask
+def _places(template, people: list, areas: list, arguments: argparse.Namespace) -> tuple:
+    """Where in a template each person is put."""
     from infer.templates import Place
 
-    areas = [read_mask(file) for file in arguments.area] or [None] * len(people)
+    if areas:
+        return tuple(Place(crops=c, mask=area) for c, area in zip(people, areas, strict=True))
     if arguments.face:
         indices = arguments.face
-        for index in indices:
-            template.choose(index=index)
     elif arguments.box:
-        indices = [template.choose(box=_box(text))[0] for text in arguments.box]
-    elif len(people) == 1 and not arguments.area:
+        indices = [template.face_in(_box(text)) for text in arguments.box]
+    elif len(people) == 1:
         indices = range(len(template.faces))
-        people, areas = people * len(indices), areas * len(indices)
+        people = people * len(indices)
     else:
         indices = range(len(people))
-        template.choose(index=len(people) - 1)
     if len(set(indices)) < len(indices):
         raise UserError(f"{template.name}: two people are meant for the same face")
-    return tuple(
-        Place(index=i, crops=crops, mask=area)
-        for i, crops, area in zip(indices, people, areas, strict=True)
-    )
+    return tuple(Place(crops=c, index=i) for c, i in zip(people, indices, strict=True))
 
 
 def _box(text: str) -> list[float]:
     try:
         left, top, right, bottom = map(float, text.split(","))
     except ValueError:
-        raise UserError(f"--box {text}: expected left,top,right,bottom in pixels") from None
+        left = top = right = bottom = 0.0
+    if not (-math.inf < left < right < math.inf and -math.inf < top < bottom < math.inf):
+        raise UserError(f"--box {text}: expected left,top,right,bottom in pixels")
     return [left, top, right, bottom]
 
 
-def _describe(arguments: argparse.Namespace, settings, template: Path) -> str:
+def _values(arguments: argparse.Namespace, settings, job) -> dict[str, Any]:
+    """Everything that a picture was made from, ready for JSON."""
     from infer.images import steering
 
-    names = ("seed", "sampler", "steps", "guidance", "strength", "fill", "grow", "soften")
-    values = {name: getattr(arguments, name) for name in names}
-    values |= {f"face {name}": value for name, value in steering(settings.guidance).items()}
-    values |= {"template": template.name, "base": arguments.base, "adapter": arguments.adapter}
-    values |= {"photos": " + ".join(path.name for path in arguments.photo)}
-    if arguments.lora:
-        values["loras"] = " + ".join(f"{file}={factor:g}" for file, factor in arguments.lora)
-    if arguments.controlnet:
-        values |= {"controlnet": arguments.controlnet, "control scale": arguments.control_scale}
-    lines = [arguments.prompt]
-    if arguments.negative:
-        lines.append(f"Negative prompt: {arguments.negative}")
-    return "\n".join([*lines, ", ".join(f"{k}: {v}" for k, v in values.items())])
+    photos = [path.name for path in arguments.photo]
+    values = {
+        "prompt": arguments.prompt,
+        "negative": arguments.negative,
+        "template": job.template.name,
+        **{name: getattr(arguments, name) for name in ("seed", "sampler", "steps", "guidance")},
+        **{name: getattr(arguments, name) for name in _HOW},
+        "face": {"photos": photos, **steering(settings.guidance)},
+        "person": arguments.person or list(range(len(photos))),
+        "base": arguments.base,
+        **drawing_files(arguments),
+    }
+    places = [(name, place) for name in _WHERE for place in getattr(arguments, name) or ()]
+    named = {
+        "where": [f"{k} {v.name if isinstance(v, Path) else v}" for k, v in places],
+        "control": [path.name for path in arguments.control],
+    }
+    return values | {name: given for name, given in named.items() if given}

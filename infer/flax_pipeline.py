@@ -24,7 +24,7 @@ from fact_jax.errors import UserError
 from fact_jax.fact import Control, Model, encode_face, guided_model, initial_noise, null_face
 from fact_jax.regions import region_masks
 from fact_jax.samplers import SAMPLERS, keep_outside, noise_latents_for_start, num_model_calls
-from infer.base import Base, FaceFiles, check_fit, read_base, read_face_files
+from infer.base import Base, FaceFiles, check_controlnet, check_fit, read_base, read_face_files
 from infer.canvas import Canvas
 from infer.hub import find_face_files
 from infer.pipeline import Drawer
@@ -80,8 +80,10 @@ class FlaxPipeline(Drawer):
             face = read_face_files(*find_face_files(adapter, encoder))
         if face is not None:
             check_fit(base, face)
+        if controlnet is not None:
+            check_controlnet(base, controlnet)
         added = [(read_lora(file), factor) for file, factor in loras]
-        pipeline = load_pipeline(base.folder, dtype=dtype)
+        pipeline = load_pipeline(base.whole(), dtype=dtype)
         models = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
         for lora, factor in added:
             for name in {_LORA_PARTS[layer.kind] for layer in lora.layers}:

@@ -20,6 +20,8 @@ from infer.base import Base
 from infer.request import Request
 
 _NAME_LENGTH = 60
+_NAME_BYTES = 200
+"""File systems take 255, of which a number, a suffix and a temporary name need some."""
 
 
 def parameters(
@@ -92,10 +94,14 @@ def save_picture(
     """
     words = re.sub(r"[^\w]+", "-", str(values["prompt"]).lower()).strip("-")[:_NAME_LENGTH]
     name = f"{words.rstrip('-') or 'picture'}-seed{values['seed']}"
-    text = {"parameters": describe(values), "fact_jax": json.dumps(values, ensure_ascii=False)}
     path = free_name(Path(folder), name, suffix)
-    save_image(image, path, text, source)
+    save_image(image, path, recorded(values), source)
     return path
+
+
+def recorded(values: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of a file: ``parameters`` for people, ``fact_jax`` as JSON."""
+    return {"parameters": describe(values), "fact_jax": json.dumps(values, ensure_ascii=False)}
 
 
 def save_image(
@@ -103,10 +109,12 @@ def save_image(
     path: str | os.PathLike,
     text: Mapping[str, str],
     source: provenance.Source | None = "trainedAlgorithmicMedia",
+    profile: bytes | None = None,
 ) -> None:
     """Write a ``.png``, ``.jpg`` or ``.jpeg`` with text metadata, whole or not at all.
 
     ``source`` marks it as drawn by a model (IPTC Digital Source Type); None leaves the mark out.
+    ``profile`` is the ICC profile in which its colours are meant; None: sRGB.
     """
     writers = {".png": provenance.save_png, ".jpg": provenance.save_jpeg}
     writers[".jpeg"] = writers[".jpg"]
@@ -114,12 +122,14 @@ def save_image(
     if suffix not in writers:
         raise UserError(f"{path}: a picture's name ends in {', '.join(writers)}")
     with atomic_write(path) as temporary:
-        writers[suffix](Image.fromarray(image), temporary, text, source)
+        picture = Image.fromarray(image)
+        picture.info["icc_profile"] = profile
+        writers[suffix](picture, temporary, text, source)
 
 
 def free_name(folder: Path, name: str, suffix: str) -> Path:
-    """The first path that no file has."""
-    number = 1
+    """The first path that no file has; a long name is cut."""
+    number, name = 1, name.encode()[:_NAME_BYTES].decode(errors="ignore")
     while (path := folder / f"{name}{f'-{number}' if number > 1 else ''}{suffix}").exists():
         number += 1
     return path

@@ -9,6 +9,7 @@ from jaxtyping import UInt8
 from fact_jax.errors import UserError
 from fact_jax.face import read_image
 from fact_jax.face.mask import read_mask
+from fact_jax.regions import region_masks
 from infer.base import Base
 from infer.canvas import Canvas
 from infer.photos import read_regions
@@ -24,6 +25,8 @@ def read_inputs(request: Request, base: Base, batch: int) -> dict[str, Any]:
     regions = read_regions(request.regions, size)
     if regions is not None:
         found["regions"] = regions[None]
+        # Said now if a person has no place.
+        region_masks(found["regions"], base.latent_size(request), len(base.unet.block_out_channels))
     if request.image is not None:
         found["canvas"] = _read_canvas(request, base, batch)
         found["canvas"].start(request.steps)

@@ -39,25 +39,26 @@ def xmp_packet(source: Source) -> str:
 def save_png(
     image: Image.Image, path: Path, text: Mapping[str, str], source: Source | None
 ) -> None:
-    """A PNG: ``text`` in text chunks, the mark in an iTXt chunk."""
+    """A PNG: ``text`` in text chunks, the mark in an iTXt chunk; its ICC profile if it has one."""
     info = PngImagePlugin.PngInfo()
     for key, value in text.items():
         info.add_text(key, value)
     if source is not None:
         info.add_itxt(PNG_XMP, xmp_packet(source))
-    image.save(path, format="PNG", pnginfo=info)
+    image.save(path, format="PNG", pnginfo=info, icc_profile=image.info.get("icc_profile"))
 
 
 def save_jpeg(
     image: Image.Image, path: Path, text: Mapping[str, str], source: Source | None
 ) -> None:
-    """A JPEG: ``text`` as JSON in EXIF's user comment, the mark in its XMP segment."""
+    """A JPEG: ``text`` as JSON in EXIF's user comment, the mark in its XMP segment; its profile."""
     exif = Image.Exif()
     # EXIF's own way to say that the comment is Unicode.
     comment = b"UNICODE\0" + json.dumps(dict(text), ensure_ascii=False).encode("utf-16-be")
     exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
-    mark = {} if source is None else {"xmp": xmp_packet(source).encode()}
-    image.save(path, format="JPEG", quality=JPEG_QUALITY, exif=exif, **mark)
+    more = {} if source is None else {"xmp": xmp_packet(source).encode()}
+    more["icc_profile"] = image.info.get("icc_profile")
+    image.save(path, format="JPEG", quality=JPEG_QUALITY, exif=exif, **more)
 
 
 def read_text(path: Path) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from infer.base import FaceFiles
 from infer.measures import cosine
 
 _GAP, _LINE = 6, 18
+_WIDEST = 65_000
 _INK = (38, 42, 52)
 
 
@@ -68,8 +69,9 @@ def best_first(similarities: Sequence[float | None]) -> list[int]:
 def labelled_sheet(
     pictures: Sequence[UInt8[np.ndarray, "h w 3"]], labels: Sequence[str], columns: int
 ) -> UInt8[np.ndarray, "H W 3"]:
-    """All pictures on white, row by row, each over its label."""
+    """All pictures on white, row by row, each over its label; no wider than a JPEG can be."""
     height, width, _ = pictures[0].shape
+    columns = max(1, min(columns, _WIDEST // (width + _GAP)))
     rows = -(-len(pictures) // columns)
     size = (columns * (width + _GAP) + _GAP, rows * (height + _LINE + _GAP) + _GAP)
     sheet = Image.new("RGB", size, "white")

@@ -12,6 +12,8 @@ from fact_jax.samplers import SAMPLERS
 MAX_GUIDANCE = 50.0
 MAX_SCALE = 2.0
 MAX_SEED = 2**31 - 1
+MAX_PROMPT = 4000
+"""Characters: many more than a text encoder reads, and few enough for a JPEG to record."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,7 @@ class Settings:
             raise UserError(f"no sampler {self.sampler!r}; known are {', '.join(SAMPLERS)}")
         if self.steps < 1:
             raise UserError(f"steps must be at least 1, got {self.steps}")
+        check_prompt(self.negative)
         check_range("guidance", self.guidance.text, 1.0, MAX_GUIDANCE)
         if self.guidance.face is not None:
             check_range("face guidance", self.guidance.face, 0.0, MAX_GUIDANCE)
@@ -94,8 +97,9 @@ class Request(Settings):
         if not self.prompts or not self.seeds:
             raise UserError("at least one prompt and one seed are needed")
         for seed in self.seeds:
-            if not 0 <= seed <= MAX_SEED:
-                raise UserError(f"a seed must lie in 0..{MAX_SEED}, got {seed}")
+            check_seed(seed)
+        for prompt in self.prompts:
+            check_prompt(prompt)
         if self.image_mask is not None and self.image is None:
             raise UserError("a mask of what is drawn anew was given, but no image to draw over")
         check_range("control scale", self.control_scale, 0.0, MAX_SCALE)
@@ -103,23 +107,47 @@ class Request(Settings):
 
     def _check_people(self) -> None:
         whose = [photo.person for photo in self.photos]
-        people = list(range(max(whose) + 1)) if whose and min(whose) >= 0 else []
-        counts = [whose.count(person) for person in people]
-        if whose and (not people or 0 in counts or whose != sorted(whose)):
+        if whose != sorted(whose):
             raise UserError(f"photos must be of person 0, then 1 and so on, got {whose}")
-        if len(set(counts)) > 1:
+        people = len(by_person(self.photos))
+        if len(self.regions) not in {people, 0 if people < 2 else people}:
             raise UserError(
-                "every person needs as many photos as the others: there are "
-                + ", ".join(f"{n} of person {person}" for person, n in enumerate(counts))
-            )
-        if len(self.regions) not in {len(people), 0 if len(people) < 2 else len(people)}:
-            raise UserError(
-                f"{len(people)} people and {len(self.regions)} regions: each person needs one"
+                f"{people} people and {len(self.regions)} regions: each person needs one"
             )
 
     def pictures(self) -> list[tuple[str, int]]:
         """Prompt and seed of every picture, in the order in which they are drawn."""
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+
+
+def by_person(photos: Sequence[Photo]) -> list[list[Photo]]:
+    """The photos of each person; UserError unless all have some, and equally many."""
+    whose = sorted({photo.person for photo in photos})
+    if whose != list(range(len(whose))):
+        raise UserError(f"photos must be of person 0, then 1 and so on, got {whose}")
+    people = [[photo for photo in photos if photo.person == person] for person in whose]
+    if len({len(own) for own in people}) > 1:
+        raise UserError(
+            "every person needs as many photos as the others: there are "
+            + ", ".join(f"{len(own)} of person {person}" for person, own in enumerate(people))
+        )
+    return people
+
+
+def check_seed(seed: int) -> None:
+    """UserError for what no generator of noise takes."""
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError(f"a seed must lie in 0..{MAX_SEED}, got {seed}")
+
+
+def check_prompt(prompt: str) -> None:
+    """UserError for a text that no tokenizer reads, or no picture file could record."""
+    if len(prompt) > MAX_PROMPT:
+        raise UserError(f"a prompt has at most {MAX_PROMPT:,} characters, got {len(prompt):,}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the prompt {prompt[:40]!r} is not valid text (UTF-8)") from None
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -17,11 +17,11 @@ from scipy.ndimage import distance_transform_edt
 from tqdm import tqdm
 
 from fact_jax.errors import UserError
-from fact_jax.face import Face, face_mask, find_faces, read_image
+from fact_jax.face import Face, face_mask, find_faces, read_image, read_profile
 from infer.base import Base
 from infer.canvas import Canvas, blend, check_strength, first_step, touched_cells
 from infer.pipeline import BATCH, Drawer
-from infer.request import MAX_SCALE, Settings, check_range
+from infer.request import MAX_SCALE, Settings, check_prompt, check_range, check_seed
 
 Square = tuple[int, int, int]
 """Left, top and side in pixels; it may reach over the photo's edges."""
@@ -29,45 +29,50 @@ Square = tuple[int, int, int]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Template:
-    """A photo and all faces in it, from left to right."""
+    """A photo and all faces in it, from left to right; ``profile`` is its colours' ICC profile."""
 
     name: str
     image: UInt8[np.ndarray, "h w 3"]
-    faces: tuple[Face, ...]
+    faces: tuple[Face, ...] = ()
+    profile: bytes | None = None
 
-    def choose(
-        self, *, index: int | None = None, box: Sequence[float] | None = None
-    ) -> tuple[int, ...]:
-        """Numbers of the faces meant: one by number or by a box around it, else all."""
-        if index is not None and not 0 <= index < len(self.faces):
+    def check_face(self, index: int) -> None:
+        """UserError if there is no face of this number."""
+        if not 0 <= index < len(self.faces):
             raise UserError(
                 f"no face {index} in {self.name}: {len(self.faces)} found, counted from 0 at the "
                 "left"
             )
-        if index is not None:
-            return (index,)
-        if box is None:
-            return tuple(range(len(self.faces)))
+
+    def face_in(self, box: Sequence[float]) -> int:
+        """The number of the face that a box (left, top, right, bottom) is around."""
         shares = [_overlap(face.box, box) for face in self.faces]
-        if max(shares) <= 0.0:
+        if max(shares, default=0.0) <= 0.0:
             found = "; ".join(", ".join(f"{v:.0f}" for v in face.box) for face in self.faces)
             raise UserError(
                 f"no face of {self.name} lies in the box {', '.join(f'{v:g}' for v in box)} "
-                f"(left, top, right, bottom); there are faces at {found}"
+                f"(left, top, right, bottom); there are faces at {found or 'no place'}"
             )
-        return (int(np.argmax(shares)),)
+        return int(np.argmax(shares))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Place:
-    """A face of a template, and the person (aligned crops) that takes its place.
+    """Where in a template a person (aligned crops) is put: a face's number, or a mask (h, w).
 
-    ``mask`` (h, w), in [0, 1], is what is redrawn; without it the face as its points tell.
+    A mask, in [0, 1], is redrawn as it is; of a face what its points tell is.
     """
 
-    index: int
     crops: UInt8[np.ndarray, "p s s 3"]
+    index: int | None = None
     mask: Float[np.ndarray, "h w"] | None = None
+
+    def __post_init__(self):
+        if (self.index is None) == (self.mask is None):
+            raise UserError("a person's place is either the number of a face or a mask")
+
+    def __str__(self) -> str:
+        return "the mask" if self.index is None else f"the mask of face {self.index}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,9 +91,12 @@ class Job:
     def __post_init__(self):
         if self.control is not None:
             self._check_size("control picture", self.control)
+        check_seed(self.seed)
+        check_prompt(self.prompt)
         for place in self.places:
-            self.template.choose(index=place.index)
-            if place.mask is not None:
+            if place.index is not None:
+                self.template.check_face(place.index)
+            else:
                 self._check_size("mask", place.mask)
 
     def _check_size(self, what: str, image: np.ndarray) -> None:
@@ -124,15 +132,42 @@ class Redrawing:
 
 
 def find_template(
-    path: str | os.PathLike,
-    *,
-    points_file: str | os.PathLike | None = None,
-    pack: str | os.PathLike | None = None,
+    path: str | os.PathLike, *, pack: str | os.PathLike | None = None
 ) -> tuple[Template, str]:
     """Read a template and find its faces; and a note for the user ("" if there is none)."""
-    image = read_image(path)
-    faces, note = find_faces(path, image, points_file=points_file, pack=pack)
-    return Template(name=Path(path).name, image=image, faces=tuple(faces)), note
+    template = read_template(path)
+    faces, note = find_faces(path, template.image, pack=pack)
+    return dataclasses.replace(template, faces=tuple(faces)), note
+
+
+def read_template(path: str | os.PathLike) -> Template:
+    """A template of which no faces are looked for, which masks do not need."""
+    return Template(name=Path(path).name, image=read_image(path), profile=read_profile(path))
+
+
+def check_jobs(
+    base: Base, jobs: Sequence[Job], settings: Settings, how: Redrawing, batch: int
+) -> Settings:
+    """What ``redraw_templates`` cannot do is said, as UserError; gives the settings of a square.
+
+    Needs no model: it can be called before one is loaded.
+    """
+    places = [(job, place) for job in jobs for place in job.places]
+    photos = {len(place.crops) for _, place in places}
+    if not places or len(photos) > 1 or batch < 1:
+        raise UserError(
+            "templates need at least one face, a batch of at least one, and the same number of "
+            f"photos of every person; got {len(places)} faces, a batch of {batch}, "
+            f"{' or '.join(map(str, sorted(photos)))} photos"
+        )
+    if len({job.control is None for job, _ in places}) > 1:
+        raise UserError("a ControlNet needs a control picture of every template")
+    settings = _square_settings(base, settings)
+    base.check(settings)
+    first_step(how.strength, settings.steps)
+    for job, place in places:
+        _mask(job, place)
+    return settings
 
 
 def redraw_templates(
@@ -150,53 +185,48 @@ def redraw_templates(
     number of photos, and all jobs a control picture or none. What cannot be done is said, as
     UserError, before anything is drawn.
     """
-    places = [(job, place) for job in jobs for place in job.places]
-    photos = {len(place.crops) for _, place in places}
-    if not places or len(photos) > 1 or batch < 1:
-        raise UserError(
-            "templates need at least one face, a batch of at least one, and the same number of "
-            f"photos of every person; got {len(places)} faces, a batch of {batch}, "
-            f"{' or '.join(map(str, sorted(photos)))} photos"
-        )
-    if len({job.control is None for job, _ in places}) > 1:
-        raise UserError("a ControlNet needs a control picture of every template")
-    settings = _square_settings(drawer.base, settings)
-    drawer.base.check(settings)
-    first_step(how.strength, settings.steps)
-    cuts = [_cut(drawer.base, job, place, settings, how) for job, place in places]
-    return _redraw(drawer, jobs, cuts, settings, how, min(batch, len(cuts)), bar)
+    settings = check_jobs(drawer.base, jobs, settings, how, batch)
+    return _redraw(drawer, jobs, settings, how, batch, bar)
 
 
-def _redraw(drawer, jobs, cuts, settings, how, batch, bar) -> Iterator[np.ndarray]:
-    waiting, images = list(jobs), {}
-    for start in range(0, len(cuts), batch):
-        part = cuts[start : start + batch]
+def _redraw(drawer, jobs, settings, how, batch, bar) -> Iterator[np.ndarray]:
+    places = [(number, place) for number, job in enumerate(jobs) for place in job.places]
+    batch, done, images = min(batch, len(places)), 0, {}
+    for start in range(0, len(places), batch):
+        part = places[start : start + batch]
+        cuts = [_cut(drawer.base, jobs[number], place, settings, how) for number, place in part]
         # The last batch is filled up: another shape would be compiled anew.
-        full = part + part[-1:] * (batch - len(part))
-        control = {}
-        if full[0].control is not None:
-            control["control"] = np.stack([cut.control for cut in full])
-            control["control_scale"] = how.control_scale
-        drawn = drawer.draw(
-            [cut.job.prompt for cut in full],
-            [cut.job.seed for cut in full],
-            np.stack([cut.place.crops for cut in full]),
-            settings,
-            canvas=Canvas(
-                images=np.stack([cut.pixels for cut in full]),
-                cells=np.stack([cut.cells for cut in full]),
-                strength=how.strength,
-            ),
-            **control,
-            bar=bar,
-        )
-        for cut, pixels in zip(part, drawn, strict=False):
-            image = images.get(id(cut.job), cut.job.template.image)
-            images[id(cut.job)] = paste(image, pixels, cut.mask, cut.square)
-        left = {id(cut.job) for cut in cuts[start + batch :]}
-        while waiting and id(waiting[0]) not in left:
-            job = waiting.pop(0)
-            yield images.pop(id(job), job.template.image)
+        drawn = _draw(drawer, cuts + cuts[-1:] * (batch - len(cuts)), settings, how, bar)
+        for (number, _), cut, pixels in zip(part, cuts, drawn, strict=False):
+            image = images.get(number, jobs[number].template.image)
+            images[number] = paste(image, pixels, cut.mask, cut.square)
+        following = places[start + batch :]
+        ready = following[0][0] if following else len(jobs)
+        for number in range(done, ready):
+            yield images.pop(number, jobs[number].template.image)
+        done = ready
+
+
+def _draw(
+    drawer: Drawer, cuts: Sequence["_Cut"], settings: Settings, how: Redrawing, bar: tqdm | None
+) -> UInt8[np.ndarray, "b side side 3"]:
+    control = {}
+    if cuts[0].control is not None:
+        control["control"] = np.stack([cut.control for cut in cuts])
+        control["control_scale"] = how.control_scale
+    return drawer.draw(
+        [cut.job.prompt for cut in cuts],
+        [cut.job.seed for cut in cuts],
+        np.stack([cut.place.crops for cut in cuts]),
+        settings,
+        canvas=Canvas(
+            images=np.stack([cut.pixels for cut in cuts]),
+            cells=np.stack([cut.cells for cut in cuts]),
+            strength=how.strength,
+        ),
+        **control,
+        bar=bar,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -223,13 +253,8 @@ def _square_settings(base: Base, settings: Settings) -> Settings:
 
 
 def _cut(base: Base, job: Job, place: Place, settings: Settings, how: Redrawing) -> _Cut:
-    image, face = job.template.image, job.template.faces[place.index]
-    mask = place.mask
-    if mask is None:
-        mask = face_mask(np.ones(image.shape[:2], np.float32), face.points)
+    image, mask = job.template.image, _mask(job, place)
     size = float(np.sqrt(mask.sum()))
-    if size < 1.0:
-        raise UserError(f"{job.template.name}: the mask of face {place.index} is empty")
     mask = widen(mask, how.grow * size, how.soften * size)
     square = square_around(mask, how.fill)
     mask = cut_square(mask, square, mode="constant")
@@ -249,6 +274,17 @@ def _cut(base: Base, job: Job, place: Place, settings: Settings, how: Redrawing)
         cells=touched_cells(inside, base.vae.downscale),
         control=None if job.control is None else seen(job.control),
     )
+
+
+def _mask(job: Job, place: Place) -> Float[np.ndarray, "h w"]:
+    """What is redrawn before it is widened; UserError if it is nothing."""
+    mask, template = place.mask, job.template
+    if mask is None:
+        whole = np.ones(template.image.shape[:2], np.float32)
+        mask = face_mask(whole, template.faces[place.index].points)
+    if mask.sum() < 1.0:
+        raise UserError(f"{template.name}: {place} is empty")
+    return mask
 
 
 def square_around(mask: Float[np.ndarray, "h w"], fill: float) -> Square:
@@ -292,19 +328,23 @@ def paste(
 
 
 def widen(mask: Float[np.ndarray, "h w"], grow: float, soften: float) -> Float[np.ndarray, "h w"]:
-    """The mask, ``grow`` pixels wider, and ``soften`` pixels more in which it fades to 0."""
+    """The mask, ``grow`` pixels wider, and ``soften`` pixels more in which it fades to 0.
+
+    Its edge is where it is 1/2; what is greyer outside of that stays.
+    """
     reach = int(np.ceil(grow + soften)) + 1
     inside = mask >= 0.5
     rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
     if not len(rows):
-        return np.zeros_like(mask)
+        return mask
     near = (
         slice(max(0, rows[0] - reach), rows[-1] + reach + 1),
         slice(max(0, columns[0] - reach), columns[-1] + reach + 1),
     )
     away = distance_transform_edt(~inside[near])
-    out = np.zeros(mask.shape, np.float32)
-    out[near] = np.clip(1.0 - np.maximum(away - grow, 0.0) / max(soften, 1e-6), 0.0, 1.0)
+    faded = np.clip(1.0 - np.maximum(away - grow, 0.0) / max(soften, 1e-6), 0.0, 1.0)
+    out = mask.copy()
+    out[near] = np.maximum(out[near], faded)
     return out
 
 

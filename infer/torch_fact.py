@@ -83,6 +83,9 @@ class FactTorch:
         inside = installed(self.pipe.unet).values()
         if not inside or any(processor.context is not self.context for processor in inside):
             raise UserError("this adapter is no longer in the pipe: load_fact it again")
+        people = next(iter(regions.values())).shape[1] if regions else 1
+        if face.shape[1] % people:
+            raise UserError(f"{face.shape[1]} face tokens cannot be of {people} people alike")
         photos = face.shape[1] // self.resampler.config.num_queries
         null = self.null_tokens(photos).to(face).expand_as(face)
         branches = [face]

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -12,13 +13,14 @@ import torch
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
+from converters.controlnet import find_controlnet
 from converters.lora import read_lora
 from converters.tokenizer import tokenize
 from fact_jax.errors import UserError
 from fact_jax.fact import initial_noise
 from fact_jax.regions import region_masks
 from fact_jax.samplers import DIFFUSERS_SCHEDULERS, model_calls
-from infer.base import Base, FaceFiles, check_fit, read_base, read_face_files
+from infer.base import Base, FaceFiles, check_controlnet, check_fit, read_base, read_face_files
 from infer.canvas import Canvas
 from infer.hub import find_face_files
 from infer.pipeline import Drawer
@@ -69,20 +71,22 @@ class TorchPipeline(Drawer):
             face = read_face_files(*find_face_files(adapter, encoder))
         if face is not None:
             check_fit(base, face)
+        if controlnet is not None:
+            check_controlnet(base, controlnet)
         added = [(read_lora(file), factor) for file, factor in loras]
-        pipe = diffusers.StableDiffusionPipeline.from_pretrained(
-            base.folder,
+        pipe = _from_folder(
+            diffusers.StableDiffusionPipeline,
+            base.whole(),
             dtype=dtype,
             safety_checker=None,
             requires_safety_checker=False,
-            local_files_only=True,
         )
         for lora, factor in added:
             merge_lora(pipe, lora, factor)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if controlnet is not None:
-            load = diffusers.ControlNetModel.from_pretrained
-            controlnet = load(controlnet, dtype=dtype, local_files_only=True).to(device)
+            folder, _ = find_controlnet(controlnet)
+            controlnet = _from_folder(diffusers.ControlNetModel, folder, dtype=dtype).to(device)
         return cls(base, face, pipe.to(device), controlnet)
 
     def draw(
@@ -169,6 +173,17 @@ class TorchPipeline(Drawer):
         channels = self.base.unet.in_channels
         noise = np.array(initial_noise(jnp.asarray(seeds, jnp.int32), height, width, channels))
         return torch.from_numpy(noise).permute(0, 3, 1, 2).to(self.pipe.device, self.pipe.dtype)
+
+
+def _from_folder(kind: type, folder: Path, **options: Any) -> Any:
+    """What diffusers reads from a folder; UserError where it cannot."""
+    try:
+        return kind.from_pretrained(folder, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError) as error:
+        line = str(error).strip().splitlines()
+        raise UserError(
+            f"{folder}: diffusers cannot read it: {line[0] if line else type(error).__name__}"
+        ) from error
 
 
 def _control_inputs(

@@ -147,9 +147,14 @@ class Steering:
     def _own_scales(self) -> list[float]:
         """For each call to come; a scheduler may call twice a step, or leave out the first ones."""
         timesteps = self._timesteps.tolist()
-        steps = {t: i for i, t in enumerate(sorted(set(timesteps), reverse=True))}
-        calls = timesteps[-getattr(self.pipe, "num_timesteps", len(timesteps)) :]
-        return strengths(self.guidance, [steps[t] for t in calls], len(steps))
+        if len(timesteps) == self.pipe.scheduler.num_inference_steps:
+            # A call a step, even where two of the timesteps are rounded to one.
+            indices, steps = list(range(len(timesteps))), len(timesteps)
+        else:
+            order = {t: i for i, t in enumerate(sorted(set(timesteps), reverse=True))}
+            indices, steps = [order[t] for t in timesteps], len(order)
+        calls = getattr(self.pipe, "num_timesteps", len(timesteps))
+        return strengths(self.guidance, indices[-calls:], steps)
 
     def _read(self, text: Tensor, lora: float) -> Tensor:
         """The text of all branches; the same as in the call before has its keys already.

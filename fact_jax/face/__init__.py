@@ -2,7 +2,7 @@
 
 from fact_jax.face.align import ARCFACE_TEMPLATE, CROP_SIZE, align_batch, align_face
 from fact_jax.face.draw import draw_face
-from fact_jax.face.images import read_image
+from fact_jax.face.images import read_image, read_profile
 from fact_jax.face.mask import area_weights, face_mask, head_mask, resize_area
 from fact_jax.face.photo import PreparedFace, limit_side, prepare_photo
 from fact_jax.face.points import (
@@ -32,6 +32,7 @@ __all__ = [
     "limit_side",
     "prepare_photo",
     "read_image",
+    "read_profile",
     "read_sidecar",
     "resize_area",
 ]

@@ -66,6 +66,12 @@ def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
     return pixels
 
 
+def read_profile(path: str | os.PathLike) -> bytes | None:
+    """The ICC profile in which the bytes of ``read_image`` are meant; None: sRGB, or not known."""
+    with Image.open(path) as image:
+        return image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
+
+
 def one_line(error: BaseException) -> str:
     """An error's text on one line."""
     return " ".join(str(error).split()) or type(error).__name__

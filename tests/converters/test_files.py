@@ -275,8 +275,9 @@ def test_a_hub_name_is_fetched_and_a_missing_folder_is_not(monkeypatch, tmp_path
 
     asked = []
 
-    def fetch(name, allow_patterns):
+    def fetch(name, allow_patterns, ignore_patterns):
         asked.append((name, allow_patterns))
+        assert "safety_checker/*" in ignore_patterns
         if name == "no/where":
             raise ConnectionError("offline\nand more")
         return str(tmp_path)
@@ -284,7 +285,9 @@ def test_a_hub_name_is_fetched_and_a_missing_folder_is_not(monkeypatch, tmp_path
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)
     assert readers.local_folder("some/model", ("*.json",), "fp16") == tmp_path
-    assert asked == [("some/model", ["*.json", "*/*.fp16*safetensors"])]
+    assert asked.pop() == ("some/model", ["*.json", "*/*.fp16*safetensors"])
+    readers.local_folder("some/model", ("*.json",), None, weights=False)
+    assert asked == [("some/model", ["*.json"])]
     with pytest.raises(UserError, match=r"no/where: no such folder here.*\(offline\)$"):
         readers.local_folder("no/where", (), None)
     (tmp_path / "miniature").mkdir()

@@ -1,6 +1,7 @@
 """fact-infer as a person meets it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -183,18 +184,42 @@ def test_bad_input_is_one_line(arguments, files, tmp_path, option, value, messag
         (["--height", "20"], "height 20: with this base it must be a multiple of 8"),
         (["--points", "a", "--points", "b"], "--points was given 2 times for 1 photos"),
         (["--count", "0"], "--count must be at least 1"),
+        (["--batch", "0"], "--batch must be at least 1"),
+        (["--best", "1", "--person", "1"], "the photos of one person, not of several"),
+        (["--prompt", "a\udcff"], "is not valid text"),
+        (["--region", "DARK"], "region 1 has no place in the picture"),
+        (["--controlnet", "/nowhere/net", "--control", "DARK"], "/nowhere/net: no such folder"),
         (["--backend", "numpy"], "invalid choice: 'numpy'"),
     ],
 )
 def test_bad_options_are_one_line(arguments, files, options, message, capsys, tmp_path):
     Image.new("L", (8, 8)).save(tmp_path / "mask.png")
+    Image.new("L", (32, 32)).save(tmp_path / "dark.png")
     places = {"PHOTO": str(files.photo), "MASK": str(tmp_path / "mask.png")}
+    places["DARK"] = str(tmp_path / "dark.png")
     options = [places.get(option, option) for option in options]
     assert status(arguments + options) == 2
     _, err = capsys.readouterr()
     assert err.startswith("error: ")
     assert len(err.splitlines()) == 1, err
     assert message in err
+
+
+def test_bases_that_cannot_be_used(arguments, files, tmp_path, capsys):
+    """Made for inpainting; or whole to look at, but its weights are cut off."""
+    base = shutil.copytree(files.base, tmp_path / "base")
+    config = json.loads((base / "unet" / "config.json").read_text())
+    (base / "unet" / "config.json").write_text(json.dumps(config | {"in_channels": 9}))
+    arguments = replaced(arguments, "--base", str(base))
+    assert main(arguments) == 2
+    assert "its UNet takes 9 channels, its latents have 4" in capsys.readouterr().err
+    (base / "unet" / "config.json").write_text(json.dumps(config))
+    (weights,) = (base / "unet").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:5000])
+    for backend in ("flax", "torch"):
+        assert main([*arguments, "--backend", backend]) == 2
+        *_, last = capsys.readouterr().err.splitlines()
+        assert last.startswith(f"error: {base}")
 
 
 def test_adapter_for_another_base(arguments, files, tmp_path, capsys):

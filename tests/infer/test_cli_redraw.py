@@ -4,8 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
+import infer.cli_redraw
 from infer.cli import main
 from infer.provenance import read_text
 from tests.infer.conftest import POINTS
@@ -64,17 +65,28 @@ def test_by_a_box_and_all_of_them(command, template, capsys):
     ("options", "message"),
     [
         (["--face", 2], "no face 2 in group.png: 2 found"),
-        (["--face", 0, "--box", "0,0,1,1"], "once for each person"),
-        (["--area", "TEMPLATE", "--area", "TEMPLATE"], "give --area once for each person"),
+        (["--face", 0, "--box", "0,0,1,1"], "--box or --area once for each person"),
+        (["--face", 0, "--area", "SMALL"], "--box or --area once for each person"),
+        (["--area", "SMALL", "--area", "SMALL"], "--box or --area once for each person"),
+        (["--area", "BLACK"], "group.png: the mask is empty"),
         (["--area", "PHOTO"], "has colours: a mask is grey"),
         (["--area", "SMALL"], "the mask for group.png is 20 x 30, the template is 140 x 90"),
         (["--control", "PHOTO"], "--control and --controlnet belong together"),
         (["--controlnet", "X", "--control", "SMALL", "--control", "SMALL"], "for each template"),
-        (["--controlnet", "X", "--control", "SMALL"], "the control picture for group.png is 20 x"),
+        (["--controlnet", "NET", "--control", "SMALL"], "the control picture for group.png is 20"),
+        (["--controlnet", "OTHER", "--control", "TEMPLATE"], "is for another base model than"),
         (["--person", 1], "photos must be of person 0"),
         (["--face-start", 0.8, "--face-stop", 0.2], "0 <= start <= stop <= 1"),
         (["--block-scale", "top=1"], "'top': found in the path of no block"),
         (["--control-scale", 3], "control scale must lie in 0..2"),
+        (["--box", "nan,0,65,90"], "--box nan,0,65,90: expected left,top,right,bottom"),
+        (["--box", "9,0,5,90"], "--box 9,0,5,90: expected left,top,right,bottom"),
+        (["--seed", 3000000000], "a seed must lie in 0..2147483647"),
+        (["--batch", 0], "a batch of at least one"),
+        (["--prompt", "a" * 4001], "a prompt has at most 4,000 characters"),
+        (["--prompt", "a\udcff"], "is not valid text"),
+        (["--controlnet", "/nowhere/net", "--control", "TEMPLATE"], "/nowhere/net: no such folder"),
+        (["--controlnet", "UNET", "--control", "TEMPLATE"], "not a ControlNet but a UNet2D"),
         (["--box", "1,2,3"], "--box 1,2,3: expected left,top,right,bottom"),
         (["--box", "66,0,68,4"], "no face of group.png lies in the box"),
         (["--strength", 0], "strength must lie above 0"),
@@ -82,13 +94,41 @@ def test_by_a_box_and_all_of_them(command, template, capsys):
         (["--soften", -1], "soften must lie in 0..1"),
     ],
 )
-def test_bad_input_is_one_line(command, files, template, options, message, capsys, tmp_path):
+def test_bad_input_is_one_line(
+    command, files, template, steered, options, message, capsys, tmp_path, monkeypatch
+):
+    """All of it before a model is loaded."""
+    monkeypatch.setattr(infer.cli_redraw, "load_drawer", None)
     Image.new("L", (20, 30), "white").save(tmp_path / "small.png")
-    files = {"TEMPLATE": template, "PHOTO": files.photo, "SMALL": tmp_path / "small.png"}
-    assert main(command(*(files.get(option, option) for option in options))) == 2
+    Image.new("L", (140, 90)).save(tmp_path / "black.png")
+    net = steered[0] / "controlnet"
+    config = json.loads((net / "config.json").read_text())
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"cross_attention_dim": 7}))
+    places = {
+        "TEMPLATE": template,
+        "PHOTO": files.photo,
+        "SMALL": tmp_path / "small.png",
+        "BLACK": tmp_path / "black.png",
+        "NET": net,
+        "OTHER": tmp_path / "other",
+        "UNET": files.base / "unet",
+    }
+    assert main(command(*(places.get(option, option) for option in options))) == 2
     err = capsys.readouterr().err
     assert message in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_the_colours_stay_those_of_the_template(command, template, capsys):
+    """Bytes mean other colours under another profile; in PNG and JPEG it goes along."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    with Image.open(template) as image:
+        image.copy().save(template, icc_profile=profile)
+    for suffix in ("png", "jpg"):
+        assert main(command("--face", 1, "--format", suffix)) == 0
+        with Image.open(capsys.readouterr().out.split()[0]) as picture:
+            assert picture.info["icc_profile"] == profile
 
 
 def test_two_people_for_one_face(command, files, capsys):
@@ -105,7 +145,8 @@ def test_an_area_instead_of_the_face(command, template, tmp_path, capsys):
     area = np.zeros((90, 140), np.uint8)
     area[50:80, 20:50] = 255
     Image.fromarray(area).save(tmp_path / "area.png")
-    wanted = ("--face", 0, "--area", tmp_path / "area.png", "--grow", 0, "--soften", 0)
+    (template.parent / "group.points.json").unlink()  # nobody looks for a face
+    wanted = ("--area", tmp_path / "area.png", "--grow", 0, "--soften", 0)
     assert main(command(*wanted)) == 0
     different = (pixels(capsys.readouterr().out.split()[0]) != pixels(template)).any(-1)
     assert not different[area == 0].any()
@@ -130,6 +171,7 @@ def test_what_steers_a_redrawing(command, files, steered, template, capsys):
         drawn[name] = pixels(path)
     said = read_text(path)["parameters"]
     assert "face stop: 0.0" in said
+    assert json.loads(read_text(path)["fact_jax"])["face"]["photos"] == ["one.png"]
     for name, picture in drawn.items():
         for other, compared in drawn.items():
             assert name == other or (picture != compared).any(), (name, other)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fact_jax.errors import UserError
-from infer.base import read_face_files
+from infer.base import read_base, read_face_files
 from infer.hub import find_face_files, save_face_files
 
 
@@ -100,3 +100,18 @@ def test_what_is_nowhere_is_said_in_one_line(hub, files, tmp_path):
         find_face_files(alone)
     with pytest.raises(UserError, match=r"holds no adapter.safetensors"):
         find_face_files(tmp_path, files.encoder)
+
+
+def test_the_weights_of_a_base_are_fetched_only_to_be_loaded(files, tmp_path, monkeypatch):
+    def fetch(repository, allow_patterns, ignore_patterns):
+        for path in files.base.rglob("*"):
+            name = path.relative_to(files.base).as_posix()
+            if path.is_file() and any(fnmatch.fnmatch(name, p) for p in allow_patterns):
+                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, tmp_path / name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    base = read_base("someone/base")
+    assert not list(tmp_path.rglob("*.safetensors"))
+    assert len(list(base.whole().rglob("*.safetensors"))) == 3

@@ -7,7 +7,7 @@ from PIL import Image
 
 from fact_jax.fact import Guidance
 from infer.base import read_base
-from infer.images import describe, parameters, save_picture
+from infer.images import describe, free_name, parameters, save_picture
 from infer.request import Photo, Request
 
 IMAGE = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
@@ -44,4 +44,8 @@ def test_nothing_is_overwritten(tmp_path):
     assert save_picture(IMAGE, tmp_path, values | {"prompt": "///"}).name == "picture-seed1.png"
     long = save_picture(IMAGE, tmp_path, values | {"prompt": "word " * 100}).name
     assert len(long) < 80
+    # Letters of four bytes, and a template's long name.
+    letters = save_picture(IMAGE, tmp_path, values | {"prompt": "\U00020000" * 100, "seed": 2**31})
+    assert letters.exists()
+    assert len(free_name(tmp_path, "n" * 250, ".png").name) == 204
     assert describe(values) == "A man!\nseed: 1"

@@ -76,6 +76,11 @@ def test_a_sheet_holds_every_picture():
         assert (windows == picture).all((-3, -2, -1)).sum() == 1
 
 
+def test_a_sheet_is_no_wider_than_a_jpeg():
+    wide = np.zeros((2, 1, 40_000, 3), np.uint8)
+    assert ranking.labelled_sheet(list(wide), ["", ""], columns=2).shape[1] < 2**16
+
+
 def test_generate_keeps_the_best(files, detector, monkeypatch, tmp_path, capsys):
     _, pack = detector
     likeness = iter([0.2, None, 0.9, 0.5])

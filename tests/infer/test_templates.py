@@ -1,5 +1,6 @@
 """Templates: which face is meant, what the mask covers, and that nothing else changes."""
 
+import dataclasses
 import json
 import re
 
@@ -66,13 +67,14 @@ def test_faces_are_counted_from_the_left_and_chosen_by_number_or_box(template):
     middles = [face.points[:, 0].mean() for face in template.faces]
     assert middles == sorted(middles)
     assert len(middles) == 3
-    assert template.choose() == (0, 1, 2)
-    assert template.choose(index=2) == (2,)
-    assert template.choose(box=(85, 20, 130, 70)) == (1,)
+    assert template.face_in((85, 20, 130, 70)) == 1
+    template.check_face(2)
     with pytest.raises(UserError, match=re.escape("no face 3 in group.png: 3 found")):
-        template.choose(index=3)
+        template.check_face(3)
     with pytest.raises(UserError, match="lies in the box 170, 0, 175, 4"):
-        template.choose(box=(170, 0, 175, 4))
+        template.face_in((170, 0, 175, 4))
+    with pytest.raises(UserError, match="there are faces at no place"):
+        dataclasses.replace(template, faces=()).face_in((0, 0, 9, 9))
 
 
 def test_large_templates_keep_their_size(tmp_path):
@@ -94,6 +96,11 @@ def test_mask_grows_and_fades_by_distance():
     assert wide[4, 9] == wide[8, 5] == wide[4, 0] == 0.0
     assert (widen(mask, 0.0, 0.0) == mask).all()
     assert not widen(np.zeros_like(mask), 2.0, 2.0).any()
+    # Grey stays where it is; what is below a half all over is left as it is.
+    mask[4, 4], mask[9, 9] = 0.4, 0.3
+    assert (widen(mask, 0.0, 0.0) == mask).all()
+    assert (widen(mask, 2.0, 2.0) == np.maximum(wide, mask)).all()
+    assert (widen(mask / 3, 2.0, 2.0) == mask / 3).all()
 
 
 def test_square_that_reaches_over_the_edges_is_pasted_back_where_it_was():
@@ -132,7 +139,7 @@ def test_only_what_the_masks_cover_changes(base, template, tmp_path):
     jobs = [
         Job(
             template=template,
-            places=(Place(index=0, crops=crops(1), mask=mask), Place(index=2, crops=crops(2))),
+            places=(Place(crops=crops(1), mask=mask), Place(index=2, crops=crops(2))),
             prompt="a man",
             seed=5,
         ),
@@ -158,12 +165,25 @@ def test_only_what_the_masks_cover_changes(base, template, tmp_path):
     assert 0 < (one != small.image).any(-1).mean() < 0.5
 
 
+def test_a_job_twice_is_done_twice(base, template):
+    job = Job(template=template, places=(Place(index=1, crops=crops(1)),), prompt="")
+    one, other = redraw_templates(Inverter(base), [job, job], Settings(steps=4), Redrawing())
+    assert (one != template.image).any()
+    np.testing.assert_array_equal(one, other)
+
+
+def test_a_place_is_a_face_or_a_mask():
+    for where in ({}, {"index": 0, "mask": np.ones((5, 7), np.float32)}):
+        with pytest.raises(UserError, match="either the number of a face or a mask"):
+            Place(crops=crops(1), **where)
+
+
 def test_what_cannot_be_done_is_said_before_anything_is_drawn(base, template):
     place = Place(index=0, crops=crops(1))
     with pytest.raises(UserError, match="is 7 x 5, the template is 180 x 100"):
         Job(
             template=template,
-            places=(Place(index=0, crops=crops(1), mask=np.ones((5, 7), np.float32)),),
+            places=(Place(crops=crops(1), mask=np.ones((5, 7), np.float32)),),
             prompt="",
         )
     with pytest.raises(UserError, match="no face 4 in"):
@@ -177,8 +197,8 @@ def test_what_cannot_be_done_is_said_before_anything_is_drawn(base, template):
         "the same number of photos": {"places": (place, Place(index=1, crops=crops(2, 2)))},
         "drawn in squares": {"settings": Settings(width=64, height=32)},
         "multiple of": {"settings": Settings(width=20, height=20)},
-        "mask of face 0 is empty": {
-            "places": (Place(index=0, crops=crops(1), mask=np.zeros((100, 180), np.float32)),)
+        "group.png: the mask is empty": {
+            "places": (Place(crops=crops(1), mask=np.zeros((100, 180), np.float32)),)
         },
     }.items():
         with pytest.raises(UserError, match=error):

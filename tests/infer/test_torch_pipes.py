@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import accelerate
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import torch
 from diffusers import (
     ControlNetModel,
+    DPMSolverMultistepScheduler,
     HeunDiscreteScheduler,
     KDPM2DiscreteScheduler,
     StableDiffusionControlNetInpaintPipeline,
@@ -25,7 +27,8 @@ from infer.canvas import Canvas
 from infer.request import Settings
 from infer.torch_fact import FactTorch, load_fact, unload_fact
 from infer.torch_pipeline import TorchPipeline
-from infer.torch_processors import installed
+from infer.torch_processors import FaceContext, installed
+from infer.torch_steering import Steering
 
 GUIDANCE = Guidance(text=3.0)
 
@@ -295,6 +298,16 @@ def test_half_precision(files):
     assert {p.dtype for p in half.pipe.unet.parameters()} == {torch.float16}
     assert np.abs(face - wanted).mean() < 1.0
     assert np.abs(face - base).mean() > 3.0
+
+
+def test_a_window_over_timesteps_that_are_rounded_to_one(pipe):
+    steering = Steering(pipe, FaceContext(), Guidance(text=3.0, stop=0.5))
+    karras = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
+    karras.set_timesteps(100)
+    assert len(set(karras.timesteps.tolist())) < 100
+    steering.pipe = SimpleNamespace(scheduler=karras)
+    steering._timesteps = karras.timesteps
+    assert steering._own_scales() == [1.0] * 50 + [0.0] * 50
 
 
 def low_rank(unet) -> dict[str, torch.Tensor]:
