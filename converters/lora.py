@@ -26,6 +26,9 @@ from converters.rules import TABLES
 from converters.weights import dump_some, kind_of
 from fact_jax.errors import UserError
 
+LORA_PARTS = {"unet": "unet", "clip_text": "text_encoder"}
+"""The parts of a pipeline that a LoRA changes, by the kind of their layers."""
+
 _PART = re.compile(
     r"(?P<layer>.+?)(?:[._]lora(?:_linear_layer)?[._](?P<part>down|up|mid|A|B)(?:\.\w+)?\.weight"
     r"|(?:[._]lora)?\.(?P<alpha>alpha))"

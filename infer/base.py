@@ -191,6 +191,12 @@ def check_controlnet(base: Base, controlnet: str | os.PathLike) -> None:
         raise UserError(f"{controlnet} is for another base model than {base.name}: {wrong[0]}")
 
 
+def check_crops(face: FaceFiles | None, crops: object) -> None:
+    """Faces are drawn by an adapter alone."""
+    if crops is not None and face is None:
+        raise UserError("faces were given, but the pipeline was loaded without an adapter")
+
+
 def check_faces(face: FaceFiles | None, photos: int) -> None:
     """Photos and an adapter come together or not at all."""
     if face is not None and not photos:

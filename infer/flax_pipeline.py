@@ -17,14 +17,22 @@ from tqdm import tqdm
 from converters.adapter import attach_adapter, load_adapter
 from converters.controlnet import load_controlnet
 from converters.encoder import load_encoder
-from converters.lora import add_lora, read_lora
+from converters.lora import LORA_PARTS, add_lora, read_lora
 from converters.pipeline import load_pipeline
 from converters.tokenizer import tokenize
 from fact_jax.errors import UserError
 from fact_jax.fact import Control, Model, encode_face, guided_model, initial_noise, null_face
 from fact_jax.regions import region_masks
 from fact_jax.samplers import SAMPLERS, keep_outside, noise_latents_for_start, num_model_calls
-from infer.base import Base, FaceFiles, check_controlnet, check_fit, read_base, read_face_files
+from infer.base import (
+    Base,
+    FaceFiles,
+    check_controlnet,
+    check_crops,
+    check_fit,
+    read_base,
+    read_face_files,
+)
 from infer.canvas import Canvas
 from infer.hub import find_face_files
 from infer.pipeline import Drawer
@@ -32,7 +40,6 @@ from infer.program import Shape, join_guidance, split_guidance
 from infer.request import Settings
 
 _HALF_PARTS = ("unet", "text_encoder", "controlnet")
-_LORA_PARTS = {"unet": "unet", "clip_text": "text_encoder"}
 _AXIS = "pictures"
 
 
@@ -86,7 +93,7 @@ class FlaxPipeline(Drawer):
         pipeline = load_pipeline(base.whole(), dtype=dtype)
         models = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
         for lora, factor in added:
-            for name in {_LORA_PARTS[layer.kind] for layer in lora.layers}:
+            for name in {LORA_PARTS[layer.kind] for layer in lora.layers}:
                 models[name] = add_lora(models[name], lora, factor)
         if controlnet is not None:
             models["controlnet"] = load_controlnet(controlnet, dtype=dtype)
@@ -114,6 +121,7 @@ class FlaxPipeline(Drawer):
 
         ``control`` are pictures for the ControlNet (poses, edges), as large as what is drawn.
         """
+        check_crops(self.face, crops)
         ids, _ = tokenize(self.base.tokenizer, [settings.negative, *prompts])
         size, start = self.base.latent_size(settings), 0
         inputs = {"ids": ids[1:], "seeds": np.asarray(seeds, np.int32)}

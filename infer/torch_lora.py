@@ -7,10 +7,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from converters.lora import Lora, merge
+from converters.lora import LORA_PARTS, Lora, merge
 from converters.rules import TABLES
-
-_PARTS = {"unet": "unet", "clip_text": "text_encoder"}
 
 
 def merge_lora(pipe: Any, lora: Lora, factor: float) -> None:
@@ -19,7 +17,7 @@ def merge_lora(pipe: Any, lora: Lora, factor: float) -> None:
     ``-factor`` takes it out again, but for that precision's rounding. Raises one UserError with
     every layer that the pipe does not have or has in another shape.
     """
-    for kind, part in _PARTS.items():
+    for kind, part in LORA_PARTS.items():
         layers = tuple(layer for layer in lora.layers if layer.kind == kind)
         if layers:
             _merge(getattr(pipe, part), kind, dataclasses.replace(lora, layers=layers), factor)

@@ -20,7 +20,15 @@ from fact_jax.errors import UserError
 from fact_jax.fact import initial_noise
 from fact_jax.regions import region_masks
 from fact_jax.samplers import DIFFUSERS_SCHEDULERS, model_calls
-from infer.base import Base, FaceFiles, check_controlnet, check_fit, read_base, read_face_files
+from infer.base import (
+    Base,
+    FaceFiles,
+    check_controlnet,
+    check_crops,
+    check_fit,
+    read_base,
+    read_face_files,
+)
 from infer.canvas import Canvas
 from infer.hub import find_face_files
 from infer.pipeline import Drawer
@@ -103,6 +111,7 @@ class TorchPipeline(Drawer):
         bar: tqdm | None = None,
     ) -> UInt8[np.ndarray, "b h w 3"]:
         """One picture for each prompt, seed and person (``infer.pipeline.Drawer``)."""
+        check_crops(self.face, crops)
         name, extra = DIFFUSERS_SCHEDULERS[settings.sampler]
         scheduler = getattr(diffusers, name).from_config(self.base.schedule.to_dict(), **extra)
         (height, width), start = self.base.latent_size(settings), 0

@@ -97,6 +97,7 @@ class FaceProcessor(nn.Module):
         self._hooks = [
             block.norm2.register_forward_pre_hook(self._adapt),
             attention.register_state_dict_post_hook(_leave_out),
+            attention.register_load_state_dict_pre_hook(_put_back),
         ]
         if self.ln is not None:
             self._hooks.append(block.norm2.register_forward_hook(self._copied_norm))
@@ -143,18 +144,25 @@ class FaceProcessor(nn.Module):
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        ip_adapter_masks: Any = None,
     ) -> Tensor:
-        """diffusers' call of a processor: the text's attention, and the increment of ``_adapt``."""
+        """diffusers' call of a processor: the text's attention, and the increment of ``_adapt``.
+
+        diffusers passes on what the signature names: that is all that its own processors take.
+        """
         increment, self._increment = self._increment, None
         if self.text is not None and attention_mask is None:
             mixed = attend(attn.to_q(hidden_states), *self.text, attn.heads)
             text = attn.to_out[1](attn.to_out[0](mixed))
         else:
+            more = {"temb": temb, "ip_adapter_masks": ip_adapter_masks}
             text = self.inner(
                 attn,
                 hidden_states,
                 encoder_hidden_states=encoder_hidden_states,
                 attention_mask=attention_mask,
+                **{name: value for name, value in more.items() if value is not None},
             )
         return text if increment is None else text + increment
 
@@ -207,8 +215,20 @@ def _plain(attention: Attention) -> bool:
 
 
 def _leave_out(attention: Attention, state: dict[str, Tensor], prefix: str, _: dict) -> None:
-    for key in [key for key in state if key.startswith(f"{prefix}processor.")]:
-        del state[key]
+    """A UNet's state is without the adapter's, but has that of the processor inside."""
+    own, inner = f"{prefix}processor.", f"{prefix}processor.inner."
+    for key in [key for key in state if key.startswith(own)]:
+        tensor = state.pop(key)
+        if key.startswith(inner):
+            state[own + key.removeprefix(inner)] = tensor
+
+
+def _put_back(attention: Attention, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """The other way: a UNet takes such a state, and the adapter keeps its own."""
+    for key, tensor in attention.processor.state_dict().items():
+        name = f"{prefix}processor.{key}"
+        outside = f"{prefix}processor.{key.removeprefix('inner.')}"
+        state[name] = state.pop(outside, tensor) if name != outside else tensor
 
 
 def text_blocks(unet: nn.Module) -> Iterator[tuple[str, BasicTransformerBlock]]:

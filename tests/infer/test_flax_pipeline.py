@@ -73,6 +73,12 @@ def test_canvas_of_both_backends(flax, torch, crops, sampler, strength):
     assert difference(theirs, forgotten) > OTHER
 
 
+@pytest.mark.parametrize("backend", [FlaxPipeline, TorchPipeline])
+def test_faces_without_an_adapter(files, crops, backend):
+    with pytest.raises(UserError, match="loaded without an adapter"):
+        backend.load(files.base).draw(PROMPTS, SEEDS, crops, Settings(steps=1))
+
+
 def test_canvas_on_wider_latents():
     """The miniature's have 16 channels, which diffusers' own inpainting refuses."""
     images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)

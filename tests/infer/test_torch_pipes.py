@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     UniPCMultistepScheduler,
 )
+from diffusers.models.attention_processor import AttnProcessor2_0
 
 from fact_jax.errors import UserError
 from fact_jax.fact import Guidance
@@ -356,6 +357,42 @@ def test_lora_of_diffusers_before_or_after(pipe, files):
         pipe.unload_lora_weights()
         unload_fact(pipe)
     np.testing.assert_array_equal(draw(pipe), base)
+
+
+class Masked(AttnProcessor2_0, torch.nn.Module):
+    """As an IP-Adapter's: it has weights, and takes masks."""
+
+    def __init__(self):
+        torch.nn.Module.__init__(self)
+        self.own, self.seen = torch.nn.Parameter(torch.ones(3)), []
+
+    def __call__(self, attn, hidden_states, *args, ip_adapter_masks=None, **more):
+        self.seen.append(ip_adapter_masks)
+        return super().__call__(attn, hidden_states, *args, **more)
+
+
+def test_what_another_processor_has_stays_its_own(pipe, files):
+    """Its weights in the UNet's state, and its arguments."""
+    plain = dict(pipe.unet.attn_processors)
+    path = next(name for name in plain if name.endswith("attn2.processor"))
+    masked, base = Masked(), draw(pipe)
+    pipe.unet.set_attn_processor({**plain, path: masked})
+    state = pipe.unet.state_dict()
+    assert state[f"{path}.own"].tolist() == [1.0] * 3
+    fact = load_fact(pipe, files.adapter, files.encoder)
+    try:
+        assert pipe.unet.state_dict().keys() == state.keys()
+        pipe.unet.load_state_dict({**state, f"{path}.own": torch.full((3,), 2.0)})
+        assert masked.own.tolist() == [2.0] * 3
+        np.testing.assert_array_equal(
+            draw(pipe, cross_attention_kwargs={"ip_adapter_masks": "a mask"}), base
+        )
+        assert set(masked.seen) == {"a mask"}
+        with fact.face(people(fact), GUIDANCE):
+            assert np.abs(draw(pipe) - base).mean() > 0.01
+    finally:
+        unload_fact(pipe)
+        pipe.unet.set_attn_processor(plain)
 
 
 def test_an_error_within_a_block_leaves_nothing_behind(fact, pipe):
