@@ -4,6 +4,7 @@ import collections
 import errno
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -182,7 +183,11 @@ def test_a_disk_that_is_full_for_other_files_is_one_line(
 
 
 def test_what_cannot_be_written_in_the_background_ends_the_run(toy_file, tmp_path):
-    """The limit on the size of a file stands for a disk that fills up while it is written."""
+    """The limit on the size of a file stands for a disk that fills up while it is written.
+
+    Orbax puts as many arrays into one file as are ready together: which of the checkpoints is the
+    first to have a larger one is a matter of timing.
+    """
 
     def limit():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
@@ -198,7 +203,7 @@ def test_what_cannot_be_written_in_the_background_ends_the_run(toy_file, tmp_pat
         text=True,
     )
     assert done.returncode == 2, done.stderr
-    assert "error: the checkpoint of step 5 could not be written" in done.stderr
+    assert re.search(r"error: the checkpoint of step \d+ could not be written", done.stderr)
     assert "Traceback" not in done.stderr
 
 
