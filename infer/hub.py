@@ -1,4 +1,4 @@
-"""Where an adapter and an encoder lie: files, folders, or repositories on the Hub.
+"""Where the parts of a pipeline lie: files, folders, or repositories on the Hub.
 
 The folder that ``save_face_files`` writes, like a repository with the same in it, holds
 ``adapter.safetensors``, ``encoder/config.json`` and ``encoder/model.safetensors``.
@@ -13,7 +13,14 @@ from converters.adapter import write_adapter
 from converters.readers import PICKLES
 from converters.writers import write_json, write_safetensors
 from fact_jax.errors import UserError
-from infer.base import FaceFiles
+from infer.base import (
+    Base,
+    FaceFiles,
+    check_controlnet,
+    check_fit,
+    read_base,
+    read_face_files,
+)
 
 ADAPTER, ENCODER = "adapter.safetensors", "encoder"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -39,6 +46,28 @@ def find_face_files(
     if not (found.parent / ENCODER / WEIGHTS).exists():
         raise UserError(f"{adapter}: no {ENCODER}/{WEIGHTS} beside it: name the encoder too")
     return found, found.parent / ENCODER
+
+
+def open_parts(
+    base: str | os.PathLike | Base,
+    adapter: str | os.PathLike | None,
+    encoder: str | os.PathLike | None,
+    *,
+    face: FaceFiles | None,
+    controlnet: str | os.PathLike | None,
+) -> tuple[Base, FaceFiles | None]:
+    """What a pipeline is made of, by name or opened already; UserError unless it fits together.
+
+    No weights are read: of the adapter and the encoder there are memory maps.
+    """
+    base = base if isinstance(base, Base) else read_base(base)
+    if face is None and adapter is not None:
+        face = read_face_files(*find_face_files(adapter, encoder))
+    if face is not None:
+        check_fit(base, face)
+    if controlnet is not None:
+        check_controlnet(base, controlnet)
+    return base, face
 
 
 def _locate(name: str | os.PathLike, files: Sequence[str], beside: str | None = None) -> Path:

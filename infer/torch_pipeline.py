@@ -20,17 +20,9 @@ from fact_jax.errors import UserError
 from fact_jax.fact import initial_noise
 from fact_jax.regions import region_masks
 from fact_jax.samplers import DIFFUSERS_SCHEDULERS, model_calls
-from infer.base import (
-    Base,
-    FaceFiles,
-    check_controlnet,
-    check_crops,
-    check_fit,
-    read_base,
-    read_face_files,
-)
+from infer.base import Base, FaceFiles, check_crops
 from infer.canvas import Canvas
-from infer.hub import find_face_files
+from infer.hub import open_parts
 from infer.pipeline import Drawer
 from infer.request import Settings
 from infer.torch_canvas import OnCanvas, OnCanvasUnderControl
@@ -74,13 +66,7 @@ class TorchPipeline(Drawer):
         ``read_face_files`` opened them, instead of their names. ``loras`` are files that are
         added to the base, each times its factor.
         """
-        base = base if isinstance(base, Base) else read_base(base)
-        if face is None and adapter is not None:
-            face = read_face_files(*find_face_files(adapter, encoder))
-        if face is not None:
-            check_fit(base, face)
-        if controlnet is not None:
-            check_controlnet(base, controlnet)
+        base, face = open_parts(base, adapter, encoder, face=face, controlnet=controlnet)
         added = [(read_lora(file), factor) for file, factor in loras]
         pipe = _from_folder(
             diffusers.StableDiffusionPipeline,
