@@ -1,4 +1,15 @@
-"""Errors that a person at the terminal can act on."""
+"""Errors that a person at the terminal can act on, and how a program ends with one."""
+
+import contextlib
+import io
+import os
+import sys
+from collections.abc import Callable
+
+_BAD_INPUT = 2
+_INTERRUPTED = 130
+_BROKEN_PIPE = 141
+"""What a shell says of a program that a signal ended: 128 + SIGINT, 128 + SIGPIPE."""
 
 
 class UserError(Exception):
@@ -6,3 +17,55 @@ class UserError(Exception):
 
     Programs print it as ``error: ...`` and exit with code 2; the library raises it.
     """
+
+
+def run_program(run: Callable[[], int | None]) -> int:
+    """Run a command line and give its exit status: that of ``run``, or 0 where it gives None.
+
+    After UserError, OSError (a full disk) or MemoryError one line on stderr says what was wrong and
+    the status is 2. It is 130 after Ctrl-C, and 141, without a word, where nobody reads the output
+    any more. argparse's way out (SystemExit) becomes a status too.
+    """
+    try:
+        try:
+            status = run()
+        except SystemExit as stopped:
+            status = stopped.code if isinstance(stopped.code, int | None) else 1
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status or 0
+    except UserError as error:
+        return _failed(str(error))
+    except BrokenPipeError:
+        return _BROKEN_PIPE
+    except OSError as error:
+        return _failed(describe_os_error(error))
+    except MemoryError as error:
+        return _failed(f"not enough memory: {error}" if str(error) else "not enough memory")
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _settle(stream)
+
+
+def describe_os_error(error: OSError) -> str:
+    """An error of the operating system on one line: the file, if it is known, and the reason."""
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"{error.filename}: {reason}" if error.filename else reason
+
+
+def _failed(line: str) -> int:
+    with contextlib.suppress(OSError):  # nobody may read that either
+        print(f"error: {line}", file=sys.stderr)
+    return _BAD_INPUT
+
+
+def _settle(stream: io.TextIOBase | None) -> None:
+    """Flush, or drop what cannot be written: Python would fail over it again at its very end."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

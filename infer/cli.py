@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from fact_jax.errors import UserError
+from fact_jax.errors import UserError, run_program
 from infer.cli_evaluate import add_commands
 from infer.cli_generate import add_generate, add_photo_options
 from infer.cli_redraw import add_redraw
@@ -22,15 +22,12 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
-    arguments = _parser().parse_args(argv)
-    try:
+
+    def run() -> None:
+        arguments = _parser().parse_args(argv)
         arguments.run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return run_program(run)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,0 +1,63 @@
+"""How a program ends: its exit status, and what it says."""
+
+import subprocess
+import sys
+
+import pytest
+
+from fact_jax.errors import UserError, run_program
+
+
+def ending(error: BaseException | None):
+    def run():
+        if error is not None:
+            raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (None, 0, ""),
+        (UserError("a.png is no picture"), 2, "error: a.png is no picture\n"),
+        (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
+        (OSError(28, "No space left", "a.png"), 2, "error: a.png: No space left\n"),
+        (OSError("a\nb"), 2, "error: a b\n"),
+        (MemoryError(), 2, "error: not enough memory\n"),
+        (BrokenPipeError(), 141, ""),
+        (KeyboardInterrupt(), 130, ""),
+        (SystemExit(2), 2, ""),
+        (SystemExit(None), 0, ""),
+    ],
+)
+def test_status_and_line(error, status, said, capsys):
+    assert run_program(ending(error)) == status
+    assert capsys.readouterr().err == said
+
+
+def test_what_was_not_foreseen_is_not_hidden():
+    with pytest.raises(ZeroDivisionError):
+        run_program(lambda: 1 // 0)
+
+
+PROGRAM = "import sys; from fact_jax.errors import run_program; sys.exit(run_program({}))"
+
+
+@pytest.mark.parametrize(
+    ("run", "shell", "status", "said"),
+    [
+        ("lambda: print(9)", "| true", 141, ""),
+        ("lambda: print(9)", "> /dev/full", 2, "error: No space left on device\n"),
+        ("lambda: sys.exit(print(9))", "| true", 141, ""),
+        ("lambda: 1 // 0", "2> /dev/full", 1, ""),
+        ("lambda: open('/nowhere/a')", "2> /dev/full", 2, ""),
+        ("lambda: print(9)", ">&-", 0, ""),
+    ],
+)
+def test_output_that_goes_nowhere(run, shell, status, said):
+    """A reader that is gone, a full device, a closed descriptor: Python adds nothing at its end."""
+    command = f'"$0" -c "$1" {shell}; exit ${{PIPESTATUS[0]}}'
+    words = ["bash", "-c", command, sys.executable, PROGRAM.format(run)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (status, said)
