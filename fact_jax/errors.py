@@ -3,8 +3,10 @@
 import contextlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -24,11 +26,13 @@ def run_program(run: Callable[[], int | None]) -> int:
 
     After UserError, OSError (a full disk) or MemoryError one line on stderr says what was wrong and
     the status is 2. It is 130 after Ctrl-C, and 141, without a word, where nobody reads the output
-    any more. argparse's way out (SystemExit) becomes a status too.
+    any more. SIGTERM and SIGHUP end it with 143 and 129, once temporary files are removed.
+    argparse's way out (SystemExit) becomes a status too.
     """
     try:
         try:
-            status = run()
+            with _ended_by_signals():
+                status = run()
         except SystemExit as stopped:
             status = stopped.code if isinstance(stopped.code, int | None) else 1
         if sys.stdout is not None:
@@ -47,6 +51,28 @@ def run_program(run: Callable[[], int | None]) -> int:
     finally:
         for stream in (sys.stdout, sys.stderr):
             _settle(stream)
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """SIGTERM and SIGHUP become SystemExit, so that whatever has to be cleaned up is."""
+
+    def stop(number: int, frame: object) -> None:
+        for caught in before:
+            signal.signal(caught, signal.SIG_IGN)  # once is enough
+        raise SystemExit(128 + number)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            # Whoever started this may ignore one (nohup) or handle it.
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def describe_os_error(error: OSError) -> str:

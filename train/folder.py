@@ -1,11 +1,7 @@
-"""A run's folder: whose it is, what it says of its making, and how files in it are replaced."""
+"""A run's folder: whose it is, and what it says of its making."""
 
-import contextlib
 import datetime
 import json
-import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -70,23 +66,3 @@ def _write(path: Path, values: dict) -> None:
         raise UserError(
             f"cannot write in {path.parent}: {error.strerror}; choose another --out"
         ) from error
-
-
-@contextlib.contextmanager
-def replace_folder(target: Path) -> Iterator[Path]:
-    """Give an empty folder that takes the place of ``target`` when everything in it is written."""
-    fresh, old = (target.with_name(f".{target.name}.{end}") for end in ("new", "old"))
-    if old.exists() and not target.exists():  # killed between the two renames
-        old.rename(target)
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    fresh.mkdir(parents=True)
-    yield fresh
-    for path in fresh.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as handle:
-                os.fsync(handle.fileno())
-    if target.exists():
-        target.rename(old)
-    fresh.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -15,13 +15,14 @@ import jax
 import numpy as np
 
 from fact_jax.errors import UserError
+from fact_jax.files import replace_folder
 from fact_jax.sharding import global_batch, local_copy, make_mesh, place, rows_of_process
 from train.agree import all_agree
 from train.checkpoints import About, Checkpoints, revision, versions
 from train.checksums import content_hash
 from train.config import TrainConfig, to_json
 from train.distributed import check_alike, together
-from train.folder import claim_folder, describe_start, now, replace_folder
+from train.folder import claim_folder, describe_start, now
 from train.meter import Meter, Profile
 from train.plan.model_flops import model_flops
 from train.runlog import RunLog, average

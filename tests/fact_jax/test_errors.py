@@ -1,11 +1,13 @@
 """How a program ends: its exit status, and what it says."""
 
+import signal
 import subprocess
 import sys
 
 import pytest
 
 from fact_jax.errors import UserError, run_program
+from fact_jax.files import atomic_write
 
 
 def ending(error: BaseException | None):
@@ -61,3 +63,24 @@ def test_output_that_goes_nowhere(run, shell, status, said):
     words = ["bash", "-c", command, sys.executable, PROGRAM.format(run)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (status, said)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_cleans_up(number, tmp_path):
+    """Here and not in a process: the program's own handlers, and those before it again after."""
+    before = signal.getsignal(number)
+    signal.signal(number, signal.SIG_DFL)
+
+    def run():
+        with atomic_write(tmp_path / "a"):
+            assert list(tmp_path.iterdir())
+            signal.raise_signal(number)
+
+    try:
+        assert run_program(run) == 128 + number
+        assert signal.getsignal(number) is signal.SIG_DFL
+        signal.signal(number, signal.SIG_IGN)  # as nohup does
+        assert run_program(lambda: signal.raise_signal(number)) == 0
+    finally:
+        signal.signal(number, before)
+    assert not list(tmp_path.iterdir())

@@ -7,7 +7,8 @@ import threading
 import pytest
 
 from fact_jax import files
-from fact_jax.files import atomic_write, create, free_path
+from fact_jax.errors import UserError
+from fact_jax.files import atomic_write, create, free_path, recover, replace_folder
 
 
 def filled(text: str):
@@ -67,17 +68,126 @@ def test_two_at_once_get_two_names(tmp_path, monkeypatch, links):
     assert sorted(path.read_text() for path in tmp_path.iterdir()) == ["x", "y"]
 
 
-@pytest.mark.parametrize("write", [create, None])
+def overwrite(path, write) -> None:
+    with atomic_write(path) as temporary:
+        write(temporary)
+
+
+@pytest.mark.parametrize("write", [create, overwrite])
 def test_a_failed_write_names_the_file_and_leaves_nothing(tmp_path, write):
     def full(path):
         path.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.raises(OSError, match="No space left") as error:
-        if write is not None:
-            write(tmp_path / "a.png", full)
-        else:
-            with atomic_write(tmp_path / "a.png") as temporary:
-                full(temporary)
+        write(tmp_path / "a.png", full)
     assert error.value.filename == str(tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+def crash() -> None:
+    """End as a killed process does: nothing is cleaned up."""
+    os._exit(9)
+
+
+def killed(work) -> None:
+    """Run ``work`` in a process of its own that dies in it."""
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+def listing(folder) -> dict[str, str]:
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+def fill(path, text: str, **options) -> None:
+    with replace_folder(path, **options) as folder:
+        (folder / "a").write_text(text)
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    target = tmp_path / "new" / "out"
+    for text in "12":
+        fill(target, text)
+        assert listing(tmp_path) == {"new/out/a": text}
+
+    def full():
+        with replace_folder(target) as folder:
+            (folder / "a").write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left") as error:
+        full()
+    assert error.value.filename == str(target)
+    with pytest.raises(UserError, match="out: kept, something else was written there"):
+        fill(target, "3", replace=False)
+    assert listing(tmp_path) == {"new/out/a": "2"}
+    assert [path.name for path in target.parent.iterdir()] == ["out"]
+
+
+def test_a_folder_is_there_at_every_moment(tmp_path, monkeypatch):
+    """With renameat2 there is no moment without one of the two."""
+    target = tmp_path / "out"
+    fill(target, "1")
+    monkeypatch.setattr(os, "rename", lambda *names: pytest.fail("two steps"))
+    fill(target, "2")
+    assert listing(tmp_path) == {"out/a": "2"}
+
+
+def test_a_kill_between_the_two_renames_is_undone(tmp_path, monkeypatch):
+    target = tmp_path / "out"
+    fill(target, "1")
+    rename = os.rename
+
+    def first_only(one, other):
+        rename(one, other)
+        crash()
+
+    def work():
+        files._exchange = lambda one, other: False
+        files.os.rename = first_only
+        fill(target, "2")
+
+    killed(work)
+    assert not target.exists()
+    assert not recover(target)
+    assert listing(tmp_path) == {"out/a": "1"}
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path):
+    target, other = tmp_path / "out", tmp_path / "other"
+
+    def folder():
+        with replace_folder(target):
+            crash()
+
+    def file():
+        with atomic_write(target):
+            crash()
+
+    killed(folder)
+    killed(file)
+    (tmp_path / ".out.notes.tmp").write_text("mine")
+    assert len(list(tmp_path.iterdir())) == 3
+    with replace_folder(target), atomic_write(other):
+        assert recover(target)  # a living one is left alone
+        assert len(list(tmp_path.iterdir())) == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".out.notes.tmp", "other", "out"]
+
+
+def test_a_file_that_appears_meanwhile_is_kept(tmp_path):
+    with pytest.raises(UserError, match="a: kept"), atomic_write(tmp_path / "a", replace=False):
+        (tmp_path / "a").write_text("mine")
+    assert listing(tmp_path) == {"a": "mine"}
+    with atomic_write(tmp_path / "a") as temporary:
+        temporary.write_text("new")
+    assert listing(tmp_path) == {"a": "new"}
+    assert os.stat(tmp_path / "a").st_mode & 0o111 == 0

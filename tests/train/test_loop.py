@@ -1,6 +1,5 @@
 """A run in its folder: what it leaves there, and that stopping it changes nothing."""
 
-import contextlib
 import dataclasses
 import json
 import os
@@ -20,7 +19,6 @@ from safetensors.numpy import load_file
 
 from fact_jax.errors import UserError
 from train.config import CheckpointConfig, override
-from train.folder import replace_folder
 from train.loop import prefetch, run
 
 ROOT = Path(__file__).parents[2]
@@ -242,17 +240,3 @@ def test_an_error_in_the_data_reaches_the_caller():
         assert [next(batches)[0], next(batches)[0]] == [1, 2]
         with pytest.raises(OSError, match="disk gone"):
             next(batches)
-
-
-def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path):
-    target = tmp_path / "export"
-    with replace_folder(target) as folder:
-        (folder / "a").write_text("1")
-    with contextlib.suppress(RuntimeError), replace_folder(target) as folder:
-        (folder / "b").write_text("2")
-        raise RuntimeError
-    assert [path.name for path in target.iterdir()] == ["a"]
-    with replace_folder(target) as folder:
-        (folder / "c").write_text("3")
-    assert [path.name for path in target.iterdir()] == ["c"]
-    assert [path.name for path in tmp_path.iterdir()] == ["export"]
