@@ -35,13 +35,13 @@ SETTINGS = ("--sampler", "ddim", "--steps", "25", "--guidance", "3", "--face-sca
 class Stage(NamedTuple):
     """Commands, one after the other, and what is there when they are done.
 
-    ``emptied`` is a folder that must not hold pictures of an earlier attempt.
+    ``emptied`` are files and folders of an earlier attempt that must not be there.
     """
 
     name: str
     commands: list[list[str]]
     result: Path
-    emptied: Path | None = None
+    emptied: tuple[Path, ...] = ()
 
 
 def stages(out: Path, scratch: bool) -> list[Stage]:
@@ -54,6 +54,7 @@ def stages(out: Path, scratch: bool) -> list[Stage]:
             "draw photos of people whom nothing was trained on",
             [["fact-infer", "portraits", "--people", len(PEOPLE), "--out", out / "portraits"]],
             out / "portraits" / f"{PEOPLE[-1]}-0.png",
+            emptied=(out / "portraits",),
         ),
         _stage(
             "train the adapter" if scratch else "train the adapter, going on from the shipped one",
@@ -66,7 +67,7 @@ def stages(out: Path, scratch: bool) -> list[Stage]:
                 f"pictures by {name}",
                 [_generate(models, person, backend, out) for person in PEOPLE],
                 out / backend / PEOPLE[-1],
-                emptied=out / backend,
+                emptied=(out / backend,),
             )
             for name, backend in (("JAX", "flax"), ("PyTorch", "torch"))
         ),
@@ -74,6 +75,7 @@ def stages(out: Path, scratch: bool) -> list[Stage]:
             "evaluate on 96 people",
             [["fact-infer", "evaluate", *models, "--people", 96, *SETTINGS, "--out", evaluation]],
             evaluation / "evaluation.json",
+            emptied=(evaluation,),
         ),
         _stage(
             "report",
@@ -83,11 +85,12 @@ def stages(out: Path, scratch: bool) -> list[Stage]:
                 + ["--stages", out / "stages.json", "--out", out]
             ],
             out / "report.html",
+            emptied=(out / "report.html", out / "grid.png"),
         ),
     ]
 
 
-def _stage(name: str, commands: list[list], result: Path, emptied: Path | None = None) -> Stage:
+def _stage(name: str, commands: list[list], result: Path, emptied: tuple[Path, ...] = ()) -> Stage:
     return Stage(name, [[str(word) for word in command] for command in commands], result, emptied)
 
 
@@ -188,8 +191,15 @@ class Record:
 def run(stage: Stage, record: Record) -> int:
     """Run a stage's commands; the exit status of the first that fails, else 0."""
     began = time.monotonic()
-    if stage.emptied is not None:
-        shutil.rmtree(stage.emptied, ignore_errors=True)
+    if stage.name in record.stages:
+        for path in stage.emptied:
+            # fact-infer replaces nothing, and what reads this expects the first name.
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+    # From here on what is there is the demo's own.
+    record.add(stage, 0.0, done=False)
     for command in stage.commands:
         print(f"  $ {shlex.join(command)}", flush=True)
         status = call(command)

@@ -61,6 +61,8 @@ def _face(arguments: argparse.Namespace) -> None:
 
     if arguments.out.suffix.lower() != ".png":
         raise UserError(f"{arguments.out}: the picture is a PNG, name it so")
+    if arguments.out.is_dir():
+        raise UserError(f"{arguments.out} is a folder: name a file")
     if not 16 <= arguments.size <= 1024:
         raise UserError(f"--size must lie in 16..1024, got {arguments.size}")
     check_folder(arguments.out.parent)
@@ -75,8 +77,7 @@ def _face(arguments: argparse.Namespace) -> None:
     found = prepare(photo, arguments.size)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
-    save_image(show(found), arguments.out, {"photo": arguments.photo.name}, None)
-    print(arguments.out)
+    print(save_image(show(found), arguments.out, {"photo": arguments.photo.name}, None))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from fact_jax.errors import UserError
+
 
 def add_commands(commands) -> None:
     """Add the three to fact-infer's commands."""
@@ -77,8 +79,10 @@ def _sentence(text: str) -> str:
 
 
 def _portraits(arguments: argparse.Namespace) -> None:
+    from infer.images import check_folder
     from infer.portraits import write_portraits
 
+    check_folder(arguments.out)
     for path in write_portraits(arguments.split, arguments.people, arguments.photos, arguments.out):
         print(path)
 
@@ -87,8 +91,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from fact_jax.fact import Guidance
     from infer import evaluate
     from infer.flax_pipeline import FlaxPipeline
-    from infer.request import Settings
+    from infer.images import check_folder
+    from infer.request import Settings, check_seed
 
+    if arguments.batch < 1:
+        raise UserError(f"--batch must be at least 1, got {arguments.batch}")
+    check_seed(arguments.seed)
+    out = evaluate.free_folder(arguments.out)
+    check_folder(out)
+    if out != arguments.out:
+        print(f"note: {arguments.out} is taken, this goes to {out}", file=sys.stderr)
     settings = Settings(
         sampler=arguments.sampler,
         steps=arguments.steps,
@@ -105,12 +117,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     )
     measures = evaluate.measure(judges, people, pictures)
     about = evaluate.describe(pipeline, people, settings, arguments.seed)
-    print(evaluate.save(arguments.out, about, measures, people, pictures), end="")
+    print(evaluate.save(out, about, measures, people, pictures), end="")
 
 
 def _report(arguments: argparse.Namespace) -> None:
+    from infer.images import check_folder
     from infer.report import Sources, write_report
 
+    check_folder(arguments.out)
     sources = Sources(
         training=arguments.training,
         before=arguments.before,

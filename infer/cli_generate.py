@@ -235,7 +235,7 @@ def _best(group: list, count: int | None) -> list:
 
 def _save_sheet(written: list, arguments: argparse.Namespace, source: str) -> Path:
     """A row for each prompt; returns the path."""
-    from infer.images import free_name, save_image
+    from infer.images import picture_path, save_image
     from infer.ranking import labelled_sheet
 
     labels = []
@@ -245,9 +245,8 @@ def _save_sheet(written: list, arguments: argparse.Namespace, source: str) -> Pa
     sheet = labelled_sheet(
         [image for image, _ in written], labels, arguments.best or arguments.count
     )
-    path = free_name(arguments.out, "sheet", f".{arguments.format}")
-    save_image(sheet, path, {"prompts": "\n".join(arguments.prompt)}, source)
-    return path
+    path = picture_path(arguments.out, "sheet", f".{arguments.format}")
+    return save_image(sheet, path, {"prompts": "\n".join(arguments.prompt)}, source)
 
 
 def _request(arguments: argparse.Namespace):

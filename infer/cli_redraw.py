@@ -111,7 +111,7 @@ def _redraw(arguments: argparse.Namespace) -> None:
 
     from infer.base import check_controlnet, read_base, read_face_files
     from infer.hub import find_face_files
-    from infer.images import check_folder, free_name, recorded, save_image
+    from infer.images import check_folder, picture_path, recorded, save_image
     from infer.photos import prepare_crops
     from infer.request import Settings
     from infer.templates import Redrawing, check_jobs, redraw_templates
@@ -142,10 +142,10 @@ def _redraw(arguments: argparse.Namespace) -> None:
     with tqdm(total=len(jobs), desc=f"redrawing {total} faces", disable=None) as bar:
         pictures = redraw_templates(drawer, jobs, settings, how, batch=arguments.batch)
         for job, path, picture in zip(jobs, arguments.templates, pictures, strict=True):
-            out = free_name(arguments.out, f"{path.stem}-redrawn", f".{arguments.format}")
+            out = picture_path(arguments.out, f"{path.stem}-redrawn", f".{arguments.format}")
             text = recorded(_values(arguments, settings, job))
             part = "compositeWithTrainedAlgorithmicMedia"
-            save_image(picture, out, text, part, job.template.profile)
+            out = save_image(picture, out, text, part, job.template.profile)
             bar.update()
             tqdm.write(str(out))
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from fact_jax.errors import UserError
 from fact_jax.face import align_batch
-from fact_jax.files import atomic_write
+from fact_jax.files import create
 from fact_jax.portraits import SPLITS, Batch, make_batch
 from fact_jax.portraits.judge import ATTRIBUTES, CROP, Parser, Recogniser, load_judge
 from fact_jax.samplers import num_model_calls
@@ -40,6 +40,7 @@ from infer.measures import (
 from infer.request import MAX_SEED, Settings
 
 SIZE = 64
+FILES = ("pictures.npz", "evaluation.txt", "evaluation.json")
 # Photos of a person are the scenes number * 1000 + these.
 _REFERENCE, _CAPTION, _ANOTHER = 0, 500, 501
 _MAX_PHOTOS = 8
@@ -151,8 +152,10 @@ def draw_pictures(
     height, width = pipeline.base.latent_size(settings)
     if (height, width) != (SIZE // pipeline.base.vae.downscale,) * 2:
         raise UserError(f"the judges look at pictures of {SIZE} x {SIZE}: this base draws others")
-    if seed + count > MAX_SEED:
-        raise UserError(f"seed must be at most {MAX_SEED - count} for {count} people, got {seed}")
+    if not 0 <= seed <= MAX_SEED - count:
+        raise UserError(f"seed must lie in 0..{MAX_SEED - count} for {count} people, got {seed}")
+    if batch < 1:
+        raise UserError(f"a batch holds at least one picture, got {batch}")
     batch = min(batch, count)
     calls = num_model_calls(settings.sampler, settings.steps)
     pictures = {}
@@ -273,6 +276,15 @@ def sentence(about: dict) -> str:
     )
 
 
+def free_folder(folder: str | os.PathLike) -> Path:
+    """``folder``, or where it holds an evaluation already ``folder-2`` and so on."""
+    free, number = Path(folder), 1
+    while any(os.path.lexists(free / name) for name in FILES):
+        number += 1
+        free = Path(f"{Path(folder).resolve()}-{number}")
+    return free
+
+
 def save(
     out: str | os.PathLike,
     about: dict,
@@ -280,24 +292,32 @@ def save(
     people: People,
     pictures: dict[str, UInt8[np.ndarray, "n h w 3"]],
 ) -> str:
-    """Write ``pictures.npz``, ``evaluation.txt`` and, last, ``evaluation.json``; gives the text."""
-    out = Path(out)
-    with atomic_write(out / "pictures.npz") as temporary, open(temporary, "wb") as handle:
-        np.savez_compressed(
-            handle,
-            ids=np.asarray(people.scenes.ids),
-            captions=np.asarray(people.scenes.captions),
-            reference=people.first_references,
-            **pictures,
-        )
+    """Write ``pictures.npz``, ``evaluation.txt`` and, last, ``evaluation.json``; gives the text.
+
+    See ``free_folder`` for where: files that are there are never replaced.
+    """
+
+    def write_pictures(path: Path) -> None:
+        with open(path, "wb") as handle:
+            np.savez_compressed(
+                handle,
+                ids=np.asarray(people.scenes.ids),
+                captions=np.asarray(people.scenes.captions),
+                reference=people.first_references,
+                **pictures,
+            )
+
     text = f"{sentence(about)}\n\n{plain_table(measures, NOTES)}"
-    with atomic_write(out / "evaluation.txt") as temporary:
-        temporary.write_text(text)
     content = {
         **about,
         "measures": {name: estimate.to_dict() for name, estimate in measures.items()},
         "notes": list(NOTES),
     }
-    with atomic_write(out / "evaluation.json") as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    writers = (
+        write_pictures,
+        lambda path: path.write_text(text),
+        lambda path: path.write_text(json.dumps(content, indent=1) + "\n"),
+    )
+    for name, write in zip(FILES, writers, strict=True):
+        create(Path(out) / name, write)
     return text

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from PIL import Image
 
 from fact_jax.errors import UserError
 from fact_jax.fact import Guidance
-from fact_jax.files import atomic_write
+from fact_jax.files import create
 from infer import provenance
 from infer.base import Base
 from infer.request import Request
@@ -94,9 +95,7 @@ def save_picture(
     """
     words = re.sub(r"[^\w]+", "-", str(values["prompt"]).lower()).strip("-")[:_NAME_LENGTH]
     name = f"{words.rstrip('-') or 'picture'}-seed{values['seed']}"
-    path = free_name(Path(folder), name, suffix)
-    save_image(image, path, recorded(values), source)
-    return path
+    return save_image(image, picture_path(folder, name, suffix), recorded(values), source)
 
 
 def recorded(values: Mapping[str, Any]) -> dict[str, str]:
@@ -110,37 +109,38 @@ def save_image(
     text: Mapping[str, str],
     source: provenance.Source | None = "trainedAlgorithmicMedia",
     profile: bytes | None = None,
-) -> None:
-    """Write a ``.png``, ``.jpg`` or ``.jpeg`` with text metadata, whole or not at all.
+) -> Path:
+    """Write a new ``.png``, ``.jpg`` or ``.jpeg`` with text metadata; gives the path that it got.
 
-    ``source`` marks it as drawn by a model (IPTC Digital Source Type); None leaves the mark out.
-    ``profile`` is the ICC profile in which its colours are meant; None: sRGB.
+    A name that is taken gets a number (``fact_jax.files.create``). ``source`` marks it as drawn by
+    a model (IPTC Digital Source Type); None leaves the mark out. ``profile`` is the ICC profile in
+    which its colours are meant; None: sRGB.
     """
     writers = {".png": provenance.save_png, ".jpg": provenance.save_jpeg}
     writers[".jpeg"] = writers[".jpg"]
     suffix = Path(path).suffix.lower()
     if suffix not in writers:
         raise UserError(f"{path}: a picture's name ends in {', '.join(writers)}")
-    with atomic_write(path) as temporary:
-        picture = Image.fromarray(image)
-        picture.info["icc_profile"] = profile
-        writers[suffix](picture, temporary, text, source)
+    picture = Image.fromarray(image)
+    picture.info["icc_profile"] = profile
+    return create(path, lambda temporary: writers[suffix](picture, temporary, text, source))
 
 
-def free_name(folder: Path, name: str, suffix: str) -> Path:
-    """The first path that no file has; a long name is cut."""
-    number, name = 1, name.encode()[:_NAME_BYTES].decode(errors="ignore")
-    while (path := folder / f"{name}{f'-{number}' if number > 1 else ''}{suffix}").exists():
-        number += 1
-    return path
+def picture_path(folder: str | os.PathLike, name: str, suffix: str) -> Path:
+    """Where a picture of that name goes; a long name is cut."""
+    return Path(folder) / (name.encode()[:_NAME_BYTES].decode(errors="ignore") + suffix)
 
 
 def check_folder(folder: str | os.PathLike) -> None:
-    """Raises UserError unless pictures could be written to ``folder``, which need not be there."""
+    """Raises UserError unless files could be written to ``folder``, which need not be there."""
     there = Path(folder).absolute()
-    while not there.exists():
+    while not os.path.lexists(there):
         there = there.parent
     if not there.is_dir():
         raise UserError(f"{folder}: {there} is not a folder")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{folder}: no permission to write in {there}")
+    try:
+        # What permissions do not tell: /proc, a read-only file system, a full one.
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".fact-infer."):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: no file can be written in {there}: {error.strerror}") from None

@@ -3,6 +3,8 @@
 import dataclasses
 import html
 import json
+import os
+import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,7 @@ from converters.adapter import read_metadata
 from converters.readers import read_file
 from fact_jax.errors import UserError
 from fact_jax.face import ASTRONAUT_POINTS, draw_face, prepare_photo, read_image
-from fact_jax.files import atomic_write
+from fact_jax.files import create
 from infer.evaluate import sentence
 from infer.figures import AMPLIFY, Series, data_uri, difference, enlarge, grid_picture, svg_curves
 from infer.measures import COLUMNS, Estimate, table
@@ -66,7 +68,10 @@ class Sources:
 
 
 def write_report(sources: Sources, out: Path) -> list[Path]:
-    """Write ``grid.png`` and ``report.html``; gives their paths. UserError names what is absent."""
+    """Write ``grid.png`` and ``report.html``; gives their paths. UserError names what is absent.
+
+    Names that are taken get a number.
+    """
     evaluation = _read_json(sources.evaluation / "evaluation.json")
     grid, captions = _grid(sources.evaluation / "pictures.npz")
     sections = [
@@ -74,14 +79,14 @@ def write_report(sources: Sources, out: Path) -> list[Path]:
         ("Measured", _table_section(evaluation)),
         ("Training", _training_section(sources)),
         ("The same request in JAX and in PyTorch", _backends_section(sources.flax, sources.torch)),
-        ("From a photo to what the face encoder sees", _face_section(sources, out)),
+        ("From a photo to what the face encoder sees", _face_section(sources)),
         ("What each stage took", _stages_section(sources.stages)),
     ]
-    with atomic_write(out / "grid.png") as temporary:
-        Image.fromarray(grid).save(temporary, format="PNG", optimize=True)
-    with atomic_write(out / "report.html") as temporary:
-        temporary.write_text(_page(sections), encoding="utf-8")
-    return [out / "grid.png", out / "report.html"]
+    picture, page = Image.fromarray(grid), _page(sections)
+    return [
+        create(out / "grid.png", lambda path: picture.save(path, format="PNG", optimize=True)),
+        create(out / "report.html", lambda path: path.write_text(page, encoding="utf-8")),
+    ]
 
 
 def _page(sections: list[tuple[str, str]]) -> str:
@@ -226,22 +231,25 @@ def _pairs(flax: Path, torch: Path) -> Iterator[tuple[str, np.ndarray, np.ndarra
         yield str(name.with_suffix("")), one, other
 
 
-def _face_section(sources: Sources, out: Path) -> str:
-    photo, points, what = sources.photo, sources.points, "The photo"
-    if photo is None:
-        photo, points = _astronaut(out), ASTRONAUT_POINTS
+def _face_section(sources: Sources) -> str:
+    if sources.photo is None:
         what = "scikit-image's astronaut photo"
-    found = prepare_photo(photo, points_file=points)
+        with tempfile.TemporaryDirectory() as folder:
+            found = prepare_photo(_astronaut(Path(folder)), points_file=ASTRONAUT_POINTS)
+            notes = [note.replace(f"{folder}{os.sep}", "") for note in found.notes]
+    else:
+        what = "The photo"
+        found = prepare_photo(sources.photo, points_file=sources.points)
+        notes = found.notes
     marked = draw_face(found.image, found.points, found.mask)
-    notes = html.escape("; ".join(found.notes))
     return (
         f'<div class="row">{_figure(marked, f"{what} with five points and head mask", 300)}'
         f"{_figure(enlarge(found.crop, 2), 'The aligned crop, 112 x 112, background blanked')}"
-        f'</div><p class="quiet">{notes}</p>'
+        f'</div><p class="quiet">{html.escape("; ".join(notes))}</p>'
     )
 
 
-def _astronaut(out: Path) -> Path:
+def _astronaut(folder: Path) -> Path:
     try:
         from skimage.data import astronaut
     except ImportError:
@@ -249,9 +257,8 @@ def _astronaut(out: Path) -> Path:
             "the report's example photo comes with scikit-image: pip install scikit-image, "
             "or give --photo and --points"
         ) from None
-    with atomic_write(out / "astronaut.png") as temporary:
-        Image.fromarray(astronaut()).save(temporary, format="PNG")
-    return out / "astronaut.png"
+    Image.fromarray(astronaut()).save(folder / "astronaut.png")
+    return folder / "astronaut.png"
 
 
 def _stages_section(path: Path | None) -> str:

@@ -100,3 +100,19 @@ def test_programs_are_called_and_their_status_is_kept(demo, tmp_path, monkeypatc
     assert demo.call(["fact-say", "0"]) == 0
     assert demo.call(["fact-say", "7"]) == 7
     assert demo.call(["fact-nothing"]) == 2
+
+
+def test_only_what_an_earlier_attempt_left_is_removed(demo, calls, tmp_path, monkeypatch):
+    """A folder of that name which was there before the demo is somebody's."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "photo.png").write_text("")
+    record = demo.Record(tmp_path / "stages.json")
+    stage = demo.Stage("one", [["one"]], tmp_path / "one", (mine, tmp_path / "page.html"))
+    demo.failing = "one"
+    assert demo.run(stage, record) == 143
+    assert (mine / "photo.png").exists()
+    (tmp_path / "page.html").write_text("")
+    assert demo.run(stage, record) == 143
+    assert not mine.exists()
+    assert not (tmp_path / "page.html").exists()

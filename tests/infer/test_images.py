@@ -7,7 +7,7 @@ from PIL import Image
 
 from fact_jax.fact import Guidance
 from infer.base import read_base
-from infer.images import describe, free_name, parameters, save_picture
+from infer.images import describe, parameters, picture_path, save_picture
 from infer.request import Photo, Request
 
 IMAGE = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
@@ -47,5 +47,5 @@ def test_nothing_is_overwritten(tmp_path):
     # Letters of four bytes, and a template's long name.
     letters = save_picture(IMAGE, tmp_path, values | {"prompt": "\U00020000" * 100, "seed": 2**31})
     assert letters.exists()
-    assert len(free_name(tmp_path, "n" * 250, ".png").name) == 204
+    assert len(picture_path(tmp_path, "n" * 250, ".png").name) == 204
     assert describe(values) == "A man!\nseed: 1"
