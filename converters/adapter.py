@@ -18,7 +18,7 @@ from converters.readers import State, read_file
 from converters.rules import ADAPTER_MARK, RESAMPLER_PREFIX
 from converters.weights import add_state, dump_some, dump_state, load_state, read_config
 from converters.writers import write_safetensors
-from fact_jax.errors import UserError
+from fact_jax.errors import UserError, listed
 from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.unet import UNet
 
@@ -96,7 +96,7 @@ def split_state(state: State, source: str | os.PathLike) -> tuple[State, dict[st
             f"{source}: not a FACT adapter: no {RESAMPLER_PREFIX}* or no *{ADAPTER_MARK}* in it"
         )
     if unexpected:
-        raise UserError(f"{source}: {len(unexpected)} unexpected ({', '.join(unexpected)})")
+        raise UserError(f"{source}: {len(unexpected)} unexpected ({listed(unexpected)})")
     return resampler, blocks
 
 
@@ -174,7 +174,7 @@ def check_blocks(
 
 
 def _listed(widths: Mapping[str, int]) -> str:
-    return f"{len(widths)} transformer blocks of channels {', '.join(map(str, widths.values()))}"
+    return f"{len(widths)} transformer blocks of channels {listed(map(str, widths.values()))}"
 
 
 def save_adapter(

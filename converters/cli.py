@@ -1,40 +1,20 @@
 """fact-convert: look into weights, move them between PyTorch and JAX, compare them."""
 
 import argparse
-import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fact_jax.errors import UserError
+from fact_jax.errors import UserError, listed, printable, run_program
 
 _DTYPES = ("float32", "float16", "bfloat16")
-_BROKEN_PIPE = 141
-"""What a shell says of a program whose reader went away."""
-_SHOWN = 20
+_SHOWN = 10
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status: 0 done, 1 weights differ, 2 bad input."""
     arguments = _parser().parse_args(argv)
-    try:
-        status = arguments.run(arguments)
-        sys.stdout.flush()
-        return status
-    except UserError as err:
-        print(f"error: {err}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        # Nobody reads on, as after ``| head``; Python would complain again when it ends.
-        with contextlib.suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _BROKEN_PIPE
-    except OSError as err:
-        print(f"error: {err.filename or ''}: {err.strerror or err}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_program(lambda: arguments.run(arguments))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -184,30 +164,29 @@ def _inspect(arguments: argparse.Namespace) -> int:
     for name, value in about.items():
         if name == "parts":
             for part, facts in value.items():
-                print(f"{part + ':':14s}{_sentence(facts)}")
+                _say(f"{part + ':':14s}{_sentence(facts)}")
         elif isinstance(value, dict):
-            print(f"{name}:")
+            _say(f"{name}:")
             for key, entry in value.items():
-                print(f"  {_plain(key) + ':':20s} {_sentence(entry)}")
+                _say(f"  {key + ':':20s} {_sentence(entry)}")
         else:
-            print(f"{name + ':':14s}{_sentence(value)}")
+            _say(f"{name + ':':14s}{_sentence(value)}")
     return 0
+
+
+def _say(text: str, file=None) -> None:
+    """One line at the terminal, which nothing that a file says can steer."""
+    print(printable(text), file=file)
 
 
 def _sentence(value) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"{_plain(key)} {_sentence(entry)}" for key, entry in value.items())
+        return ", ".join(f"{key} {_sentence(entry)}" for key, entry in value.items())
     if isinstance(value, list):
         more = f" and {len(value) - _SHOWN:,} more (--json)" if len(value) > _SHOWN else ""
-        return " ".join(map(_plain, value[:_SHOWN])) + more
+        return " ".join(map(str, value[:_SHOWN])) + more
     counted = isinstance(value, int) and not isinstance(value, bool)
-    return f"{value:,}" if counted else _plain(value)
-
-
-def _plain(value) -> str:
-    """What a file says, without what would steer the terminal."""
-    text = str(value)
-    return text if text.isprintable() else ascii(text)
+    return f"{value:,}" if counted else str(value)
 
 
 def _to_torch(arguments: argparse.Namespace) -> int:
@@ -293,12 +272,11 @@ def _bar(weights):
 
 def _done(arguments: argparse.Namespace, weights, layout: str, notes: Sequence[str]) -> int:
     for reason, keys in weights.left_out.items():
-        shown = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-        print(f"left out {len(keys)} keys ({shown}): {reason}", file=sys.stderr)
+        _say(f"left out {len(keys)} keys ({listed(keys)}): {reason}", file=sys.stderr)
     for note in notes:
-        print(note, file=sys.stderr)
+        _say(note, file=sys.stderr)
     would = "would be " if arguments.dry_run else ""
-    print(f"{arguments.out}: {would}{weights.kind} ({layout})")
+    _say(f"{arguments.out}: {would}{weights.kind} ({layout})")
     return 0
 
 
@@ -314,7 +292,7 @@ def _verify(arguments: argparse.Namespace) -> int:
         _open(arguments.a, arguments), _open(arguments.b, arguments), arguments.tolerance
     )
     for line in differences:
-        print(line)
+        _say(line)
     print("different" if differences else "the same numbers")
     return 1 if differences else 0
 

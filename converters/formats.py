@@ -34,7 +34,7 @@ from converters.readers import (
 from converters.rules import RESAMPLER_PREFIX
 from converters.weights import read_config
 from converters.writers import write_pickle, write_safetensors
-from fact_jax.errors import UserError
+from fact_jax.errors import UserError, listed
 
 ADAPTER_PARTS = {"adapter", "resampler"}
 BASE_PARTS = {"unet", "vae", "clip_text"}
@@ -293,7 +293,7 @@ def check_known(weights: Weights) -> None:
     if unknown := unknown_keys(weights):
         keys = [key for found in unknown.values() for key in found]
         raise UserError(
-            f"{weights.path}: {len(keys)} unexpected ({', '.join(keys)}); nearest kind: "
+            f"{weights.path}: {len(keys)} unexpected ({listed(keys)}); nearest kind: "
             f"{', '.join(unknown)}"
         )
     for kind, state in weights.states.items():

@@ -16,7 +16,7 @@ from converters.arrays import Lazy
 from converters.mapping import is_ignored, place_of, table
 from converters.readers import State
 from converters.rules import Ignored
-from fact_jax.errors import UserError
+from fact_jax.errors import UserError, listed
 from fact_jax.schedules import NoiseSchedule, alphas_cumprod_numpy
 
 PREFIXES = {
@@ -155,9 +155,7 @@ def write_ldm(states: Mapping[str, State]) -> State:
             else:
                 flat[PREFIXES[kind] + name] = _as_convolution(kind, key, array)
     if odd:
-        raise UserError(
-            f"{len(odd)} tensors have no place in the original layout ({', '.join(odd)})"
-        )
+        raise UserError(f"{len(odd)} tensors have no place in the original layout ({listed(odd)})")
     return flat
 
 

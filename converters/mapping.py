@@ -14,7 +14,7 @@ import numpy as np
 
 from converters.kinds import Leaf
 from converters.rules import TABLES, Table
-from fact_jax.errors import UserError
+from fact_jax.errors import UserError, listed
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Our side of a model: shape by path, the path joined with dots."""
@@ -141,7 +141,7 @@ class Difference:
         """One UserError with every key in it, or nothing."""
         lists = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = [
-            f"{len(keys)} {name.replace('other', 'unusable')} ({', '.join(keys)})"
+            f"{len(keys)} {name.replace('other', 'unusable')} ({listed(keys)})"
             for name, keys in lists.items()
             if keys
         ]

@@ -16,8 +16,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from converters.safe import DTYPES, State, check_file, check_names, listed
-from fact_jax.errors import UserError
+from converters.safe import DTYPES, State, check_file, check_names
+from fact_jax.errors import UserError, listed
 
 _PICKLE_LIMIT = 16 * 2**20
 _LOCAL = struct.Struct("<4s22xHH")

@@ -15,11 +15,10 @@ from converters.safe import (
     State,
     check_file,
     check_names,
-    listed,
     read_json,
     read_safetensors,
 )
-from fact_jax.errors import UserError
+from fact_jax.errors import UserError, listed
 
 __all__ = ["DTYPES", "PICKLES", "State", "check_file", "local_folder", "read_file", "read_json"]
 __all__ += ["read_pickle", "read_safetensors", "read_weights"]

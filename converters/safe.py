@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.arrays import Lazy
-from fact_jax.errors import UserError
+from fact_jax.errors import UserError, listed
 
 State = dict[str, np.ndarray | Lazy]
 
@@ -151,10 +151,3 @@ def check_names(path: Path, keys: Iterable[str]) -> None:
     """Keys are shown at the terminal: nothing in them may steer it."""
     if odd := [key for key in keys if not key.isprintable()]:
         raise UserError(f"{path}: has keys that are no names: {listed(map(ascii, odd))}")
-
-
-def listed(names: Iterable[str], most: int = 10) -> str:
-    """The first of some names, and how many more there are."""
-    names = list(names)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more

@@ -20,7 +20,7 @@ from converters.formats import (
 from converters.readers import PICKLES, State
 from converters.rules import ADAPTER_MARK
 from converters.weights import in_precision
-from fact_jax.errors import UserError
+from fact_jax.errors import UserError, listed
 
 _COPY = f"{ADAPTER_MARK}ln."
 
@@ -135,8 +135,7 @@ def without_copies(weights: Weights, base: Weights | None) -> tuple[Weights, lis
     norms = {key: own.get(_norm2(key)) for key in copies}
     if absent := [key for key, norm in norms.items() if norm is None]:
         raise UserError(
-            f"{weights.path}: made for another base, {base.path} has no block for "
-            f"{', '.join(absent)}"
+            f"{weights.path}: made for another base, {base.path} has no block for {listed(absent)}"
         )
     same = {key for key, norm in norms.items() if _same(adapter[key], norm)}
     notes = []
@@ -145,7 +144,7 @@ def without_copies(weights: Weights, base: Weights | None) -> tuple[Weights, lis
     if differing := [key for key in copies if key not in same]:
         notes.append(
             f"KEPT {len(differing)} norm2 that differ from the base's and replace them wherever "
-            f"this adapter is used: {', '.join(differing)}"
+            f"this adapter is used: {listed(differing)}"
         )
     kept = {key: array for key, array in adapter.items() if key not in same}
     states = {**weights.states, "adapter": kept}

@@ -24,7 +24,7 @@ from converters.mapping import (
     table,
 )
 from converters.rules import ADAPTER_MARK
-from fact_jax.errors import UserError
+from fact_jax.errors import UserError, listed
 
 log = logging.getLogger(__name__)
 
@@ -314,7 +314,7 @@ def _say_overridden(differing: list[str], copies: list[str]) -> None:
             "%d tensors hold a second copy of the base's weights that differs from them, and the "
             "copy wins, as in the released code: %s",
             len(differing),
-            ", ".join(differing),
+            listed(differing),
         )
     elif copies:
         log.info("%d tensors repeat the base's own weights, as %s", len(copies), copies[0])

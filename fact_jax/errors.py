@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -17,8 +17,26 @@ _BROKEN_PIPE = 141
 class UserError(Exception):
     """Bad input: one line that says what was wrong, where, and what to do.
 
-    Programs print it as ``error: ...`` and exit with code 2; the library raises it.
+    Programs print it as ``error: ...`` and exit with code 2; the library raises it. What a file
+    says may stand in it: as text, whatever would steer a terminal is escaped.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+def printable(text: str) -> str:
+    """A text for the terminal: characters that cannot be seen are escaped as Python does."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def listed(names: Iterable[str], most: int = 10) -> str:
+    """The first of some names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def run_program(run: Callable[[], int | None]) -> int:
@@ -83,7 +101,7 @@ def describe_os_error(error: OSError) -> str:
 
 def _failed(line: str) -> int:
     with contextlib.suppress(OSError):  # nobody may read that either
-        print(f"error: {line}", file=sys.stderr)
+        print(f"error: {printable(line)}", file=sys.stderr)
     return _BAD_INPUT
 
 

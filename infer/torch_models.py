@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from converters.arrays import release
-from fact_jax.errors import UserError
+from fact_jax.errors import UserError, listed
 from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
 
@@ -156,7 +156,7 @@ def load_strictly(
     if any(problems.values()):
         raise UserError(
             f"{source}: "
-            + "; ".join(f"{len(k)} {name} ({', '.join(k)})" for name, k in problems.items() if k)
+            + "; ".join(f"{len(k)} {name} ({listed(k)})" for name, k in problems.items() if k)
         )
     tensors = {}
     for key in wanted:

@@ -202,3 +202,27 @@ def test_a_pipeline_stored_in_half_still_computes_in_float32(pipeline_folder, tm
     assert {array.dtype.name for array in stored.values()} == {"float16"}
     pipe = StableDiffusionPipeline.from_pretrained(out)
     assert {p.dtype for p in (pipe.unet, pipe.vae, pipe.text_encoder)} == {torch.float32}
+
+
+def test_nothing_in_a_file_steers_the_terminal(adapter, tmp_path, capsys):
+    state, _ = read_file(adapter)
+    odd = tmp_path / "odd\x1b[2J.safetensors"
+    write_safetensors(odd, {"a": state["local_fac_prj.latents"]}, {"evil\x1b[31m": "x\u202ey\n"})
+    capsys.readouterr()
+    assert main(["inspect", str(odd)]) == 0
+    assert main(["to-torch", str(odd), str(tmp_path / "out.ckpt")]) == 2
+    assert main(["inspect", str(tmp_path / "no\x1b[2J")]) == 2
+    out, err = capsys.readouterr()
+    assert r"evil\x1b[31m" in out
+    assert r"x\u202ey\n" in out
+    assert all(line.isprintable() for line in (out + err).splitlines())
+
+
+def test_long_lists_are_cut(adapter, tmp_path, capsys):
+    state, _ = read_file(adapter)
+    surplus = {f"surplus{i:02d}": np.zeros(1, np.float32) for i in range(40)}
+    write_safetensors(tmp_path / "x.safetensors", state | surplus, {})
+    err = fails(capsys, "to-torch", tmp_path / "x.safetensors", tmp_path / "y.ckpt")
+    assert "40 unexpected (surplus00, " in err
+    assert "surplus09 and 30 more)" in err
+    assert "surplus10" not in err
