@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from fact_jax.ranges import CountOrZero, NonNegative, Probability, check_fields
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -20,20 +22,28 @@ class Stage:
     the face from the face.
     """
 
-    steps: int
-    shuffle: tuple[float, float] = (0.0, 0.0)
-    fair_weight: tuple[float, float] = (0.0, 0.0)
+    steps: CountOrZero
+    shuffle: tuple[Probability, Probability] = (0.0, 0.0)
+    fair_weight: tuple[NonNegative, NonNegative] = (0.0, 0.0)
     text: bool = True
     ramp: Literal["linear", "cosine"] = "linear"
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drop:
     """Probabilities of leaving out the face alone, the text alone, and both."""
 
-    face: float = 0.05
-    text: float = 0.05
-    both: float = 0.05
+    face: Probability = 0.05
+    text: Probability = 0.05
+    both: Probability = 0.05
+
+    def __post_init__(self):
+        check_fields(self)
+        if (total := self.face + self.text + self.both) > 1 + 1e-9:
+            raise ValueError(f"face + text + both must be at most 1, not {total:g}")
 
 
 class StageValues(NamedTuple):

@@ -1,9 +1,10 @@
 """The shape of a mesh of devices, as a setting: no JAX here, so that reading settings is quick."""
 
 import dataclasses
-from typing import Literal
+from typing import Annotated, Literal
 
 from fact_jax.errors import UserError
+from fact_jax.ranges import Count, Range, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -15,16 +16,16 @@ class MeshConfig:
     parameters are whole on every device or split over ``fsdp``.
     """
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
-    slices: int = 1
+    data: Annotated[int, Range(-1)] = -1
+    fsdp: Count = 1
+    tensor: Count = 1
+    slices: Count = 1
     base: Literal["replicated", "fsdp"] = "replicated"
 
     def __post_init__(self):
-        sizes = (self.fsdp, self.tensor, self.slices)
-        if min(sizes) < 1 or (self.data < 1 and self.data != -1):
-            raise ValueError("mesh sizes must be at least 1 (data may be -1: all that are left)")
+        check_fields(self)
+        if not self.data:
+            raise ValueError("data must be at least 1, or -1 for all devices that are left, not 0")
 
     def sizes(self, devices: int) -> tuple[int, int, int]:
         """(data, fsdp, tensor) on this many devices; UserError if they do not come out even."""

@@ -123,6 +123,10 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str], command: str) 
     short, config = load_config(arguments.config)
     config = override(config, overrides)
 
+    from train.tasks import task_class
+
+    task_class(config)  # before anything is loaded or written
+
     from train.distributed import initialize
 
     initialize(arguments.coordinator, arguments.processes, arguments.process)

@@ -8,48 +8,63 @@ import ast
 import dataclasses
 import importlib.util
 import json
+import math
 import sys
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fact_jax.errors import UserError
 from fact_jax.mesh import MeshConfig
+from fact_jax.ranges import (
+    Count,
+    CountOrZero,
+    Name,
+    NonNegative,
+    Pattern,
+    Positive,
+    Range,
+    check_fields,
+)
 
 CONFIGS = Path(__file__).parent / "configs"
 DATA_PARALLEL = MeshConfig()
 
 
-def _require_positive(node: Any, *names: str) -> None:
-    for name in names:
-        if getattr(node, name) < 1:
-            raise ValueError(f"{name} must be at least 1")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW. ``multipliers``: (path regex, factor) on the learning rate, the first match wins."""
+    """AdamW. ``multipliers``: (path regex, factor) on the learning rate, the first match wins.
 
-    learning_rate: float = 1e-4
-    weight_decay: float = 1e-2
-    clip_norm: float = 1.0
-    warmup_steps: int = 0
+    Gradients longer than ``clip_norm`` (all of them as one vector) are shortened to it; ``inf``
+    clips nothing.
+    """
+
+    learning_rate: NonNegative = 1e-4
+    weight_decay: NonNegative = 1e-2
+    clip_norm: Annotated[float, Range(0, math.inf, open_low=True)] = 1.0
+    warmup_steps: CountOrZero = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    multipliers: tuple[tuple[str, float], ...] = ()
+    b1: Annotated[float, Range(0, 1, open_high=True)] = 0.9
+    b2: Annotated[float, Range(0, 1, open_high=True)] = 0.999
+    eps: Positive = 1e-8
+    multipliers: tuple[tuple[Pattern, NonNegative], ...] = ()
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EMAConfig:
     """Running average of the weights; decay 0 turns it off."""
 
-    decay: float = 0.9999
+    decay: Annotated[float, Range(0, 1, open_high=True)] = 0.9999
     warmup: bool = True
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,15 +76,13 @@ class CheckpointConfig:
     (``log.samples_every``), otherwise by the mean loss since the checkpoint before.
     """
 
-    every: int = 1000
-    keep: int = 2
-    keep_every: int = 0
-    best: int = 0
+    every: Count = 1000
+    keep: Count = 2
+    keep_every: CountOrZero = 0
+    best: CountOrZero = 0
 
     def __post_init__(self):
-        _require_positive(self, "every", "keep")
-        if min(self.keep_every, self.best) < 0:
-            raise ValueError("keep_every and best must not be negative")
+        check_fields(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,15 +95,17 @@ class LogConfig:
     ``wandb``: to Weights & Biases too.
     """
 
-    every: int = 50
-    samples_every: int | None = 0
-    profile_steps: tuple[int, int] = (0, 0)
+    every: Count = 50
+    samples_every: CountOrZero | None = 0
+    profile_steps: tuple[CountOrZero, CountOrZero] = (0, 0)
     wandb: bool = False
 
     def __post_init__(self):
-        _require_positive(self, "every")
-        if not 0 <= self.profile_steps[0] <= self.profile_steps[1]:
-            raise ValueError("profile_steps must be a first and a last step")
+        check_fields(self)
+        if self.profile_steps[0] > self.profile_steps[1]:
+            raise ValueError(
+                f"profile_steps must be a first and a last step, not {self.profile_steps}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,12 +117,12 @@ class TrainConfig:
     matrix products, or everything.
     """
 
-    task: str
-    steps: int
-    batch_size: int
-    seed: int = 0
+    task: Name
+    steps: Count
+    batch_size: Count
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0
     precision: Literal["float32", "bfloat16"] = "float32"
-    accumulate: int = 1
+    accumulate: Count = 1
     remat: Literal["none", "dots", "block"] = "none"
     mesh: MeshConfig = DATA_PARALLEL
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -117,7 +132,7 @@ class TrainConfig:
     options: Any
 
     def __post_init__(self):
-        _require_positive(self, "steps", "batch_size", "accumulate")
+        check_fields(self)
 
 
 def load_config(name: str | Path) -> tuple[str, TrainConfig]:
@@ -132,6 +147,8 @@ def load_config(name: str | Path) -> tuple[str, TrainConfig]:
     sys.modules[spec.name] = module  # so that an experiment may bring its own options and task
     try:
         spec.loader.exec_module(module)
+    except ValueError as error:  # a setting out of its range, as it says itself
+        raise UserError(f"{path}: {error}") from error
     except Exception as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from error
     config = getattr(module, "config", None)
@@ -150,13 +167,19 @@ def list_configs() -> list[tuple[str, str]]:
 
 
 def override(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
-    """Apply ``key.sub=value`` texts, each converted to its field's type."""
+    """Apply ``key.sub=value`` texts, each converted to its field's type.
+
+    Elements of a tuple of dataclasses are named by their number (``options.stages.0.steps=600``),
+    or given all at once, as Python or JSON (``options.stages=[{"steps": 600}]``). Ranges are
+    checked when all assignments are made. Raises UserError.
+    """
+    tree = _take_apart(config)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
             raise UserError(f"{assignment!r} is not of the form key=value")
-        config = _replace(config, config, key, key.split("."), text)
-    return config
+        _assign(tree, key, text)
+    return _put_together(tree)
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -190,27 +213,90 @@ def _plain(value: Any) -> Any:
     return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
 
 
-def _replace(root: Any, node: Any, key: str, parts: list[str], text: str) -> Any:
-    name, rest = parts[0], parts[1:]
-    value = getattr(node, name, None) if name in _hints(node) else None
-    is_group = dataclasses.is_dataclass(value)
-    if name not in _hints(node) or bool(rest) != is_group:
-        known = [known for known, _ in flatten(root)]
-        near = get_close_matches(key, known, n=1, cutoff=0.0)[0]
-        what = "is a group of settings" if is_group and not rest else "is no setting"
-        raise UserError(f"{key!r} {what} of this experiment; the nearest is {near!r}")
-    new = _replace(root, value, key, rest, text) if rest else _parse(key, text, _hints(node)[name])
+@dataclasses.dataclass
+class _Group:
+    """A dataclass (``kind``) taken apart, and with it those in its fields."""
+
+    kind: type
+    values: dict[str, Any]
+
+
+class _Items(list):
+    """A tuple of dataclasses, each of them taken apart."""
+
+
+def _take_apart(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        names = [field.name for field in dataclasses.fields(value)]
+        return _Group(type(value), {name: _take_apart(getattr(value, name)) for name in names})
+    if isinstance(value, tuple) and value and all(map(dataclasses.is_dataclass, value)):
+        return _Items(map(_take_apart, value))
+    return value
+
+
+def _put_together(node: Any, key: str = "") -> Any:
+    """What was taken apart; UserError, with the group's key, where its own check refuses it."""
+    if not isinstance(node, _Group | _Items):
+        return node
+    made = {name: _put_together(value, _join(key, name)) for name, value in _children(node)}
+    if isinstance(node, _Items):
+        return tuple(made.values())
     try:
-        return dataclasses.replace(node, **{name: new})
+        return node.kind(**made)
     except ValueError as error:
-        raise UserError(f"{key}={text}: {error}") from error
+        raise UserError(f"{key}: {error}" if key else str(error)) from None
 
 
-def _hints(node: Any) -> dict[str, Any]:
-    return typing.get_type_hints(type(node))
+def _children(node: "_Group | _Items") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, _Group):
+        return iter(node.values.items())
+    return ((str(i), value) for i, value in enumerate(node))
 
 
-def _parse(key: str, text: str, hint: Any) -> Any:
+def _join(key: str, name: str) -> str:
+    return f"{key}.{name}" if key else name
+
+
+def _keys(node: Any, key: str = "") -> Iterator[str]:
+    """Dotted keys of everything that can be assigned to."""
+    for name, value in _children(node):
+        inner = _join(key, name)
+        if isinstance(value, _Group | _Items):
+            yield from _keys(value, inner)
+        if not isinstance(value, _Group):
+            yield inner
+
+
+def _assign(tree: "_Group", key: str, text: str) -> None:
+    *groups, name = key.split(".")
+    node: Any = tree
+    for group in groups:
+        node = dict(_children(node)).get(group) if isinstance(node, _Group | _Items) else None
+    if not isinstance(node, _Group) or isinstance(node.values.get(name, node), _Group):
+        known = isinstance(node, _Group | _Items) and name in dict(_children(node))
+        what = "is a group of settings" if known else "is no setting"
+        near = nearest_key(key, list(_keys(tree)))
+        raise UserError(f"{key!r} {what} of this experiment; the nearest is {near!r}")
+    node.values[name] = _parse(key, text, typing.get_type_hints(node.kind)[name])
+
+
+def nearest_key(key: str, known: Sequence[str]) -> str:
+    """The known dotted key that was most likely meant.
+
+    One that ends in the same name or whose name has these initials (``lr``: ``learning_rate``),
+    in the same group if there is one there, otherwise one of similar spelling.
+    """
+    group, _, name = key.rpartition(".")
+    found = [full for full in known if name in (own := full.rpartition(".")[2], _initials(own))]
+    found.sort(key=lambda full: full.rpartition(".")[0] != group)
+    return found[0] if found else get_close_matches(key, known, n=1, cutoff=0.0)[0]
+
+
+def _initials(name: str) -> str:
+    return "".join(word[:1] for word in name.split("_"))
+
+
+def _parse(key: str, text: Any, hint: Any) -> Any:
     try:
         return _convert(text, hint)
     except (ValueError, SyntaxError, TypeError):
@@ -236,11 +322,15 @@ def _convert(value: Any, hint: Any) -> Any:
             except (ValueError, SyntaxError, TypeError):
                 continue
     elif origin is tuple:
-        items = ast.literal_eval(value) if isinstance(value, str) else value
+        items = _literal(value) if isinstance(value, str) else value
         if not isinstance(items, tuple | list):
             raise ValueError(value)
         inner = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
-        return tuple(_convert(item, kind) for item, kind in zip(items, inner, strict=True))
+        made = [_convert(item, kind) for item, kind in zip(items, inner, strict=True)]
+        grouped = bool(made) and isinstance(made[0], _Group)
+        return _Items(made) if grouped else tuple(made)
+    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _convert_group(value, hint)
     elif hint is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
     elif isinstance(value, _ACCEPTED.get(hint, ())) and not isinstance(value, bool):
@@ -248,8 +338,36 @@ def _convert(value: Any, hint: Any) -> Any:
     raise ValueError(value)
 
 
+def _convert_group(values: dict, kind: type) -> _Group:
+    """A dataclass given as a dict, its ranges not checked yet."""
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    for name in values:
+        if name not in fields:
+            near = nearest_key(str(name), list(fields))
+            raise UserError(f"{name!r} is no setting of a {kind.__name__}; the nearest is {near!r}")
+    given = {name: _parse(name, value, hints[name]) for name, value in values.items()}
+    for name, field in fields.items():
+        if name not in given and field.default is dataclasses.MISSING:
+            raise UserError(f"a {kind.__name__} needs {name!r}")
+        given.setdefault(name, _take_apart(field.default))
+    return _Group(kind, given)
+
+
+def _literal(text: str) -> Any:
+    """A value written in Python or in JSON."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return json.loads(text)
+
+
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    inner = (*typing.get_args(hint), None)[0]
+    if dataclasses.is_dataclass(inner):
+        names = ", ".join(f'"{field.name}": ...' for field in dataclasses.fields(inner))
+        return f"a list [{{{names}}}, ...]"
     names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
     return names.get(hint, str(hint))

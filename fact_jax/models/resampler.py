@@ -14,19 +14,23 @@ from jaxtyping import Array, Float
 
 from fact_jax.attention import attention
 from fact_jax.models.layers import Identity, check_peer_config, layer_norm, merge_heads, split_heads
+from fact_jax.ranges import Count, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResamplerConfig:
     """Shape of the resampler, with the released code's names."""
 
-    dim: int = 1024
-    depth: int = 4
-    dim_head: int = 64
-    heads: int = 12
-    num_queries: int = 16
-    embedding_dim: int = 512
-    output_dim: int = 768
+    dim: Count = 1024
+    depth: Count = 4
+    dim_head: Count = 64
+    heads: Count = 12
+    num_queries: Count = 16
+    embedding_dim: Count = 512
+    output_dim: Count = 768
+
+    def __post_init__(self):
+        check_fields(self)
 
     @classmethod
     def sd15(cls) -> "ResamplerConfig":

@@ -131,6 +131,13 @@ def test_partners_are_other_photos_of_the_same_person():
     assert seen == {1, 2}
 
 
+def test_an_only_photo_is_its_own_partner():
+    tokens = np.arange(4, dtype=np.float32)[:, None]
+    source = PairedRows({"tokens": tokens}, batch_size=4, seed=3, photos=1)
+    batch = source.batch(0, np.arange(4))
+    np.testing.assert_array_equal(batch["partner"], batch["tokens"])
+
+
 def test_every_epoch_visits_every_row_once():
     source = PairedRows({"tokens": np.arange(12)[:, None]}, batch_size=4, seed=0, photos=3)
     first, second = (

@@ -2,7 +2,7 @@
 
 import importlib
 from difflib import get_close_matches
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_type_hints
 
 from fact_jax.errors import UserError
 
@@ -19,10 +19,22 @@ TASKS: dict[str, tuple[str, str]] = {
 }
 
 
-def make_task(config: "TrainConfig") -> "Task":
-    """Build the task that ``config.task`` names: ``Class(config)``."""
+def task_class(config: "TrainConfig") -> type["Task"]:
+    """The class that ``config.task`` names; UserError if there is none, or for other options."""
     if config.task not in TASKS:
         near = get_close_matches(config.task, TASKS, n=1, cutoff=0.0)[0]
         raise UserError(f"no task {config.task!r}; the nearest is {near!r}")
     module, name = TASKS[config.task]
-    return getattr(importlib.import_module(module), name)(config)
+    found = getattr(importlib.import_module(module), name)
+    wanted = get_type_hints(found).get("options", object)
+    if not isinstance(config.options, wanted):
+        raise UserError(
+            f"the task {config.task!r} takes {wanted.__name__} as its options, this experiment has "
+            f"{type(config.options).__name__}: choose an experiment of that task"
+        )
+    return found
+
+
+def make_task(config: "TrainConfig") -> "Task":
+    """Build the task that ``config.task`` names: ``Class(config)``."""
+    return task_class(config)(config)

@@ -8,7 +8,7 @@ import functools
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,12 +41,21 @@ from fact_jax.models.adapter import FaceAdapter
 from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.transface import TransFace
 from fact_jax.models.unet import UNet
+from fact_jax.ranges import (
+    Length,
+    Name,
+    NonNegative,
+    Positive,
+    Probability,
+    check_fields,
+)
 from fact_jax.schedules import add_noise, offset_noise, training_target
 from train.config import TrainConfig
 from train.data.feed import GrainSource, Rows
 from train.data.rows import open_rows
 from train.partition import assert_covers, merge, paths, split_by_paths
 from train.tasks.common import (
+    Photos,
     ShuffledRows,
     Split,
     align_portraits,
@@ -56,6 +65,7 @@ from train.tasks.common import (
     draw_timesteps,
     encode_images,
     in_chunks,
+    people_of,
     split,
     split_keys,
     to_signed,
@@ -89,35 +99,45 @@ class AdapterOptions:
     of the records in the folder ``watch``.
     """
 
-    base: str = "miniature/base"
-    encoder: str = "miniature/encoder"
+    base: Name = "miniature/base"
+    encoder: Name = "miniature/encoder"
     resampler: ResamplerConfig = MINI_RESAMPLER
-    people: int = 2000
-    photos: int = 4
-    records: str | None = None
-    cache: str | None = None
-    watch: str | None = None
-    stages: tuple[Stage, ...]
+    people: people_of("adapter") = 2000
+    photos: Photos = 4
+    records: Name | None = None
+    cache: Name | None = None
+    watch: Name | None = None
+    stages: Annotated[tuple[Stage, ...], Length(1)]
     drop: Drop = DEFAULT_DROP
     start: Literal["zero_gates", "zero_projections"] = "zero_projections"
-    gate: float = 1.0
-    weights: str | None = None
+    gate: Positive = 1.0
+    weights: Name | None = None
     region: Literal["head", "face"] = "head"
-    face_weight: float = 0.0
-    min_snr: float = 0.0
-    noise_offset: float = 0.0
-    neutral: float = 0.0
-    neutral_caption: str = "a portrait of a person"
+    face_weight: NonNegative = 0.0
+    min_snr: NonNegative = 0.0
+    noise_offset: NonNegative = 0.0
+    neutral: Probability = 0.0
+    neutral_caption: Name = "a portrait of a person"
+
+    def __post_init__(self):
+        check_fields(self)
+        drawn = self.records is None and self.cache is None
+        if drawn and self.photos == 1 and any(max(stage.shuffle) for stage in self.stages):
+            raise ValueError(
+                "photos must be at least 2 where a stage shuffles: with 1 there is no other photo "
+                "of the person"
+            )
 
 
 class AdapterTask:
     """The adapter of every block and the resampler learn; everything else stays bit for bit."""
 
     score = SCORE
+    options: AdapterOptions
 
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.options: AdapterOptions = config.options
+        self.options = config.options
         self.pipeline, self.encoder = self._load()
         self._check_widths()
         self.encoders = Encoders(self.pipeline, self.encoder)
@@ -306,7 +326,9 @@ class PairedRows(ShuffledRows):
 
     def batch(self, step: int, rows: Int[np.ndarray, " r"]) -> dict[str, np.ndarray]:
         own = self.rows(step)
-        hop = np.random.default_rng([self.seed, step, 1]).integers(1, self.photos, len(own))
+        # From 1, but for an only photo, which stands beside itself.
+        first = min(1, self.photos - 1)
+        hop = np.random.default_rng([self.seed, step, 1]).integers(first, self.photos, len(own))
         partner = own - own % self.photos + (own % self.photos + hop) % self.photos
         return {**super().batch(step, rows), "partner": self.arrays["tokens"][partner[rows]]}
 

@@ -15,15 +15,18 @@ from fact_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from fact_jax.models.unet import UNet, UNetConfig
 from fact_jax.portraits import SPLITS, captions, contact_sheet, sample_scene
 from fact_jax.portraits.tokens import caption_vocabulary
+from fact_jax.ranges import Name, NonNegative, Probability, check_fields
 from fact_jax.samplers import sample_ddim
 from fact_jax.schedules import NoiseSchedule, add_noise, training_target
 from train.config import TrainConfig
 from train.tasks.common import (
+    Photos,
     ShuffledRows,
     draw_normal,
     draw_portraits,
     draw_timesteps,
     encode_images,
+    people_of,
     split,
     split_keys,
     to_picture,
@@ -34,19 +37,24 @@ from train.tasks.common import (
 class BaseOptions:
     """``vae`` is a folder as the vae task exports it; ``head_weight`` weighs the head up."""
 
-    vae: str = "miniature/base/vae"
-    people: int = 5000
-    photos: int = 4
-    drop_text: float = 0.1
-    head_weight: float = 1.0
+    vae: Name = "miniature/base/vae"
+    people: people_of("base") = 5000
+    photos: Photos = 4
+    drop_text: Probability = 0.1
+    head_weight: NonNegative = 1.0
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class BaseTask:
     """UNet and text encoder together, on latents of a frozen autoencoder."""
 
+    options: BaseOptions
+
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.options: BaseOptions = config.options
+        self.options = config.options
         self.schedule = NoiseSchedule.mini()
         vocab, merges = caption_vocabulary()
         text = CLIPTextConfig.mini(len(vocab))

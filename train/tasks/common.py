@@ -5,7 +5,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,18 @@ from jaxtyping import Array, Float, Int, Key, UInt8
 from fact_jax.face import align_batch
 from fact_jax.models.vae import AutoencoderKL
 from fact_jax.portraits import SPLITS, Batch, make_batch
+from fact_jax.ranges import Range
 
 PyTree = Any
+
+PHOTOS_OF_A_PERSON = 1000
+Photos = Annotated[int, Range(1, PHOTOS_OF_A_PERSON)]
+"""How many photos of each person, as a setting."""
+
+
+def people_of(split_name: str, at_least: int = 1) -> Any:
+    """The type of a setting: how many people of a split of the portrait world."""
+    return Annotated[int, Range(at_least, len(SPLITS[split_name]))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +70,7 @@ def draw_portraits(
     ids = np.asarray(SPLITS[split_name][first : first + people])
     if len(ids) < people:
         raise ValueError(f"split {split_name!r} has {len(ids)} people there, not {people}")
-    seeds = (ids[:, None] * 1000 + offset + np.arange(photos)).reshape(-1)
+    seeds = (ids[:, None] * PHOTOS_OF_A_PERSON + offset + np.arange(photos)).reshape(-1)
     return make_batch(np.repeat(ids, photos), seeds, size)
 
 

@@ -10,24 +10,38 @@ from flax import nnx
 from converters import save_encoder
 from fact_jax.losses import arcface_loss
 from fact_jax.models.transface import TransFace, TransFaceConfig
+from fact_jax.ranges import check_fields
 from train.config import TrainConfig
-from train.tasks.common import ShuffledRows, draw_crops, overlay, split, to_signed
+from train.tasks.common import (
+    Photos,
+    ShuffledRows,
+    draw_crops,
+    overlay,
+    people_of,
+    split,
+    to_signed,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderOptions:
     """How many people are told apart, from how many photos of each."""
 
-    people: int = 2000
-    photos: int = 10
+    people: people_of("encoder", at_least=2) = 2000
+    photos: Photos = 10
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class EncoderTask:
     """Tell people apart by their aligned crops (additive angular margin)."""
 
+    options: EncoderOptions
+
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.options: EncoderOptions = config.options
+        self.options = config.options
         self.encoder = split(TransFace(TransFaceConfig.mini(), rngs=nnx.Rngs(config.seed)))
 
     def init(self, key):

@@ -11,12 +11,15 @@ from flax import nnx
 
 from fact_jax.losses import arcface_loss
 from fact_jax.portraits.judge import ATTRIBUTES, CROP, Parser, Recogniser, save_judge
+from fact_jax.ranges import Probability, check_fields
 from train.config import TrainConfig
 from train.tasks.common import (
+    Photos,
     ShuffledRows,
     align_portraits,
     draw_portraits,
     overlay,
+    people_of,
     split,
     split_keys,
     to_signed,
@@ -25,17 +28,24 @@ from train.tasks.common import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
-    people: int = 1500
-    photos: int = 12
-    blur: float = 0.5
+    """Who is told apart, from how many photos; ``blur``: how far pictures are softened at most."""
+
+    people: people_of("judge", at_least=2) = 1500
+    photos: Photos = 12
+    blur: Probability = 0.5
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class JudgeTask:
     """Both networks at once; they share nothing but the data."""
 
+    options: JudgeOptions
+
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.options: JudgeOptions = config.options
+        self.options = config.options
         self.recogniser = split(Recogniser(rngs=nnx.Rngs(config.seed)))
         self.parser = split(Parser(rngs=nnx.Rngs(config.seed + 1)))
 

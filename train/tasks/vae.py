@@ -15,13 +15,16 @@ from flax import nnx
 from converters.pipeline import load_part, save_part
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
 from fact_jax.portraits import contact_sheet
+from fact_jax.ranges import Name, NonNegative, check_fields
 from train.config import TrainConfig
 from train.partition import merge, split_by_paths
 from train.tasks.common import (
+    Photos,
     ShuffledRows,
     draw_normal,
     draw_portraits,
     overlay,
+    people_of,
     split,
     to_picture,
     to_signed,
@@ -35,19 +38,24 @@ class VAEOptions:
     With ``decoder_of``, a VAE's folder, its encoder stays bit for bit and its decoder learns on.
     """
 
-    people: int = 6000
-    photos: int = 2
-    kl_weight: float = 1e-3
-    head_weight: float = 2.0
-    decoder_of: str | None = None
+    people: people_of("base") = 6000
+    photos: Photos = 2
+    kl_weight: NonNegative = 1e-3
+    head_weight: NonNegative = 2.0
+    decoder_of: Name | None = None
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 class VAETask:
     """Reconstruct portraits: absolute and squared error, the head weighted, and a little KL."""
 
+    options: VAEOptions
+
     def __init__(self, config: TrainConfig):
         self.config = config
-        self.options: VAEOptions = config.options
+        self.options = config.options
         if self.options.decoder_of is None:
             self.vae = split(AutoencoderKL(VAEConfig.mini(), rngs=nnx.Rngs(config.seed)))
         else:
