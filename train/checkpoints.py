@@ -9,12 +9,13 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from fact_jax.errors import UserError
@@ -113,6 +114,10 @@ class Checkpoints:
             return error
         return None
 
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, ascending."""
+        return sorted(self._manager.all_steps())
+
     def restore(self, template: TrainState, warn: Callable[[str], None]) -> TrainState | None:
         """The newest state that can be read and is what was written, or None in a fresh run.
 
@@ -121,7 +126,7 @@ class Checkpoints:
         the run was trained on another base, or if none can be read.
         """
         unreadable = []
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in reversed(self.steps()):
             found, reason = self._read(step, template)
             if found is None:
                 warn(f"warning: checkpoint {step} cannot be read ({reason}); trying the one before")
@@ -130,7 +135,8 @@ class Checkpoints:
             state, meta = found
             self._move_aside(unreadable)
             changed = [name for name, v in versions().items() if meta["versions"].get(name) != v]
-            if meta.get("data") != self._about.data:
+            same_batch = meta["config"]["batch_size"] == self._about.config["batch_size"]
+            if same_batch and meta.get("data") != self._about.data:
                 changed.append("the training data")
             if changed:
                 warn(f"warning: {', '.join(changed)} changed since: bits may differ from here on")
@@ -155,8 +161,9 @@ class Checkpoints:
             reason = _first_line(error)
         else:
             self._check_base(step, meta)
+            stored = _stored_like(template, written[0])
             try:
-                state = TrainState(**_restore(folder / "state", template._asdict()))
+                state = TrainState(**_restore(folder / "state", stored._asdict()))
             except Exception as error:  # Orbax's errors for a damaged folder have no common type
                 reason = _first_line(error)
         if not all_agree(state is not None):
@@ -165,7 +172,7 @@ class Checkpoints:
         for name in sorted(written[0].keys() | found.keys()):
             if written[0].get(name) != found.get(name):
                 return None, f"{name} is not what was written"
-        return (state, meta), ""
+        return (_with_ema_of(template, state), meta), ""
 
     def _check_base(self, step: int, meta: dict[str, Any]) -> None:
         base = meta.get("frozen", self._about.frozen)
@@ -264,6 +271,24 @@ def revision() -> str | None:
     if commit is None or git("ls-files", "--error-unmatch", Path(__file__).name) is None:
         return None
     return commit + ("+" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
+
+
+def _stored_like(template: TrainState, names: Iterable[str]) -> TrainState:
+    """``template`` with a running average if, and only if, the checkpoint has one."""
+    if not any(name.startswith("ema/") for name in names):
+        return template._replace(ema=None)
+    return template if template.ema is not None else template._replace(ema=template.params)
+
+
+def _with_ema_of(template: TrainState, state: TrainState) -> TrainState:
+    """A running average that is switched on on the way starts from the weights."""
+    if template.ema is None:
+        return state._replace(ema=None)
+    if state.ema is not None:
+        return state
+    placed = jax.tree.map(lambda leaf: leaf.sharding, template.ema)
+    copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=placed)
+    return state._replace(ema=copy(state.params))
 
 
 def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:

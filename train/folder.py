@@ -11,30 +11,36 @@ from fact_jax.files import atomic_write
 from train.checkpoints import revision, versions
 from train.config import TrainConfig, defaults, to_json
 
-# What changes how a step is worked out, or for how long, but not what it is.
+# How a step is computed and recorded, and for how long, but not what it is.
 MAY_CHANGE = ("steps", "log.", "checkpoint.", "mesh.", "accumulate", "remat")
+# What a person may turn down when a run diverges. Curriculum and data stay at their step.
+MAY_CHANGE += ("optimizer.learning_rate", "optimizer.warmup_steps", "ema.", "batch_size")
 
 
-def claim_folder(config: TrainConfig, folder: Path) -> None:
+def claim_folder(config: TrainConfig, folder: Path) -> list[str]:
     """Make the folder this run's own; UserError if it was trained with another configuration.
 
-    A setting that is younger than the run in the folder had its default there.
+    Returns the settings that are others now and may be, as ``key old -> new``. A setting that is
+    younger than the run in the folder had its default there.
     """
     path = folder / "config.json"
     new = to_json(config)
+    changes = {}
     if path.exists() and any(folder.glob("checkpoints/*")):
         old = defaults(config) | json.loads(path.read_text())
-        differing = [
-            f"{key} {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+        changes = {
+            key: f"{key} {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
             for key in sorted(old.keys() | new.keys())
-            if old.get(key, ...) != new.get(key, ...) and not key.startswith(MAY_CHANGE)
-        ]
+            if old.get(key, ...) != new.get(key, ...)
+        }
+        differing = [text for key, text in changes.items() if not key.startswith(MAY_CHANGE)]
         if differing:
             raise UserError(
                 f"{folder} holds a run with another configuration ({'; '.join(differing)}); "
                 "give the same values to resume it, or another --out"
             )
     _write(path, new)
+    return list(changes.values())
 
 
 def describe_start(folder: Path, command: str) -> None:

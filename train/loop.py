@@ -55,7 +55,7 @@ def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     with together():
-        claim_folder(config, folder)
+        changes = claim_folder(config, folder)
     with RunLog(folder, steps=config.steps, wandb=config.log.wandb) as log:
         log.note(f"{now()}  {command or 'train.loop.run'}")
         describe_start(folder, command)
@@ -82,6 +82,8 @@ def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
             state = checkpoints.restore(state, log.say) or state
             start = int(state.step)
             log.say(f"{_sizes(state, frozen)}, {'resuming at' if start else 'from'} step {start}")
+            for change in changes:
+                log.say(f"{change} from step {start} on")
             log.begin(start, about.config)
             loop = _Loop(config, folder, task, frozen, checkpoints, log)
             loop.repair_export(state)
@@ -90,7 +92,8 @@ def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
                 state = loop.train(train_step, source, state, stopping)
         all_agree(True)  # nobody leaves while another still writes
         stopped = stopping.decided if int(state.step) < config.steps else None
-        log.say(f"{'stopped' if stopped else 'done'} at step {int(state.step)}, saved in {folder}")
+        saved = f", saved in {folder}" if not int(state.skipped_in_a_row) else ""
+        log.say(f"{'stopped' if stopped else 'done'} at step {int(state.step)}{saved}")
     return Outcome(state=state, frozen=frozen, stopped_by=stopped)
 
 
@@ -165,8 +168,7 @@ class _Loop:
             self.log.metrics(step, average(jax.device_get(self.rows)) | self.meter.row() | seen)
             self.rows.clear()
         if last or _due(step, config.checkpoint.every):
-            self.save(state, self._score(seen))
-            self.losses.clear()
+            self._save(step, state, int(metrics["skipped_in_a_row"]), self._score(seen), stop)
 
     def _watch(self, step: int, state: TrainState) -> dict[str, float]:
         """Keep the task's pictures; its numbers go with the step's row."""
@@ -184,10 +186,23 @@ class _Loop:
         losses = losses[np.isfinite(losses)]
         return -float(losses.mean()) if len(losses) else None
 
-    def save(self, state: TrainState, score: float | None) -> None:
-        """A checkpoint, and beside it the files that inference opens."""
-        self.checkpoints.save(state, score)
-        self.export(state)
+    def _save(self, step: int, state: TrainState, in_a_row: int, score: float | None, stop: bool):
+        """A checkpoint, and beside it the files that inference opens.
+
+        Not while steps are skipped: it may be the weights that give them.
+        """
+        if not in_a_row:
+            self.checkpoints.save(state, score)
+            self.export(state)
+            self.losses.clear()
+            return
+        if step == self.config.steps and not stop:
+            raise self._not_finite(step, in_a_row)
+        end = "; nothing was saved, the run goes on from the checkpoint before" if stop else ""
+        self.log.say(
+            f"no checkpoint at step {step}: the last {in_a_row} updates were skipped, "
+            f"because something was not finite{end}"
+        )
 
     def export(self, state: TrainState) -> None:
         """Write ``export`` whole or not at all."""
@@ -218,10 +233,22 @@ class _Loop:
 
     def _check(self, step: int, in_a_row: int) -> None:
         if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise UserError(
-                f"loss or gradient was not finite {in_a_row} times in a row, up to step {step}; "
-                f"the checkpoints in {self.folder} are good: lower optimizer.learning_rate"
+            raise self._not_finite(step, in_a_row)
+
+    def _not_finite(self, step: int, in_a_row: int) -> UserError:
+        saved, last_good = self.checkpoints.steps(), step - in_a_row
+        advice = "start again with a lower optimizer.learning_rate"
+        if saved:
+            advice += f", which goes on from checkpoint {saved[-1]} of {self.folder}"
+        if saved and saved[-1] == last_good:
+            advice += (
+                "; if that ends alike, its weights are the reason: move it away to go on from "
+                f"{f'checkpoint {saved[-2]}' if len(saved) > 1 else 'the beginning'}"
             )
+        return UserError(
+            f"loss, gradient or new weights were not finite {in_a_row} times in a row, "
+            f"up to step {step}; {advice}"
+        )
 
 
 @contextlib.contextmanager

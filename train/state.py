@@ -1,5 +1,6 @@
 """The state of a run, and the rules that move it: optimizer, learning rate, running average."""
 
+import functools
 import math
 import re
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fact_jax.errors import UserError
 from fact_jax.sharding import SPLIT, place, shardings, spread
@@ -107,6 +108,12 @@ def update_ema(config: EMAConfig, ema: PyTree, params: PyTree, step: Int[Array, 
         return None
     rate = 1.0 - ema_decay(config, step)
     return jax.tree.map(lambda old, new: old + rate * (new - old), ema, params)
+
+
+def all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Is every element of every floating leaf finite?"""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in leaves])
 
 
 def _is_matrix(params: PyTree) -> PyTree:

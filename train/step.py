@@ -21,7 +21,7 @@ from fact_jax.sharding import (
     spread,
 )
 from train.config import TrainConfig
-from train.state import TrainState, learning_rate, state_shardings, update_ema
+from train.state import TrainState, all_finite, learning_rate, state_shardings, update_ema
 from train.task import Task
 
 PyTree = Any
@@ -35,8 +35,9 @@ def make_train_step(
     """The compiled step of a task on a mesh; the state given to it is donated.
 
     ``optimizer`` gives the direction (:func:`train.state.make_optimizer`), the step applies the
-    learning rate. If the loss or a gradient is not finite the weights stay as they are. The loss
-    is written on the global batch, which the compiler splits. UserError if the batch cannot be.
+    learning rate. If the loss, a gradient or a new value is not finite, everything stays as it is.
+    The loss is written on the global batch, which the compiler splits. UserError if the batch
+    cannot be.
     """
     check_batch(config, mesh)
     return TrainStep(task, optimizer, config, mesh)
@@ -113,10 +114,10 @@ class TrainStep:
         if hasattr(self.task, "state_update"):
             params = self.task.state_update(params, aux)
         ema = update_ema(config.ema, state.ema, params, state.step)
-        # A norm is finite only if every gradient is; both are sums over all devices, so that all
-        # of them decide alike.
-        good = jnp.isfinite(loss) & jnp.isfinite(norm)
         moved, kept = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+        # A norm is finite only if every gradient is. All three run over all devices, so that all
+        # of them decide alike.
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & all_finite(moved)
         params, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(good, a, b), moved, kept)
         bad = (~good).astype(jnp.int32)
         state = TrainState(

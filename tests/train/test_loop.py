@@ -157,6 +157,61 @@ def test_nine_bad_steps_are_only_counted(toy_config, tmp_path):
     assert all(row["loss"] is not None for row in rows(tmp_path / "run"))
 
 
+def test_a_run_that_ends_on_skipped_steps_is_not_done(toy_config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    with pytest.raises(UserError, match="2 times in a row, up to step 16") as caught:
+        run(override(toy_config, ["options.poison=(14,16)", "steps=16"]), folder)
+    assert "checkpoint 14" in str(caught.value)
+    assert not (folder / "checkpoints" / "00000016").exists()
+    assert json.loads((folder / "export" / "training.json").read_text())["step"] == 14
+    assert "done" not in capsys.readouterr().err
+
+
+def test_no_checkpoint_is_written_within_skipped_steps(toy_config, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    config = override(toy_config, ["options.poison=(12,15)", "steps=21"])
+    run(config, folder)
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"00000007", "00000021"}
+    assert "no checkpoint at step 14: the last 2 updates were skipped" in capsys.readouterr().err
+
+    def decide(self, failure):
+        self.seen = getattr(self, "seen", 0) + 1
+        self.decided = signal.SIGTERM if self.seen == 13 else None
+        return self.seen == 13
+
+    monkeypatch.setattr("train.loop.Stopping.decide", decide)
+    outcome = run(config, tmp_path / "stopped")
+    assert outcome.stopped_by == signal.SIGTERM
+    assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["00000007"]
+    assert "nothing was saved" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("decay", [("0", "0.9"), ("0.9", "0")])
+def test_rates_averages_and_batch_may_change_on_the_way(decay, toy_config, tmp_path, capsys):
+    folder = tmp_path / "run"
+    first = override(toy_config, ["steps=7", f"ema.decay={decay[0]}"])
+    before = run(first, folder).state.params
+    settings = ["optimizer.learning_rate=1e-30", "optimizer.warmup_steps=2", "batch_size=16"]
+    settings += ["log.every=2", "steps=9", f"ema.decay={decay[1]}"]
+    after = run(override(toy_config, settings), folder).state
+    said = capsys.readouterr().err
+    for line in (
+        "optimizer.learning_rate 0.01 -> 1e-30 from step 7 on",
+        "optimizer.warmup_steps 5 -> 2 from step 7 on",
+        f"ema.decay {float(decay[0])} -> {float(decay[1])} from step 7 on",
+        "batch_size 8 -> 16 from step 7 on",
+        "log.every 10 -> 2 from step 7 on",
+    ):
+        assert line in said.splitlines()
+    assert "warning" not in said
+    assert_same(before["layers"], after.params["layers"])
+    assert int(after.step) == 9
+    if decay[1] == "0":
+        assert after.ema is None
+    else:
+        assert_same(after.ema["layers"], before["layers"])
+
+
 def damage_flip(folder):
     # What is read; Orbax leaves each process's own part beside it, as large.
     largest = max((folder / "state" / "d").iterdir(), key=lambda p: p.stat().st_size)

@@ -81,6 +81,28 @@ def test_what_is_not_finite_is_skipped_and_counted(value):
     assert not np.array_equal(before.params["weight"], state.params["weight"])
 
 
+class Poisoning(Linear):
+    """Finite loss and gradient, but what the task makes of its weights is no number."""
+
+    def state_update(self, trainable, aux):
+        return trainable | {"mean": trainable["mean"] * jnp.nan}
+
+
+@pytest.mark.parametrize("rate", [0.5, 3e38])
+def test_new_weights_that_are_not_finite_are_not_taken(rate):
+    """A task's own statistics, and an update whose product with the rate is beyond float32."""
+    optimizer = dataclasses.replace(CONFIG.optimizer, learning_rate=rate)
+    config = dataclasses.replace(CONFIG, optimizer=optimizer)
+    task, extra = (Poisoning(), {"mean": jnp.ones(())}) if rate == 0.5 else (Linear(), {})
+    step, state, frozen = start(task, config, **extra)
+    before = jax.device_get(state)
+    state, metrics = step(state, frozen, {"x": X})
+    assert np.isfinite(metrics["gradient_norm"])
+    assert (int(metrics["skipped"]), int(metrics["skipped_in_a_row"])) == (1, 1)
+    for name in ("params", "ema", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(before, name), getattr(state, name))
+
+
 def test_bfloat16_computes_in_bfloat16_on_float32_masters():
     task = Linear()
     step, state, frozen = start(task, dataclasses.replace(CONFIG, precision="bfloat16"))
