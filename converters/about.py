@@ -6,14 +6,14 @@ import numpy as np
 
 from converters.configs import check_fits, infer_config
 from converters.content import content_hash
-from converters.formats import Weights, step_of, unknown_keys
+from converters.formats import Weights, added_tokens, step_of, unknown_keys
 from converters.lora import is_lora, read_lora
 from converters.mapping import guess_kind, prefix_of
 from converters.readers import State
 from converters.rules import ADAPTER_MARK
 from fact_jax.errors import UserError
 
-_HIDDEN = {"checksums", "kept", "step", "configs", "content"}
+_HIDDEN = {"added_tokens", "checksums", "kept", "step", "configs", "content"}
 _BASES = {
     ((320, 640, 1280, 1280), 768): "Stable Diffusion 1.x",
     ((320, 640, 1280, 1280), 1024): "Stable Diffusion 2.x",
@@ -52,6 +52,7 @@ def summary(weights: Weights) -> dict[str, object]:
         "step": step_of(weights),
         "hash": content_hash(weights.tensors()),
         "left out": dict(weights.left_out),
+        "added tokens": [token.content for token in added_tokens(weights)] or None,
     }
     unknown = unknown_keys(weights)
     if set(weights.states) == {"unknown"} and is_lora(weights.states["unknown"]):

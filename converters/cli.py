@@ -225,9 +225,15 @@ def _write_adapter(arguments: argparse.Namespace, weights) -> int:
 def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None = None) -> int:
     """Write weights as OUT and the options say, with a bar; what was noticed is said at the end."""
     from converters.folders import Files
+    from converters.formats import added_tokens
+    from converters.readers import PICKLES
     from converters.saving import in_dtype, save
 
     _refuse_existing(arguments)
+    tokens = [token.content for token in added_tokens(weights)]
+    if tokens and arguments.out.suffix.lower() in PICKLES:
+        where = "a pickle has no place for the names of"
+        notes = [*notes, f"{where} {len(tokens)} added tokens: {listed(tokens)}"]
     weights = in_dtype(weights, arguments.dtype)
     with _bar(weights) as bar:
         layout = save(

@@ -21,6 +21,8 @@ from fact_jax.models.unet import UNetConfig
 from fact_jax.models.vae import VAEConfig
 
 _CLIP_HEAD = 64
+_CLIP_WORDS = 49408
+"""Rows of CLIP's own vocabulary, which its start and end tokens close; learned tokens follow."""
 
 
 def infer_config(kind: str, state: State) -> dict:
@@ -81,8 +83,8 @@ def _clip_text(state: State) -> dict:
         num_hidden_layers=_count(state, r"encoder\.layers\.(\d+)\."),
         num_attention_heads=dim // _CLIP_HEAD or 1,
         max_position_embeddings=state["embeddings.position_embedding.weight"].shape[0],
-        bos_token_id=vocabulary - 2,
-        eos_token_id=vocabulary - 1,
+        bos_token_id=min(vocabulary, _CLIP_WORDS) - 2,
+        eos_token_id=min(vocabulary, _CLIP_WORDS) - 1,
     ).to_dict()
 
 

@@ -2,13 +2,13 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from converters.configs import check_fits, infer_config
 from converters.pipeline import PARTS, index_of, scheduler_config
 from converters.readers import LEGACY_STEMS, State, read_json
-from converters.tokenizer import Tokenizer, read_tokenizer, write_tokenizer
+from converters.tokenizer import AddedToken, Tokenizer, read_tokenizer, write_tokenizer
 from converters.writers import whole_folder, write_json, write_pickle, write_safetensors
 from fact_jax.errors import UserError
 from fact_jax.schedules import NoiseSchedule
@@ -19,6 +19,8 @@ STEMS = {
 }
 """What the weight files of each kind are called that has folders."""
 _FOLDERS = {kind: part for part, (kind, _) in PARTS.items()}
+
+_TOKEN_ROWS = "token_embedding.weight"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,21 +43,30 @@ def read_configs(folder: Path) -> dict[str, dict]:
 
 
 def plan_pipeline(
-    source: Path, states: Mapping[str, State], configs: Mapping[str, Mapping], beside: Path | None
+    source: Path,
+    states: Mapping[str, State],
+    configs: Mapping[str, Mapping],
+    beside: Path | None,
+    added: Sequence[AddedToken] = (),
 ) -> tuple[dict[str, Mapping], Tokenizer, Mapping]:
     """What a pipeline folder holds beside weights: configurations, tokenizer, scheduler.
 
     They come from the folder ``beside``, else from ``source`` if it is a pipeline folder, else
-    from the tensors. Raises UserError where nothing says what is needed, or it does not fit.
+    from the tensors; ``added`` are tokens that the text encoder learned. Raises UserError where
+    nothing says what is needed, or it does not fit.
     """
     if absent := sorted(set(_FOLDERS) - set(states)):
         raise UserError(f"{source}: not a whole base, it has no {', '.join(absent)}")
     folders = [folder for folder in (beside, source) if folder and folder.is_dir()]
     said = {**configs, **(read_configs(beside) if beside else {})}
     chosen = {kind: said.get(kind) or infer_config(kind, states[kind]) for kind in _FOLDERS}
+    if added:  # the configuration beside may be of the base before it learned them
+        rows = [len(a) for k, a in states["clip_text"].items() if k.endswith(_TOKEN_ROWS)]
+        chosen["clip_text"] = {**chosen["clip_text"], "vocab_size": max(rows, default=0)}
     for kind, config in chosen.items():
         _check(source, kind, states[kind], config)
-    longest = chosen["clip_text"].get("max_position_embeddings", 77)
+    text = chosen["clip_text"]
+    longest, rows = text.get("max_position_embeddings", 77), text.get("vocab_size")
     tokenizers = [folder / "tokenizer" for folder in folders if (folder / "tokenizer").is_dir()]
     if not tokenizers:
         raise UserError(
@@ -70,7 +81,7 @@ def plan_pipeline(
         if not isinstance(scheduler["_class_name"], str):
             raise UserError(f"{files[0]}: its _class_name is no name")
         NoiseSchedule.from_dict(scheduler)
-    return chosen, read_tokenizer(tokenizers[0], longest), scheduler
+    return chosen, read_tokenizer(tokenizers[0], longest, rows, added), scheduler
 
 
 def write_pipeline(

@@ -32,6 +32,7 @@ from converters.readers import (
     read_weights,
 )
 from converters.rules import RESAMPLER_PREFIX
+from converters.tokenizer import AddedToken, read_added_tokens
 from converters.weights import read_config
 from converters.writers import write_pickle, write_safetensors
 from fact_jax.errors import UserError, listed
@@ -39,6 +40,7 @@ from fact_jax.errors import UserError, listed
 ADAPTER_PARTS = {"adapter", "resampler"}
 BASE_PARTS = {"unet", "vae", "clip_text"}
 _KNOWN_PARTS = {*PARTS, "tokenizer", "scheduler"}
+_ADDED = "added_tokens"
 _SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
 
 
@@ -313,8 +315,25 @@ def check_known(weights: Weights) -> None:
 def about(weights: Weights) -> dict[str, object]:
     """Where weights come from, for the metadata of what is made of them."""
     known = {key: weights.metadata[key] for key in ("encoder",) if key in weights.metadata}
+    if tokens := added_tokens(weights):
+        known[_ADDED] = [dataclasses.asdict(token) for token in tokens]
     step = step_of(weights)
     return {**provenance([weights.path]), **known, **({} if step is None else {"step": step})}
+
+
+def added_tokens(weights: Weights) -> list[AddedToken]:
+    """Tokens beside CLIP's own that the text encoder among these weights has rows for."""
+    if "clip_text" not in weights.states:
+        return []
+    folder = weights.path / "tokenizer"
+    if weights.format == "diffusers":
+        return read_added_tokens(folder) if folder.is_dir() else []
+    said = weights.metadata.get(_ADDED, [])
+    try:
+        said = json.loads(said) if isinstance(said, str) else said
+        return [AddedToken.from_dict(token) for token in said]
+    except (UserError, ValueError, TypeError, RecursionError) as err:
+        raise UserError(f"{weights.path}: metadata {_ADDED!r} is damaged ({err})") from err
 
 
 def texts_about(weights: Weights) -> dict[str, str]:

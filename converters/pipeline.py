@@ -68,13 +68,8 @@ def load_pipeline(
     folder = find_pipeline(path, variant)
     models = {part: load_part(folder / part, variant=variant, dtype=dtype) for part in PARTS}
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    longest = models["text_encoder"].config.max_position_embeddings
-    tokenizer = read_tokenizer(folder / "tokenizer", longest)
-    vocabulary = models["text_encoder"].config.vocab_size
-    if max(tokenizer.vocab.values()) >= vocabulary:
-        raise UserError(
-            f"{folder}: the tokenizer has more tokens than the text encoder's {vocabulary}"
-        )
+    text = models["text_encoder"].config
+    tokenizer = read_tokenizer(folder / "tokenizer", text.max_position_embeddings, text.vocab_size)
     return Pipeline(
         **models,
         tokenizer=tokenizer,

@@ -45,13 +45,24 @@ def check_file(path: Path) -> None:
 
 def read_json(path: str | os.PathLike) -> dict:
     """A JSON object from a file of reasonable size."""
-    path = Path(path)
+    return _parse(Path(path), _read_small(Path(path), "JSON"))
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """A text file of reasonable size, in UTF-8."""
+    try:
+        return _read_small(Path(path), "text").decode("utf-8")
+    except UnicodeDecodeError as err:
+        raise UserError(f"{path}: not UTF-8 text ({err})") from err
+
+
+def _read_small(path: Path, sort: str) -> bytes:
     check_file(path)
     with open(path, "rb") as handle:
         data = handle.read(_JSON_LIMIT + 1)
     if len(data) > _JSON_LIMIT:
-        raise UserError(f"{path}: {path.stat().st_size} bytes are too many for a JSON file")
-    return _parse(path, data)
+        raise UserError(f"{path}: {path.stat().st_size} bytes are too many for a {sort} file")
+    return data
 
 
 def _parse(path: Path, data: bytes) -> dict:

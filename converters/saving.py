@@ -12,6 +12,7 @@ from converters.folders import Files, plan_model, plan_pipeline, write_model, wr
 from converters.formats import (
     ADAPTER_PARTS,
     Weights,
+    added_tokens,
     canonical,
     check_known,
     save_torch,
@@ -78,7 +79,7 @@ def _save_folder(
         raise UserError(f"{beside}: no such folder")
     path, states = weights.path, weights.states
     if weights.kind == "pipeline":
-        plan = plan_pipeline(path, states, weights.configs, beside)
+        plan = plan_pipeline(path, states, weights.configs, beside, added_tokens(weights))
         write = functools.partial(write_pipeline, out, states, plan)
     elif len(states) == 1:
         ((kind, state),) = states.items()

@@ -83,7 +83,8 @@ class Base:
 def read_base(name: str | os.PathLike) -> Base:
     """Read what is known of a diffusers folder (or Hub repository) without its weights."""
     folder = find_pipeline(name, weights=False)
-    longest = read_json(folder / "text_encoder" / "config.json").get("max_position_embeddings", 77)
+    text = read_json(folder / "text_encoder" / "config.json")
+    longest, rows = text.get("max_position_embeddings", 77), text.get("vocab_size")
     unet = _config(folder / "unet" / "config.json", UNetConfig)
     vae = _config(folder / "vae" / "config.json", VAEConfig)
     if unet.in_channels != vae.latent_channels:
@@ -98,7 +99,7 @@ def read_base(name: str | os.PathLike) -> Base:
         unet=unet,
         vae=vae,
         schedule=_config(folder / "scheduler" / "scheduler_config.json", NoiseSchedule),
-        tokenizer=read_tokenizer(folder / "tokenizer", longest),
+        tokenizer=read_tokenizer(folder / "tokenizer", longest, rows),
     )
 
 

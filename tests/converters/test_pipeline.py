@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from converters import dump_state, load_pipeline, load_state, save_pipeline, tokenize
+from converters.cli import main
 from converters.weights import parameters
 from fact_jax.errors import UserError
 
@@ -122,3 +123,65 @@ def test_damaged_folders(folder, damage, reason):
     with pytest.raises(UserError, match=reason) as caught:
         load_pipeline(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def inverted(folder, tmp_path):
+    """The pipeline after diffusers has loaded textual inversion of two rows and of one into it."""
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    generator = torch.manual_seed(5)
+    for token, rows in (("<cat-toy>", 2), ("<Dog>", 1)):
+        learned = 3 * torch.randn(rows, 24, generator=generator)
+        pipe.load_textual_inversion({token: learned})
+    pipe.save_pretrained(tmp_path / "inverted")
+    return tmp_path / "inverted"
+
+
+PROMPT = "the <cat-toy> and a <Dog>, <dog>"
+
+
+def test_textual_inversion_is_kept(inverted, tmp_path, capsys):
+    from diffusers import StableDiffusionPipeline
+
+    def seen(folder) -> np.ndarray:
+        """The hidden states of the text, by JAX."""
+        pipeline = load_pipeline(folder)
+        ids = jnp.asarray(tokenize(pipeline.tokenizer, [PROMPT])[0])
+        return np.asarray(pipeline.text_encoder(ids))
+
+    def theirs(folder) -> np.ndarray:
+        pipe = StableDiffusionPipeline.from_pretrained(folder)
+        return pipe.encode_prompt(PROMPT, "cpu", 1, False)[0].detach().numpy()
+
+    wanted = theirs(inverted)
+    np.testing.assert_allclose(seen(inverted), wanted, atol=1e-5)
+    save_pipeline(load_pipeline(inverted), tmp_path / "saved")
+    made = {
+        "copy": [inverted],
+        "jax": [inverted],
+        "back": [tmp_path / "jax", "--config", inverted.with_name("base")],
+        "one.safetensors": [inverted],
+        "many": [tmp_path / "one.safetensors", "--config", inverted.with_name("base")],
+    }
+    for name, arguments in made.items():
+        command = "to-jax" if name == "jax" else "to-torch"
+        source, *rest = map(str, arguments)
+        assert main([command, source, str(tmp_path / name), *rest]) == 0
+    for name in ("saved", "copy", "back", "many"):
+        assert np.array_equal(seen(tmp_path / name), seen(inverted)), name
+        np.testing.assert_allclose(theirs(tmp_path / name), wanted, atol=1e-5)
+    capsys.readouterr()
+    assert main(["to-torch", str(inverted), str(tmp_path / "one.ckpt")]) == 0
+    assert "no place for the names of 3 added tokens: <cat-toy>, " in capsys.readouterr().err
+    assert main(["inspect", str(tmp_path / "one.safetensors")]) == 0
+    assert "<cat-toy> <cat-toy>_1 <Dog>" in capsys.readouterr().out
+
+
+def test_more_tokens_than_rows(folder, tmp_path, capsys):
+    (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<cat-toy>": 600}))
+    with pytest.raises(UserError, match=r"more tokens \(601\) than the text encoder's 600"):
+        load_pipeline(folder)
+    assert main(["to-torch", str(folder), str(tmp_path / "copy")]) == 2
+    assert "more tokens" in capsys.readouterr().err

@@ -1,11 +1,14 @@
 """Requests: what is refused, and in which order pictures come."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from converters import tokenize
 from fact_jax.errors import UserError
 from fact_jax.fact import Guidance
 from infer.base import read_base
@@ -98,3 +101,15 @@ def test_regions_are_as_large_as_the_picture(tmp_path):
     assert read_regions([], (6, 8)) is None
     with pytest.raises(UserError, match=r"three.png is 6 x 8, the picture will be 8 x 6"):
         read_regions([*files, tmp_path / "three.png"], (6, 8))
+
+
+def test_a_base_keeps_its_added_tokens(base_folder, tmp_path):
+    folder = shutil.copytree(base_folder, tmp_path / "base")
+    rows = json.loads((folder / "text_encoder" / "config.json").read_text())["vocab_size"]
+    (folder / "tokenizer" / "added_tokens.json").write_text(json.dumps({"<cat-toy>": rows}))
+    with pytest.raises(UserError, match="more tokens"):
+        read_base(folder)
+    config = {"vocab_size": rows + 1, "max_position_embeddings": 77}
+    (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
+    ids, _ = tokenize(read_base(folder).tokenizer, ["<cat-toy>"])
+    assert ids[0, 1] == rows

@@ -134,10 +134,12 @@ def _pipeline(base: str, notes: list[str]) -> Pipeline:
         part: blank(kind, read_config(kind, read_json(folder / part / "config.json")))
         for part, (kind, _) in PARTS.items()
     }
-    longest = models["text_encoder"].config.max_position_embeddings
+    text = models["text_encoder"].config
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     return Pipeline(
         **models,
-        tokenizer=read_tokenizer(folder / "tokenizer", longest),
+        tokenizer=read_tokenizer(
+            folder / "tokenizer", text.max_position_embeddings, text.vocab_size
+        ),
         schedule=NoiseSchedule.from_dict(scheduler),
     )
