@@ -83,15 +83,16 @@ def nearest(state: State) -> str:
 def _about_lora(weights: Weights) -> dict[str, object]:
     """What a LoRA changes; of one that is not for these bases, why."""
     try:
-        layers = read_lora(weights.path).layers
+        lora = read_lora(weights.path)
     except UserError as err:
         return {"kind": "LoRA", "difference": str(err)}
+    layers = lora.layers
     widths = {x.shape[1] for x in layers if x.key.endswith(("attn2.to_k.weight", "fc1.weight"))}
     return {
-        "kind": "LoRA",
+        "kind": lora.algorithm,
         "base": "for Stable Diffusion 1.x" if widths == {768} else None,
         "layers": {kind: sum(x.kind == kind for x in layers) for kind in ("unet", "clip_text")},
-        "ranks": sorted({layer.rank for layer in layers}),
+        "ranks": sorted({layer.rank for layer in layers} - {None}),
         "alphas": sorted({layer.alpha for layer in layers}),
     }
 

@@ -36,12 +36,30 @@ def _parser() -> argparse.ArgumentParser:
     _add_head(jax)
     _add_caution(jax)
 
-    merge = _command(commands, "merge-lora", _merge_lora, "add a LoRA to a base, or take it out")
+    merge = _command(commands, "merge-lora", _merge_lora, "add LoRAs to a base, or take them out")
     merge.add_argument("source", type=Path, metavar="BASE")
-    merge.add_argument("lora", type=Path, metavar="LORA")
+    merge.add_argument(
+        "lora", type=Path, nargs="+", metavar="LORA", help="of kohya, LyCORIS, diffusers or peft"
+    )
     _add_out(merge)
-    merge.add_argument("--scale", type=float, default=1.0, metavar="S", help="its strength (1.0)")
-    merge.add_argument("--remove", action="store_true", help="take out what S of it had added")
+    merge.add_argument(
+        "--scale",
+        type=float,
+        action="append",
+        metavar="S",
+        help="strength (1.0); of several LoRAs one for all, or repeated, one for each in turn",
+    )
+    merge.add_argument("--remove", action="store_true", help="take out what S of them had added")
+
+    text = "write a LoRA in another layout"
+    convert = commands.add_parser("convert-lora", help=text, description=f"{text.capitalize()}.")
+    convert.set_defaults(run=_convert_lora)
+    convert.add_argument("source", type=Path, metavar="SRC")
+    convert.add_argument(
+        "out", type=Path, metavar="OUT", help="a file .safetensors; in peft's layout a folder"
+    )
+    convert.add_argument("--format", choices=("kohya", "diffusers", "peft"), required=True)
+    _add_caution(convert)
 
     extract = _command(
         commands, "extract", _extract, "write the adapter alone, out of whatever holds one"
@@ -196,15 +214,34 @@ def _to_torch(arguments: argparse.Namespace) -> int:
 def _merge_lora(arguments: argparse.Namespace) -> int:
     import dataclasses
 
-    from converters.lora import merge, read_lora
+    from converters.lora import merge_all, read_lora
 
+    scales, count = arguments.scale or [1.0], len(arguments.lora)
+    if len(scales) not in (1, count):
+        raise UserError(f"{len(scales)} --scale for {count} LoRAs: give one, or one for each")
+    scales = scales * count if len(scales) == 1 else scales
     weights = _open(arguments.source, arguments)
-    lora = read_lora(arguments.lora)
-    scale = -arguments.scale if arguments.remove else arguments.scale
-    weights = dataclasses.replace(weights, states=merge(weights.states, lora, scale))
+    loras = [(read_lora(path), scale) for path, scale in zip(arguments.lora, scales, strict=True)]
+    states = merge_all(weights.states, loras, arguments.dtype, remove=arguments.remove)
     done = "taken out" if arguments.remove else "added"
-    notes = [f"{lora.path}: {len(lora.layers)} layers {done} at {arguments.scale:g}"]
-    return _write(arguments, weights, notes)
+    notes = [
+        f"{lora.path}: {lora.algorithm}, {len(lora.layers)} layers {done} at {scale:g}"
+        for lora, scale in loras
+    ]
+    return _write(arguments, dataclasses.replace(weights, states=states), notes)
+
+
+def _convert_lora(arguments: argparse.Namespace) -> int:
+    from converters.lora import read_lora, save_lora
+
+    _refuse_existing(arguments)
+    lora = read_lora(arguments.source)
+    how = {"force": arguments.force, "dry_run": arguments.dry_run}
+    save_lora(lora, arguments.out, arguments.format, **how)
+    would = "would be " if arguments.dry_run else ""
+    layers = f"{len(lora.layers)} layers"
+    print(f"{arguments.out}: {would}{lora.algorithm} of {layers} ({arguments.format})")
+    return 0
 
 
 def _extract(arguments: argparse.Namespace) -> int:

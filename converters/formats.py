@@ -132,10 +132,21 @@ def open_weights(
             return Weights(
                 path=path, format="folder", states=states, metadata=config, configs=configs
             )
+    if any(path.glob("adapter_model.*")) or any(path.glob("pytorch_lora_weights.*")):
+        return _open_lora(path)
     raise UserError(
         f"{path}: no weights that are known here: no model_index.json, no checkpoint of the "
         "trainer, no model.safetensors"
     )
+
+
+def _open_lora(path: Path) -> Weights:
+    """A folder that peft or diffusers saved a LoRA in; ``converters.lora`` reads its layers."""
+    from converters.lora import lora_files
+
+    (file,) = lora_files(path)
+    state, text = read_file(file)
+    return Weights(path=path, format="LoRA folder", states={"unknown": state}, metadata=text)
 
 
 def _open_file(path: Path, weights: str) -> Weights:

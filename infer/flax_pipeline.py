@@ -17,7 +17,7 @@ from tqdm import tqdm
 from converters.adapter import attach_adapter, load_adapter
 from converters.controlnet import load_controlnet
 from converters.encoder import load_encoder
-from converters.lora import LORA_PARTS, add_lora, read_lora
+from converters.lora import LORA_PARTS, add_loras, read_lora
 from converters.pipeline import load_pipeline
 from converters.tokenizer import tokenize
 from fact_jax.errors import UserError
@@ -78,9 +78,8 @@ class FlaxPipeline(Drawer):
         added = [(read_lora(file), factor) for file, factor in loras]
         pipeline = load_pipeline(base.whole(), dtype=dtype)
         models = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
-        for lora, factor in added:
-            for name in {LORA_PARTS[layer.kind] for layer in lora.layers}:
-                models[name] = add_lora(models[name], lora, factor)
+        for name in {LORA_PARTS[layer.kind] for lora, _ in added for layer in lora.layers}:
+            models[name] = add_loras(models[name], added)
         if controlnet is not None:
             models["controlnet"] = load_controlnet(controlnet, dtype=dtype)
         if face is not None:

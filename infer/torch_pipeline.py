@@ -27,7 +27,7 @@ from infer.pipeline import Drawer
 from infer.request import Settings
 from infer.torch_canvas import OnCanvas, OnCanvasUnderControl
 from infer.torch_fact import FactTorch, load_fact
-from infer.torch_lora import merge_lora
+from infer.torch_lora import merge_loras
 from infer.torch_steering import strengths
 
 
@@ -75,8 +75,7 @@ class TorchPipeline(Drawer):
             safety_checker=None,
             requires_safety_checker=False,
         )
-        for lora, factor in added:
-            merge_lora(pipe, lora, factor)
+        merge_loras(pipe, added)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if controlnet is not None:
             folder, _ = find_controlnet(controlnet)

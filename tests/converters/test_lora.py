@@ -231,6 +231,8 @@ def test_names_of_each_layout(layout, tmp_path):
     unet, text, (down, up) = layout
     state = {name.format(down): normal(0, 2, 6) for name in (unet, text)}
     state |= {name.format(up): normal(1, 5, 2) for name in (unet, text)}
+    if unet.startswith("base_model"):
+        (tmp_path / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 2}')
     lora = read_lora(saved(tmp_path / "x.safetensors", state))
     assert {(layer.kind, layer.key) for layer in lora.layers} == {
         ("unet", f"{ATTENTION}.to_out.0.weight"),
@@ -333,8 +335,13 @@ def pair(name: str, inner: int = 6) -> dict[str, np.ndarray]:
     [
         (pair("lora_te2_text_model_encoder_layers_0_mlp_fc1"), "LoRA for SDXL .lora_te2"),
         (pair(f"{UNET}_to_k", inner=2048), "LoRA for SDXL"),
-        (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.dora_scale": normal(2, 5)}, "is DoRA"),
-        ({f"{UNET}_to_q.hada_w1_a": normal(2, 5, 2)}, "is LoHa"),
+        ({f"{UNET}_to_q.hada_w1_a": normal(2, 5, 2)}, r"3 missing \(hada_w1_b of lora_unet"),
+        (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.lokr_w1": normal(2, 5, 2)}, "two algorithms"),
+        (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.dora_scale": normal(2, 5, 2)}, "1 misshapen"),
+        (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.dora_scale": normal(2, 5) / 0}, "dora_scale holds"),
+        (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.scalar": np.float32(np.inf)}, "scalar is inf"),
+        (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.lora_A.weight": normal(2, 2, 6)}, "a second down"),
+        ({f"{UNET}_to_q.oft_blocks": normal(2, 5, 2)}, "is OFT"),
         ({f"{UNET}_to_q.diff": normal(2, 5, 2)}, "is a full difference"),
         (pair("lora_unet_x") | pair("lora_unet_y"), r"2 unexpected \(lora_unet_x, lora_unet_y\)"),
         ({"conv_in.weight": normal(0, 2, 2)}, r"1 unexpected \(conv_in.weight\)"),
