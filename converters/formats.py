@@ -20,6 +20,7 @@ from converters.content import provenance
 from converters.folders import read_configs
 from converters.kinds import POINTWISE
 from converters.ldm import is_ldm, read_ldm, write_ldm
+from converters.lora import lora_files
 from converters.mapping import guess_kind, is_ignored, names_of, place_of, prefix_of
 from converters.orbax import find_checkpoint, read_checkpoint, to_jax, to_torch, write_checkpoint
 from converters.pipeline import PARTS
@@ -142,8 +143,6 @@ def open_weights(
 
 def _open_lora(path: Path) -> Weights:
     """A folder that peft or diffusers saved a LoRA in; ``converters.lora`` reads its layers."""
-    from converters.lora import lora_files
-
     (file,) = lora_files(path)
     state, text = read_file(file)
     return Weights(path=path, format="LoRA folder", states={"unknown": state}, metadata=text)
