@@ -1,12 +1,13 @@
 """Errors that a person at the terminal can act on, and how a program ends with one."""
 
+import atexit
 import contextlib
 import io
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
+
+from fact_jax.signals import EndingSignals
 
 _BAD_INPUT = 2
 _INTERRUPTED = 130
@@ -47,12 +48,20 @@ def run_program(run: Callable[[], int | None]) -> int:
     any more. SIGTERM and SIGHUP end it with 143 and 129, once temporary files are removed.
     argparse's way out (SystemExit) becomes a status too.
     """
+    signals = EndingSignals()
     try:
         try:
-            with _ended_by_signals():
+            with signals:
                 status = run()
         except SystemExit as stopped:
             status = stopped.code if isinstance(stopped.code, int | None) else 1
+        except BaseException:
+            # What a signal raised may come out as another error, of an import or a callback.
+            if signals.caught is None:
+                raise
+        if signals.caught is not None:
+            status = 128 + signals.caught
+            _leave_at_once(status)
         if sys.stdout is not None:
             sys.stdout.flush()
         return status or 0
@@ -71,26 +80,9 @@ def run_program(run: Callable[[], int | None]) -> int:
             _settle(stream)
 
 
-@contextlib.contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP become SystemExit, so that whatever has to be cleaned up is."""
-
-    def stop(number: int, frame: object) -> None:
-        for caught in before:
-            signal.signal(caught, signal.SIG_IGN)  # once is enough
-        raise SystemExit(128 + number)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            # Whoever started this may ignore one (nohup) or handle it.
-            if signal.getsignal(number) is signal.SIG_DFL:
-                before[number] = signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _leave_at_once(status: int) -> None:
+    """Have Python's end skip what waits for compiled functions that call back into Python."""
+    atexit.register(os._exit, status)
 
 
 def describe_os_error(error: OSError) -> str:

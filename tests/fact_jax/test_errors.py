@@ -3,9 +3,11 @@
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
+from fact_jax import errors
 from fact_jax.errors import UserError, run_program
 from fact_jax.files import atomic_write
 
@@ -65,9 +67,10 @@ def test_output_that_goes_nowhere(run, shell, status, said):
     assert (done.returncode, done.stderr) == (status, said)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_cleans_up(number, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_cleans_up(number, tmp_path, monkeypatch):
     """Here and not in a process: the program's own handlers, and those before it again after."""
+    monkeypatch.setattr(errors, "_leave_at_once", lambda status: None)
     before = signal.getsignal(number)
     signal.signal(number, signal.SIG_DFL)
 
@@ -77,10 +80,55 @@ def test_a_signal_cleans_up(number, tmp_path):
             signal.raise_signal(number)
 
     try:
-        assert run_program(run) == 128 + number
+        for _ in range(2):
+            assert run_program(run) == 128 + number
         assert signal.getsignal(number) is signal.SIG_DFL
         signal.signal(number, signal.SIG_IGN)  # as nohup does
         assert run_program(lambda: signal.raise_signal(number)) == 0
     finally:
         signal.signal(number, before)
     assert not list(tmp_path.iterdir())
+
+
+LOSES = {
+    "a callback of the garbage collector": "gc.callbacks.append(stuck), gc.collect(), alive()",
+    "a destructor": 'exec(\'type("", (), {"__del__": stuck})()\'), alive()',
+    "another error": "exec('try: stuck()\\nexcept BaseException: raise ImportError')",
+    "a handler of every error": "exec('try: stuck()\\nexcept BaseException: pass'), alive()",
+    "compiled code": "say(), hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)",
+}
+STUCK = """
+import gc, hashlib, signal, sys, time
+from fact_jax.errors import run_program
+def say(): print("here", flush=True)
+def stuck(*_):
+    gc.callbacks.clear(); say(); alive()
+def alive():
+    end = time.monotonic() + 60
+    while time.monotonic() < end: time.sleep(0.01)
+sys.exit(run_program(lambda: [{}]))
+"""
+
+
+@pytest.mark.parametrize("lost", LOSES.values(), ids=LOSES.keys())
+def test_an_interruption_that_python_loses(lost):
+    command = [sys.executable, "-c", STUCK.format(lost)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"here\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (130, b"")
+
+
+def test_a_loop_that_stops_by_itself_is_left_alone(monkeypatch):
+    """It has taken the signal over, as training does to save a checkpoint first."""
+
+    def run():
+        seen = []
+        before = signal.signal(signal.SIGTERM, lambda *_: seen.append(1))
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        signal.signal(signal.SIGTERM, before)
+        return len(seen)
+
+    assert run_program(run) == 1
