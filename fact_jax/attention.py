@@ -23,7 +23,7 @@ def attention(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m h d"],
     v: Float[Array, "b m h d"],
-    mask: Bool[Array, "b n m"] | None = None,
+    mask: Bool[Array, "#b #n m"] | None = None,
 ) -> Float[Array, "b n h d"]:
     """Softmax attention with scale 1/sqrt(d); softmax in float32, result in the dtype of ``v``.
 
@@ -38,7 +38,7 @@ def attention_plain(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m h d"],
     v: Float[Array, "b m h d"],
-    mask: Bool[Array, "b n m"] | None = None,
+    mask: Bool[Array, "#b #n m"] | None = None,
 ) -> Float[Array, "b n h d"]:
     """The definition, with the whole matrix in memory."""
     scale = q.shape[-1] ** -0.5
@@ -53,7 +53,7 @@ def attention_tiled(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m h d"],
     v: Float[Array, "b m h d"],
-    mask: Bool[Array, "b n m"] | None = None,
+    mask: Bool[Array, "#b #n m"] | None = None,
     tile: int = TILE,
 ) -> Float[Array, "b n h d"]:
     """The same numbers (up to rounding) with a ``tile`` x m matrix in memory at a time."""
@@ -65,7 +65,7 @@ def attention_tiled(
     keys = k.transpose(0, 2, 3, 1).reshape(b * h, d, -1)
     values = v.transpose(0, 2, 1, 3).reshape(b * h, -1, d)
     if mask is not None:
-        mask = _tiled(mask, tile, tiles)
+        mask = _tiled(mask, tile, tiles, b)
 
     @jax.checkpoint
     def one_tile(q_tile, keys, values, seen):
@@ -91,7 +91,7 @@ def attention_together(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m h d"],
     v: Float[Array, "b m h d"],
-    mask: Bool[Array, "b n m"] | None = None,
+    mask: Bool[Array, "#b #n m"] | None = None,
     tile: int = TILE_TOGETHER,
 ) -> Float[Array, "b n h d"]:
     """The same again, a tile of every head and sample at a time."""
@@ -101,17 +101,19 @@ def attention_together(
     q = jnp.pad(q, ((0, 0), (0, tiles * tile - n), (0, 0), (0, 0)))
     queries = q.reshape(b, tiles, tile, h, d).swapaxes(0, 1)
     if mask is not None:
-        mask = _tiled(mask, tile, tiles).swapaxes(0, 1)
+        mask = _tiled(mask, tile, tiles, b).swapaxes(0, 1)
     one_tile = jax.checkpoint(attention_plain)
     out = lax.map(lambda row: one_tile(row[0], k, v, row[1]), (queries, mask))
     return out.swapaxes(0, 1).reshape(b, tiles * tile, h, d)[:, :n]
 
 
-def _tiled(mask: Bool[Array, "b n m"], tile: int, tiles: int) -> Bool[Array, "b t i m"]:
+def _tiled(mask: Bool[Array, "c n m"], tile: int, tiles: int, b: int) -> Bool[Array, "b t i m"]:
     """The mask's rows by tiles; the rows that fill up the last one see everything."""
-    b, n, m = mask.shape
+    n, m = mask.shape[1:]
+    if n == 1:  # one row for all queries
+        return jnp.broadcast_to(mask[:, None], (b, tiles, 1, m))
     padded = jnp.pad(mask, ((0, 0), (0, tiles * tile - n), (0, 0)), constant_values=True)
-    return padded.reshape(b, tiles, tile, m)
+    return jnp.broadcast_to(padded.reshape(-1, tiles, tile, m), (b, tiles, tile, m))
 
 
 @jax.custom_vjp

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from fact_jax.errors import UserError
 from fact_jax.models.adapter import FaceControls
+from fact_jax.models.blocks import AllFaceKeys
 from fact_jax.models.resampler import Resampler
 from fact_jax.models.transface import TransFace
 from fact_jax.models.unet import Residuals, UNet
@@ -52,7 +53,7 @@ class Guidance:
     start: float = 0.0
     stop: float = 1.0
     cap: Number | None = None
-    adain: bool = False
+    adain: bool | Bool[Array, ""] = False
     combine: Combine = "concat"
 
     def __post_init__(self):
@@ -108,34 +109,40 @@ def encode_face(
     crops: Float[Array, "b p s s 3"],
     combine: Combine = "concat",
     people: int = 1,
+    photo_mask: Bool[Array, " photos"] | None = None,
 ) -> Float[Array, "b m d"]:
     """Face tokens for each picture from ``p`` aligned crops in [-1, 1], person after person.
 
-    The photos are of ``people`` people, an equal number of each, one's after another's.
+    The photos are of ``people`` people, an equal number of each, one's after another's. Which of
+    each person's there are is what ``photo_mask`` says, None: all; see :func:`combine_photos`.
     """
     b, p = crops.shape[:2]
     tokens = resampler(encoder.tokens(crops.reshape(b * p, *crops.shape[2:])))
     tokens = tokens.reshape(b, people, p // people, *tokens.shape[1:])
-    return combine_photos(tokens, combine).reshape(b, -1, tokens.shape[-1])
+    return combine_photos(tokens, combine, photo_mask).reshape(b, -1, tokens.shape[-1])
 
 
 def combine_photos(
-    tokens: Float[Array, "*b p m d"], combine: Combine
+    tokens: Float[Array, "*b p m d"],
+    combine: Combine,
+    photo_mask: Bool[Array, " p"] | None = None,
 ) -> Float[Array, "*b tokens d"]:
     """The tokens of one person from those of ``p`` photos: all of them, or ``m`` of their means.
 
     ``normalized``: means of directions, at the photos' mean length. A plain average is shorter
     the less the photos agree, and a short token is one that the adapter was not trained on.
+    Means are of the photos in ``photo_mask``; ``concat`` gives the tokens of the others too.
     """
     if combine == "concat":
         *b, p, m, d = tokens.shape
         return tokens.reshape(*b, p * m, d)
+    there = None if photo_mask is None else photo_mask[:, None, None]
     if combine == "average":
-        return tokens.mean(axis=-3)
+        return tokens.mean(axis=-3, where=there)
     lengths = jnp.linalg.norm(tokens, axis=-1, keepdims=True)
-    mean = (tokens / jnp.maximum(lengths, 1e-6)).mean(axis=-3)
+    mean = (tokens / jnp.maximum(lengths, 1e-6)).mean(axis=-3, where=there)
     unit = mean / jnp.maximum(jnp.linalg.norm(mean, axis=-1, keepdims=True), 1e-6)
-    return unit * lengths.mean(axis=-3)
+    return unit * lengths.mean(axis=-3, where=there)
 
 
 def null_face(resampler: Resampler, tokens: int, photos: int = 1) -> Float[Array, "1 m d"]:
@@ -144,7 +151,19 @@ def null_face(resampler: Resampler, tokens: int, photos: int = 1) -> Float[Array
     return jnp.tile(resampler(zeros), (1, photos, 1))
 
 
-def guided_model(
+class Conditions(NamedTuple):
+    """What all calls of the UNet in one generation share, a row for each branch and picture.
+
+    Branches, first to last: negative, (text without face,) text with face; of each the ``b``
+    pictures. ``face`` are the adapters' keys and values. ``regions``: ``fact_jax.regions``.
+    """
+
+    text: Float[Array, "rows n d"]
+    face: AllFaceKeys | None = None
+    regions: Mapping[int, Bool[Array, "rows k _"]] | None = None
+
+
+def guided_conditions(
     unet: UNet,
     *,
     text: Float[Array, "b n d"],
@@ -152,55 +171,17 @@ def guided_model(
     face: Float[Array, "b m f"] | None = None,
     no_face: Float[Array, "#b m f"] | None = None,
     regions: Mapping[int, Bool[Array | np.ndarray, "#b k _"]] | None = None,
-    control: Control | None = None,
     guidance: Guidance,
-    steps: int,
-) -> Model:
-    """The function that samplers call: the UNet under guidance, all branches in one batch.
+) -> Conditions:
+    """Text and face of every branch of the guidance; face keys and values, once a generation.
 
-    Face keys and values are computed here, once a generation. With ``face`` None the adapters are
-    left out and the result is the base model's. Branches, first to last: negative, (text without
-    face,) text with face. ``no_face`` is what a branch without the face sees; the guidance that has
-    no such branch needs none. With ``regions`` (``fact_jax.regions``) ``face`` holds the tokens of
-    several people, an equal share each.
+    With ``face`` None the adapters are left out and the result is the base model's. ``no_face`` is
+    what a branch without the face sees; the guidance that has no such branch needs none. With
+    ``regions`` (``fact_jax.regions``) ``face`` holds the tokens of several people, an equal share
+    each.
     """
-    context, faces, weights = _branches(text, negative_text, face, no_face, guidance)
-    count = len(weights)
-    keys, controls, factors = None, None, ()
-    if faces is not None:
-        keys = unet.face_keys(faces)
-        factors = guidance.block_factors([path for path, _ in unet.transformer_blocks()])
-        seen = {
-            n: jnp.tile(jnp.broadcast_to(mask, (len(text), *mask.shape[1:])), (count, 1, 1))
-            for n, mask in (regions or {}).items()
-        }
-        controls = FaceControls(cap=guidance.cap, adain=guidance.adain, regions=seen or None)
-
-    def model(x: Float[Array, "b h w c"], t: Array, i: Int[Array, ""]) -> Float[Array, "b h w c"]:
-        scale = guidance.scale_at(i, steps)
-        x = jnp.tile(x, (count, 1, 1, 1))
-        out = unet(
-            x,
-            t,
-            context,
-            face=keys,
-            face_scale=tuple(scale * factor for factor in factors),
-            residuals=None if control is None else control(x, t, context),
-            controls=controls,
-        )
-        return sum(w * part for w, part in zip(weights, jnp.split(out, count), strict=True))
-
-    return model
-
-
-def _branches(
-    text: Array, negative_text: Array, face: Array | None, no_face: Array | None, guidance: Guidance
-) -> tuple[Array, Array | None, list[Number]]:
-    """Text and face of every branch, one after another, and the weights of their outputs."""
-    guided = not (isinstance(guidance.text, int | float) and guidance.text == 1.0)
-    texts = [negative_text, text]
-    weights = [1.0 - guidance.text, guidance.text]
-    faces = []
+    texts, faces = [negative_text, text], []
+    guided = _is_guided(guidance)
     if face is not None:
         away = guidance.negative_face == "null" and guided
         if no_face is None and (away or guidance.face is not None):
@@ -208,12 +189,90 @@ def _branches(
         empty = face if no_face is None else jnp.broadcast_to(no_face, face.shape)
         faces = [face if guidance.negative_face == "same" else empty, face]
         if guidance.face is not None:
-            # e(0, 0) + g_t (e(t, 0) - e(0, 0)) + g_f (e(t, f) - e(t, 0))
             texts, faces = [negative_text, text, text], [empty, empty, face]
-            weights = [1.0 - guidance.text, guidance.text - guidance.face, guidance.face]
-    if not guided and len(texts) == 2:
-        texts, faces, weights = texts[-1:], faces[-1:], [1.0]
-    return jnp.concatenate(texts), jnp.concatenate(faces) if faces else None, weights
+    count = len(_branch_weights(guidance, with_face=face is not None))
+    seen = {
+        n: jnp.tile(jnp.broadcast_to(mask, (len(text), *mask.shape[1:])), (count, 1, 1))
+        for n, mask in (regions or {}).items()
+    }
+    return Conditions(
+        text=jnp.concatenate(texts[-count:]),
+        face=unet.face_keys(jnp.concatenate(faces[-count:])) if faces else None,
+        regions=seen or None,
+    )
+
+
+def guided_output(
+    unet: UNet,
+    conditions: Conditions,
+    guidance: Guidance,
+    x: Float[Array, "b h w c"],
+    t: Array,
+    scales: Sequence[Number],
+    control: Control | None = None,
+    token_mask: Bool[Array, " m"] | None = None,
+) -> Float[Array, "b h w c"]:
+    """The UNet's output under guidance, all branches in one batch.
+
+    ``scales`` is the adapter's strength in each block; of the guidance this takes the numbers
+    alone: ``text``, ``face``, ``cap`` and ``adain``. ``token_mask``: see ``FaceControls``.
+    """
+    weights = _branch_weights(guidance, with_face=conditions.face is not None)
+    rows = jnp.tile(x, (len(weights), 1, 1, 1))
+    controls = FaceControls(
+        cap=guidance.cap,
+        adain=guidance.adain,
+        regions=conditions.regions,
+        token_mask=token_mask,
+    )
+    out = unet(
+        rows,
+        t,
+        conditions.text,
+        face=conditions.face,
+        face_scale=tuple(scales),
+        residuals=None if control is None else control(rows, t, conditions.text),
+        controls=controls,
+    )
+    parts = jnp.split(out, len(weights))
+    return sum(weight * part for weight, part in zip(weights, parts, strict=True))
+
+
+def guided_model(
+    unet: UNet,
+    *,
+    control: Control | None = None,
+    guidance: Guidance,
+    steps: int,
+    **conditions: Any,
+) -> Model:
+    """The function that samplers call: :func:`guided_output` at the strengths of each step.
+
+    ``conditions`` are what :func:`guided_conditions` takes.
+    """
+    found = guided_conditions(unet, guidance=guidance, **conditions)
+    factors = ()
+    if found.face is not None:
+        factors = guidance.block_factors([path for path, _ in unet.transformer_blocks()])
+
+    def model(x: Float[Array, "b h w c"], t: Array, i: Int[Array, ""]) -> Float[Array, "b h w c"]:
+        scale = guidance.scale_at(i, steps)
+        scales = [scale * factor for factor in factors]
+        return guided_output(unet, found, guidance, x, t, scales, control)
+
+    return model
+
+
+def _is_guided(guidance: Guidance) -> bool:
+    return not (isinstance(guidance.text, int | float) and guidance.text == 1.0)
+
+
+def _branch_weights(guidance: Guidance, *, with_face: bool) -> list[Number]:
+    """What the output of every branch is multiplied by."""
+    if with_face and guidance.face is not None:
+        # e(0, 0) + g_t (e(t, 0) - e(0, 0)) + g_f (e(t, f) - e(t, 0))
+        return [1.0 - guidance.text, guidance.text - guidance.face, guidance.face]
+    return [1.0 - guidance.text, guidance.text] if _is_guided(guidance) else [1.0]
 
 
 def initial_noise(

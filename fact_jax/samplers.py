@@ -1,9 +1,10 @@
 """Samplers: from noise to latents, one pure function each, the whole loop under one ``lax.scan``.
 
 Every sampler is called as ``sample(model, latents, schedule, *, steps, key=None, start=0)`` and
-returns clean latents. It asks ``model(x, t, i)`` for the network's raw output: x scaled as the
-network wants it, t the timestep (int32, or float32 where a sampler visits fractional ones), and i
-the int32 index of the step, ``timesteps[i] == t``, counted from the full trajectory.
+returns clean latents; with ``loop=python_loop`` the steps run in Python. It asks
+``model(x, t, i)`` for the network's raw output: x scaled as the network wants it, t the timestep
+(int32, or float32 where a sampler visits fractional ones), and i the int32 index of the step,
+``timesteps[i] == t``, counted from the full trajectory.
 
 ``latents`` are unit noise; with ``start`` > 0 (image to image) they come from
 ``noise_latents_for_start``. The loop computes in float32. Where a sampler draws noise, it is
@@ -15,7 +16,7 @@ a = 1 / sqrt(1 + sigma^2) and s = sigma a. All coefficients are computed on the 
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +28,8 @@ from fact_jax.schedules import NoiseSchedule, split_output
 from fact_jax.trajectories import LCM_ORIGINAL_STEPS, shares, sigma_at, stride, visit
 
 Denoiser = Callable[[Float[Array, "b h w c"], Array, Array], Float[Array, "b h w c"]]
+Loop = Callable[[Callable, Any, Sequence[np.ndarray]], tuple[Any, Any]]
+"""What runs the steps, called as ``jax.lax.scan(f, init, xs)``."""
 
 
 def sample_ddim(
@@ -38,6 +41,7 @@ def sample_ddim(
     key: Array | None = None,
     start: int = 0,
     eta: float = 0.0,
+    loop: Loop = jax.lax.scan,
 ) -> Float[Array, "b h w c"]:
     """DDIM (arXiv 2010.02502, eq. 12 and 16): deterministic at eta 0, as noisy as DDPM at 1."""
     i, ts, sigma = visit("ddim", schedule, steps, start)
@@ -51,7 +55,7 @@ def sample_ddim(
         return x + std * _noise(key, i, x) if eta > 0 else x
 
     direction = np.sqrt(s_next**2 - std**2)
-    return _scan(step, _float32(latents), i, ts, a, s, a_next, direction, std)
+    return _scan(step, _float32(latents), i, ts, a, s, a_next, direction, std, loop=loop)
 
 
 def sample_pndm(
@@ -62,6 +66,7 @@ def sample_pndm(
     steps: int,
     key: Array | None = None,
     start: int = 0,
+    loop: Loop = jax.lax.scan,
 ) -> Float[Array, "b h w c"]:
     """PLMS (arXiv 2202.09778, eq. 9 and 12): DDIM steps along a multistep mean of the outputs.
 
@@ -86,7 +91,7 @@ def sample_pndm(
 
     carry = (x_start, (jnp.zeros_like(x_start),) * 3)
     weights = _plms_weights(len(ts))
-    return _scan(step, carry, i, ts, again, weights, a, s, a_next, s_next)[0]
+    return _scan(step, carry, i, ts, again, weights, a, s, a_next, s_next, loop=loop)[0]
 
 
 def sample_euler(
@@ -97,6 +102,7 @@ def sample_euler(
     steps: int,
     key: Array | None = None,
     start: int = 0,
+    loop: Loop = jax.lax.scan,
 ) -> Float[Array, "b h w c"]:
     """Euler steps along dx/dsigma (arXiv 2206.00364, algorithm 2 without churn)."""
     i, ts, sigma = visit("euler", schedule, steps, start)
@@ -107,7 +113,7 @@ def sample_euler(
         return x + dsigma * slope
 
     x = _float32(latents) * first_sigma_scale("euler", schedule, steps, start)
-    return _scan(step, x, i, ts, a, s, np.diff(sigma, append=0))
+    return _scan(step, x, i, ts, a, s, np.diff(sigma, append=0), loop=loop)
 
 
 def sample_euler_ancestral(
@@ -118,6 +124,7 @@ def sample_euler_ancestral(
     steps: int,
     key: Array,
     start: int = 0,
+    loop: Loop = jax.lax.scan,
 ) -> Float[Array, "b h w c"]:
     """Euler steps that go below the next noise level and return to it with fresh noise.
 
@@ -134,7 +141,7 @@ def sample_euler_ancestral(
         return x + dsigma * slope + up * _noise(key, i, x)
 
     x = _float32(latents) * first_sigma_scale("euler_ancestral", schedule, steps, start)
-    return _scan(step, x, i, ts, a, s, down - sigma, up)
+    return _scan(step, x, i, ts, a, s, down - sigma, up, loop=loop)
 
 
 def sample_dpmpp_2m(
@@ -146,6 +153,7 @@ def sample_dpmpp_2m(
     key: Array | None = None,
     start: int = 0,
     karras: bool = False,
+    loop: Loop = jax.lax.scan,
 ) -> Float[Array, "b h w c"]:
     """DPM-Solver++ 2M (arXiv 2211.01095, algorithm 2), the first and the last step of order one.
 
@@ -167,7 +175,7 @@ def sample_dpmpp_2m(
 
     x = _float32(latents)
     gain = a_next * (1 - sigma_next / sigma)
-    return _scan(step, (x, jnp.zeros_like(x)), i, ts, a, s, s_next / s, gain, lean)[0]
+    return _scan(step, (x, jnp.zeros_like(x)), i, ts, a, s, s_next / s, gain, lean, loop=loop)[0]
 
 
 def sample_lcm(
@@ -178,6 +186,7 @@ def sample_lcm(
     steps: int,
     key: Array,
     start: int = 0,
+    loop: Loop = jax.lax.scan,
 ) -> Float[Array, "b h w c"]:
     """Multistep consistency sampling (arXiv 2310.04378, algorithm 3): denoise wholly, renoise."""
     i, ts, sigma = visit("lcm", schedule, steps, start)
@@ -191,7 +200,7 @@ def sample_lcm(
         x0, _ = split_output(schedule, model(x, t, i), x, a, s)
         return a_next * (out * x0 + skip * x) + s_next * _noise(key, i, x)
 
-    return _scan(step, _float32(latents), i, ts, a, s, skip, out, a_next, s_next)
+    return _scan(step, _float32(latents), i, ts, a, s, skip, out, a_next, s_next, loop=loop)
 
 
 SAMPLERS: dict[str, Callable[..., Float[Array, "b h w c"]]] = {
@@ -305,10 +314,21 @@ def keep_outside(
     return shown
 
 
-def _scan(step: Callable, carry: Any, *columns: np.ndarray):
+def python_loop(step: Callable, carry: Any, columns: Sequence[np.ndarray]) -> tuple[Any, None]:
+    """A Python loop in the place of ``jax.lax.scan``, for a model that is compiled by itself.
+
+    Then one compiled model serves every sampler and any number of steps, and what calls it may
+    show progress or stop between steps.
+    """
+    for row in zip(*columns, strict=True):
+        carry, _ = step(carry, [jnp.asarray(value) for value in row])
+    return carry, None
+
+
+def _scan(step: Callable, carry: Any, *columns: np.ndarray, loop: Loop):
     """carry = step(carry, i, t, *coefficients) for every row of the columns."""
-    rows = [jnp.asarray(c, jnp.float32 if c.dtype == np.float64 else c.dtype) for c in columns]
-    return jax.lax.scan(lambda carry, row: (step(carry, *row), None), carry, rows)[0]
+    rows = [np.asarray(c, np.float32 if c.dtype == np.float64 else c.dtype) for c in columns]
+    return loop(lambda carry, row: (step(carry, *row), None), carry, rows)[0]
 
 
 def _float32(x: Array) -> Array:

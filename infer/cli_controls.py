@@ -50,7 +50,7 @@ def add_people_options(group: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="grey mask, as large as the picture, of where a person is drawn; once for each person",
+        help="grey mask of where a person is drawn, scaled to the picture; once for each person",
     )
 
 
@@ -82,14 +82,17 @@ def add_base_options(group: argparse._ActionsContainer) -> None:
 def add_input_options(group: argparse._ActionsContainer) -> None:
     """Pictures to draw over or to be steered by."""
     group.add_argument(
-        "--image", type=Path, metavar="FILE", help="a picture to draw over, of the size drawn"
+        "--image",
+        type=Path,
+        metavar="FILE",
+        help="a picture to draw over, scaled and cut to the size drawn",
     )
     group.add_argument(
         "--image-mask",
         type=Path,
         metavar="FILE",
-        help="grey mask, as large, of what of --image is drawn anew (default: all); where it is "
-        "black every pixel stays as it is",
+        help="grey mask, of the shape of --image, of what is drawn anew (default: all); where it "
+        "is black every pixel stays as it is",
     )
     group.add_argument(
         "--strength",
@@ -102,7 +105,7 @@ def add_input_options(group: argparse._ActionsContainer) -> None:
         "--control",
         type=Path,
         metavar="FILE",
-        help="what the ControlNet looks at (a pose, edges), of the size drawn",
+        help="what the ControlNet looks at (a pose, edges), scaled and cut to the size drawn",
     )
     add_control_scale(group)
 

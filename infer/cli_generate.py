@@ -167,7 +167,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     check_folder(arguments.out)
     base = read_base(arguments.base)
     base.check(request)
-    read_inputs(request, base, 1)
+    read_inputs(request, base, 1, note=lambda line: print(f"note: {line}", file=sys.stderr))
     warn_of_cut_prompts(base, [*request.prompts, request.negative])
     if arguments.controlnet:
         check_controlnet(base, arguments.controlnet)

@@ -1,8 +1,9 @@
-"""Pictures by JAX: photo tokens, text, sampling and decoding in one compiled function."""
+"""Pictures by JAX: photo tokens and text, the guided UNet, and decoding, each compiled."""
 
+import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,25 +22,35 @@ from converters.lora import LORA_PARTS, add_loras, read_lora
 from converters.pipeline import load_pipeline
 from converters.tokenizer import tokenize
 from fact_jax.errors import UserError
-from fact_jax.fact import Control, Model, encode_face, guided_model, initial_noise, null_face
+from fact_jax.fact import (
+    Model,
+    encode_face,
+    guided_conditions,
+    guided_output,
+    initial_noise,
+    null_face,
+)
 from fact_jax.regions import region_masks
-from fact_jax.samplers import SAMPLERS, keep_outside, noise_latents_for_start, num_model_calls
+from fact_jax.samplers import SAMPLERS, keep_outside, noise_latents_for_start, python_loop
 from infer.base import Base, FaceFiles, check_crops
 from infer.canvas import Canvas
 from infer.hub import open_parts
 from infer.pipeline import Drawer
-from infer.program import Shape, join_guidance, split_guidance
+from infer.program import Shape, block_strengths, pad_photos, split_guidance
 from infer.request import Settings
 
 _HALF_PARTS = ("unet", "text_encoder", "controlnet")
 _AXIS = "pictures"
+MAX_SHAPES = 8
+"""Of so many shapes of requests the compiled programs stay in memory."""
 
 
 class FlaxPipeline(Drawer):
     """A base model, with or without a face adapter, ready to draw.
 
-    A program is compiled for each shape of a request (``infer.program.Shape``, and how many
-    pictures, photos and people); with several devices each draws its share of a batch.
+    Three programs are compiled for each shape of a request (``infer.program.Shape``): what is done
+    once before the steps, the guided UNet, and what is done once after them. With several devices
+    each draws its share of a batch.
     """
 
     def __init__(
@@ -53,8 +64,10 @@ class FlaxPipeline(Drawer):
         for name in set(_HALF_PARTS) & set(models):
             self._states[name] = _cast(self._states[name], self.dtype)
         self._devices = 1
-        self._bar: tqdm | None = None
-        self._run = jax.jit(self._trace, static_argnames="shape")
+        self._shapes: set = set()
+        self._prepare = _over_devices(self._prepare_rows)
+        self._denoise = _over_devices(self._denoise_rows)
+        self._decode = _over_devices(self._decode_rows)
 
     @classmethod
     def load(
@@ -108,42 +121,52 @@ class FlaxPipeline(Drawer):
         """
         check_crops(self.face, crops)
         ids, _ = tokenize(self.base.tokenizer, [settings.negative, *prompts])
-        size, start = self.base.latent_size(settings), 0
+        size, start, photo_mask = self.base.latent_size(settings), 0, None
+        people = 1 if regions is None else regions.shape[1]
         inputs = {"ids": ids[1:], "seeds": np.asarray(seeds, np.int32)}
         if crops is not None:
-            inputs["crops"] = crops
+            inputs["crops"], photo_mask = pad_photos(crops, people)
         if canvas is not None:
             canvas.check(self.base, settings, len(prompts))
             start = canvas.start(settings.steps)
-            inputs |= {"images": canvas.images, "cells": canvas.cells}
+            inputs["images"] = canvas.images
         if regions is not None:
             levels = len(self.base.unet.block_out_channels)
             inputs["regions"] = dict(region_masks(regions, size, levels))
         if control is not None:
             if "controlnet" not in self._graphs:
                 raise UserError("a control picture was given, but no ControlNet to look at it")
-            inputs["control"] = control
-        guidance, numbers = split_guidance(settings.guidance, settings.steps, self.blocks)
+            inputs["control"] = np.broadcast_to(control, (len(seeds), *control.shape[1:]))
+        guidance, numbers = split_guidance(settings.guidance)
         shape = Shape(
-            sampler=settings.sampler,
-            steps=settings.steps,
-            start=start,
+            count=len(seeds),
             size=size,
-            people=1 if regions is None else regions.shape[1],
+            people=people,
             guidance=guidance,
             devices=_share(len(seeds), jax.local_device_count()),
-            # A program that calls back cannot be kept on disk. Where steps are slow, it still does.
-            ticks=bar is not None and jax.default_backend() == "cpu",
         )
-        self._bar = bar
+        self._forget_programs(shape, inputs)
+        states = self._placed(shape.devices)
         if bar is not None and not bar.n:
             bar.set_description("compiling")
-        shared = {"negative": ids[:1], "guidance": numbers, "control": np.float32(control_scale)}
-        pictures = np.asarray(self._run(self._placed(shape.devices), shared, inputs, shape=shape))
-        jax.effects_barrier()
-        if bar is not None and not shape.ticks:
-            bar.update(num_model_calls(settings.sampler, settings.steps, start))
-        return pictures
+        shared = {"negative": ids[:1], "photo_mask": photo_mask}
+        conditions, noise, keys, x0 = self._prepare(states, shared, inputs, shape=shape)
+        bound = self.base.schedule.num_train_timesteps
+        shared = {
+            "numbers": numbers,
+            "strengths": block_strengths(settings.guidance, settings.steps, self.blocks, bound),
+            "control": np.float32(control_scale),
+            "photo_mask": photo_mask,
+        }
+        denoise = functools.partial(self._denoise, states, jax.device_put(shared), shape=shape)
+        with _Progress(bar) as progress:
+
+            def model(x: Array, t: Array, i: Array) -> Array:
+                rows = {"x": x, "conditions": conditions}
+                return progress(denoise(rows, t.astype(jnp.float32), i))
+
+            latents = self._sample(model, settings, start, noise, keys, canvas, x0)
+        return np.asarray(self._decode(states, {}, latents, shape=shape))
 
     def _placed(self, devices: int) -> dict:
         """The models' parameters, on so many devices."""
@@ -152,73 +175,75 @@ class FlaxPipeline(Drawer):
             self._states = jax.device_put(self._states, NamedSharding(_mesh(devices), P()))
         return self._states
 
-    def _trace(
-        self, states: dict, shared: dict, inputs: dict, *, shape: Shape
-    ) -> UInt8[Array, "b h w 3"]:
-        draw = functools.partial(self._draw, shape=shape)
-        if shape.devices == 1:
-            return draw(states, shared, inputs)
-        # What has a row for each picture is split over the devices, and nothing passes between
-        # them: a picture needs no other.
-        count = len(inputs["seeds"])
-        split = jax.tree.map(lambda a: P(_AXIS) if len(a) == count else P(), inputs)
-        return jax.shard_map(
-            draw,
-            mesh=_mesh(shape.devices),
-            in_specs=(P(), P(), split),
-            out_specs=P(_AXIS),
-            check_vma=False,
-        )(states, shared, inputs)
+    def _forget_programs(self, shape: Shape, inputs: dict) -> None:
+        """Keep the memory of a long-lived process bounded, whatever sizes it is asked for."""
+        self._shapes.add((shape, str(jax.tree.map(np.shape, inputs))))
+        if len(self._shapes) > MAX_SHAPES:
+            self._shapes = set()
+            for program in (self._prepare, self._denoise, self._decode):
+                program.clear_cache()
 
-    def _draw(self, states: dict, shared: dict, inputs: dict, *, shape: Shape) -> Array:
-        models = {name: nnx.merge(self._graphs[name], state) for name, state in states.items()}
-        count = len(inputs["seeds"])
+    def _sample(
+        self,
+        model: Model,
+        settings: Settings,
+        start: int,
+        noise: Float[Array, "b h w c"],
+        keys: Array,
+        canvas: Canvas | None,
+        x0: Float[Array, "b h w c"] | None,
+    ) -> Float[Array, "b h w c"]:
+        """Latents from noise, or from what is on the canvas."""
+        schedule, sampler = self.base.schedule, settings.sampler
+        along = {"steps": settings.steps, "start": start}
+        sample = functools.partial(
+            SAMPLERS[sampler], schedule=schedule, key=keys, loop=python_loop, **along
+        )
+        if canvas is None:
+            return sample(model, noise)
+        cells = jax.device_put(canvas.cells, x0.sharding)
+        model = keep_outside(model, sampler, schedule, cells=cells, x0=x0, noise=noise, **along)
+        # A canvas of which everything is to be forgotten is none, as in diffusers.
+        first = noise
+        if start:
+            first = noise_latents_for_start(schedule, sampler, x0, noise, **along)
+        return jnp.where(cells[..., None], sample(model, first), x0)
+
+    def _prepare_rows(self, states: dict, shared: dict, inputs: dict, *, shape: Shape) -> tuple:
+        """Conditions, unit noise, each picture's key, and the latents of what is drawn over."""
+        models = self._models(states)
+        seeds, count = inputs["seeds"], len(inputs["seeds"])
         text = models["text_encoder"](jnp.concatenate([shared["negative"], inputs["ids"]]))
         faces = {}
         if "crops" in inputs:
-            faces = self._faces(models, inputs, count, shape)
-        model = guided_model(
-            models["unet"],
-            text=text[1:],
-            negative_text=jnp.repeat(text[:1], count, axis=0),
-            guidance=join_guidance(shape.guidance, shared["guidance"], self.blocks),
-            control=self._control(models, inputs, shared["control"]),
-            steps=shape.steps,
-            **faces,
-        )
-        latents = self._latents(models, self._in_dtype(model, shape), inputs, shape)
-        decoded = models["vae"].decode(latents / self.base.vae.scaling_factor)
-        return jnp.round(255 * jnp.clip(decoded / 2 + 0.5, 0, 1)).astype(jnp.uint8)
-
-    def _latents(self, models: dict, model: Model, inputs: dict, shape: Shape) -> Array:
-        """Sampled from noise, or from what is on the canvas."""
-        schedule, seeds = self.base.schedule, inputs["seeds"]
+            faces = self._faces(models, inputs, shared["photo_mask"], count, shape)
+        conditions = {
+            "branches": guided_conditions(
+                models["unet"],
+                text=text[1:],
+                negative_text=jnp.repeat(text[:1], count, axis=0),
+                guidance=shape.guidance,
+                **faces,
+            )
+        }
+        if "control" in inputs:
+            pictures = inputs["control"].astype(self.dtype) / 255
+            conditions["control"] = models["controlnet"].embed(pictures)
+        x0 = None
+        if "images" in inputs:
+            mean, _ = models["vae"].encode(inputs["images"].astype(jnp.float32) / 127.5 - 1)
+            x0 = mean * self.base.vae.scaling_factor
         noise = initial_noise(seeds, *shape.size, self.base.unet.in_channels)
-        sample = functools.partial(
-            SAMPLERS[shape.sampler],
-            schedule=schedule,
-            steps=shape.steps,
-            start=shape.start,
-            key=jax.vmap(jax.random.key)(seeds),
-        )
-        if "images" not in inputs:
-            return sample(model, noise)
-        mean, _ = models["vae"].encode(inputs["images"].astype(jnp.float32) / 127.5 - 1)
-        x0, cells = mean * self.base.vae.scaling_factor, inputs["cells"]
-        along = {"steps": shape.steps, "start": shape.start}
-        model = keep_outside(
-            model, shape.sampler, schedule, cells=cells, x0=x0, noise=noise, **along
-        )
-        # A canvas of which everything is to be forgotten is none, as in diffusers.
-        first = noise
-        if shape.start:
-            first = noise_latents_for_start(schedule, shape.sampler, x0, noise, **along)
-        return jnp.where(cells[..., None], sample(model, first), x0)
+        return conditions, noise, jax.vmap(jax.random.key)(seeds), x0
 
-    def _faces(self, models: dict, inputs: dict, count: int, shape: Shape) -> dict[str, Any]:
+    def _faces(
+        self, models: dict, inputs: dict, photo_mask: Array | None, count: int, shape: Shape
+    ) -> dict[str, Any]:
         encoder, resampler = models["encoder"], models["resampler"]
         crops = inputs["crops"].astype(jnp.float32) / 127.5 - 1
-        face = encode_face(encoder, resampler, crops, shape.guidance.combine, shape.people)
+        face = encode_face(
+            encoder, resampler, crops, shape.guidance.combine, shape.people, photo_mask
+        )
         face = jnp.broadcast_to(face, (count, *face.shape[1:]))
         photos = face.shape[1] // resampler.config.num_queries
         no_face = null_face(resampler, encoder.config.tokens, photos)
@@ -228,31 +253,95 @@ class FlaxPipeline(Drawer):
             "regions": inputs.get("regions"),
         }
 
-    def _control(self, models: dict, inputs: dict, scale: Array) -> Control | None:
-        if "control" not in inputs:
-            return None
-        controlnet = models["controlnet"]
-        condition = controlnet.embed(inputs["control"].astype(self.dtype) / 255)
+    def _denoise_rows(
+        self, states: dict, shared: dict, rows: dict, t: Array, i: Array, *, shape: Shape
+    ) -> Float[Array, "b h w c"]:
+        """The UNet's output for latents, float32."""
+        models, conditions, control = self._models(states), rows["conditions"], None
+        if "control" in conditions:
 
-        def residuals(x, t, text):
-            rows = jnp.tile(condition, (len(x) // len(condition), 1, 1, 1))
-            return controlnet(x, t, text, rows, scale)
+            def control(x, t, text):
+                branches = len(x) // len(conditions["control"])
+                embedded = jnp.tile(conditions["control"], (branches, 1, 1, 1))
+                return models["controlnet"](x, t, text, embedded, shared["control"])
 
-        return residuals
+        token_mask = None
+        if shared["photo_mask"] is not None and shape.guidance.combine == "concat":
+            queries = models["resampler"].config.num_queries
+            token_mask = jnp.tile(jnp.repeat(shared["photo_mask"], queries), shape.people)
+        out = guided_output(
+            models["unet"],
+            conditions["branches"],
+            dataclasses.replace(shape.guidance, **shared["numbers"]),
+            rows["x"].astype(self.dtype),
+            t,
+            list(shared["strengths"][i]),
+            control,
+            token_mask,
+        )
+        return out.astype(jnp.float32)
 
-    def _in_dtype(self, model: Model, shape: Shape) -> Model:
-        def call(x, t, i):
-            if shape.ticks:
-                here = jax.lax.axis_index(_AXIS) if shape.devices > 1 else 0
-                jax.debug.callback(self._tick, here)
-            return model(x.astype(self.dtype), t, i).astype(jnp.float32)
+    def _decode_rows(
+        self, states: dict, shared: dict, latents: Array, *, shape: Shape
+    ) -> UInt8[Array, "b h w 3"]:
+        vae = self._models(states)["vae"]
+        decoded = vae.decode(latents / self.base.vae.scaling_factor)
+        return jnp.round(255 * jnp.clip(decoded / 2 + 0.5, 0, 1)).astype(jnp.uint8)
 
-        return call
+    def _models(self, states: dict) -> dict[str, Any]:
+        return {name: nnx.merge(self._graphs[name], state) for name, state in states.items()}
 
-    def _tick(self, device: Array) -> None:
-        if self._bar is not None and device == 0:
-            self._bar.set_description("drawing", refresh=False)
-            self._bar.update()
+
+class _Progress:
+    """Waits for the model's last but one output, and moves a bar by one for each that is there.
+
+    So the device always has a step to do, and the bar and an interrupt are at most one behind.
+    """
+
+    def __init__(self, bar: tqdm | None):
+        self._bar, self._last = bar, None
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        if kind is None:
+            self._wait()
+
+    def __call__(self, output: Array) -> Array:
+        self._wait()
+        self._last = output
+        return output
+
+    def _wait(self) -> None:
+        if self._last is not None:
+            self._last.block_until_ready()
+            if self._bar is not None:
+                self._bar.set_description("drawing", refresh=False)
+                self._bar.update()
+
+
+def _over_devices(function: Callable) -> Callable:
+    """The function of (states, shared, rows, *more), compiled; each device has its share of rows.
+
+    Nothing passes between devices: a picture needs no other.
+    """
+
+    @functools.partial(jax.jit, static_argnames="shape")
+    def run(states: dict, shared: dict, rows: Any, *more: Array, shape: Shape) -> Any:
+        call = functools.partial(function, shape=shape)
+        if shape.devices == 1:
+            return call(states, shared, rows, *more)
+        split = jax.tree.map(lambda a: P() if len(a) % shape.count else P(_AXIS), rows)
+        return jax.shard_map(
+            call,
+            mesh=_mesh(shape.devices),
+            in_specs=(P(), P(), split, *(P() for _ in more)),
+            out_specs=P(_AXIS),
+            check_vma=False,
+        )(states, shared, rows, *more)
+
+    return run
 
 
 def _cast(state: Mapping, dtype) -> Any:

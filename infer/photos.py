@@ -1,15 +1,12 @@
 """Photos of one person to aligned crops, by the same code as in training."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from PIL import Image
 
-from fact_jax.errors import UserError
 from fact_jax.face import PreparedFace, draw_face, prepare_photo
-from fact_jax.face.mask import read_mask
 from infer.request import Photo
 
 
@@ -32,18 +29,6 @@ def prepare_crops(
     """The crops of all photos, and the lines that the user should see about them."""
     faces = [prepare(photo, size) for photo in photos]
     return np.stack([face.crop for face in faces]), [note for face in faces for note in face.notes]
-
-
-def read_regions(files: Sequence[Path], size: tuple[int, int]) -> Float[np.ndarray, "k h w"] | None:
-    """Where each person is drawn, from mask files of the picture's size; None without any."""
-    masks = [read_mask(file) for file in files]
-    for file, mask in zip(files, masks, strict=True):
-        if mask.shape != size:
-            raise UserError(
-                f"the region {file} is {mask.shape[1]} x {mask.shape[0]}, the picture will be "
-                f"{size[1]} x {size[0]}: they must be of one size"
-            )
-    return np.stack(masks) if masks else None
 
 
 def show(face: PreparedFace) -> UInt8[np.ndarray, "h w 3"]:

@@ -1,20 +1,20 @@
-"""What a JAX generation is compiled for, and the numbers that the compiled program is fed."""
+"""What a JAX generation is compiled for, and the numbers that the compiled programs are fed."""
 
 import dataclasses
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Bool, Float, UInt8
 
 from fact_jax.fact import Guidance
 
 _SOME = 2.0
 """Stands for any number that is there, in a guidance that only says which ones are."""
+_UNMASKED_PHOTOS = 2
 
 
 def keep_programs() -> Path:
@@ -28,49 +28,73 @@ def keep_programs() -> Path:
     return Path(jax.config.jax_compilation_cache_dir)
 
 
+def keep_jax_on_cpu() -> None:
+    """Confine JAX to the CPU in a process where PyTorch draws; it makes noise and schedules there.
+
+    Otherwise JAX would take three quarters of a GPU's memory with its first operation. A process
+    that has used JAX before keeps the devices that it has.
+    """
+    jax.config.update("jax_platforms", "cpu")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """All that a program depends on; other numbers, pictures and prompts need no new one."""
+    """What the programs depend on beside the shapes of their arrays.
 
-    sampler: str
-    steps: int
-    start: int
+    Samplers, steps, prompts, seeds and all numbers of a guidance need no new one. ``count`` is how
+    many pictures there are, of which each of ``devices`` draws its share.
+    """
+
+    count: int
     size: tuple[int, int]
     people: int
     guidance: Guidance
     devices: int = 1
-    ticks: bool = False
 
 
-def split_guidance(
-    guidance: Guidance, steps: int, blocks: Sequence[str]
-) -> tuple[Guidance, dict[str, np.ndarray]]:
-    """A guidance as a program's shape, and its numbers; :func:`join_guidance` takes both.
+def split_guidance(guidance: Guidance) -> tuple[Guidance, dict[str, np.ndarray]]:
+    """A guidance as what a program is compiled for, and its numbers, to be put back in there.
 
-    Whatever the window, the schedule and the patterns are: the numbers hold a strength for each
-    step and a factor for each of ``blocks`` (paths in the UNet).
+    With ``cap`` or ``adain`` there are both: a cap of infinity, and an ``adain`` that is off.
     """
-    there = {name: getattr(guidance, name) for name in ("text", "face", "cap")}
-    there = {name: value for name, value in there.items() if value is not None}
-    if guidance.text == 1.0:
-        del there["text"]
+    numbers = {}
+    if guidance.text != 1.0:
+        numbers["text"] = np.float32(guidance.text)
+    if guidance.face is not None:
+        numbers["face"] = np.float32(guidance.face)
+    controlled = guidance.cap is not None or guidance.adain
+    if controlled:
+        numbers["cap"] = np.float32(np.inf if guidance.cap is None else guidance.cap)
+        numbers["adain"] = np.bool_(guidance.adain)
     shape = Guidance(
-        text=_SOME if "text" in there else 1.0,
-        face=_SOME if "face" in there else None,
-        cap=_SOME if "cap" in there else None,
+        text=_SOME if "text" in numbers else 1.0,
+        face=_SOME if "face" in numbers else None,
+        cap=_SOME if controlled else None,
+        adain=controlled,
         negative_face=guidance.negative_face,
-        adain=guidance.adain,
         combine=guidance.combine,
     )
-    scales = jax.vmap(lambda i: guidance.scale_at(i, steps))(jnp.arange(steps))
-    factors = guidance.block_factors(blocks)
-    numbers = {"face_scale": scales, "factors": factors, **there}
-    return shape, {name: np.asarray(value, np.float32) for name, value in numbers.items()}
+    return shape, numbers
 
 
-def join_guidance(shape: Guidance, numbers: Mapping[str, Array], blocks: Sequence[str]) -> Guidance:
-    """The guidance that was split, its numbers traced."""
-    plain = {name: value for name, value in numbers.items() if name != "factors"}
-    patterns = [f"^{re.escape(path)}$" for path in blocks]
-    block_scales = tuple(zip(patterns, numbers["factors"], strict=True))
-    return dataclasses.replace(shape, **plain, block_scales=block_scales)
+def block_strengths(
+    guidance: Guidance, steps: int, blocks: Sequence[str], bound: int
+) -> Float[np.ndarray, "bound blocks"]:
+    """The adapter's strength in each step and block; rows from ``steps`` on fill up."""
+    scales = jax.vmap(lambda i: guidance.scale_at(i, steps))(jnp.arange(bound))
+    return np.asarray(scales)[:, None] * np.asarray(guidance.block_factors(blocks), np.float32)
+
+
+def pad_photos(
+    crops: UInt8[np.ndarray, "c p s s 3"], people: int
+) -> tuple[UInt8[np.ndarray, "c q s s 3"], Bool[np.ndarray, " photos"] | None]:
+    """Everybody's photos up to a power of two, and which of them there are.
+
+    None where two photos or fewer are all there: their programs need no mask.
+    """
+    count, photos = len(crops), crops.shape[1] // people
+    own = crops.reshape(count, people, photos, *crops.shape[2:])
+    padded = 1 << (photos - 1).bit_length()
+    rows = np.minimum(np.arange(padded), photos - 1)
+    mask = None if padded <= _UNMASKED_PHOTOS else np.arange(padded) < photos
+    return own[:, :, rows].reshape(count, people * padded, *crops.shape[2:]), mask

@@ -28,12 +28,14 @@ class FaceControls:
     (Infinite-ID's AdaIN-mean). ``regions``: whose region each visual token lies in, by the number
     of tokens, see ``fact_jax.regions``; the face tokens are then those of ``k`` people, an equal
     share each, and a visual token sees only those of its people. Where there are none, the
-    adapter adds nothing.
+    adapter adds nothing. ``token_mask``: which face tokens there are; the others, which fill their
+    number up, are seen by nobody. ``cap`` (infinity: none) and ``adain`` may be traced.
     """
 
     cap: float | Float[Array, ""] | None = None
-    adain: bool = False
+    adain: bool | Bool[Array, ""] = False
     regions: Mapping[int, Bool[Array, "b k _"]] | None = None
+    token_mask: Bool[Array, " m"] | None = None
 
 
 PLAIN = FaceControls()
@@ -71,14 +73,17 @@ class FaceAdapter(nnx.Module):
         scale = scale[:, None, None] if scale.ndim else scale
         visual = self.norm1(x)
         own = self.attn.keys_values(visual)
-        if controls.adain:
+        if controls.adain is not False:
             people = 1 if regions is None else regions.shape[1]
-            face = tuple(_moved(a, to, people) for a, to in zip(face, own, strict=True))
+            face = tuple(
+                jnp.where(controls.adain, _moved(a, to, people, controls.token_mask), a)
+                for a, to in zip(face, own, strict=True)
+            )
         keys, values = (
             jnp.concatenate([a, added.astype(a.dtype)], axis=1)
             for a, added in zip(own, face, strict=True)
         )
-        mask = None if regions is None else _visible(regions, face[0].shape[1])
+        mask = _visible(regions, controls.token_mask, x.shape[1], face[0].shape[1])
         mixed = self.attn.attend(visual, keys, values, mask)
         first = scale * jnp.tanh(self.alpha_attn[...]).astype(x.dtype) * mixed
         hidden = x + first
@@ -96,20 +101,31 @@ class FaceAdapter(nnx.Module):
 
 
 def _moved(
-    face: Float[Array, "b m c"], to: Float[Array, "b n c"], people: int
+    face: Float[Array, "b m c"],
+    to: Float[Array, "b n c"],
+    people: int,
+    token_mask: Bool[Array, " m"] | None,
 ) -> Float[Array, "b m c"]:
     """Each person's tokens, their mean replaced by that of ``to`` (arXiv 2403.11781)."""
     b, m, c = face.shape
     own = face.reshape(b, people, m // people, c)
+    there = None if token_mask is None else token_mask.reshape(people, -1, 1)
     mean = to.mean(axis=1)[:, None, None].astype(face.dtype)
-    return (own - own.mean(axis=2, keepdims=True) + mean).reshape(b, m, c)
+    return (own - own.mean(axis=2, keepdims=True, where=there) + mean).reshape(b, m, c)
 
 
-def _visible(regions: Bool[Array, "b k n"], tokens: int) -> Bool[Array, "b n keys"]:
-    """Which of all visual and then ``tokens`` face tokens each visual token sees."""
-    b, people, n = regions.shape
-    faces = jnp.repeat(regions.swapaxes(1, 2), tokens // people, axis=2)
-    return jnp.concatenate([jnp.ones((b, n, n), bool), faces], axis=2)
+def _visible(
+    regions: Bool[Array, "b k n"] | None, token_mask: Bool[Array, " m"] | None, n: int, tokens: int
+) -> Bool[Array, "#b #n keys"] | None:
+    """Which of ``n`` visual and then ``tokens`` face tokens each visual token sees; None: all."""
+    if regions is None:
+        return token_mask if token_mask is None else _after_visual(token_mask[None, None], n)
+    faces = jnp.repeat(regions.swapaxes(1, 2), tokens // regions.shape[1], axis=2)
+    return _after_visual(faces if token_mask is None else faces & token_mask, n)
+
+
+def _after_visual(faces: Bool[Array, "b q m"], n: int) -> Bool[Array, "b q keys"]:
+    return jnp.pad(faces, ((0, 0), (0, 0), (n, 0)), constant_values=True)
 
 
 def _capped(

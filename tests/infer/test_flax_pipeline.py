@@ -11,6 +11,7 @@ import pytest
 
 from fact_jax.errors import UserError
 from fact_jax.fact import Guidance
+from infer import flax_pipeline
 from infer.canvas import Canvas
 from infer.flax_pipeline import FlaxPipeline
 from infer.photos import prepare_crops
@@ -50,9 +51,45 @@ def test_controls_of_both_backends_in_one_program(flax, torch, crops):
         assert difference(ours, theirs) <= SAME
         drawn.append(theirs)
     assert difference(*drawn) > OTHER
-    assert flax._run._cache_size() == 1
+    assert flax._denoise._cache_size() == 1
     base = torch.draw(PROMPTS, SEEDS, None, settings)
     assert difference(drawn[0], base) > OTHER
+
+
+def test_one_program_for_samplers_steps_and_photos(files, torch, crops):
+    """Three photos are filled up to four, and are what PyTorch draws of three."""
+    flax = FlaxPipeline.load(files.base, files.adapter, files.encoder)
+    photos = np.concatenate([crops, crops[:, ::-1] // 2], axis=1)
+    for sampler, steps, count, more in (
+        ("ddim", 3, 3, {}),
+        ("pndm", 4, 4, {"face_scale": (0.5, 1.0)}),
+        ("dpmpp_2m", 2, 3, {"start": 0.4}),
+    ):
+        settings = Settings(sampler=sampler, steps=steps, guidance=Guidance(text=3.0, **more))
+        asked = (PROMPTS, SEEDS, photos[:, :count], settings)
+        ours, theirs = (p.draw(*asked) for p in (flax, torch))
+        assert difference(ours, theirs) <= SAME
+    fewer = torch.draw(PROMPTS, SEEDS, photos[:, :2], settings)
+    assert difference(fewer, theirs) > OTHER
+    assert flax._denoise._cache_size() == flax._prepare._cache_size() == 1
+
+
+@pytest.mark.parametrize("combine", ["average", "normalized"])
+def test_means_of_photos_that_were_filled_up(flax, torch, crops, combine):
+    photos = np.concatenate([crops, crops[:, 1:]], axis=1)
+    settings = Settings(
+        sampler="ddim", steps=2, guidance=Guidance(text=3.0, combine=combine, adain=True)
+    )
+    ours, theirs = (p.draw(PROMPTS, SEEDS, photos, settings) for p in (flax, torch))
+    assert difference(ours, theirs) <= SAME
+
+
+def test_programs_of_many_sizes_are_let_go_of(files, monkeypatch):
+    flax = FlaxPipeline.load(files.base)
+    monkeypatch.setattr(flax_pipeline, "MAX_SHAPES", 2)
+    for width in (16, 24, 32):
+        flax.draw(PROMPTS[:1], SEEDS[:1], None, Settings(steps=1, sampler="ddim", width=width))
+    assert flax._denoise._cache_size() == 1
 
 
 @pytest.mark.parametrize(("sampler", "strength"), [("pndm", 0.7), ("euler", 1.0)])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fact_jax.fact import Guidance
-from infer.program import join_guidance, keep_programs, split_guidance
+from infer.program import block_strengths, keep_programs, pad_photos, split_guidance
 
 BLOCKS = ("down_blocks.0", "mid_block", "up_blocks.0", "up_blocks.1")
 
@@ -30,27 +30,48 @@ BLOCKS = ("down_blocks.0", "mid_block", "up_blocks.0", "up_blocks.1")
         ),
     ],
 )
-def test_split_and_joined_again(guidance):
-    """The same strengths in every step and block, the same numbers, and one program for all."""
-    shape, numbers = split_guidance(guidance, 6, BLOCKS)
-    joined = join_guidance(shape, {k: jnp.asarray(v) for k, v in numbers.items()}, BLOCKS)
-    for i in range(6):
-        i = jnp.asarray(i)
-        np.testing.assert_allclose(joined.scale_at(i, 6), guidance.scale_at(i, 6), rtol=1e-6)
-    np.testing.assert_array_equal(
-        joined.block_factors(BLOCKS), np.float32(guidance.block_factors(BLOCKS))
-    )
-    for name in ("text", "face", "cap", "negative_face", "adain", "combine"):
+def test_a_program_and_its_numbers(guidance):
+    """Put together again they are the guidance, and strengths are those of each step and block."""
+    shape, numbers = split_guidance(guidance)
+    joined = dataclasses.replace(shape, **{k: jnp.asarray(v) for k, v in numbers.items()})
+    for name in ("text", "face", "negative_face", "adain", "combine"):
         value = getattr(guidance, name)
-        wanted = np.float32(value) if isinstance(value, float) else value
-        assert getattr(joined, name) == wanted
+        assert getattr(joined, name) == (np.float32(value) if isinstance(value, float) else value)
+    cap = np.inf if guidance.cap is None and guidance.adain else guidance.cap
+    assert joined.cap == (cap and np.float32(cap))
+    strengths = block_strengths(guidance, 6, BLOCKS, 9)
+    assert strengths.shape == (9, 4)
+    by_hand = [
+        [guidance.scale_at(jnp.asarray(i), 6) * factor for factor in guidance.block_factors(BLOCKS)]
+        for i in range(6)
+    ]
+    np.testing.assert_allclose(strengths[:6], by_hand, rtol=1e-6)
     other = dataclasses.replace(guidance, face_scale=0.9, block_scales=(), start=0.1)
-    assert split_guidance(other, 6, BLOCKS)[0] == shape
+    assert split_guidance(other)[0] == shape
 
 
-def test_no_guidance_is_a_program_of_its_own():
-    shapes = {split_guidance(Guidance(text=text), 6, BLOCKS)[0] for text in (1.0, 3.0, 5.0)}
-    assert len(shapes) == 2
+def test_guidance_and_controls_take_a_program_each():
+    texts = {split_guidance(Guidance(text=text))[0] for text in (1.0, 3.0, 5.0)}
+    assert len(texts) == 2
+    controls = ({"cap": 0.2}, {"cap": 0.4}, {"adain": True}, {"cap": 0.2, "adain": True})
+    assert len({split_guidance(Guidance(**more))[0] for more in controls}) == 1
+
+
+@pytest.mark.parametrize(
+    ("photos", "padded", "masked"),
+    [(1, 1, False), (2, 2, False), (3, 4, True), (4, 4, True), (5, 8, True)],
+)
+def test_photos_are_padded(photos, padded, masked):
+    crops = np.random.default_rng(0).integers(0, 256, (1, 2 * photos, 4, 4, 3), np.uint8)
+    found, mask = pad_photos(crops, 2)
+    assert found.shape == (1, 2 * padded, 4, 4, 3)
+    for person in range(2):
+        own = found[:, person * padded : person * padded + photos]
+        np.testing.assert_array_equal(own, crops[:, person * photos : (person + 1) * photos])
+    if masked:
+        np.testing.assert_array_equal(mask, np.arange(padded) < photos)
+    else:
+        assert mask is None
 
 
 def test_where_programs_are_kept(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from converters import tokenize
 from fact_jax.errors import UserError
 from fact_jax.fact import Guidance
 from infer.base import read_base
-from infer.photos import read_regions
+from infer.inputs import read_inputs, read_regions
 from infer.pipeline import Drawer
 from infer.request import Photo, Request, Settings
 
@@ -93,14 +93,23 @@ def test_pictures_in_order_in_batches_of_one_shape(base_folder):
         drawer.generate(asked, batch=0)
 
 
-def test_regions_are_as_large_as_the_picture(tmp_path):
-    for name, size in (("one.png", (8, 6)), ("two.png", (8, 6)), ("three.png", (6, 8))):
-        Image.new("L", size, 255).save(tmp_path / name)
-    files = [tmp_path / "one.png", tmp_path / "two.png"]
-    np.testing.assert_array_equal(read_regions(files, (6, 8)), np.ones((2, 6, 8)))
+def test_files_are_fitted_to_the_picture(tmp_path):
+    """A file twice as large is halved; of a wide one both ends are cut, and it is said."""
+    large, wide = np.zeros((12, 16), np.uint8), np.zeros((6, 16), np.uint8)
+    large[:, 8:] = wide[:, 4:12] = 255
+    files = [tmp_path / "same.png", tmp_path / "large.png", tmp_path / "wide.png"]
+    for file, pixels in zip(files, (large[::2, ::2], large, wide), strict=True):
+        Image.fromarray(pixels).save(file)
+    notes = []
+    same, halved, cut = read_regions(files, (6, 8), notes.append)
+    np.testing.assert_array_equal(same, large[::2, ::2] / 255)
+    np.testing.assert_allclose(halved[:, [0, 1, 6, 7]], same[:, [0, 1, 6, 7]])
+    np.testing.assert_allclose(cut, 1.0)
+    assert notes == [
+        f"{files[1]} is 16 x 12: scaled to 8 x 6, as what is drawn",
+        f"{files[2]} is 16 x 6: scaled and cut to 8 x 6, as what is drawn",
+    ]
     assert read_regions([], (6, 8)) is None
-    with pytest.raises(UserError, match=r"three.png is 6 x 8, the picture will be 8 x 6"):
-        read_regions([*files, tmp_path / "three.png"], (6, 8))
 
 
 def test_a_base_keeps_its_added_tokens(base_folder, tmp_path):
@@ -113,3 +122,30 @@ def test_a_base_keeps_its_added_tokens(base_folder, tmp_path):
     (folder / "text_encoder" / "config.json").write_text(json.dumps(config))
     ids, _ = tokenize(read_base(folder).tokenizer, ["<cat-toy>"])
     assert ids[0, 1] == rows
+
+
+def test_an_image_and_its_mask_are_fitted_alike(base_folder, tmp_path):
+    """Both of another size than what is drawn; a mask of another shape belongs to nothing."""
+    base = read_base(base_folder)
+    image = np.zeros((64, 96, 3), np.uint8)
+    image[:, 32:64] = 255
+    Image.fromarray(image).save(tmp_path / "image.png")
+    Image.fromarray(image[::2, ::2, 0]).save(tmp_path / "mask.png")
+    Image.fromarray(image[:, :64, 0]).save(tmp_path / "square.png")
+    Image.fromarray(image[:, 20:28, 0]).save(tmp_path / "narrow.png")
+    asked = {"prompts": ("a",), "image": tmp_path / "image.png", "steps": 4}
+    mask = {"image_mask": tmp_path / "mask.png"}
+    canvas = read_inputs(Request(**asked, **mask), base, 2)["canvas"]
+    assert canvas.images.shape == (2, 32, 32, 3)
+    white = canvas.images[0, :, :, 0] > 200
+    np.testing.assert_array_equal(canvas.masks[0] > 0.8, white)
+    assert white[:, 9:23].all()
+    assert not white[:, :7].any()
+    with pytest.raises(UserError, match=r"narrow.png is 8 x 64, .*image.png is 96 x 64: they must"):
+        read_inputs(Request(**asked, image_mask=tmp_path / "narrow.png"), base, 1)
+    # As large as what is drawn, whatever the image was.
+    Image.new("L", (32, 32), 255).save(tmp_path / "drawn.png")
+    whole = read_inputs(Request(**asked, image_mask=tmp_path / "drawn.png"), base, 1)["canvas"]
+    np.testing.assert_array_equal(whole.masks, 1.0)
+    control = read_inputs(Request(prompts=("a",), control=tmp_path / "image.png"), base, 1)
+    np.testing.assert_array_equal(control["control"], whole.images)
