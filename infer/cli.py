@@ -25,6 +25,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def run() -> None:
         arguments = _parser().parse_args(argv)
+        if getattr(arguments, "backend", None) == "torch":
+            from infer.program import keep_jax_on_cpu
+
+            keep_jax_on_cpu()
         arguments.run(arguments)
 
     return run_program(run)

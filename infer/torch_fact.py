@@ -18,6 +18,7 @@ from fact_jax.fact import Combine, Guidance
 from fact_jax.regions import Regions
 from infer.base import FaceFiles, read_face_files
 from infer.hub import find_face_files, save_face_files
+from infer.program import keep_jax_on_cpu
 from infer.torch_models import Resampler, TransFaceTokens, encoder_from, load_strictly
 from infer.torch_processors import FaceContext, FaceProcessor, installed, text_blocks, whole
 from infer.torch_steering import Steering
@@ -118,8 +119,10 @@ def load_fact(
 
     ``adapter`` and ``encoder`` are paths or names on the Hub, as ``find_face_files`` takes them;
     ``files`` is both as ``read_face_files`` opened them, instead.
+    JAX, which makes noise and schedules, stays on the CPU, unless this process used it before.
     Raises UserError if they are not what they should be or the adapter is for another base.
     """
+    keep_jax_on_cpu()
     files = files or read_face_files(*find_face_files(adapter, encoder))
     if installed(pipe.unet):
         raise UserError("this pipe has a face adapter already: unload_fact it first")

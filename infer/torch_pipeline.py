@@ -24,6 +24,7 @@ from infer.base import Base, FaceFiles, check_crops
 from infer.canvas import Canvas
 from infer.hub import open_parts
 from infer.pipeline import Drawer
+from infer.program import keep_jax_on_cpu
 from infer.request import Settings
 from infer.torch_canvas import OnCanvas, OnCanvasUnderControl
 from infer.torch_fact import FactTorch, load_fact
@@ -66,6 +67,7 @@ class TorchPipeline(Drawer):
         ``read_face_files`` opened them, instead of their names. ``loras`` are files that are
         added to the base, each times its factor.
         """
+        keep_jax_on_cpu()
         base, face = open_parts(base, adapter, encoder, face=face, controlnet=controlnet)
         added = [(read_lora(file), factor) for file, factor in loras]
         pipe = _from_folder(

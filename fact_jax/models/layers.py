@@ -173,7 +173,7 @@ class Attention(nnx.Module):
         x: Float[Array, "b n c"],
         keys: Float[Array, "b m c"],
         values: Float[Array, "b m c"],
-        mask: Bool[Array, "b n m"] | None = None,
+        mask: Bool[Array, "#b #n m"] | None = None,
     ) -> Float[Array, "b n c"]:
         """Attention of ``x`` over keys and values that are already projected."""
         q, k, v = (split_heads(a, self.heads) for a in (self.to_q(x), keys, values))

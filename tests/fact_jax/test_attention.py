@@ -68,6 +68,9 @@ def test_masked(form, tile):
     expected = by_definition(Q, K, V, MASK)
     np.testing.assert_allclose(attention_plain(Q, K, V, MASK), expected, atol=1e-6)
     np.testing.assert_allclose(form(Q, K, V, MASK, tile=tile), expected, atol=1e-6)
+    for row in (MASK[:, :1], MASK[:1, :1]):  # one for all queries, and for all samples
+        expected = by_definition(Q, K, V, np.broadcast_to(row, MASK.shape))
+        np.testing.assert_allclose(form(Q, K, V, row, tile=tile), expected, atol=1e-6)
     hidden = MASK.at[:, :, 3].set(False)
     strange = K.at[:, 3].set(1e4), V.at[:, 3].set(-1e4)
     np.testing.assert_array_equal(

@@ -1,6 +1,9 @@
 """What a program is compiled for, and what it is fed."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -86,3 +89,32 @@ def test_where_programs_are_kept(tmp_path, monkeypatch):
         assert keep_programs() == tmp_path / "mine"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
+
+
+# Asked of JAX in processes of their own, in which nothing says beforehand where it shall compute.
+COMMAND_LINE = """
+from infer.cli import main
+base, adapter, encoder, photo = sys.argv[1:]
+main(["generate", "--backend", "torch", "--base", base, "--prompt", "a man", "--steps", "1",
+      "--adapter", adapter, "--encoder", encoder, "--photo", photo, "--out", "/proc/none"])
+"""
+LIBRARY = """
+from diffusers import StableDiffusionPipeline
+from infer.torch_fact import load_fact
+base, adapter, encoder, photo = sys.argv[1:]
+load_fact(StableDiffusionPipeline.from_pretrained(base, safety_checker=None), adapter, encoder)
+"""
+
+
+@pytest.mark.parametrize("code", [COMMAND_LINE, LIBRARY])
+def test_jax_stays_on_the_cpu_beside_pytorch(files, code):
+    asks = "import jax; print(jax.config.jax_platforms, jax.default_backend())"
+    paths = (files.base, files.adapter, files.encoder, files.photo)
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\n{asks}", *map(str, paths)],
+        env={k: v for k, v in os.environ.items() if not k.startswith("JAX_PLATFORM")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.split()[-2:] == ["cpu", "cpu"], done.stderr
