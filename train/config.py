@@ -5,6 +5,7 @@ An experiment is a Python file (``train/configs/NAME.py`` or any path) with a do
 """
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -32,6 +33,8 @@ from fact_jax.ranges import (
 
 CONFIGS = Path(__file__).parent / "configs"
 DATA_PARALLEL = MeshConfig()
+# What runs did before there was a setting for it, where that is not its default.
+_EARLIER = {"optimizer.decay_embeddings": True}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,11 +42,13 @@ class OptimizerConfig:
     """AdamW. ``multipliers``: (path regex, factor) on the learning rate, the first match wins.
 
     Gradients longer than ``clip_norm`` (all of them as one vector) are shortened to it; ``inf``
-    clips nothing.
+    clips nothing. Biases, norms and gates are never decayed; embeddings (position and token
+    embeddings, mask tokens, the resampler's learned queries) only with ``decay_embeddings``.
     """
 
     learning_rate: NonNegative = 1e-4
     weight_decay: NonNegative = 1e-2
+    decay_embeddings: bool = False
     clip_norm: Annotated[float, Range(0, math.inf, open_low=True)] = 1.0
     warmup_steps: CountOrZero = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -195,6 +200,28 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """Flat dotted keys with JSON values, as kept in a run's folder."""
     return json.loads(json.dumps(dict(flatten(config)), default=_plain))
+
+
+def settings_of_run(config: TrainConfig, saved: dict[str, Any]) -> dict[str, Any]:
+    """What :func:`to_json` wrote in a run's folder, as this version would write it.
+
+    A setting that is younger than the run is what the run did: its default, unless ``_EARLIER``
+    knows better.
+    """
+    found = defaults(config) | _EARLIER | saved
+    for key, value in flatten(config):
+        if (
+            key in found
+            and isinstance(value, tuple)
+            and value
+            and dataclasses.is_dataclass(value[0])
+        ):
+            with contextlib.suppress(
+                UserError, ValueError, TypeError
+            ):  # of another kind, and so different
+                items = _convert(found[key], tuple[type(value[0]), ...])
+                found[key] = [_plain(item) for item in _put_together(items, key)]
+    return json.loads(json.dumps(found, default=_plain))
 
 
 def defaults(config: Any, prefix: str = "") -> dict[str, Any]:
@@ -365,9 +392,17 @@ def _literal(text: str) -> Any:
 def _describe(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " or ".join(map(_describe, typing.get_args(hint)))
     inner = (*typing.get_args(hint), None)[0]
     if dataclasses.is_dataclass(inner):
         names = ", ".join(f'"{field.name}": ...' for field in dataclasses.fields(inner))
         return f"a list [{{{names}}}, ...]"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
+    names = {
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        str: "text",
+        type(None): "none",
+    }
     return names.get(hint, str(hint))

@@ -9,7 +9,7 @@ import jax
 from fact_jax.errors import UserError
 from fact_jax.files import atomic_write
 from train.checkpoints import revision, versions
-from train.config import TrainConfig, defaults, to_json
+from train.config import TrainConfig, settings_of_run, to_json
 
 # How a step is computed and recorded, and for how long, but not what it is.
 MAY_CHANGE = ("steps", "log.", "checkpoint.", "mesh.", "accumulate", "remat")
@@ -27,7 +27,7 @@ def claim_folder(config: TrainConfig, folder: Path) -> list[str]:
     new = to_json(config)
     changes = {}
     if path.exists() and any(folder.glob("checkpoints/*")):
-        old = defaults(config) | json.loads(path.read_text())
+        old = settings_of_run(config, json.loads(path.read_text()))
         changes = {
             key: f"{key} {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
             for key in sorted(old.keys() | new.keys())

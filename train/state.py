@@ -3,6 +3,7 @@
 import functools
 import math
 import re
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -91,7 +92,7 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=_is_matrix),
+        optax.add_decayed_weights(config.weight_decay, mask=_decayed(config)),
         _scale_by_path(config.multipliers),
     )
 
@@ -116,9 +117,18 @@ def all_finite(tree: PyTree) -> Bool[Array, ""]:
     return functools.reduce(jnp.logical_and, [jnp.isfinite(leaf).all() for leaf in leaves])
 
 
-def _is_matrix(params: PyTree) -> PyTree:
-    # Biases, norms and gates are left out of weight decay.
-    return jax.tree.map(lambda leaf: leaf.ndim >= 2, params)
+# Names of embeddings: Flax's, and those that the resampler and TransFace give theirs.
+EMBEDDINGS = ("embedding", "latents", "pos_embed", "mask_token")
+
+
+def _decayed(config: OptimizerConfig) -> Callable[[PyTree], PyTree]:
+    """Which parameters decay: those with two dimensions or more, but for embeddings."""
+
+    def decays(path: tuple[Any, ...], leaf: Array) -> bool:
+        embedding = path_name(path).rpartition("/")[2] in EMBEDDINGS
+        return leaf.ndim >= 2 and (config.decay_embeddings or not embedding)
+
+    return functools.partial(jax.tree_util.tree_map_with_path, decays)
 
 
 def _scale_by_path(multipliers: tuple[tuple[str, float], ...]) -> optax.GradientTransformation:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from fact_jax.errors import UserError
-from train.config import override, to_json
+from train.config import load_config, override, settings_of_run, to_json
 from train.folder import claim_folder
 
 
@@ -33,6 +33,29 @@ def test_a_setting_younger_than_the_run_had_its_default(folder, toy_config):
     path.write_text(json.dumps(old))
     with pytest.raises(UserError, match="precision float32 -> bfloat16"):
         claim_folder(override(toy_config, ["precision=bfloat16"]), folder)
+
+
+def test_what_runs_did_before_there_was_a_setting(folder, toy_config):
+    """Older than ``decay_embeddings``, a run decayed them: it goes on only as it was."""
+    path = folder / "config.json"
+    old = json.loads(path.read_text())
+    del old["optimizer.decay_embeddings"]
+    path.write_text(json.dumps(old))
+    with pytest.raises(UserError, match=r"decay_embeddings True -> False"):
+        claim_folder(toy_config, folder)
+    claim_folder(override(toy_config, ["optimizer.decay_embeddings=true"]), folder)
+
+
+def test_stages_of_an_older_run_are_the_same_stages():
+    config = load_config("mini")[1]
+    saved = to_json(config)
+    for stage in saved["options.stages"]:
+        del stage["ramp"]
+        stage["text"] = True
+    read = settings_of_run(config, saved)["options.stages"]
+    assert [stage["text"] for stage in read] == ["caption"] * 3
+    assert [stage["ramp"] for stage in read] == ["linear"] * 3
+    assert settings_of_run(config, saved | {"options.stages": "none"})["options.stages"] == "none"
 
 
 def test_a_setting_that_is_gone_is_a_difference(folder, toy_config):

@@ -1,11 +1,18 @@
 """Learning rate, running average and optimizer against values worked out by hand."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from fact_jax.errors import UserError
+from fact_jax.models.adapter import FaceAdapter
+from fact_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from fact_jax.models.resampler import Resampler, ResamplerConfig
+from fact_jax.models.transface import TransFace, TransFaceConfig
 from train.config import EMAConfig, OptimizerConfig
+from train.partition import paths
 from train.state import ema_decay, learning_rate, make_optimizer, make_state, update_ema
 
 
@@ -70,6 +77,38 @@ def test_decay_spares_vectors_and_multipliers_take_the_first_match():
     np.testing.assert_allclose(updates["block"]["kernel"], [[2.0 * (1.0 + 0.5 * 4.0)]], rtol=1e-5)
     np.testing.assert_allclose(updates["block"]["gate"], [-10.0], rtol=1e-5)
     np.testing.assert_allclose(updates["b"], [1.0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("decayed", [False, True])
+def test_embeddings_decay_only_if_asked(decayed):
+    """The arrays that have no kernel's name, in the models that are trained."""
+    optimizer = make_optimizer(OptimizerConfig(weight_decay=0.5, decay_embeddings=decayed))
+
+    def shapes():
+        models = {
+            "resampler": Resampler(ResamplerConfig.mini(), rngs=nnx.Rngs(0)),
+            "encoder": TransFace(TransFaceConfig.mini(), rngs=nnx.Rngs(0)),
+            "text_encoder": CLIPTextModel(CLIPTextConfig.mini(9), rngs=nnx.Rngs(0)),
+            "adapter": FaceAdapter(4, 1, 12, rngs=nnx.Rngs(0)),
+        }
+        return {name: nnx.to_pure_dict(nnx.state(model)) for name, model in models.items()}
+
+    params = jax.tree.map(lambda leaf: np.ones((1,) * leaf.ndim), jax.eval_shape(shapes))
+    updates, _ = optimizer.update(
+        jax.tree.map(np.zeros_like, params), optimizer.init(params), params
+    )
+    moved = {path for path, update in paths(updates) if np.any(update)}
+    assert all(np.allclose(update, 0.5) for path, update in paths(updates) if path in moved)
+    kernels = {path for path, _ in paths(params) if path.endswith("/kernel")}
+    embeddings = {
+        "resampler/latents",
+        "encoder/pos_embed",
+        "encoder/mask_token",
+        "text_encoder/embeddings/position_embedding/embedding",
+        "text_encoder/embeddings/token_embedding/embedding",
+    }
+    assert embeddings < {path for path, _ in paths(params)}
+    assert moved == (kernels | embeddings if decayed else kernels)
 
 
 def test_a_multiplier_that_matches_nothing_is_an_error():
