@@ -1,10 +1,14 @@
 """Batches from stored rows, by Grain: shuffled over the whole set, read and decoded by threads.
 
 Everything follows from the seed and the step: which rows a batch has, in which order, and who
-stands beside whom. So the step is the whole position, on any number of processes.
+stands beside whom. So the step is the whole position, on any number of processes. A damaged record
+changes that nowhere but in its own places, where another record stands for it.
 """
 
 import hashlib
+import itertools
+import logging
+import threading
 from collections.abc import Iterator
 from typing import Protocol
 
@@ -12,10 +16,13 @@ import numpy as np
 from jaxtyping import Int
 
 from fact_jax.errors import UserError
-from train.data.records import data_libraries
+from train.data.records import DamagedError, data_libraries
 
 _THREADS = 16
 _ENDLESS = 2**62
+MAX_DAMAGED = 100
+_PARTNERS_TRIED = 8
+_LOG = logging.getLogger(__name__)
 
 
 class Rows(Protocol):
@@ -25,7 +32,10 @@ class Rows(Protocol):
     fingerprint: str
 
     def load(self, number: int, partner: int) -> dict[str, np.ndarray]:
-        """A sample, with the face of row ``partner`` beside its own; shapes are always the same."""
+        """A sample, with the face of row ``partner`` beside its own; shapes are always the same.
+
+        DamagedError, with the number, for a record that cannot be read.
+        """
 
 
 class Partners:
@@ -50,8 +60,37 @@ class Partners:
         return int(self._by_person[begin + (int(self._place[row]) - begin + hop) % count])
 
 
+class Damaged:
+    """Which records could not be read: each is said once, and too many are a UserError.
+
+    The bound is a tenth of the records, and ``MAX_DAMAGED``.
+    """
+
+    def __init__(self, count: int):
+        self.numbers: set[int] = set()
+        self._bound = min(MAX_DAMAGED, max(1, count // 10), count - 1)
+        self._lock = threading.Lock()
+
+    def add(self, error: DamagedError) -> None:
+        with self._lock:
+            if error.number in self.numbers:
+                return
+            self.numbers.add(error.number)
+            many = len(self.numbers)
+        if many > self._bound:
+            raise UserError(
+                f"{error}; that makes {many} damaged records, more than the {self._bound} that "
+                "training skips: copy the folder again, or write it again"
+            )
+        _LOG.warning("warning: %s; it is skipped (%d so far)", error, many)
+
+
 class GrainSource:
-    """A ``train.task.Source`` of stored rows; every epoch visits each row once."""
+    """A ``train.task.Source`` of stored rows; every epoch visits each row once.
+
+    Where a record is damaged another is taken, and another partner where the partner is: which
+    ones follows from the seed and the place alone, and all other places keep theirs.
+    """
 
     def __init__(self, rows: Rows, batch_size: int, seed: int):
         if not 0 <= seed < 2**32:
@@ -60,6 +99,7 @@ class GrainSource:
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
         self._count = len(rows.identities)
         self._partners = Partners(rows.identities)
+        self._damaged = Damaged(self._count)
         self._order = self._grain.MapDataset.range(self._count).seed(seed).shuffle().repeat()
         text = f"{rows.fingerprint} {self._count} {batch_size} {seed}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -70,13 +110,28 @@ class GrainSource:
         number = int(self._order[position])
         return number, self._partners.draw(number, np.random.default_rng([self._seed, position]))
 
+    def load(self, step: int, row: int) -> dict[str, np.ndarray]:
+        """The sample in a row of the batch after ``step`` steps."""
+        number, partner = self.choose(step, row)
+        again = np.random.default_rng([self._seed, step * self._batch_size + row, 1])
+        for attempt in itertools.count():
+            try:
+                return self._rows.load(number, partner)
+            except DamagedError as error:
+                self._damaged.add(error)
+                if error.number == number:
+                    number = int(again.integers(self._count))
+            partner = self._partners.draw(number, again)
+            if attempt >= _PARTNERS_TRIED:  # none of the others may be readable
+                partner = number
+
     def batches(self, start: int, rows: Int[np.ndarray, " r"]) -> Iterator[dict[str, np.ndarray]]:
         """These rows of the batches after ``start``, ``start`` + 1, ... steps."""
         rows = [int(row) for row in rows]
 
         def load(position: int) -> dict[str, np.ndarray]:
             ahead, place = divmod(position, len(rows))
-            return self._rows.load(*self.choose(start + ahead, rows[place]))
+            return self.load(start + ahead, rows[place])
 
         options = self._grain.ReadOptions(
             num_threads=_THREADS, prefetch_buffer_size=max(_THREADS, 2 * len(rows))

@@ -4,9 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 from converters import Tokenizer, tokenize
-from fact_jax.errors import UserError
-from fact_jax.face.images import one_line
-from train.data.records import Records, decode
+from train.data.records import DamagedError, Records, decode
 
 
 class PixelRows:
@@ -35,7 +33,7 @@ class PixelRows:
         return {
             "images": self._pixels(number, row, "photo"),
             "crops": self._pixels(number, row, "crop"),
-            "ids": tokenize(self._tokenizer, [row["caption"].decode()])[0][0],
+            "ids": tokenize(self._tokenizer, [self._caption(number, row)])[0][0],
         }
 
     def mask(self, number: int, row: dict, region: str) -> Float[np.ndarray, "h w"]:
@@ -46,11 +44,14 @@ class PixelRows:
         parts = pixels.reshape(self._cells, side, self._cells, side)
         return parts.mean((1, 3), dtype=np.float32) / np.float32(255.0)
 
+    def _caption(self, number: int, row: dict) -> str:
+        try:
+            return row["caption"].decode()
+        except UnicodeDecodeError as error:
+            raise DamagedError(self._records.folder, number, error, "caption") from error
+
     def _pixels(self, number: int, row: dict, name: str) -> np.ndarray:
         try:
             return decode(row[name])
         except (OSError, ValueError, SyntaxError) as error:
-            raise UserError(
-                f"{self._records.folder}: the {name} of record {number} is damaged: "
-                f"{one_line(error)}"
-            ) from error
+            raise DamagedError(self._records.folder, number, error, name) from error

@@ -25,6 +25,15 @@ IDENTITIES, SIZES = "identities.npy", "sizes.json"
 PICTURES = ("photo", "face_mask", "head_mask", "crop")
 
 
+class DamagedError(UserError):
+    """A record that cannot be read; ``number`` is its place in ``folder``."""
+
+    def __init__(self, folder: Path, number: int, error: Exception, what: str = ""):
+        part = f"the {what} of record {number}" if what else f"record {number}"
+        super().__init__(f"{folder}: {part} is damaged: {one_line(error)}")
+        self.number = number
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Example:
     """One photo of one person; pictures are encoded files (the photo PNG or JPEG, the rest PNG).
@@ -116,7 +125,7 @@ class Records:
         return len(self.identities)
 
     def __getitem__(self, number: int) -> dict:
-        """The features of a record; UserError if it cannot be read."""
+        """The features of a record; DamagedError if it cannot be read."""
         return read_row(self._source, number, self.folder)
 
 
@@ -148,11 +157,11 @@ def open_folder(folder: str | Path, name: str, version: str, encoded: Sequence[s
 
 
 def read_row(source: Sequence[dict], number: int, folder: Path) -> dict:
-    """A row of a data source; UserError if it is damaged."""
+    """A row of a data source; DamagedError if it cannot be read."""
     try:
         return source[number]
     except Exception as error:  # array_record and protobuf have their own kinds
-        raise UserError(f"{folder}: record {number} is damaged: {one_line(error)}") from error
+        raise DamagedError(folder, number, error) from error
 
 
 def read_identities(folder: Path, count: int) -> Int[np.ndarray, " n"]:

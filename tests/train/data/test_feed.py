@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from fact_jax.face import resize_area
 from tests.train.data.conftest import PHOTOS
 from train.data.feed import GrainSource, Partners
 from train.data.pixels import PixelRows
-from train.data.records import Records, decode
+from train.data.records import DamagedError, Records, decode
 
 
 class NumberRows:
@@ -141,7 +142,53 @@ def test_records_arrive_decoded_beside_their_partners(records, tokenizer):
         np.testing.assert_array_equal(batch["ids"][row], ids)
 
 
-def test_a_damaged_record_stops_with_its_number(records, tokenizer, tmp_path):
+class DamagedRows(NumberRows):
+    """Of these numbers nothing can be read."""
+
+    def __init__(self, identities, damaged):
+        super().__init__(identities)
+        self.damaged = damaged
+
+    def load(self, number, partner):
+        for one in (number, partner):
+            if one in self.damaged:
+                raise DamagedError(Path("data"), one, ValueError("torn"))
+        return super().load(number, partner)
+
+
+def test_a_damaged_record_changes_its_own_places_only(caplog):
+    """Person 1 has photos 1, 4 and 8, of which 4 is damaged."""
+    whole = take(GrainSource(NumberRows(PEOPLE_OF), BATCH, seed=7), 0, 33)
+    damaged = GrainSource(DamagedRows(PEOPLE_OF, {4}), BATCH, seed=7)
+    found = take(damaged, 0, 33)
+    own, beside = whole[..., 0] == 4, whole[..., 1] == 4
+    np.testing.assert_array_equal(found[~own & ~beside], whole[~own & ~beside])
+    np.testing.assert_array_equal(found[beside & ~own][:, 0], whole[beside & ~own][:, 0])
+    assert own.sum() == 12
+    assert (beside & ~own).sum() > 3
+    assert 4 not in found
+    people = np.asarray(PEOPLE_OF)
+    assert (people[found[..., 0]] == people[found[..., 1]]).all()
+    assert len(set(found[own][:, 0])) > 3
+    # From the seed and the place alone: the same again, in mid-run, and told once.
+    again = GrainSource(DamagedRows(PEOPLE_OF, {4}), BATCH, seed=7)
+    np.testing.assert_array_equal(take(again, 9, 24, [1, 2]), found[9:, [1, 2]])
+    told = [record.message for record in caplog.records]
+    assert told == ["warning: data: record 4 is damaged: torn; it is skipped (1 so far)"] * 2
+
+
+def test_beside_itself_where_no_other_photo_can_be_read():
+    found = take(GrainSource(DamagedRows([0, 0, *[1] * 30], {1}), BATCH, seed=0), 0, 20)
+    assert {tuple(pair) for pair in found.reshape(-1, 2) if pair[0] == 0} == {(0, 0)}
+
+
+@pytest.mark.parametrize(("people", "damaged"), [([0], {0}), (PEOPLE_OF, {4, 5})])
+def test_too_many_damaged_records_are_an_error(people, damaged):
+    with pytest.raises(UserError, match=rf"{len(damaged)} damaged records, more than the"):
+        take(GrainSource(DamagedRows(people, damaged), BATCH, seed=7), 0, 33)
+
+
+def test_a_flipped_bit_is_found(records, tokenizer, tmp_path):
     copy = tmp_path / "records"
     shutil.copytree(records, copy)
     shard = next((copy / "face_records" / "1.0.0").glob("*array_record*"))
@@ -149,5 +196,13 @@ def test_a_damaged_record_stops_with_its_number(records, tokenizer, tmp_path):
     data[10_000] ^= 1  # one bit of what the 15 small records fill at the beginning
     shard.write_bytes(data)
     rows = PixelRows(Records(copy), tokenizer, region="head", cells=8)
-    with pytest.raises(UserError, match=r"record \d+ is damaged"):
-        list(itertools.islice(GrainSource(rows, BATCH, 0).batches(0, np.arange(BATCH)), 8))
+    said = {}
+    for number in range(len(rows.identities)):
+        try:
+            rows.load(number, number)
+        except DamagedError as error:
+            said[number] = (error.number, str(error))
+    assert said
+    for number, (told, text) in said.items():
+        assert told == number
+        assert f"record {number} is damaged: " in text
