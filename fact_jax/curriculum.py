@@ -13,23 +13,30 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from fact_jax.ranges import CountOrZero, NonNegative, Probability, check_fields
 
+StageText = Literal["caption", "empty_caption", "no_cross_attention"]
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """``steps`` steps over which both values go from their first number to their second.
 
-    With ``text`` false every caption of the stage is the empty one: the adapter then has to learn
-    the face from the face.
+    ``text`` says what a stage reads: each sample's ``caption``; for all of them the
+    ``empty_caption``, to which text cross-attention still attends; or nothing, with
+    ``no_cross_attention``: there text cross-attention adds nothing to the features (as in
+    Infinite-ID's training, arXiv 2403.11781), and the adapter has to learn the face from the face.
+    True and False, of older experiments, are the first and the second.
     """
 
     steps: CountOrZero
     shuffle: tuple[Probability, Probability] = (0.0, 0.0)
     fair_weight: tuple[NonNegative, NonNegative] = (0.0, 0.0)
-    text: bool = True
+    text: StageText | bool = "caption"
     ramp: Literal["linear", "cosine"] = "linear"
 
     def __post_init__(self):
         check_fields(self)
+        if isinstance(self.text, bool):
+            object.__setattr__(self, "text", "caption" if self.text else "empty_caption")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,17 +54,19 @@ class Drop:
 
 
 class StageValues(NamedTuple):
-    """Shuffle probability, FAIR weight, and whether captions are read (1) or empty (0)."""
+    """Shuffle probability, FAIR weight, whether captions are read (1) or not (0), and whether text
+    cross-attention is on (1) or adds nothing (0)."""
 
     shuffle: Float[Array, ""]
     fair_weight: Float[Array, ""]
     text: Float[Array, ""]
+    cross_attention: Float[Array, ""]
 
 
 def stage_values(stages: tuple[Stage, ...], step: Int[Array, ""] | int) -> StageValues:
     """The curriculum at ``step``; after the last stage its end values hold."""
     shuffle, weight = (jnp.asarray(pair[0], jnp.float32) for pair in _ends(stages[0]))
-    text = jnp.asarray(stages[0].text, jnp.float32)
+    text, attended = (jnp.asarray(flag, jnp.float32) for flag in _reads(stages[0]))
     first = 0
     for stage in stages:
         progress = jnp.clip((step - first) / max(stage.steps, 1), 0.0, 1.0)
@@ -68,13 +77,20 @@ def stage_values(stages: tuple[Stage, ...], step: Int[Array, ""] | int) -> Stage
             jnp.where(begun, low + (high - low) * progress, value)
             for value, (low, high) in zip((shuffle, weight), _ends(stage), strict=True)
         )
-        text = jnp.where(begun, float(stage.text), text)
+        text, attended = (
+            jnp.where(begun, flag, value)
+            for value, flag in zip((text, attended), _reads(stage), strict=True)
+        )
         first += stage.steps
-    return StageValues(shuffle, weight, text)
+    return StageValues(shuffle, weight, text, attended)
 
 
 def _ends(stage: Stage) -> tuple[tuple[float, float], tuple[float, float]]:
     return stage.shuffle, stage.fair_weight
+
+
+def _reads(stage: Stage) -> tuple[float, float]:
+    return float(stage.text == "caption"), float(stage.text != "no_cross_attention")
 
 
 def draw_shuffle(keys: Key[Array, " b"], probability: Float[Array, ""]) -> Bool[Array, " b"]:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Bool, Float, Real
 
 from fact_jax.errors import UserError
 from fact_jax.models.adapter import PLAIN, FaceAdapter, FaceControls, FaceKeys, Scale
@@ -164,7 +164,9 @@ class Pass:
         on_increment: OnIncrement | None = None,
         remat: Remat | None = None,
         controls: FaceControls | None = None,
+        text_attention: Bool[Array, ""] | Bool[Array, " b"] | None = None,
     ):
+        self.text_attention = text_attention
         self.time, self.text, self.remat, self.controls = time, text, remat, controls or PLAIN
         self.scales = iter(scale) if isinstance(scale, tuple) else itertools.repeat(scale)
         self.keys: Iterator[FaceKeys] | None = None if keys is None else iter(keys)
@@ -180,7 +182,7 @@ class Pass:
         x, result = call_block(
             self.remat,
             block.attentions[index],
-            *(x, self.text, face, scale),
+            *(x, self.text, face, scale, self.text_attention),
             on_increment=self.on_increment,
             controls=self.controls,
         )
@@ -224,18 +226,25 @@ class TransformerBlock(nnx.Module):
         text: Float[Array, "b k d"],
         face: FaceKeys | None,
         scale: Scale,
+        text_attention: Bool[Array, ""] | Bool[Array, " b"] | None,
         on_increment: OnIncrement | None,
         controls: FaceControls,
         size: tuple[int, int],
     ) -> tuple[Float[Array, "b n c"], Any]:
-        """The tokens, and what ``on_increment`` made of the adapter's increment."""
+        """The tokens, and what ``on_increment`` made of the adapter's increment.
+
+        Where ``text_attention`` is False, text cross-attention adds nothing.
+        """
         x, result = x + self.attn1(self.norm1(x)), None
         if face is not None:
             adapted, increment = self.face(x, face, scale, controls)
             if on_increment is not None:
                 result = on_increment(x, increment, size)
             x = adapted
-        x = x + self.attn2(self.norm2(x), text)
+        read = self.attn2(self.norm2(x), text)
+        if text_attention is not None:
+            read = jnp.where(text_attention.reshape(-1, 1, 1), read, 0)
+        x = x + read
         return x + self.ff(self.norm3(x)), result
 
 
@@ -256,6 +265,7 @@ class SpatialTransformer(nnx.Module):
         text: Float[Array, "b n d"],
         face: FaceKeys | None,
         scale: Scale,
+        text_attention: Bool[Array, ""] | Bool[Array, " b"] | None,
         on_increment: OnIncrement | None,
         controls: FaceControls,
     ) -> tuple[Float[Array, "b h w c"], Any]:
@@ -263,7 +273,9 @@ class SpatialTransformer(nnx.Module):
         b, h, w, c = x.shape
         tokens = self.proj_in(self.norm(x)).reshape(b, h * w, c)
         (block,) = self.transformer_blocks
-        tokens, result = block(tokens, text, face, scale, on_increment, controls, (h, w))
+        tokens, result = block(
+            tokens, text, face, scale, text_attention, on_increment, controls, (h, w)
+        )
         return x + self.proj_out(tokens.reshape(b, h, w, c)), result
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Real
+from jaxtyping import Array, Bool, Float, Real
 
 from fact_jax.errors import UserError
 from fact_jax.models.adapter import FaceControls, Scale
@@ -134,6 +134,7 @@ class UNet(nnx.Module):
         remat: Remat | None = None,
         residuals: Residuals | None = None,
         controls: FaceControls | None = None,
+        text_attention: Bool[Array, ""] | Bool[Array, " b"] | None = None,
     ) -> Float[Array, "b h w o"] | tuple[Float[Array, "b h w o"], tuple]:
         """Predict the noise (or velocity) in ``latents`` (height and width of any size).
 
@@ -144,11 +145,13 @@ class UNet(nnx.Module):
         called in every adapted block with its input and the increment it adds, the results come
         back as a tuple beside the prediction: FAIR is computed so without a second pass. ``remat``
         applies to each residual and each transformer block. ``residuals`` are what a ``ControlNet``
-        gave for the same latents; those of several are added up before.
+        gave for the same latents; those of several are added up before. ``text_attention``, one for
+        all samples or one a sample, switches the text cross-attention of every block: where it is
+        False it adds exactly nothing (None: it is on).
         """
         keys = face if face is None or isinstance(face, tuple) else self.face_keys(face)
         time = self.time_embedding(timesteps, latents)
-        run = Pass(time, text, keys, face_scale, on_increment, remat, controls)
+        run = Pass(time, text, keys, face_scale, on_increment, remat, controls, text_attention)
 
         x, skips = run.down(self.down_blocks, self.conv_in(latents))
         x = run.middle(self.mid_block, x)

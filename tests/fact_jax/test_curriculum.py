@@ -51,7 +51,7 @@ def test_stages_by_hand(step, shuffle, weight):
 def test_the_end_of_a_ramp_holds():
     stages = (Stage(steps=10, shuffle=(0.1, 0.7), fair_weight=(0.3, 0.0), ramp="cosine"),)
     for step in (10, 11, 5000):
-        np.testing.assert_allclose(stage_values(stages, step), (0.7, 0.0, 1.0), atol=1e-6)
+        np.testing.assert_allclose(stage_values(stages, step), (0.7, 0.0, 1.0, 1.0), atol=1e-6)
 
 
 def test_a_stage_of_no_steps_is_never_seen():
@@ -59,15 +59,26 @@ def test_a_stage_of_no_steps_is_never_seen():
     assert stage_values(stages, 0)[0] == pytest.approx(0.1)
 
 
-def test_a_stage_without_text():
-    stages = (Stage(steps=3, text=False), Stage(steps=4), Stage(steps=2, text=False))
-    read = [float(stage_values(stages, step).text) for step in range(11)]
-    assert read == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]
+def test_stages_without_text():
+    stages = (
+        Stage(steps=3, text="empty_caption"),
+        Stage(steps=4),
+        Stage(steps=2, text="no_cross_attention"),
+    )
+    values = [stage_values(stages, step) for step in range(11)]
+    assert [float(value.text) for value in values] == [0, 0, 0, 1, 1, 1, 1, 0, 0, 0, 0]
+    attended = [float(value.cross_attention) for value in values]
+    assert attended == [1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
+
+
+def test_true_and_false_of_older_experiments():
+    assert Stage(steps=1, text=True) == Stage(steps=1, text="caption") == Stage(steps=1)
+    assert Stage(steps=1, text=False) == Stage(steps=1, text="empty_caption")
 
 
 def test_stages_within_a_compiled_step():
     run = jax.jit(lambda step: stage_values(STAGES, step))
-    np.testing.assert_allclose(run(jnp.asarray(150, jnp.int32)), (0.2, 0.004, 1.0), atol=1e-6)
+    np.testing.assert_allclose(run(jnp.asarray(150, jnp.int32)), (0.2, 0.004, 1, 1), atol=1e-6)
 
 
 def assert_frequency(drawn, probability: float) -> None:

@@ -16,10 +16,20 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from fact_jax.attention import attention_together
-from fact_jax.sharding import MeshConfig, batch_sharding, global_batch, make_mesh, place
+from fact_jax.sharding import (
+    MeshConfig,
+    batch_sharding,
+    global_batch,
+    make_mesh,
+    place,
+    replicated,
+)
+from tests.fact_jax.tiny import FACE_DIM, TEXT_DIM, normal, tiny_unet
 from tests.train.random_rows import BATCH, config
 from train.config import TrainConfig, override
 from train.state import make_optimizer, path_name, place_state
@@ -88,8 +98,29 @@ def attention_text() -> str:
     return jitted.lower(heads, heads, heads).compile().as_text()
 
 
+def without_text_attention() -> dict[str, float]:
+    """A compiled UNet over all devices, its text cross-attention off: what two texts change."""
+    mesh = make_mesh(MeshConfig())
+    rows, whole = batch_sharding(mesh), replicated(mesh)
+    graph, state = nnx.split(tiny_unet())
+    latents, face = normal(1, 8, 4, 4, 4), normal(3, 8, 5, FACE_DIM)
+    texts = normal(2, 8, 7, TEXT_DIM), normal(4, 8, 7, TEXT_DIM)
+
+    def run(state, latents, text, face, on):
+        unet = nnx.merge(graph, state)
+        return unet(latents, jnp.asarray(500), text, face, text_attention=on)
+
+    jitted = jax.jit(run, in_shardings=(whole, rows, rows, rows, whole), out_shardings=rows)
+    on, off = (
+        [np.asarray(jitted(state, latents, text, face, jnp.asarray(flag))) for text in texts]
+        for flag in (True, False)
+    )
+    return {name: float(np.abs(a - b).max()) for name, (a, b) in {"on": on, "off": off}.items()}
+
+
 def main(folder: Path, names: list[str]) -> None:
     print(json.dumps({"name": "attention", "text": attention_text()}), flush=True)
+    print(json.dumps({"name": "text attention", **without_text_attention()}), flush=True)
     paths = [f"options.base={folder / 'base'}", f"options.encoder={folder / 'encoder'}"]
     trainer = Trainer(override(config, paths))
     reference = None

@@ -108,6 +108,12 @@ def test_data_parallelism_moves_the_trained_parameters_and_nothing_else(found):
     assert moved["all-gather"] <= trained
 
 
+def test_text_attention_is_off_on_every_device(found):
+    """Bit for bit: with it off the pictures do not depend on the text."""
+    assert found["text attention"]["off"] == 0.0
+    assert found["text attention"]["on"] > 0.1
+
+
 def test_attention_on_accelerators_moves_nothing(found):
     assert "while" in found["attention"]["text"]  # it does walk over tiles
     assert collectives(found["attention"]["text"]) == []

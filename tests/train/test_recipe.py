@@ -11,6 +11,7 @@ from converters import tokenize
 from fact_jax.curriculum import Drop, Stage
 from fact_jax.losses import min_snr_weight
 from tests.train.tiny import tiny_config, write_tiny_miniature
+from train.state import path_name
 from train.tasks.adapter import AdapterTask
 
 NEVER = Drop(face=0.0, text=0.0, both=0.0)
@@ -57,8 +58,23 @@ def test_a_neutral_caption_takes_the_place_of_the_own_one(parts):
     assert replaced == pytest.approx(told, rel=1e-5)
 
 
-def test_a_stage_without_text_reads_no_caption(parts):
-    stages = (Stage(steps=2, text=False), Stage(steps=2))
+def test_a_stage_without_cross_attention_hears_no_text_at_all(parts):
+    stages = (Stage(steps=2, text="no_cross_attention"), Stage(steps=2, text="empty_caption"))
+    off, metrics = loss_of(parts, stages=stages, step=1)
+    assert (metrics["curriculum/text"], metrics["curriculum/cross_attention"]) == (0, 0)
+    empty, metrics = loss_of(parts, stages=stages, step=2)
+    assert (metrics["curriculum/text"], metrics["curriculum/cross_attention"]) == (0, 1)
+    assert off != pytest.approx(empty, rel=1e-4)
+    # The same as on a base whose text cross-attention answers 0 to everything.
+    task, trainable, frozen, batch = parts
+    deaf = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf * ("attn2/to_out" not in path_name(path)), frozen
+    )
+    assert loss_of((task, trainable, deaf, batch), stages=stages, step=2)[0] == off
+
+
+def test_a_stage_with_the_empty_caption_reads_no_other(parts):
+    stages = (Stage(steps=2, text="empty_caption"), Stage(steps=2))
     empty = loss_of(parts, with_caption(parts, ""), stages=stages, step=2)[0]
     silent, metrics = loss_of(parts, stages=stages, step=1, neutral=1.0)
     assert silent == pytest.approx(empty, rel=1e-5)

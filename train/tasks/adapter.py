@@ -3,6 +3,7 @@
 L = MSE + lambda FAIR, with drop, shuffle and a curriculum (arXiv 2410.12312).
 """
 
+import contextlib
 import dataclasses
 import functools
 import re
@@ -52,6 +53,7 @@ from fact_jax.ranges import (
 from fact_jax.schedules import add_noise, offset_noise, training_target
 from train.config import TrainConfig
 from train.data.feed import GrainSource, Rows
+from train.data.records import DamagedError
 from train.data.rows import open_rows
 from train.partition import assert_covers, merge, paths, split_by_paths
 from train.tasks.common import (
@@ -176,9 +178,14 @@ class AdapterTask:
         if self.rows is None:
             crops = draw_crops("adapter", WHITENED_ON, 1, self.encoder.config.img_size)
             return encode_tokens(self.encoder, crops)
-        # One photo of each person, as far as there are so many.
+        # One photo of each person, as far as there are so many and they can be read.
         _, first = np.unique(self.rows.identities, return_index=True)
-        some = [self.rows.load(int(row), int(row)) for row in first[:WHITENED_ON]]
+        some = []
+        for row in first[:WHITENED_ON]:
+            with contextlib.suppress(DamagedError):  # the data source tells of it
+                some.append(self.rows.load(int(row), int(row)))
+        if not some:
+            raise UserError("none of the records' first photos can be read: write them again")
         if self.options.cache is not None:
             return np.stack([row["tokens"] for row in some])
         return encode_tokens(self.encoder, np.stack([row["crops"] for row in some]))
@@ -239,6 +246,9 @@ class AdapterTask:
         shuffled = draw_shuffle(shuffle_keys, stage.shuffle)
         no_face, no_text = draw_drop(drop_keys, options.drop)
         no_text |= stage.text == 0
+        # Only where a stage has it: any other curriculum compiles to a step without the switch.
+        switched = any(one.text == "no_cross_attention" for one in options.stages)
+        attended = stage.cross_attention > 0 if switched else None
         neutral = draw_neutral(neutral_keys, options.neutral)
         dtype = trainable["resampler"]["latents"].dtype
         batch = self.encoders.encode_batch(frozen, batch, shuffled, latent_keys)
@@ -257,7 +267,13 @@ class AdapterTask:
         unet = self.unet(trainable["adapter"], frozen["unet"])
         ratio = functools.partial(fair_ratio, mask=batch["mask"])
         output, ratios = unet(
-            noisy, t, text, face=face, on_increment=ratio, remat=self.config.remat
+            noisy,
+            t,
+            text,
+            face=face,
+            on_increment=ratio,
+            remat=self.config.remat,
+            text_attention=attended,
         )
 
         target = training_target(schedule, latents, noise, t)
@@ -272,6 +288,7 @@ class AdapterTask:
             "curriculum/shuffle": stage.shuffle,
             "curriculum/fair_weight": stage.fair_weight,
             "curriculum/text": stage.text,
+            "curriculum/cross_attention": stage.cross_attention,
             **by_block(unet, ratios),
         }
         return error + stage.fair_weight * fair, metrics

@@ -46,6 +46,28 @@ def shut(unet: UNet) -> UNet:
     return unet
 
 
+def without_text(unet: UNet) -> UNet:
+    """A copy whose text cross-attention answers 0 to everything."""
+    unet = nnx.clone(unet)
+    for _, block in unet.transformer_blocks():
+        out = block.attn2.to_out[0]
+        out.kernel[...], out.bias[...] = out.kernel[...] * 0, out.bias[...] * 0
+    return unet
+
+
+def test_text_attention_that_is_off_adds_exactly_nothing(unet):
+    def run(unet, text, *switch):
+        return np.asarray(jitted(unet, LATENTS, TIMESTEPS, text, FACE, *switch))
+
+    given, removed = run(unet, TEXT, jnp.ones(())), run(without_text(unet), TEXT, jnp.ones(()))
+    assert np.abs(given - removed).max() > 0.1
+    switch = (jnp.ones(()), None, None, None, None)
+    off = run(unet, 3 * TEXT, *switch, jnp.zeros(3, bool))
+    np.testing.assert_array_equal(off, removed)
+    some = run(unet, TEXT, *switch, jnp.asarray([True, False, True]))
+    np.testing.assert_array_equal(some, np.stack([given[0], removed[1], given[2]]))
+
+
 @pytest.mark.parametrize("run", [eager, jitted])
 def test_a_silent_adapter_changes_no_bit(unet, run):
     base = np.asarray(run(tiny_unet(face_dim=None), LATENTS, TIMESTEPS, TEXT))
