@@ -5,6 +5,7 @@ count one direction (datasheets often give both directions together), all links 
 """
 
 import dataclasses
+import re
 
 GB, GIB = 1e9, 2**30
 TERA = 1e12
@@ -17,8 +18,8 @@ class Chip:
     """One accelerator.
 
     ``link`` joins the ``domain`` chips of a full slice or node, ``network`` joins those (None where
-    none is published). ``kinds`` are beginnings of JAX's ``device_kind``; ``devices`` is how many
-    of them JAX shows on one chip.
+    none is published). ``kinds`` are beginnings of JAX's ``device_kind``, in whole words;
+    ``devices`` is how many of them JAX shows on one chip.
     """
 
     name: str
@@ -126,8 +127,80 @@ CHIPS = {
             network=50 * GB,
             source=_NVIDIA + "h200/",
         ),
+        Chip(
+            name="b200",
+            kinds=("NVIDIA B200",),
+            peak=2250 * TERA,
+            memory=180 * GB,
+            bandwidth=8000 * GB,
+            link=900 * GB,
+            domain=8,
+            network=50 * GB,
+            source=_NVIDIA + "dgx-b200/",  # of eight: 36 PFLOP/s with sparsity, 1,440 GB, 64 TB/s
+        ),
+        # Cards that talk over PCIe alone: 16 lanes of generation 4 (of 5: RTX 5090).
+        Chip(
+            name="a10",
+            kinds=("NVIDIA A10",),
+            peak=125 * TERA,
+            memory=24 * GB,
+            bandwidth=600 * GB,
+            link=32 * GB,
+            domain=8,
+            network=None,
+            source=_NVIDIA + "products/a10-gpu/",
+        ),
+        Chip(
+            name="l4",
+            kinds=("NVIDIA L4",),
+            peak=121 * TERA,
+            memory=24 * GB,
+            bandwidth=300 * GB,
+            link=32 * GB,
+            domain=8,
+            network=None,
+            source=_NVIDIA + "l4/",
+        ),
+        Chip(
+            name="l40s",
+            kinds=("NVIDIA L40S",),
+            peak=362 * TERA,
+            memory=48 * GB,
+            bandwidth=864 * GB,
+            link=32 * GB,
+            domain=8,
+            network=None,
+            source=_NVIDIA + "l40s/",
+        ),
+        # Twice as fast with float16 sums, which training does not use.
+        Chip(
+            name="rtx4090",
+            kinds=("NVIDIA GeForce RTX 4090",),
+            peak=165.2 * TERA,
+            memory=24 * GIB,
+            bandwidth=1008 * GB,
+            link=32 * GB,
+            domain=8,
+            network=None,
+            source="NVIDIA Ada GPU Architecture whitepaper, appendix A",
+        ),
+        Chip(
+            name="rtx5090",
+            kinds=("NVIDIA GeForce RTX 5090",),
+            peak=209.5 * TERA,
+            memory=32 * GIB,
+            bandwidth=1792 * GB,
+            link=64 * GB,
+            domain=8,
+            network=None,
+            source="NVIDIA RTX Blackwell GPU Architecture whitepaper, appendix A",
+        ),
     )
 }
+
+
+# Variants that share a chip's name but not its peak.
+_SLOWER = re.compile(r"Laptop|[45]090 D\b|H[12]00 (PCIe|NVL)")
 
 
 def chip_of(device_kind: str) -> Chip | None:
@@ -136,7 +209,7 @@ def chip_of(device_kind: str) -> Chip | None:
         (len(kind), chip)
         for chip in CHIPS.values()
         for kind in chip.kinds
-        if device_kind.startswith(kind)
+        if re.match(rf"{kind}(?!\w)", device_kind) and not _SLOWER.search(device_kind)
     ]
     return max(fitting, key=lambda pair: pair[0])[1] if fitting else None
 

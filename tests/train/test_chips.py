@@ -17,14 +17,35 @@ from train.chips import CHIPS, chip_of
         ("NVIDIA A100-SXM4-80GB", "a100"),
         ("NVIDIA H100 80GB HBM3", "h100"),
         ("NVIDIA H200", "h200"),
+        ("NVIDIA A100 80GB PCIe", "a100"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA A10", "a10"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA GeForce RTX 4090", "rtx4090"),
+        ("NVIDIA GeForce RTX 5090", "rtx5090"),
     ],
 )
 def test_jax_names_of_the_chips(device_kind, name):
     assert chip_of(device_kind) is CHIPS[name]
 
 
-def test_unknown_device():
-    assert chip_of("cpu") is None
+@pytest.mark.parametrize(
+    "device_kind",
+    [
+        "cpu",
+        "NVIDIA A10G",
+        "NVIDIA L40",
+        "NVIDIA A1000 6GB Laptop GPU",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA GeForce RTX 4090 D",
+        "NVIDIA H100 PCIe",
+        "TPU v50",
+    ],
+)
+def test_unknown_device(device_kind):
+    """Chips whose names begin like that of a known one are others."""
+    assert chip_of(device_kind) is None
 
 
 def test_units_agree():
