@@ -69,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         help="what a step costs on chips that are not here",
         description="Compile the real training step for TPUs that are not here (jax[tpu] must be "
-        "installed), or estimate it for GPUs: memory, arithmetic, collectives, step time, scaling. "
+        "installed): memory, arithmetic, collectives, step time, scaling; or estimate memory and "
+        "arithmetic for GPUs, without a time. "
         "The exit status is 0 if the step fits into memory, 1 if it does not.",
     )
     _add_experiment(plan)

@@ -1,7 +1,9 @@
 """Experiments, overrides, and what is said when they are wrong."""
 
 import dataclasses
+import importlib
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -218,6 +220,7 @@ def test_stages_on_the_command_line():
         ("=5", 'expected a list [{"steps": ..., "shuffle": ...'),
         (".7.steps=1", "'options.stages.7.steps' is no setting"),
         (".0=1", "'options.stages.0' is a group of settings"),
+        (".0.text=no", "expected one of caption, empty_caption, no_cross_attention or true or"),
     ],
 )
 def test_stages_that_are_none(value, message):
@@ -280,6 +283,20 @@ def test_every_experiment_loads_and_its_stages_fill_its_steps(name):
     stages = getattr(config.options, "stages", None)
     if stages is not None:
         assert sum(stage.steps for stage in stages) == config.steps
+
+
+@pytest.mark.parametrize("name", ["sd15_fact", "sd15_fact_pod"])
+def test_the_recipe_starts_from_zero_projections_and_ramps_fair_in(name):
+    config = load_config(name)[1]
+    assert config.options.start == "zero_projections"
+    weights = [stage.fair_weight for stage in config.options.stages]
+    assert weights == [(0.0, 0.0), (0.0, 0.01), (0.01, 0.01)]
+    # The released start, as the docstring of sd15_fact has it.
+    text = importlib.import_module("train.configs.sd15_fact").__doc__
+    command = shlex.split(text[text.index("fact-train run sd15_fact options.") :].split("\n\n")[0])
+    released = override(config, [word for word in command[3:] if word.strip()]).options
+    assert released.start == "zero_gates"
+    assert {stage.fair_weight for stage in released.stages} == {(0.01, 0.01)}
 
 
 def test_the_pod_sees_as_many_photos_as_the_node():

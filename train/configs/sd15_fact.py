@@ -3,8 +3,15 @@
 fact-train run sd15_fact --out runs/sd15_fact
 
 Public are the models, FAIR's weight (0.01, on the face), face shuffling, dropped faces and texts,
-masked head crops, closed gates at the start and 290,000 steps. Batch, learning rate and the
-curriculum's numbers are not: these are ours (arXiv 2410.12312).
+masked head crops, gates of zero at the start and 290,000 steps (arXiv 2410.12312). Batch, learning
+rate and the curriculum's numbers are not: these are ours, and no run at this size stands behind
+them. On the miniature gates of zero hardly opened and FAIR from the first step closed the adapter
+at a high rate (`miniature/README.md`), so it starts from zero output projections here, which are
+the base bit for bit too, and FAIR is ramped in with the shuffling. The start of the release, with
+FAIR from the first step:
+
+    fact-train run sd15_fact options.start=zero_gates options.stages.0.fair_weight=0.01,0.01 \
+        options.stages.1.fair_weight=0.01,0.01
 
 Needs: `models/stable-diffusion-v1-5` (a diffusers folder), `models/ms1mv2_model_TransFace_S.pt`,
 and two folders of records, `data/faces` and, for pictures of people who are not trained on,
@@ -12,8 +19,8 @@ and two folders of records, `data/faces` and, for pictures of people who are not
 `fact-train cache sd15_fact` and options.cache=... they have run once before.
 
 Hardware: one node of 8 GPUs with 80 GB, 32 photos each; on fewer, accumulate=... keeps the batch.
-Expected step time and memory, by `fact-train plan sd15_fact --gpu h100:8` (an estimate, never
-measured): 17 GB a GPU, and 0.16 s a step if all arithmetic ran at peak; real steps are slower.
+Expected memory, by `fact-train plan sd15_fact --gpu h100:8` (an estimate, never measured): 27.9 GB
+a GPU. Step time: never measured on a GPU, nor compiled for one.
 """
 
 from fact_jax.curriculum import Stage
@@ -38,11 +45,11 @@ config = TrainConfig(
         records="data/faces",
         watch="data/faces_watch",
         stages=(
-            Stage(steps=20_000, fair_weight=(0.01, 0.01)),
-            Stage(steps=70_000, shuffle=(0.0, 0.9), fair_weight=(0.01, 0.01), ramp="cosine"),
+            Stage(steps=20_000),
+            Stage(steps=70_000, shuffle=(0.0, 0.9), fair_weight=(0.0, 0.01), ramp="cosine"),
             Stage(steps=200_000, shuffle=(0.9, 0.9), fair_weight=(0.01, 0.01)),
         ),
-        start="zero_gates",
+        start="zero_projections",
         region="face",
     ),
 )

@@ -30,7 +30,8 @@ def plan(
     facts = facts_of(
         Request(config=name, overrides=tuple(overrides), topology=topology, chips=chips)
     )
-    report = make_report(config, chip, chips, facts)
+    about = {"config": name, "overrides": list(overrides)}
+    report = about | make_report(config, chip, chips, facts)
     print(json.dumps(report, indent=1) if as_json else "\n".join(lines_of(report)))
     return 0 if report["memory"]["fits"] else 1
 

@@ -18,7 +18,11 @@ Report = dict[str, Any]
 
 
 def make_report(config: TrainConfig, chip: Chip, chips: int, facts: Facts) -> Report:
-    """Everything that `plan` says, with plain numbers; bytes and FLOPs are those of one chip."""
+    """Everything that `plan` says, with plain numbers; bytes and FLOPs are those of one chip.
+
+    Times are of compiled programs alone: what a step reads and writes, which bounds it, is not
+    known of any other.
+    """
     report = {
         "chip": chip.name,
         "chips": chips,
@@ -34,7 +38,7 @@ def make_report(config: TrainConfig, chip: Chip, chips: int, facts: Facts) -> Re
         "assumptions": _assumptions(chip, facts),
         "seconds_to_plan": facts["seconds"],
     }
-    if facts["collectives"] is None:  # there is no program to read
+    if facts["accessed"] is None:  # there is no program to read
         return report
     work = _work(facts, chips)
     arithmetic, traffic = compute_seconds(work, chip)
@@ -126,10 +130,9 @@ def _assumptions(chip: Chip, facts: Facts) -> list[str]:
             f"{GPU_USABLE:.0%} of the memory is taken to be usable "
             "(XLA_PYTHON_CLIENT_MEM_FRACTION)"
         )
-        lines.append(
-            "memory traffic: state read and written once, and activations written and read once; "
-            "collectives: one all-reduce of the gradients"
-        )
+        lines.append("collectives: one all-reduce of the gradients")
+    if facts["accessed"] is None:
+        return lines
     lines.append(
         "roofline: the larger of arithmetic at peak and memory traffic at full bandwidth; real "
         "steps are slower"
@@ -156,10 +159,14 @@ def lines_of(report: Report) -> Iterator[str]:
         f"arithmetic a chip: {flops['executed'] / 1e12:.4g} TFLOP a step, "
         f"{flops['model'] / 1e12:.4g} of them the model's own"
     )
-    if report["roofline"] is None:
+    if report["collectives"] is None:
         yield "collectives, step time and scaling: unknown, as the step does not compile"
     else:
-        yield from _program_lines(report)
+        yield from _collective_lines(report)
+        if report["roofline"] is None:
+            yield "step time and scaling: unknown, as nothing is compiled for GPUs"
+        else:
+            yield from _time_lines(report)
     yield "assumed"
     for line in report["assumptions"]:
         yield f"  {line}"
@@ -175,8 +182,8 @@ def _memory_lines(report: Report) -> Iterator[str]:
     yield f"  {'in all':12s} {_gb(memory['used'])} of {memory['usable'] / GB:.2f} GB usable"
 
 
-def _program_lines(report: Report) -> Iterator[str]:
-    roofline, trained = report["roofline"], report["memory"]["parts"]["trainable"]
+def _collective_lines(report: Report) -> Iterator[str]:
+    trained = report["memory"]["parts"]["trainable"]
     yield "collectives a step" + ("" if report["collectives"] else ": none")
     for kind in PASSES:
         rows = [found for found in report["collectives"] if found["kind"] == kind]
@@ -186,6 +193,10 @@ def _program_lines(report: Report) -> Iterator[str]:
                 f"  {sum(found['times'] for found in rows):4d} x {kind:18s} "
                 f"{sent / 1e6:12.6f} MB in all, {sent / trained:7.2%} of what is trained"
             )
+
+
+def _time_lines(report: Report) -> Iterator[str]:
+    roofline = report["roofline"]
     yield (
         f"roofline: {_ms(roofline['step_seconds'])} a step, bound by {roofline['bound_by']} "
         f"(arithmetic {_ms(roofline['arithmetic_seconds'])}, memory "

@@ -101,6 +101,9 @@ def test_estimate_for_gpus(small_base, capsys):
     (gradients,) = report["collectives"]
     assert gradients["bytes"] == report["memory"]["parts"]["trainable"]
     assert report["flops"]["executed"] == report["flops"]["model"] > 0
+    assert report["roofline"] is None
+    assert report["config"] == "mini"
+    assert report["overrides"] == [settings[0], "batch_size=8"]
 
 
 @needs_compiler

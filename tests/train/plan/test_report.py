@@ -93,10 +93,21 @@ def test_estimate_leaves_a_part_of_a_gpu():
     """79.0 of 85.9 GB are usable: 78 fit and 80 do not."""
     for temporary, fits in ((72, True), (74, False)):
         sizes = PARTS | {"temporary": temporary * GB}
-        report = make_report(CONFIG, CHIPS["h100"], 4, facts(compiled=False, bytes=sizes))
+        estimate = facts(compiled=False, bytes=sizes, accessed=None)
+        report = make_report(CONFIG, CHIPS["h100"], 4, estimate)
         assert report["memory"]["usable"] == pytest.approx(0.92 * 80 * 2**30)
         assert report["memory"]["used"] == (6 + temporary) * GB
         assert report["memory"]["fits"] is fits
+
+
+def test_no_time_is_told_of_what_was_not_compiled():
+    report = make_report(CONFIG, CHIPS["h100"], 4, facts(compiled=False, accessed=None))
+    assert report["roofline"] is None
+    assert report["scaling"] is None
+    lines = list(lines_of(report))
+    assert "step time and scaling: unknown, as nothing is compiled for GPUs" in lines
+    assert any("all-reduce" in line for line in lines)
+    assert not any(" ms" in line or "roofline" in line for line in lines)
 
 
 @pytest.mark.parametrize(
