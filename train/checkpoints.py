@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from fact_jax.errors import UserError
+from fact_jax.files import atomic_write
 from train.agree import all_agree
 from train.checksums import checksums
 from train.config import CheckpointConfig
@@ -51,6 +52,7 @@ class Checkpoints:
     def __init__(self, run: Path, *, keep: CheckpointConfig, about: About):
         _hush_orbax()
         self.folder = (run / "checkpoints").resolve()
+        self._ratings = self.folder.with_name("scores.json")
         self._aside = self.folder.with_name("checkpoints-unreadable")
         self._about = about
         self._saving: int | None = None
@@ -64,8 +66,9 @@ class Checkpoints:
                 enable_async_checkpointing=True,
             ),
         )
+        rated = self._read_ratings()
         for step in self._manager.all_steps():
-            self._keep.score(step, self._meta_or_nothing(step).get("score"))
+            self._keep.score(step, rated.get(str(step), self._meta_or_nothing(step).get("score")))
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -104,6 +107,23 @@ class Checkpoints:
             # Waits for the one before, whose failure comes out here if it was not seen yet.
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         self._saving = step
+
+    def rate(self, step: int, score: float | None) -> None:
+        """Say how good a saved checkpoint is, when that is known only afterwards."""
+        self._keep.score(step, score)
+        if score is None or jax.process_index() != 0:
+            return
+        rated = self._read_ratings() | {str(step): score}
+        there = {str(step) for step in self.steps()}
+        with atomic_write(self._ratings) as temporary:
+            temporary.write_text(json.dumps({s: v for s, v in rated.items() if s in there}))
+
+    def _read_ratings(self) -> dict[str, float]:
+        try:
+            found = json.loads(self._ratings.read_text())
+            return {step: float(score) for step, score in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}  # then the best are those that are found from here on
 
     def failure(self) -> UserError | None:
         """Why the checkpoint that is being written in the background cannot be."""
@@ -158,14 +178,14 @@ class Checkpoints:
             meta = json.loads((folder / "meta" / "metadata").read_text())
             written = meta["checksums"], meta["versions"]
         except Exception as error:
-            reason = _first_line(error)
+            reason = first_line(error)
         else:
             self._check_base(step, meta)
             stored = _stored_like(template, written[0])
             try:
                 state = TrainState(**_restore(folder / "state", stored._asdict()))
             except Exception as error:  # Orbax's errors for a damaged folder have no common type
-                reason = _first_line(error)
+                reason = first_line(error)
         if not all_agree(state is not None):
             return None, reason
         found = checksums(state)
@@ -208,7 +228,7 @@ class Checkpoints:
         except Exception as error:  # from the saving thread, of any type
             raise UserError(
                 f"the checkpoint of step {self._saving} could not be written in {self.folder} "
-                f"({_first_line(error)}); the ones before it are whole"
+                f"({first_line(error)}); the ones before it are whole"
             ) from error
 
     def _move_aside(self, steps: list[int]) -> None:
@@ -321,5 +341,6 @@ def _hush_orbax() -> None:
     )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first, at most 200 characters."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -3,22 +3,28 @@
 import hashlib
 import json
 import os
+import secrets
+import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fact_jax.errors import UserError
+from fact_jax.errors import UserError, describe_os_error
 from train.config import TrainConfig, to_json
 
 ARRIVAL_SECONDS = 300
 # Long enough for the slowest to leave, short enough that a failed run does not hold a pod.
 LEAVING_SECONDS = 30
 _MESSAGE_BYTES = 1000
+# A network file system may show a new file a moment later.
+_VISIBLE_SECONDS = 5
 
 
 def initialize(
@@ -95,7 +101,7 @@ def together() -> Iterator[None]:
         yield
     except UserError as error:
         refused = error
-    said = _gather(str(refused or ""))
+    said = gather(str(refused or ""))
     if refused is not None:
         raise refused
     for process, message in enumerate(said):
@@ -106,7 +112,7 @@ def together() -> Iterator[None]:
 def check_alike(config: TrainConfig) -> None:
     """UserError if the processes of this run were given different settings."""
     own = json.dumps(to_json(config), sort_keys=True)
-    digests = _gather(hashlib.sha256(own.encode()).hexdigest())
+    digests = gather(hashlib.sha256(own.encode()).hexdigest())
     other = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
     if other:
         raise UserError(
@@ -114,7 +120,52 @@ def check_alike(config: TrainConfig) -> None:
         )
 
 
-def _gather(text: str) -> list[str]:
+def check_same(digests: dict[str, str], advice: str) -> None:
+    """UserError if two processes differ in one of these digests (name of the thing -> digest)."""
+    for name, digest in digests.items():
+        found = [text.split(maxsplit=1) for text in gather(f"{digest or '-'} {host_name()}")]
+        other = [i for i, (theirs, _) in enumerate(found) if theirs != found[0][0]]
+        if other:
+            which = ", ".join(f"{i} ({found[i][1]}, {found[i][0][:12]})" for i in other)
+            raise UserError(
+                f"process {which} of {len(found)} has another {name} than process 0 "
+                f"({found[0][1]}, {found[0][0][:12]}): {advice}"
+            )
+
+
+def check_shared(folder: Path) -> None:
+    """UserError if ``folder``, which is made if need be, is not one and the same on all hosts."""
+    if jax.process_count() == 1:
+        return
+    path = folder / f".shared-{gather(secrets.token_hex(8))[0]}"
+    with together():
+        try:
+            if jax.process_index() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                path.touch()
+        except OSError as error:
+            raise UserError(f"--out {describe_os_error(error)}") from error
+    until = time.monotonic() + _VISIBLE_SECONDS
+    while not (seen := path.exists()) and time.monotonic() < until:
+        time.sleep(0.1)
+    said = gather("" if seen else f"({host_name()}, {folder.absolute()})")
+    if jax.process_index() == 0:
+        with suppress(OSError):
+            path.unlink()
+    without = [f"{process} {text}" for process, text in enumerate(said) if text]
+    if without:
+        raise UserError(
+            f"process {', '.join(without)} of {len(said)} does not see the folder that process 0 "
+            "writes: give an --out that all hosts share"
+        )
+
+
+def host_name() -> str:
+    """The name of this host, as it calls itself."""
+    return socket.gethostname() or "unknown"
+
+
+def gather(text: str) -> list[str]:
     """What every process says, in their order."""
     if jax.process_count() == 1:
         return [text]

@@ -18,10 +18,10 @@ from fact_jax.errors import UserError
 from fact_jax.files import replace_folder
 from fact_jax.sharding import global_batch, local_copy, make_mesh, place, rows_of_process
 from train.agree import all_agree
-from train.checkpoints import About, Checkpoints, revision, versions
+from train.checkpoints import About, Checkpoints, first_line, revision, versions
 from train.checksums import content_hash
 from train.config import TrainConfig, to_json
-from train.distributed import check_alike, together
+from train.distributed import check_alike, check_same, check_shared, gather, together
 from train.folder import claim_folder, describe_start, now
 from train.meter import Meter, Profile
 from train.plan.model_flops import model_flops
@@ -54,6 +54,7 @@ def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
     check_alike(config)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
+    check_shared(folder)
     with together():
         changes = claim_folder(config, folder)
     with RunLog(folder, steps=config.steps, wandb=config.log.wandb) as log:
@@ -67,15 +68,23 @@ def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
             content = content_hash(frozen)
             frozen = cast(frozen, config.precision)
             frozen = place(frozen, frozen_shardings(frozen, config, mesh))
+            if jax.process_count() > 1:
+                # What a process holds a copy of is never compared again.
+                digests = {"frozen base": content, "start of what is trained": content_hash(params)}
+                check_same(digests, "give all hosts the same files and versions")
             optimizer = make_optimizer(config.optimizer)
             state = place_state(params, optimizer, config.ema, mesh)
             del params
         with log.stage("preparing the training data"), together():
             source = task.source()
+            if config.log.samples_every is not None and hasattr(task, "open_samples"):
+                task.open_samples()
+        data = getattr(source, "fingerprint", None)
+        check_same({"training data": data}, "give all hosts the same records")
         about = About(
             config=to_json(config),
             frozen=content,
-            data=getattr(source, "fingerprint", None),
+            data=data,
             steps_before=getattr(task, "steps_before", 0),
         )
         with Checkpoints(folder, keep=config.checkpoint, about=about) as checkpoints:
@@ -151,51 +160,70 @@ class _Loop:
         return compiled
 
     def _record(self, step: int, state: TrainState, metrics: dict[str, jax.Array], stop: bool):
-        """Whatever is due after a step: pictures, a row of the log, a checkpoint."""
-        config, seen = self.config, {}
+        """Whatever is due after a step: a row of the log, a checkpoint, and only then pictures."""
+        config = self.config
         self.rows.append(metrics)
         self.losses.append(metrics["loss"])
         self.meter.step()
         self.log.advance()
-        # Who is told to stop may have seconds left: the checkpoint comes before pictures.
-        every = config.log.samples_every
-        last = stop or step == config.steps
-        if every is not None and (step == config.steps or (not stop and _due(step, every))):
+        last, every = stop or step == config.steps, config.log.samples_every
+        watch = every is not None and (step == config.steps or (not stop and _due(step, every)))
+        if step == 1 or last or watch or _due(step, config.log.every):
+            self.log.metrics(step, average(jax.device_get(self.rows)) | self.meter.row())
+            self.rows.clear()
+        saved = False
+        if last or _due(step, config.checkpoint.every):
+            saved = self._save(step, state, int(metrics["skipped_in_a_row"]), stop)
+        if watch:
             jax.block_until_ready(metrics)
             with self.meter.aside():
                 seen = self._watch(step, state)
-        if step == 1 or last or seen or _due(step, config.log.every):
-            self.log.metrics(step, average(jax.device_get(self.rows)) | self.meter.row() | seen)
-            self.rows.clear()
-        if last or _due(step, config.checkpoint.every):
-            self._save(step, state, int(metrics["skipped_in_a_row"]), self._score(seen), stop)
+            if saved and self._watched:
+                self.checkpoints.rate(step, seen.get(self._watched))
 
     def _watch(self, step: int, state: TrainState) -> dict[str, float]:
-        """Keep the task's pictures; its numbers go with the step's row."""
-        found = self.task.samples(*self._local(state), self.key)
-        numbers = {name: float(value) for name, value in found.items() if np.ndim(value) == 0}
-        self.log.pictures(step, {k: v for k, v in found.items() if k not in numbers})
+        """Keep the task's pictures; its numbers join the step's row. A failure is a warning."""
+        weights, numbers, failure = self._local(state), {}, ""
+        try:
+            found = self.task.samples(*weights, self.key)
+            numbers = {name: float(value) for name, value in found.items() if np.ndim(value) == 0}
+            self.log.pictures(step, {k: v for k, v in found.items() if k not in numbers})
+            self.log.add(step, numbers)
+        except Exception as error:  # of any type: nothing of the training depends on it
+            failure = f"{type(error).__name__}: {first_line(error)}"
+        for process, reason in enumerate(gather(failure)):
+            if reason:
+                where = f" on process {process}" if jax.process_count() > 1 else ""
+                self.log.say(
+                    f"warning: no sample pictures of step {step}{where} ({reason}); "
+                    "the training goes on"
+                )
+                return {}
         return numbers
 
-    def _score(self, seen: dict[str, float]) -> float | None:
-        """How good a checkpoint is: the higher the better, None where that was not looked at."""
-        watched = getattr(self.task, "score", None)
-        if watched is not None and self.config.log.samples_every:
-            return seen.get(watched)
+    @property
+    def _watched(self) -> str | None:
+        """The number by which the best checkpoints are known; None if that is the loss."""
+        return getattr(self.task, "score", None) if self.config.log.samples_every else None
+
+    def _score(self) -> float | None:
+        """How good a checkpoint is by its loss: the higher the better, None if that is unknown."""
+        if self._watched:
+            return None
         losses = np.asarray(jax.device_get(self.losses), np.float64)
         losses = losses[np.isfinite(losses)]
         return -float(losses.mean()) if len(losses) else None
 
-    def _save(self, step: int, state: TrainState, in_a_row: int, score: float | None, stop: bool):
-        """A checkpoint, and beside it the files that inference opens.
+    def _save(self, step: int, state: TrainState, in_a_row: int, stop: bool) -> bool:
+        """A checkpoint, and beside it the files that inference opens; whether it was written.
 
-        Not while steps are skipped: it may be the weights that give them.
+        It is not while steps are skipped: the weights may be the reason.
         """
         if not in_a_row:
-            self.checkpoints.save(state, score)
+            self.checkpoints.save(state, self._score())
             self.export(state)
             self.losses.clear()
-            return
+            return True
         if step == self.config.steps and not stop:
             raise self._not_finite(step, in_a_row)
         end = "; nothing was saved, the run goes on from the checkpoint before" if stop else ""
@@ -203,6 +231,7 @@ class _Loop:
             f"no checkpoint at step {step}: the last {in_a_row} updates were skipped, "
             f"because something was not finite{end}"
         )
+        return False
 
     def export(self, state: TrainState) -> None:
         """Write ``export`` whole or not at all."""

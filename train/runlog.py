@@ -99,13 +99,8 @@ class RunLog:
         """Record the metrics of a step everywhere."""
         if not self._speaks:
             return
-        row = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._metrics.write(json.dumps({"step": step, **row}) + "\n")
-        self._metrics.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        if self._wandb is not None:
-            self._wandb.log(values, step=step)
+        self._row = self._metrics.tell(), values
+        self._record(step, values, values)
         left = (self._steps - step) / max(values["steps_per_second"], 1e-9)
         line = console_line(step, self._steps, values, left)
         if self._bar is None:
@@ -113,6 +108,25 @@ class RunLog:
         else:
             self._bar.set_postfix_str(f"loss {values['loss']:.4g}")
             self.note(line)
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Add numbers to the row of the step that was recorded last."""
+        if not self._speaks or not values:
+            return
+        begin, row = self._row
+        self._metrics.truncate(begin)
+        self._record(step, row | values, values)
+        numbers = "  ".join(f"{name} {value:.4g}" for name, value in sorted(values.items()))
+        self.say(f"step {step}/{self._steps}  {numbers}")
+
+    def _record(self, step: int, row: dict[str, float], new: dict[str, float]) -> None:
+        plain = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        self._metrics.write(json.dumps({"step": step, **plain}) + "\n")
+        self._metrics.flush()
+        for name, value in new.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(new, step=step)
 
     def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
         """Keep sample pictures as PNG files and in TensorBoard."""

@@ -28,7 +28,8 @@ class Task(Protocol):
 
     A task may also define ``state_update(trainable, aux) -> trainable``, for what is not learned by
     gradient (batch-norm statistics): ``loss`` then puts a tree under the metric name ``"aux"``,
-    and the engine hands it over, on the device, with the updated weights.
+    and the engine hands it over, on the device, with the updated weights. And ``open_samples()``,
+    called before the first step, which reads what ``samples`` needs (UserError if it cannot).
     """
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:

@@ -18,6 +18,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from fact_jax.errors import UserError
+from tests.train.toy import ToyTask
+from train.checkpoints import Checkpoints
 from train.config import CheckpointConfig, override
 from train.loop import prefetch, run
 
@@ -210,6 +212,58 @@ def test_rates_averages_and_batch_may_change_on_the_way(decay, toy_config, tmp_p
         assert after.ema is None
     else:
         assert_same(after.ema["layers"], before["layers"])
+
+
+class Watched(ToyTask):
+    """Has a number to watch, and may fail at it."""
+
+    score = "watch/count"
+
+    def samples(self, trainable, frozen, key):
+        count = float(trainable["count"][0])
+        if count < 14:  # the running average of a count
+            raise MemoryError("no room for pictures\nat all")
+        return {"watch/count": count} | super().samples(trainable, frozen, key)
+
+
+def test_pictures_come_after_the_checkpoint_and_may_fail(toy_config, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.loop.make_task", Watched)
+    folder = tmp_path / "run"
+    settings = ["steps=21", "log.samples_every=7", "ema.decay=0", "checkpoint.best=1"]
+    seen = []
+
+    def rate(self, step, score):
+        assert step in self.steps()
+        assert rows(folder)[-1]["step"] == step
+        seen.append((step, score))
+        original(self, step, score)
+
+    original = Checkpoints.rate
+    monkeypatch.setattr(Checkpoints, "rate", rate)
+    run(override(toy_config, settings), folder)
+    assert seen == [(7, None), (14, 14.0), (21, 21.0)]
+    failed = "warning: no sample pictures of step 7 (MemoryError: no room for pictures); "
+    assert failed + "the training goes on" in capsys.readouterr().err
+    assert [row.get("watch/count") for row in rows(folder)] == [None, None, None, 14.0, None, 21.0]
+    assert [row["step"] for row in rows(folder)] == [1, 7, 10, 14, 20, 21]
+    assert all("loss" in row for row in rows(folder))
+    # What was seen is still known when the run goes on.
+    monkeypatch.setattr(Watched, "samples", lambda *arguments: {"watch/count": 0.0})
+    run(override(toy_config, [*settings, "steps=49", "checkpoint.keep=1"]), folder)
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"00000021", "00000049"}
+
+
+def test_what_is_watched_is_opened_before_the_first_step(toy_config, tmp_path, monkeypatch):
+    class Missing(ToyTask):
+        def open_samples(self):
+            raise UserError("no records in /nowhere")
+
+    monkeypatch.setattr("train.loop.make_task", Missing)
+    with pytest.raises(UserError, match="no records in /nowhere"):
+        run(toy_config, tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    settings = ["steps=1", "log.samples_every=none"]
+    run(override(toy_config, settings), tmp_path / "run")  # nothing is watched
 
 
 def damage_flip(folder):

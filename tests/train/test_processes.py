@@ -105,14 +105,22 @@ def test_four_processes_train_as_one(train, alone):
 
 MEET = """
 import dataclasses, sys
+from pathlib import Path
 from fact_jax.errors import UserError
 from train.config import TrainConfig
-from train.distributed import check_alike, initialize, together
-process = int(sys.argv[2])
+from train.distributed import check_alike, check_same, check_shared, initialize, together
+process, folder = int(sys.argv[2]), Path(sys.argv[3])
 initialize(sys.argv[1], 2, process)
 config = TrainConfig(task="toy", steps=1, batch_size=2, options=None)
 check_alike(config)
-for attempt in (lambda: check_alike(dataclasses.replace(config, seed=process)), None):
+check_same({"base": "abc"}, "give it")
+check_shared(folder / "shared" / "run")
+for attempt in (
+    lambda: check_alike(dataclasses.replace(config, seed=process)),
+    lambda: check_same({"base": "abc", "data": f"data-{process}"}, "give the same"),
+    lambda: check_shared(folder / f"of-{process}"),
+    None,
+):
     try:
         with together():
             if attempt:
@@ -124,17 +132,23 @@ for attempt in (lambda: check_alike(dataclasses.replace(config, seed=process)), 
 """
 
 
-def test_what_one_process_lacks_is_told_by_all():
+def test_what_one_process_lacks_is_told_by_all(tmp_path):
     address = free_address()
-    ends = finish([start("-c", MEET, address, str(process)) for process in (0, 1)])
+    ends = finish([start("-c", MEET, address, str(process), str(tmp_path)) for process in (0, 1)])
     assert [status for status, _, _ in ends] == [0, 0], ends
     said = [
         [line for line in output.splitlines() if not line.startswith("[Gloo]")]
         for _, output, _ in ends
     ]
     differs = "process 1 of 2 was given other settings than process 0"
-    assert said[0] == [differs, "process 1 of 2: no records in /data"]
-    assert said[1] == [differs, "no records in /data"]
+    host = socket.gethostname()
+    other = f"process 1 ({host}, data-1) of 2 has another data than process 0 ({host}, data-0)"
+    unseen = f"process 1 ({host}, {tmp_path / 'of-1'}) of 2 does not see the folder that process 0"
+    for lines, last in zip(said, ("process 1 of 2: no records", "no records"), strict=True):
+        assert [lines[0], lines[3]] == [differs, f"{last} in /data"]
+        assert lines[1] == f"{other}: give the same"
+        assert lines[2].startswith(unseen)
+    assert [path.name for path in (tmp_path / "shared").rglob("*")] == ["run"]
 
 
 @pytest.mark.parametrize("process", [0, 1])

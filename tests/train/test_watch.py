@@ -1,9 +1,13 @@
 """What is watched: fixed pictures, and numbers that mean what they say."""
 
+import copy
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
+from fact_jax.errors import UserError
 from fact_jax.portraits import SPLITS
 from tests.train.tiny import tiny_config, write_tiny_miniature
 from train.tasks.adapter import AdapterTask
@@ -45,6 +49,13 @@ def test_templates_show_somebody_else_whom_nothing_else_sees(validation):
         np.testing.assert_array_equal(validation.templates[i], other.images[following])
         np.testing.assert_array_equal(validation.points[i], other.portrait.points[following])
         assert validation.captions[i] == other.captions[following]
+
+
+def test_records_to_watch_that_are_not_there_are_told_when_they_are_opened(task, tmp_path):
+    other = copy.copy(task)
+    other.options = dataclasses.replace(task.options, watch=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="nowhere"):
+        other.open_samples()
 
 
 def test_pictures_and_numbers(task, validation):

@@ -73,7 +73,7 @@ from train.tasks.common import (
     to_signed,
 )
 from train.tasks.encode import Encoders
-from train.tasks.watch import SCORE, Watch, draw_validation, read_validation
+from train.tasks.watch import SCORE, Validation, Watch, draw_validation, read_validation
 from train.tasks.whiten import whitening
 
 MINI_RESAMPLER = ResamplerConfig.mini()
@@ -309,13 +309,19 @@ class AdapterTask:
         """Grids of people who are not trained on, and how well they are met (``tasks.watch``)."""
         return self._watch(trainable, frozen, key)
 
+    def open_samples(self) -> None:
+        """Read what is watched; UserError if that cannot be."""
+        _ = self._validation
+
+    @functools.cached_property
+    def _validation(self) -> Validation:
+        if self.options.watch is not None:
+            return read_validation(self.options.watch, self.pipeline, self.encoder)
+        return draw_validation(self.size, self.encoder.config.img_size)
+
     @functools.cached_property
     def _watch(self) -> Watch:
-        if self.options.watch is not None:
-            found = read_validation(self.options.watch, self.pipeline, self.encoder)
-        else:
-            found = draw_validation(self.size, self.encoder.config.img_size)
-        return Watch(self, found)
+        return Watch(self, self._validation)
 
     def export(self, trainable, frozen, directory: Path, step: int) -> None:
         """``adapter.safetensors``; its ``step`` counts the steps before this run too."""
