@@ -2,18 +2,20 @@
 
 The pickle in such a file says where each tensor's numbers lie. The archive around it is checked
 first, so that nothing is unpacked; and afterwards every tensor is compared with the archive, since
-the loader believes the pickle.
+the loader believes the pickle. Trainers store objects of their own classes beside the tensors:
+these are never imported, what stands for them only holds what the file says.
 """
 
 import os
 import re
 import struct
+import sys
 import warnings
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from converters.safe import DTYPES, State, check_file, check_names
@@ -21,6 +23,13 @@ from fact_jax.errors import UserError, listed
 
 _PICKLE_LIMIT = 16 * 2**20
 _LOCAL = struct.Struct("<4s22xHH")
+_DATA_MODULES = {"argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions"}
+_DATA_MODULES |= {"functools", "pathlib", "types", "typing", "uuid"}
+_DATA_TYPES = {"bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object"}
+_DATA_TYPES |= {"range", "set", "slice", "str", "tuple", "type"}
+"""Of Python's own names those that trainers' files hold; the others have no business in one."""
+_OLD_MODULES = {"__builtin__", "commands"}
+"""Python 2's names of modules, which pickles use: ``commands`` is subprocess."""
 _FOLDER = 0x10
 """In DOS' attributes. PyTorch, unless it maps a file, gives such a record any numbers at all."""
 
@@ -34,18 +43,22 @@ def read_pickle(path: str | os.PathLike) -> State:
 
 
 def read_pickled(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
-    """:func:`read_pickle` with what the file says beside: ``step``, of a trainer's checkpoint."""
+    """:func:`read_pickle` with what the file says beside: ``step``, of a trainer's checkpoint.
+
+    ``not loaded`` are the classes of the objects beside the tensors.
+    """
     path = Path(path)
     check_file(path)
     with open(path, "rb") as handle:
         zipped = handle.read(4) == b"PK\x03\x04"
     records = _records(path) if zipped else {}
-    held = _load(path, mmap=zipped)
+    held, replaced = _load(path, mmap=zipped)
     if not isinstance(held, dict) or not held:
         raise UserError(f"{path}: holds no dictionary of tensors but a {type(held).__name__}")
     tensors = dict(_tensors(held, {}))
     step = held.get("global_step")
     texts = {"step": str(step)} if type(step) is int else {}
+    texts |= {"not loaded": listed(replaced)} if replaced else {}
     inner = held.get("state_dict")
     state = inner if isinstance(inner, dict) and inner else held
     wrong = [k for k, v in state.items() if not (isinstance(k, str) and id(v) in tensors)]
@@ -67,7 +80,8 @@ def read_pickled(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
     return arrays, texts
 
 
-def _load(path: Path, *, mmap: bool) -> object:
+def _load(path: Path, *, mmap: bool) -> tuple[object, list[str]]:
+    """What the file holds, and the classes that only stand-ins were made of."""
     try:
         import torch
     except ImportError as err:
@@ -76,18 +90,81 @@ def _load(path: Path, *, mmap: bool) -> object:
         ) from err
     import pickle
 
-    try:
+    def load() -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of pickles of other versions, which work
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+    names: list[str] = []
+    try:
+        try:
+            return load(), []
+        except pickle.UnpicklingError:
+            names = _unknown_classes(path) if mmap else []
+            if not names:
+                raise
+        try:
+            with torch.serialization.safe_globals(_stand_ins(names, _Held)):
+                return load(), names
+        except pickle.UnpicklingError:  # some of them are dictionaries
+            with torch.serialization.safe_globals(_stand_ins(names, _HeldItems)):
+                return load(), names
     except pickle.UnpicklingError as err:
         reason = re.search(r"(Unsupported \w+|Unsupported global: GLOBAL \S+|GLOBAL \S+)", str(err))
+        named = listed(names) or (reason[0].removeprefix("Unsupported global: ") if reason else "")
         raise UserError(
             f"{path}: refused, since it holds more than tensors and could run code"
-            f"{f' ({ascii(reason[0])[1:-1]})' if reason else ''}; ask for it as safetensors"
+            f"{f' ({named})' if named else ''}; ask for it as safetensors"
         ) from err
+    except UserError:
+        raise
     except Exception as err:  # a damaged file fails anywhere in the loader, with anything
         raise _damaged(path, err) from err
+
+
+class _Held:
+    """Stands for an object of a class that is not imported: holds what the file gives, no more."""
+
+    def __new__(cls, *args):
+        self = super().__new__(cls)
+        self.held = [args]
+        return self
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        self.held.append(state)
+
+
+class _HeldItems:
+    """The same for dictionaries' classes: the loader puts items into its own sort alone."""
+
+    def __new__(cls, *args):
+        return OrderedDict(held=args)
+
+
+def _stand_ins(names: list[str], kind: type) -> list[tuple[type, str]]:
+    # numpy's types, and partial functions, are given a state that no dictionary has.
+    kinds = {name: _Held if name.startswith(("numpy.", "functools.")) else kind for name in names}
+    return [(type(name, (base,), {}), name) for name, base in kinds.items()]
+
+
+def _unknown_classes(path: Path) -> list[str]:
+    """The classes in a file that PyTorch does not load. UserError if one of them could run code."""
+    try:
+        names = sorted(_torch().serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # what it cannot read, the loader refuses and says why
+        return []
+    for name in names:
+        module, _, inner = name.partition(".")
+        plain = module in _DATA_MODULES or (module == "builtins" and inner in _DATA_TYPES)
+        if module in {*sys.stdlib_module_names, *_OLD_MODULES} and not plain:
+            raise UserError(
+                f"{path}: refused, since it holds more than tensors and could run code ({name}); "
+                "ask for it as safetensors"
+            )
+    return names
 
 
 def _damaged(path: Path, err: Exception | str) -> UserError:
@@ -145,9 +222,11 @@ def _tensors(held: object, seen: dict[int, object]) -> Iterator[tuple[int, objec
         if torch.is_tensor(value):
             yield id(value), value
         elif isinstance(value, dict):
-            rest += value.values()
+            rest += [*value.values(), *getattr(value, "__dict__", {}).values()]
         elif isinstance(value, list | tuple | set):
             rest += value
+        elif isinstance(value, _Held):
+            rest += value.held
 
 
 def _places(path: Path, tensors: dict, records: dict[int, int]) -> dict[int, int]:
@@ -188,8 +267,10 @@ def _array(tensor, dtype: np.dtype, places: dict[int, int], data: np.ndarray) ->
         strides = [step * dtype.itemsize for step in tensor.stride()]
         return np.ndarray(tensor.shape, dtype, data, begin, strides)
     tensor = tensor.detach()
-    brain = dtype == ml_dtypes.bfloat16  # which numpy cannot take from PyTorch
-    return tensor.view(_torch().int16).numpy().view(dtype) if brain else tensor.numpy()
+    if dtype.isbuiltin == 1:
+        return tensor.numpy()
+    plain = {1: _torch().uint8, 2: _torch().int16}[dtype.itemsize]  # numpy has no such numbers
+    return tensor.contiguous().view(plain).numpy().view(dtype)
 
 
 def _torch():

@@ -23,6 +23,7 @@ DTYPES = {
     **{"I64": np.dtype("i8"), "I32": np.dtype("i4"), "I16": np.dtype("i2"), "I8": np.dtype("i1")},
     **{"U64": np.dtype("u8"), "U32": np.dtype("u4"), "U16": np.dtype("u2"), "U8": np.dtype("u1")},
     **{"BF16": np.dtype(ml_dtypes.bfloat16), "BOOL": np.dtype(bool)},
+    **{"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)},
 }
 """The sorts of numbers that a safetensors file may hold, by the format's names."""
 _JSON_LIMIT = 16 * 2**20

@@ -13,7 +13,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-import ml_dtypes
 import numpy as np
 
 from converters.arrays import Lazy, fetch
@@ -220,7 +219,7 @@ def _write_leaf(folder: Path, stored: Array) -> int:
 
 
 _ZARR_NAMES = {
-    dtype: "bfloat16" if dtype == ml_dtypes.bfloat16 else dtype.str for dtype in DTYPES.values()
+    dtype: dtype.str if dtype.isbuiltin == 1 else dtype.name for dtype in DTYPES.values()
 }
 _DTYPES = {name: dtype for dtype, name in _ZARR_NAMES.items()}
 
