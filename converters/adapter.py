@@ -9,12 +9,11 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
-from converters.readers import State, read_file
+from converters.readers import State, read_file, stored_as
 from converters.rules import ADAPTER_MARK, RESAMPLER_PREFIX
 from converters.weights import add_state, dump_some, dump_state, load_state, read_config
 from converters.writers import write_safetensors
@@ -213,7 +212,7 @@ def write_adapter(
     wrote: Callable[[int], None] | None = None,
 ) -> None:
     """Write a flat adapter state with released names as our adapter file."""
-    if Path(path).suffix != ".safetensors":
+    if stored_as(path) != "safetensors":
         raise UserError(f"{path}: an adapter file ends in .safetensors")
     own = {"format": FORMAT, "version": VERSION, "config": dict(config)}
     texts = {

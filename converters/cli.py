@@ -263,12 +263,12 @@ def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None =
     """Write weights as OUT and the options say, with a bar; what was noticed is said at the end."""
     from converters.folders import Files
     from converters.formats import added_tokens
-    from converters.readers import PICKLES
+    from converters.readers import stored_as
     from converters.saving import in_dtype, save
 
     _refuse_existing(arguments)
     tokens = [token.content for token in added_tokens(weights)]
-    if tokens and arguments.out.suffix.lower() in PICKLES:
+    if tokens and stored_as(arguments.out) == "pickle":
         where = "a pickle has no place for the names of"
         notes = [*notes, f"{where} {len(tokens)} added tokens: {listed(tokens)}"]
     weights = in_dtype(weights, arguments.dtype)

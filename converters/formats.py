@@ -17,6 +17,7 @@ from converters.adapter import (
 )
 from converters.arrays import Lazy
 from converters.content import provenance
+from converters.families import FAMILIES_KNOWN, family_of, family_of_class
 from converters.folders import read_configs
 from converters.kinds import POINTWISE
 from converters.ldm import is_ldm, read_ldm, write_ldm
@@ -25,12 +26,12 @@ from converters.mapping import guess_kind, is_ignored, names_of, place_of, prefi
 from converters.orbax import find_checkpoint, read_checkpoint, to_jax, to_torch, write_checkpoint
 from converters.pipeline import PARTS
 from converters.readers import (
-    PICKLES,
     State,
     local_folder,
     read_file,
     read_json,
     read_weights,
+    stored_as,
 )
 from converters.rules import RESAMPLER_PREFIX
 from converters.tokenizer import AddedToken, read_added_tokens
@@ -111,7 +112,7 @@ def open_weights(
     under the kind ``unknown``. Raises UserError for what is not readable.
     """
     path = Path(path)
-    if not path.exists() and path.suffix not in (*PICKLES, ".safetensors"):
+    if not path.exists() and stored_as(path) is None:
         path = local_folder(path, _SMALL_FILES, variant)
     if not path.is_dir():
         return _open_file(path, weights)
@@ -127,7 +128,9 @@ def open_weights(
         )
     for stem, legacy in (("model", "pytorch_model"), 2 * ("diffusion_pytorch_model",)):
         if any(path.glob(f"{stem}*.safetensors")) or any(path.glob(f"{legacy}*.bin")):
-            states = by_kind(read_weights(path, stem, variant))
+            state = read_weights(path, stem, variant)
+            _refuse_others(path, state)
+            states = by_kind(state)
             config = read_json(path / "config.json") if (path / "config.json").exists() else {}
             configs = {kind: config for kind in states if config}
             return Weights(
@@ -150,12 +153,10 @@ def _open_lora(path: Path) -> Weights:
 
 def _open_file(path: Path, weights: str) -> Weights:
     state, text = read_file(path)
-    stored = {".safetensors": "safetensors"}.get(path.suffix, "PyTorch pickle")
+    stored = "safetensors" if stored_as(path) == "safetensors" else "PyTorch pickle"
+    _refuse_others(path, state)
     if is_ldm(state):
-        try:
-            states, left_out = read_ldm(state, weights)
-        except UserError as err:
-            raise UserError(f"{path}: {err}") from err
+        states, left_out = read_ldm(state, weights)
         stored = f"original layout, {stored}"
         return Weights(path=path, format=stored, states=states, metadata=text, left_out=left_out)
     states = by_kind(state)
@@ -163,11 +164,20 @@ def _open_file(path: Path, weights: str) -> Weights:
     return Weights(path=path, format=stored, states=states, metadata=own)
 
 
+def _refuse_others(path: Path, state: State) -> None:
+    if family := family_of(state):
+        raise UserError(f"{path}: this is {family}: {FAMILIES_KNOWN}")
+
+
 def _open_pipeline(path: Path, variant: str | None) -> Weights:
+    index = read_json(path / "model_index.json")
+    if family := family_of_class(index.get("_class_name")):
+        raise UserError(f"{path}: this is {family}: {FAMILIES_KNOWN}")
     states = {
         kind: read_weights(path / part, stem, variant) for part, (kind, stem) in PARTS.items()
     }
-    index = read_json(path / "model_index.json")
+    for kind, state in states.items():
+        _refuse_others(path / kind, state)
     others = [
         name
         for name, said in index.items()
@@ -244,7 +254,8 @@ def save_torch(
     that is all.
     """
     check_known(weights)
-    if out.suffix not in (*PICKLES, ".safetensors"):
+    stored = stored_as(out)
+    if stored is None:
         raise UserError(f"{out}: a file for PyTorch ends in .safetensors, .ckpt or .pt")
     if original or weights.kind == "pipeline":
         state = _original(weights)
@@ -252,11 +263,11 @@ def save_torch(
         state = {key: array for part in weights.states.values() for key, array in part.items()}
         if len(state) != sum(map(len, weights.states.values())):
             raise UserError(f"{weights.path}: holds {weights.kind}, too many models for one file")
-    ours = weights.kind == "adapter" and out.suffix not in PICKLES
+    ours = weights.kind == "adapter" and stored == "safetensors"
     config = _adapter_config(weights, dim_head) if ours else {}
     if dry_run:
         return
-    if out.suffix in PICKLES:
+    if stored == "pickle":
         write_pickle(out, state, wrote)
     elif ours:
         write_adapter(out, state, config, about(weights), wrote)

@@ -85,12 +85,6 @@ IGNORED = (
 """Keys that may stand in such a file and carry no weight of our models: left out, with a line."""
 EMA = "model_ema."
 _TEXT_WORDS = ("embeddings", "encoder", "final_layer_norm")
-_OTHERS = {
-    "conditioner.embedders.": "SDXL",
-    "cond_stage_model.model.": "Stable Diffusion 2",
-    "control_model.": "a ControlNet in its original layout",
-    "text_encoders.": "a model with several text encoders",
-}
 _OTHER_NOISE = "a noise schedule that is NOT Stable Diffusion 1.x's: give --config with its own"
 _RAW, _AVERAGED = "the running average is taken instead", "the running average of the parameters"
 
@@ -98,9 +92,7 @@ _RAW, _AVERAGED = "the running average is taken instead", "the running average o
 def is_ldm(keys: Iterable[str]) -> bool:
     """Whether a file of these keys is in this layout: a whole base, a UNet or a VAE alone."""
     keys = set(keys)
-    return bool(_bare_vae(keys)) or any(
-        key.startswith((*PREFIXES.values(), *_OTHERS)) for key in keys
-    )
+    return bool(_bare_vae(keys)) or any(key.startswith(tuple(PREFIXES.values())) for key in keys)
 
 
 def _bare_vae(keys: Iterable[str]) -> bool:
@@ -112,11 +104,8 @@ def read_ldm(state: State, weights: str) -> tuple[dict[str, State], dict[str, li
     """The models in such a file by kind, with diffusers' names, and what was left out, by reason.
 
     ``weights`` is ``ema`` (running averages, where there are any) or ``params``. Keys that no rule
-    knows are kept under the kind ``unknown``. Raises UserError for other families of models.
+    knows are kept under the kind ``unknown``.
     """
-    for prefix, family in _OTHERS.items():
-        if any(key.startswith(prefix) for key in state):
-            raise UserError(f"this is {family} ({prefix}*): only Stable Diffusion 1.x is known")
     left: dict[str, list[str]] = defaultdict(list)
     raw = _averaged(state, weights, left)
     parts: dict[str, State] = defaultdict(dict)

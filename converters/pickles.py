@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from converters.families import FAMILIES_KNOWN, family_of
 from converters.safe import DTYPES, State, check_file, check_names
 from fact_jax.errors import UserError, listed
 
@@ -63,6 +64,9 @@ def read_pickled(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
     state = inner if isinstance(inner, dict) and inner else held
     wrong = [k for k, v in state.items() if not (isinstance(k, str) and id(v) in tensors)]
     if wrong:
+        texts = {key: value for key, value in state.items() if isinstance(key, str)}
+        if family := family_of(texts):
+            raise UserError(f"{path}: this is {family}: {FAMILIES_KNOWN}")
         names = (ascii(key) if isinstance(key, str) else type(key).__name__ for key in wrong)
         raise UserError(f"{path}: not a flat dictionary of tensors: {listed(names)}")
     check_names(path, state)

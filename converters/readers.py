@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from converters.families import HEAD, start_of
 from converters.pickles import read_pickle, read_pickled
 from converters.safe import (
     DTYPES,
@@ -21,26 +22,42 @@ from converters.safe import (
 from fact_jax.errors import UserError, listed
 
 __all__ = ["DTYPES", "PICKLES", "State", "check_file", "local_folder", "read_file", "read_json"]
-__all__ += ["read_pickle", "read_safetensors", "read_weights"]
+__all__ += ["SAFETENSORS", "read_pickle", "read_safetensors", "read_weights", "stored_as"]
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 """Endings of files that ``torch.save`` wrote."""
+SAFETENSORS = (".safetensors", ".sft")
 LEGACY_STEMS = {"model": "pytorch_model"}
 """What pickled weight files are called where safetensors have another name."""
 
 
+def stored_as(path: str | os.PathLike) -> str | None:
+    """``safetensors`` or ``pickle``, by a file's ending in small or capital letters, or None."""
+    suffix = Path(path).suffix.lower()
+    if suffix in SAFETENSORS:
+        return "safetensors"
+    return "pickle" if suffix in PICKLES else None
+
+
 def read_file(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
-    """Tensors and metadata of one weight file, by its ending."""
+    """Tensors and metadata of one weight file, by its ending.
+
+    Raises UserError, which says what the file is, if it is something else.
+    """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        return read_safetensors(path)
-    if path.suffix in PICKLES:
-        return read_pickled(path)
     check_file(path)
-    raise UserError(
-        f"{path}: not a weight file that is known here (.safetensors, .ckpt, .pt, .bin)"
-    )
+    with open(path, "rb") as handle:
+        found = start_of(handle.read(HEAD))
+    stored = stored_as(path)
+    own = {"safetensors": "a safetensors", "pickle": ("a zip", "a pickle")}
+    said = f"is {found}, " if found else ""
+    if stored is None:
+        known = ", ".join((*SAFETENSORS, *PICKLES))
+        raise UserError(f"{path}: {said}not a weight file by its ending (known: {known})")
+    if found and not found.startswith(own[stored]):
+        raise UserError(f"{path}: {said}though its ending says {stored}")
+    return read_safetensors(path) if stored == "safetensors" else read_pickled(path)
 
 
 def read_weights(folder: str | os.PathLike, stem: str, variant: str | None = None) -> State:

@@ -18,7 +18,7 @@ from converters.formats import (
     save_torch,
     texts_about,
 )
-from converters.readers import PICKLES, State
+from converters.readers import State, stored_as
 from converters.rules import ADAPTER_MARK
 from converters.weights import in_precision
 from fact_jax.errors import UserError, listed
@@ -65,9 +65,9 @@ def save(
 
 
 def _layout(weights: Weights, out: Path) -> str:
-    if out.suffix == ".onnx":
+    if out.suffix.lower() == ".onnx":
         return "onnx"
-    if out.suffix in (*PICKLES, ".safetensors") or ADAPTER_PARTS & set(weights.states):
+    if stored_as(out) is not None or ADAPTER_PARTS & set(weights.states):
         return "original" if weights.kind == "pipeline" else "file"
     return "diffusers"
 

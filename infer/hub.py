@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 from converters.adapter import write_adapter
-from converters.readers import PICKLES
+from converters.readers import stored_as
 from converters.writers import write_json, write_safetensors
 from fact_jax.errors import UserError
 from infer.base import (
@@ -79,7 +79,7 @@ def _locate(name: str | os.PathLike, files: Sequence[str], beside: str | None = 
     if not match or Path(path.parts[0]).exists():
         raise UserError(f"{path}: no such file or folder")
     repository, inner = match[1], PurePosixPath(match[2] or ".")
-    if inner.suffix in (".safetensors", *PICKLES):
+    if stored_as(inner) is not None:
         folder, files = inner.parent, (inner.name,)
     else:
         folder = inner
