@@ -93,7 +93,9 @@ def test_embeddings_decay_only_if_asked(decayed):
         }
         return {name: nnx.to_pure_dict(nnx.state(model)) for name, model in models.items()}
 
-    params = jax.tree.map(lambda leaf: np.ones((1,) * leaf.ndim, np.float32), jax.eval_shape(shapes))
+    params = jax.tree.map(
+        lambda leaf: np.ones((1,) * leaf.ndim, np.float32), jax.eval_shape(shapes)
+    )
     updates, _ = optimizer.update(
         jax.tree.map(np.zeros_like, params), optimizer.init(params), params
     )

@@ -1,8 +1,9 @@
 """The memory traffic of a compiled TPU program, read from its text, loops in full.
 
-Every instruction reads its operands and writes its result; a fusion is one instruction. What the
-compiler keeps on the chip is marked in an array's layout by a memory space, ``S(1)``, and costs
-nothing here. The compiler's own figure knows neither that nor the lengths of loops.
+Every instruction reads its operands and writes its result; a fusion is one instruction, and of what
+is sliced only the slice is read. What the compiler keeps on the chip is marked in an array's layout
+by a memory space, ``S(1)``, and costs nothing here. The compiler's own figure knows neither that
+nor the lengths of loops.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ _NAME = re.compile(r"%([\w.\-]+)")
 _FUSED = re.compile(r"calls=%?([\w.\-]+)")
 WHOLE = 2**62
 _ALLOCATES = 'custom_call_target="AllocateBuffer"'
+_SLICES = ("slice", "dynamic-slice")
 _FREE = {
     "after-all",
     "bitcast",
@@ -36,6 +38,7 @@ class _Instruction:
     name: str
     op: str
     arrays: tuple[int, ...]  # bytes of each array of the result in the chip's main memory
+    sizes: tuple[int, ...]  # and wherever it lies
     operands: tuple[str, ...]
     fused: str | None
     number: int | None  # of a parameter
@@ -70,12 +73,17 @@ class _Program:
 
     def _cost(self, part: list[_Instruction]) -> int:
         sizes = {one.name: one.bytes for one in part}
+        shapes = {one.name: one.sizes for one in part}
         total = 0
         for one in part:
             if one.op in _FREE or one.op.endswith("-done"):
                 continue
-            if one.op == "dynamic-slice":
-                total += 2 * one.bytes
+            inputs = tuple(size for name in one.operands for size in shapes.get(name, ()))
+            if one.op in _SLICES:
+                total += sum(one.sizes) + one.bytes
+            elif one.op == "slice-start":
+                # ((its operand), the slice, a flag)
+                total += one.sizes[len(inputs)] + one.arrays[len(inputs)]
             elif one.op == "dynamic-update-slice":
                 total += 2 * sizes.get(one.operands[1], 0)
             elif one.fused in self._parts:
@@ -83,9 +91,7 @@ class _Program:
                 for i, name in enumerate(one.operands):
                     total += min(sizes.get(name, 0), self._read(one.fused, i))
             else:
-                # What starts a copy gives back its source beside its result.
-                result = one.arrays[0] if one.op == "copy-start" else one.bytes
-                total += result + sum(sizes.get(name, 0) for name in one.operands)
+                total += sum(_made(one, inputs)) + sum(sizes.get(name, 0) for name in one.operands)
         return total
 
     def _written(self, fusion: _Instruction) -> int:
@@ -124,8 +130,8 @@ class _Program:
                     continue
                 if user.op == "bitcast":
                     total += self._read_of(part, user.name)
-                elif user.op == "dynamic-slice":
-                    total += user.bytes
+                elif user.op in _SLICES:
+                    total += sum(user.sizes)
                 elif user.fused in self._parts:
                     total += self._read(user.fused, i)
                 elif user.op != "dynamic-update-slice" or i != 0:  # 0: written in place
@@ -133,14 +139,28 @@ class _Program:
         return total
 
 
+def _made(one: _Instruction, inputs: tuple[int, ...]) -> tuple[int, ...]:
+    """Bytes of each array that an instruction writes.
+
+    What starts something that runs beside other instructions gives back its operands before its
+    result (a copy: after it).
+    """
+    if one.op == "copy-start":
+        return one.arrays[:1]
+    repeated = len(one.sizes) > len(inputs) and one.sizes[: len(inputs)] == inputs
+    return one.arrays[len(inputs) :] if one.op.endswith("-start") and repeated else one.arrays
+
+
 def _parse(line: str) -> _Instruction | None:
     match = _INSTRUCTION.match(line)
     if match is None:
         return None
     free = _ALLOCATES in line
+    found = ARRAY.findall(match["shape"])
+    sizes = tuple(array_bytes(dtype, dims) for dtype, dims, _ in found)
     arrays = tuple(
-        0 if free or "S(" in layout else array_bytes(dtype, dims)
-        for dtype, dims, layout in ARRAY.findall(match["shape"])
+        0 if free or "S(" in layout else size
+        for size, (*_, layout) in zip(sizes, found, strict=True)
     )
     rest = match["rest"]
     inside = rest[: _closing(rest)]
@@ -149,6 +169,7 @@ def _parse(line: str) -> _Instruction | None:
         name=match["name"],
         op=match["op"],
         arrays=arrays,
+        sizes=sizes,
         operands=tuple(_NAME.findall(inside)),
         fused=fused[1] if fused else None,
         number=int(inside) if match["op"] == "parameter" else None,

@@ -86,6 +86,52 @@ def test_fetching_ahead_counts_once():
     assert count_traffic(text) == 256
 
 
+def test_fetching_a_slice_ahead_reads_the_slice():
+    """The compiler's own lines: 1 of 3 parts of 393,216 bytes is read, and stays on the chip."""
+    text = """ENTRY %main.1 (p.2: f32[3,3,256,128]) -> f32[1,3,256,128] {
+  %p.2 = f32[3,3,256,128]{3,2,1,0:T(8,128)} parameter(0)
+  %slice-start.8 = ((f32[3,3,256,128]{3,2,1,0:T(8,128)}), f32[1,3,256,128]{3,2,1,0:T(8,128)S(1)}, s32[]{:S(2)}) slice-start(%p.2), slice={[0:1], [0:3], [0:256], [0:128]}
+  ROOT %slice-done.8 = f32[1,3,256,128]{3,2,1,0:T(8,128)S(1)} slice-done(%slice-start.8)
+}
+"""
+    assert count_traffic(text) == 393216
+    far = text.replace("T(8,128)S(1)", "T(8,128)")
+    assert count_traffic(far) == 2 * 393216
+
+
+def test_a_slice_reads_no_more_than_itself():
+    """Alone and in a fusion: 2 of 64 rows of 16 B."""
+    alone = """ENTRY %main.1 (p.2: f32[64,4]) -> f32[2,4] {
+  %p.2 = f32[64,4]{1,0} parameter(0)
+  ROOT %slice.3 = f32[2,4]{1,0} slice(%p.2), slice={[0:2], [0:4]}
+}
+"""
+    assert count_traffic(alone) == 2 * 32
+    fused = """%fused.1 (param.2: f32[64,4]) -> f32[2,4] {
+  %param.2 = f32[64,4]{1,0} parameter(0)
+  %slice.3 = f32[2,4]{1,0} slice(%param.2), slice={[0:2], [0:4]}
+  ROOT %exp.4 = f32[2,4]{1,0} exponential(%slice.3)
+}
+
+ENTRY %main.5 (p.6: f32[64,4]) -> f32[2,4] {
+  %p.6 = f32[64,4]{1,0} parameter(0)
+  ROOT %fusion.7 = f32[2,4]{1,0} fusion(%p.6), kind=kLoop, calls=%fused.1
+}
+"""
+    assert count_traffic(fused) == 2 * 32
+
+
+def test_what_a_collective_starts_with_is_no_result():
+    """8 numbers go in, 16 come out."""
+    text = """ENTRY %main.1 (p.2: f32[8]) -> f32[16] {
+  %p.2 = f32[8]{0} parameter(0)
+  %start.3 = (f32[8]{0}, f32[16]{0}) all-gather-start(%p.2), replica_groups={{0,1}}, dimensions={0}
+  ROOT %done.4 = f32[16]{0} all-gather-done(%start.3)
+}
+"""
+    assert count_traffic(text) == 4 * (8 + 16)
+
+
 def test_slices_in_a_fusion_of_a_fusion():
     """As on the TPU, where a product fetches its operand's slice itself."""
     inner = LOOP[: LOOP.index("%write_one.7")]
