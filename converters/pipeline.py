@@ -2,11 +2,13 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
+from converters.lora import LORA_PARTS, Lora, merge_model
 from converters.readers import local_folder, read_json, read_weights
 from converters.rules import ADAPTER_MARK
 from converters.tokenizer import Tokenizer, read_tokenizer, write_tokenizer
@@ -58,15 +60,21 @@ def find_pipeline(
 
 
 def load_pipeline(
-    path: str | os.PathLike, *, variant: str | None = None, dtype=jnp.float32
+    path: str | os.PathLike,
+    *,
+    variant: str | None = None,
+    dtype=jnp.float32,
+    loras: Sequence[tuple[Lora, float]] = (),
 ) -> Pipeline:
     """Read a diffusers folder, or a Hub repository of that name if there is no such folder.
 
     ``variant`` (as fp16) picks the weight files of that name; parameters are of ``dtype``
-    whatever the files hold. Raises UserError naming the folder and what is wrong with it.
+    whatever the files hold. ``loras`` are added to them, each times its scale, before they are
+    rounded to it. Raises UserError naming the folder and what is wrong with it.
     """
     folder = find_pipeline(path, variant)
-    models = {part: load_part(folder / part, variant=variant, dtype=dtype) for part in PARTS}
+    how = {"variant": variant, "dtype": dtype, "loras": loras}
+    models = {part: load_part(folder / part, **how) for part in PARTS}
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     text = models["text_encoder"].config
     tokenizer = read_tokenizer(folder / "tokenizer", text.max_position_embeddings, text.vocab_size)
@@ -78,12 +86,21 @@ def load_pipeline(
     )
 
 
-def load_part(folder: Path, *, variant: str | None = None, dtype=jnp.float32):
+def load_part(
+    folder: Path,
+    *,
+    variant: str | None = None,
+    dtype=jnp.float32,
+    loras: Sequence[tuple[Lora, float]] = (),
+):
     """One model of a pipeline folder, by the folder's name."""
     kind, stem = PARTS[folder.name]
     try:
         config = read_json(folder / "config.json")
-        return load_state(kind, read_weights(folder, stem, variant), config, dtype=dtype)
+        state = read_weights(folder, stem, variant)
+        if loras and kind in LORA_PARTS:
+            state = merge_model(kind, state, loras, np.dtype(dtype).name)
+        return load_state(kind, state, config, dtype=dtype)
     except UserError as err:
         where = "" if str(err).startswith(str(folder)) else f"{folder}: "
         raise UserError(f"{where}{err}") from err

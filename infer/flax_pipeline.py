@@ -18,7 +18,7 @@ from tqdm import tqdm
 from converters.adapter import attach_adapter, load_adapter
 from converters.controlnet import load_controlnet
 from converters.encoder import load_encoder
-from converters.lora import LORA_PARTS, add_loras, read_lora
+from converters.lora import read_lora
 from converters.pipeline import load_pipeline
 from converters.tokenizer import tokenize
 from fact_jax.errors import UserError
@@ -89,10 +89,8 @@ class FlaxPipeline(Drawer):
         """
         base, face = open_parts(base, adapter, encoder, face=face, controlnet=controlnet)
         added = [(read_lora(file), factor) for file, factor in loras]
-        pipeline = load_pipeline(base.whole(), dtype=dtype)
+        pipeline = load_pipeline(base.whole(), dtype=dtype, loras=added)
         models = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
-        for name in {LORA_PARTS[layer.kind] for lora, _ in added for layer in lora.layers}:
-            models[name] = add_loras(models[name], added)
         if controlnet is not None:
             models["controlnet"] = load_controlnet(controlnet, dtype=dtype)
         if face is not None:

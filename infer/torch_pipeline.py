@@ -70,14 +70,15 @@ class TorchPipeline(Drawer):
         keep_jax_on_cpu()
         base, face = open_parts(base, adapter, encoder, face=face, controlnet=controlnet)
         added = [(read_lora(file), factor) for file, factor in loras]
+        folder = base.whole()
         pipe = _from_folder(
             diffusers.StableDiffusionPipeline,
-            base.whole(),
+            folder,
             dtype=dtype,
             safety_checker=None,
             requires_safety_checker=False,
         )
-        merge_loras(pipe, added)
+        merge_loras(pipe, folder, added)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         if controlnet is not None:
             folder, _ = find_controlnet(controlnet)

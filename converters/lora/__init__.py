@@ -7,10 +7,10 @@ and each of them with DoRA's magnitudes.
 
 from converters.lora.layers import Layer, LohaLayer, LokrLayer, LoraLayer
 from converters.lora.layouts import LAYOUTS, save_lora
-from converters.lora.merging import add_lora, add_loras, merge, merge_all, only
+from converters.lora.merging import add_lora, merge, merge_all, merge_model, only
 from converters.lora.names import LORA_PARTS
 from converters.lora.reading import Lora, is_lora, lora_files, read_lora
 
 __all__ = ["LAYOUTS", "LORA_PARTS", "Layer", "LohaLayer", "LokrLayer", "Lora", "LoraLayer"]
-__all__ += ["add_lora", "add_loras", "is_lora", "lora_files", "merge", "merge_all", "only"]
+__all__ += ["add_lora", "is_lora", "lora_files", "merge", "merge_all", "merge_model", "only"]
 __all__ += ["read_lora", "save_lora"]

@@ -100,27 +100,30 @@ def _changed(
     return Lazy(base.shape, target, read)
 
 
+def merge_model(
+    kind: str, state: State, loras: Sequence[tuple[Lora, float]], dtype: str | None = None
+) -> dict[str, np.ndarray | Lazy]:
+    """One model's state with its part of the LoRAs, as :func:`merge_all` adds them."""
+    return merge_all({kind: state}, [(only(lora, kind), scale) for lora, scale in loras], dtype)[
+        kind
+    ]
+
+
 def add_lora(module: nnx.Module, lora: Lora, scale: float = 1.0) -> nnx.Module:
-    """:func:`add_loras` of one LoRA."""
-    return add_loras(module, [(lora, scale)])
+    """A UNet or a text encoder with its part of the LoRA added, as :func:`merge` adds it.
 
-
-def add_loras(module: nnx.Module, loras: Sequence[tuple[Lora, float]]) -> nnx.Module:
-    """A UNet or a text encoder with its part of the LoRAs added, as :func:`merge_all` adds them.
-
-    ``module`` stays as it is, and what the LoRAs leave alone is shared. Raises one UserError with
+    ``module`` stays as it is, and what the LoRA leaves alone is shared. Raises one UserError with
     every layer that the module does not have or has in another shape.
     """
     kind = kind_of(module)
-    own = [(only(lora, kind), scale) for lora, scale in loras]
-    touched = {layer.key for lora, _ in own for layer in lora.layers}
+    touched = {layer.key for layer in only(lora, kind).layers}
     prefixes = TABLES[kind].prefixes
     state = dump_some(module, lambda key: any(key.removeprefix(p) in touched for p in prefixes))
     graph, values = nnx.split(module)
     flat = dict(nnx.to_flat_state(values))
     paths = {".".join(map(str, path)): path for path in flat}
     prefix = prefix_of(kind, state)
-    for key, array in merge_all({kind: state}, own)[kind].items():
+    for key, array in merge_model(kind, state, [(lora, scale)]).items():
         place = place_of(kind, key, prefix)
         held = flat[paths[place.jax]]
         value = held.get_value()

@@ -338,7 +338,10 @@ def pair(name: str, inner: int = 6) -> dict[str, np.ndarray]:
         ({f"{UNET}_to_q.hada_w1_a": normal(2, 5, 2)}, r"3 missing \(hada_w1_b of lora_unet"),
         (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.lokr_w1": normal(2, 5, 2)}, "two algorithms"),
         (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.dora_scale": normal(2, 5, 2)}, "1 misshapen"),
-        (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.dora_scale": normal(2, 5) / 0}, "dora_scale holds"),
+        (
+            pair(f"{UNET}_to_q") | {f"{UNET}_to_q.dora_scale": np.full(5, np.inf)},
+            "dora_scale holds",
+        ),
         (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.scalar": np.float32(np.inf)}, "scalar is inf"),
         (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.lora_A.weight": normal(2, 2, 6)}, "a second down"),
         ({f"{UNET}_to_q.oft_blocks": normal(2, 5, 2)}, "is OFT"),

@@ -1,14 +1,18 @@
 """What the JAX pipeline does beyond plain pictures, against PyTorch and against itself."""
 
 import functools
+import json
 import os
 import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from converters.readers import read_weights
+from converters.writers import write_safetensors
 from fact_jax.errors import UserError
 from fact_jax.fact import Guidance
 from infer import flax_pipeline
@@ -205,6 +209,43 @@ def test_loras_are_in_the_base(files, steered):
     )
     ours = merged["text_encoder"]["encoder"]["layers"][0]["self_attn"]["v_proj"]["kernel"]
     np.testing.assert_allclose(theirs.T, ours, atol=1e-6)
+
+
+def test_loras_are_the_same_in_both_backends(files, tmp_path):
+    """Several of peft's, one of them DoRA, at their own strength, rounded once to the precision."""
+    import torch
+
+    base = read_weights(files.base / "unet", "diffusion_pytorch_model")
+    module = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    weight = np.asarray(base[f"{module}.weight"], np.float64)
+    draw, loras, wanted = np.random.default_rng(3), [], weight
+    for name, dora in (("one", False), ("two", True)):
+        down, up = (draw.normal(size=size) for size in ((4, weight.shape[1]), (len(weight), 4)))
+        state = {"lora_A.weight": down, "lora_B.weight": up}
+        delta = (0.5 if dora else 0.25) * 8 / 4 * up @ down
+        wanted = wanted + delta
+        if dora:
+            state["lora_magnitude_vector"] = 1 + draw.random(len(weight))
+            norm = np.linalg.norm(weight + delta, axis=1, keepdims=True)
+            wanted = state["lora_magnitude_vector"][:, None] / norm * wanted
+        state = {f"base_model.model.{module}.{k}": a.astype(np.float32) for k, a in state.items()}
+        (tmp_path / name).mkdir()
+        write_safetensors(tmp_path / name / "adapter_model.safetensors", state, {})
+        settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": dora}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(settings))
+        # The weight file alone is named, or its folder.
+        file = tmp_path / name / ("" if dora else "adapter_model.safetensors")
+        loras.append((file, 0.5 if dora else 0.25))
+    for dtype in (jnp.float32, jnp.bfloat16):
+        flax = FlaxPipeline.load(files.base, dtype=dtype, loras=loras)
+        place = ("mid_block", "attentions", 0, "transformer_blocks", 0, "attn2", "to_k", "kernel")
+        ours = functools.reduce(lambda s, k: s[k], place, flax._states["unet"])
+        precision = getattr(torch, jnp.dtype(dtype).name)
+        pipe = TorchPipeline.load(files.base, dtype=precision, loras=loras).pipe
+        theirs = pipe.unet.get_submodule(module).weight.detach().float().numpy()
+        np.testing.assert_array_equal(np.asarray(ours, np.float32).T, theirs)
+        exact = np.asarray(wanted, np.float32).astype(dtype).astype(np.float32)
+        np.testing.assert_allclose(theirs, exact, rtol=2e-6, atol=2e-6)
 
 
 def test_controlnet_of_diffusers(files, torch, steered):
