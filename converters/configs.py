@@ -17,6 +17,7 @@ from converters.readers import State
 from converters.weights import read_config, skeleton
 from fact_jax.errors import UserError
 from fact_jax.models.clip_text import CLIPTextConfig
+from fact_jax.models.controlnet import ControlNetConfig
 from fact_jax.models.unet import UNetConfig
 from fact_jax.models.vae import VAEConfig
 
@@ -62,6 +63,28 @@ def _unet(state: State) -> dict:
     ).to_dict()
 
 
+def _controlnet(state: State) -> dict:
+    widths = _widths(state, "down_blocks.{}.resnets.0.conv1.weight")
+    attended = "down_blocks.{}.attentions.0.norm.weight"
+    first = min(key for key in state if key.endswith("attn2.to_k.weight"))
+    projection = min(key for key in state if key.endswith(".proj_in.weight"))
+    hint = "controlnet_cond_embedding"
+    blocks = _widths(state, f"{hint}.blocks.{{}}.weight")
+    first_hint = state[f"{hint}.conv_in.weight"]
+    return ControlNetConfig(
+        in_channels=state["conv_in.weight"].shape[1],
+        block_out_channels=widths,
+        down_attention=tuple(attended.format(i) in state for i in range(len(widths))),
+        layers_per_block=_count(state, r"down_blocks\.0\.resnets\.(\d+)\."),
+        cross_attention_dim=state[first].shape[1],
+        heads=(8,) * len(widths),
+        norm_num_groups=_groups(widths),
+        use_linear_projection=state[projection].ndim == 2,
+        conditioning_channels=first_hint.shape[1],
+        conditioning_embedding_out_channels=(first_hint.shape[0], *blocks[1::2]),
+    ).to_dict()
+
+
 def _vae(state: State) -> dict:
     widths = _widths(state, "encoder.down_blocks.{}.resnets.0.conv1.weight")
     return VAEConfig(
@@ -90,6 +113,7 @@ def _clip_text(state: State) -> dict:
 
 _INFER: dict[str, Callable[[State], dict]] = {
     "unet": _unet,
+    "controlnet": _controlnet,
     "vae": _vae,
     "clip_text": _clip_text,
     "transface": infer_encoder,

@@ -23,6 +23,7 @@ PREFIXES = {
     "unet": "model.diffusion_model.",
     "vae": "first_stage_model.",
     "clip_text": "cond_stage_model.transformer.",
+    "controlnet": "control_model.",
 }
 """What stands before the keys of each model, by its kind."""
 UNET_ENDS = (
@@ -90,14 +91,20 @@ _RAW, _AVERAGED = "the running average is taken instead", "the running average o
 
 
 def is_ldm(keys: Iterable[str]) -> bool:
-    """Whether a file of these keys is in this layout: a whole base, a UNet or a VAE alone."""
+    """Whether a file of these keys is in this layout: a whole base, or one of its models alone."""
     keys = set(keys)
-    return bool(_bare_vae(keys)) or any(key.startswith(tuple(PREFIXES.values())) for key in keys)
+    return _bare_kind(keys) is not None or any(
+        key.startswith(tuple(PREFIXES.values())) for key in keys
+    )
 
 
-def _bare_vae(keys: Iterable[str]) -> bool:
-    """VAEs are also shared alone, without a prefix."""
-    return "encoder.mid.block_1.norm1.weight" in keys
+def _bare_kind(keys: Iterable[str]) -> str | None:
+    """The kind of a model that is shared alone, without a prefix."""
+    if "encoder.mid.block_1.norm1.weight" in keys:
+        return "vae"
+    if "input_blocks.0.0.weight" in keys:
+        return "controlnet" if "zero_convs.0.0.weight" in keys else "unet"
+    return None
 
 
 def read_ldm(state: State, weights: str) -> tuple[dict[str, State], dict[str, list[str]]]:
@@ -109,14 +116,14 @@ def read_ldm(state: State, weights: str) -> tuple[dict[str, State], dict[str, li
     left: dict[str, list[str]] = defaultdict(list)
     raw = _averaged(state, weights, left)
     parts: dict[str, State] = defaultdict(dict)
+    bare_kind = _bare_kind(raw)
     for key, array in raw.items():
         if reason := _why_ignored(key):
             odd = key == "alphas_cumprod" and not _is_usual(array)
             left[_OTHER_NOISE if odd else reason].append(key)
             continue
         kind = next((kind for kind, start in PREFIXES.items() if key.startswith(start)), None)
-        kind = "vae" if kind is None and _bare_vae(raw) else kind
-        parts[kind or "unknown"][key] = array
+        parts[kind or bare_kind or "unknown"][key] = array
     unknown = parts.pop("unknown", {})
     states: dict[str, State] = {kind: {} for kind in PREFIXES if kind in parts}
     for kind, found in states.items():
@@ -158,7 +165,7 @@ def _averaged(state: State, weights: str, left: dict[str, list[str]]) -> State:
     partners = {
         key: EMA + key.removeprefix("model.").replace(".", "")
         for key in plain
-        if key.startswith(PREFIXES["unet"]) or _bare_vae(plain)
+        if key.startswith(PREFIXES["unet"]) or _bare_kind(plain) is not None
     }
     for key, average in partners.items():
         if average in averages:
@@ -191,7 +198,7 @@ class _Names:
 
     def __init__(self, kind: str, keys: Iterable[str]):
         self._text = kind == "clip_text"
-        pairs = {"unet": unet_pairs, "vae": vae_pairs}.get(kind)
+        pairs = {"unet": unet_pairs, "vae": vae_pairs, "controlnet": controlnet_pairs}.get(kind)
         found = pairs(set(keys)) if pairs else []
         self._down = dict(found)
         self._up = {ours: ldm for ldm, ours in found}
@@ -252,6 +259,23 @@ def unet_pairs(keys: set[str]) -> list[tuple[str, str]]:
     pairs += _join("middle_block.0", "mid_block.resnets.0", UNET_RESNET)
     pairs.append(("middle_block.1", "mid_block.attentions.0"))
     return pairs + _join("middle_block.2", "mid_block.resnets.1", UNET_RESNET)
+
+
+def controlnet_pairs(keys: set[str]) -> list[tuple[str, str]]:
+    """The layers of a ControlNet: a UNet's way down, and convolutions of its own."""
+    hint, ours = "input_hint_block", "controlnet_cond_embedding"
+    # Activations stand between the convolutions, so these have even numbers.
+    hints = _count(keys, rf"{hint}\.(\d+)\.") // 2 - 1
+    blocks = max(hints, _count(keys, rf"{ours}\.blocks\.(\d+)\."))
+    skips = _count(keys, r"(?:zero_convs|controlnet_down_blocks)\.(\d+)\.")
+    return [
+        *unet_pairs(keys),
+        (f"{hint}.0", f"{ours}.conv_in"),
+        *((f"{hint}.{2 * i + 2}", f"{ours}.blocks.{i}") for i in range(blocks)),
+        (f"{hint}.{2 * blocks + 2}", f"{ours}.conv_out"),
+        *((f"zero_convs.{i}.0", f"controlnet_down_blocks.{i}") for i in range(skips)),
+        ("middle_block_out.0", "controlnet_mid_block"),
+    ]
 
 
 def vae_pairs(keys: set[str]) -> list[tuple[str, str]]:

@@ -268,3 +268,70 @@ def test_other_files_are_not_taken_for_bases(golden, peer_state):
     assert not is_ldm(peer_state("vae")[0])
     assert not is_ldm(golden("transface", "state.")[0])
     assert all(len(entry.reason) > 10 for entry in IGNORED)
+
+
+@pytest.fixture(scope="module")
+def controlnet():
+    """diffusers' ControlNet in Stable Diffusion's shape, narrow, with random weights."""
+    from diffusers import ControlNetModel
+
+    torch.manual_seed(2)
+    net = ControlNetModel(
+        block_out_channels=(32, 64, 64, 64),
+        norm_num_groups=32,
+        cross_attention_dim=24,
+        conditioning_embedding_out_channels=(4, 6, 8, 12),
+    )
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.normal_()
+    return net
+
+
+HINTS = [
+    (f"input_hint_block.{2 * i + 2}", f"controlnet_cond_embedding.blocks.{i}") for i in range(6)
+]
+CONTROL = [
+    ("input_hint_block.0", "controlnet_cond_embedding.conv_in"),
+    *HINTS,
+    ("input_hint_block.14", "controlnet_cond_embedding.conv_out"),
+    ("zero_convs.11.0", "controlnet_down_blocks.11"),
+    ("middle_block_out.0", "controlnet_mid_block"),
+    ("input_blocks.3.0.op", "down_blocks.0.downsamplers.0.conv"),
+    ("input_blocks.11.0.in_layers.2", "down_blocks.3.resnets.1.conv1"),
+    ("middle_block.1.proj_in", "mid_block.attentions.0.proj_in"),
+]
+
+
+@pytest.mark.parametrize("prefix", ["control_model.", ""])
+def test_controlnets_in_their_original_layout(controlnet, prefix, same_bits, tmp_path):
+    from diffusers import ControlNetModel
+
+    controlnet.save_pretrained(tmp_path / "net")
+    state = {key: tensor.numpy() for key, tensor in controlnet.state_dict().items()}
+    one = tmp_path / "one.safetensors"
+    assert main(["to-torch", str(tmp_path / "net"), str(one), "--format", "original"]) == 0
+    written = read_file(one)[0]
+    for theirs, ours in CONTROL:
+        assert np.array_equal(written[f"control_model.{theirs}.bias"], state[f"{ours}.bias"])
+    read = ControlNetModel.from_single_file(str(one), config=str(tmp_path / "net"))
+    same_bits({key: tensor.numpy() for key, tensor in read.state_dict().items()}, state)
+
+    bare = {prefix + key.removeprefix("control_model."): a for key, a in written.items()}
+    write_pickle(tmp_path / "bare.pth", bare)
+    opened = open_weights(tmp_path / "bare.pth")
+    assert opened.kind == "controlnet"
+    same_bits(opened.states["controlnet"], state)
+    assert main(["to-torch", str(tmp_path / "bare.pth"), str(tmp_path / "back")]) == 0
+    again = ControlNetModel.from_pretrained(tmp_path / "back")
+    same_bits({key: tensor.numpy() for key, tensor in again.state_dict().items()}, state)
+    assert again.config.conditioning_embedding_out_channels == [4, 6, 8, 12]
+    assert tuple(again.config.down_block_types) == controlnet.config.down_block_types
+
+
+def test_a_unet_alone_without_a_prefix(state, peer_state, same_bits, tmp_path):
+    bare = {key.removeprefix(UNET): a for key, a in state.items() if key.startswith(UNET)}
+    write_safetensors(tmp_path / "unet.safetensors", bare, {})
+    opened = open_weights(tmp_path / "unet.safetensors")
+    assert opened.format == "original layout, safetensors"
+    same_bits(opened.states["unet"], peer_state("unet")[0])
