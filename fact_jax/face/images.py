@@ -1,31 +1,41 @@
 """Opening image files that a person names: every failure is one clear line."""
 
 import contextlib
+import functools
+import io
 import os
 import warnings
 from collections.abc import Iterator
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from fact_jax.errors import UserError
 
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 16
+# Brands of HEIF files with HEVC inside; those with AV1 (AVIF) Pillow reads itself.
+_HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
 @contextlib.contextmanager
 def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
     """An image file, opened and fully decoded; UserError when it cannot be.
 
-    Size is checked before anything is decoded, so a small file cannot ask for all the memory.
+    Size is checked before anything is decoded, so a small file cannot ask for all the memory. HEIC
+    is read where the package pillow-heif is installed.
     """
+    _register_heif()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
     except UnidentifiedImageError:
+        if _is_heic(path):
+            raise UserError(
+                f"{path} is a HEIC picture: pip install pillow-heif, or convert it to JPEG"
+            ) from None
         raise UserError(f"{path} is not an image that Pillow can read") from None
     except Image.DecompressionBombError:
         raise UserError(f"{path} is too large: at most {MAX_PIXELS:,} pixels") from None
@@ -46,13 +56,17 @@ def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
         yield image
 
 
-def read_image(path: str | os.PathLike) -> UInt8[np.ndarray, "h w 3"]:
+def read_image(path: str | os.PathLike, *, to_srgb: bool = False) -> UInt8[np.ndarray, "h w 3"]:
     """A photo as RGB bytes, upright by its EXIF orientation; transparency is laid on white.
 
-    Raises UserError for what is not a readable image of at least 16 px and 100 million pixels.
+    With ``to_srgb`` colours of another profile are converted; otherwise the bytes are those of the
+    file, see :func:`read_profile`. A profile that cannot be read counts as sRGB. Raises UserError
+    for what is not a readable image of at least 16 px and 100 million pixels.
     """
     with open_image(path) as opened:
         image = ImageOps.exif_transpose(opened)
+        if to_srgb:
+            image = _in_srgb(image)
         if image.mode in ("I;16", "I;16B", "I;16L", "I"):
             grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
             image = Image.fromarray(grey)
@@ -70,6 +84,41 @@ def read_profile(path: str | os.PathLike) -> bytes | None:
     """The ICC profile in which the bytes of ``read_image`` are meant; None: sRGB, or not known."""
     with Image.open(path) as image:
         return image.info.get("icc_profile") if image.mode in ("RGB", "RGBA") else None
+
+
+def _in_srgb(image: Image.Image) -> Image.Image:
+    """The picture in sRGB, or as it is without a profile that could be followed."""
+    profile = image.info.get("icc_profile")
+    if not profile:
+        return image
+    if image.mode in ("P", "PA", "LA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "sRGB" in ImageCms.getProfileDescription(source):
+            return image
+        return ImageCms.profileToProfile(
+            image,
+            source,
+            ImageCms.createProfile("sRGB"),
+            outputMode="RGBA" if image.mode == "RGBA" else "RGB",
+        )
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return image
+
+
+@functools.cache
+def _register_heif() -> None:
+    with contextlib.suppress(ImportError):
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+
+
+def _is_heic(path: str | os.PathLike) -> bool:
+    with open(path, "rb") as file:
+        head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIC
 
 
 def one_line(error: BaseException) -> str:

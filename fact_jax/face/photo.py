@@ -57,12 +57,12 @@ def prepare_photo(
     crop_size: int = CROP_SIZE,
     longest: int = LONGEST_SIDE,
 ) -> PreparedFace:
-    """Read a photo, find its face (``find_face``) and head (``head_mask``), align the crop.
+    """Read a photo in sRGB, find its face (``find_face``) and head (``head_mask``), align the crop.
 
     Points, mask file and parsing map are in pixels of the upright photo as stored; the photo is
     shrunk to ``longest`` after they are applied. ``notes`` are lines that the user should see.
     """
-    full = read_image(path)
+    full = read_image(path, to_srgb=True)
     face, note = find_face(path, full, points_file=points_file, pack=pack, index=index)
     image, points = limit_side(full, face.points, longest)
     if parsing is None and mask_file is None:

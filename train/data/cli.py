@@ -34,7 +34,8 @@ def add_records(commands: argparse._SubParsersAction) -> None:
     folder = sources.add_parser(
         "folder",
         help="your own photos, a folder a person",
-        description="Write the photos SRC/PERSON/NAME.jpg (or png, webp, bmp). Beside each: "
+        description="Write the photos SRC/PERSON/NAME.jpg (or png, webp, bmp, tif, avif, and heic "
+        "where pillow-heif is installed), their colours in sRGB. Beside each: "
         "NAME.points.json or NAME.json with the five points, unless a face detector is installed; "
         "NAME.mask.png, the grey head mask, and NAME.txt, the caption, if there are any.",
     )
@@ -70,19 +71,23 @@ def add_cache(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def write(arguments: argparse.Namespace) -> int:
     """Do `records`."""
+    from train.data.folder import Totals, folder_examples
     from train.data.records import write_records
 
+    totals = Totals()
     sizes = {"size": arguments.size, "crop_size": arguments.crop}
     if arguments.source == "portraits":
         from train.data.portraits import portrait_examples
 
         examples = portrait_examples(arguments.split, arguments.people, arguments.photos, **sizes)
     else:
-        from train.data.folder import folder_examples
-
-        examples = folder_examples(arguments.folder, warn=_warn, **sizes)
-    photos, people = write_records(examples, arguments.out, force=arguments.force, **sizes)
-    print(f"{arguments.out}: {photos} photos of {people} people")
+        examples = folder_examples(arguments.folder, warn=_warn, totals=totals, **sizes)
+    try:
+        photos, people = write_records(examples, arguments.out, force=arguments.force, **sizes)
+        print(f"{arguments.out}: {photos} photos of {people} people")
+    finally:
+        for line in totals.lines():
+            print(line)
     return 0
 
 

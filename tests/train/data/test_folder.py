@@ -4,13 +4,13 @@ import json
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from fact_jax.errors import UserError
 from fact_jax.face import ARCFACE_TEMPLATE, PreparedFace, face_mask, prepare_photo
 from fact_jax.portraits import NEUTRAL_CAPTION
 from train.cli import main
-from train.data.folder import folder_examples, square_up
+from train.data.folder import Totals, folder_examples, square_up
 from train.data.records import Records, decode
 
 POINTS = ARCFACE_TEMPLATE / 2 + (40, 10)
@@ -26,6 +26,13 @@ def write_photo(path, *, points=POINTS, mask=True, seed=0):
         head = np.zeros((80, 120), np.uint8)
         head[5:75, 40:100] = 255
         Image.fromarray(head).save(path.with_suffix(".mask.png"))
+
+
+def icc_profile() -> bytes:
+    """Pillow's sRGB profile under another name, its red and green primaries swapped."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = profile.replace(b"rXYZ", b"-two").replace(b"gXYZ", b"rXYZ").replace(b"-two", b"gXYZ")
+    return swapped.replace(b"s\0R\0G\0B", b"o\0w\0n\0 ")
 
 
 @pytest.fixture
@@ -69,6 +76,56 @@ def test_bad_photos_are_one_line_each_and_skipped(people):
         assert str(people / name) in line
         assert reason in line
         assert "\n" not in line
+
+
+def test_the_same_picture_is_no_partner_of_itself(people):
+    """Copied, or saved again in another format without loss; of another person it is told of."""
+    first = people / "anna" / "1.png"
+    for copy in (people / "anna" / "9.png", people / "anna" / "8.tiff", people / "bo" / "2.png"):
+        Image.open(first).save(copy)
+        copy.with_suffix(".json").write_bytes(first.with_suffix(".json").read_bytes())
+    lines, totals = [], Totals()
+    sizes = {"size": 64, "crop_size": 48}
+    examples = list(folder_examples(people, warn=lines.append, totals=totals, **sizes))
+    names = [example.name for example in examples]
+    assert names == ["anna/1.png", "anna/2.png", "bo/1.jpg", "bo/2.png"]
+    assert [line for line in lines if "same picture" in line] == [
+        f"skipped: {people / 'anna' / '8.tiff'} is the same picture as 1.png",
+        f"skipped: {people / 'anna' / '9.png'} is the same picture as 1.png",
+        f"{people / 'bo' / '2.png'}: the same picture as {first}, of another person",
+    ]
+    assert totals.skipped["duplicate"] == 2
+
+
+def test_a_skipped_photo_makes_no_duplicate_of_a_usable_one(people):
+    """``mute.png`` has a bad caption; the same picture beside it has none."""
+    mute = people / "anna" / "mute.png"
+    for suffix in (".png", ".json", ".mask.png"):
+        beside = people / "anna" / f"same{suffix}"
+        beside.write_bytes(mute.with_suffix(suffix).read_bytes())
+    examples = folder_examples(people, size=64, crop_size=48, warn=lambda line: None)
+    assert "anna/same.png" in [example.name for example in examples]
+
+
+def test_colours_of_another_profile_become_srgb(people):
+    """A profile whose red and green are swapped: what it calls red is green."""
+    pixels = np.zeros((80, 120, 3), np.uint8)
+    pixels[..., 0] = 255
+    photo = people / "anna" / "1.png"
+    swapped = icc_profile()
+    Image.fromarray(pixels).save(photo, icc_profile=swapped)
+    example = next(folder_examples(people, size=64, crop_size=48, warn=lambda line: None))
+    np.testing.assert_allclose(decode(example.photo)[32, 32], [0, 255, 0], atol=4)
+    inside = decode(example.crop)[24, 24]
+    np.testing.assert_allclose(inside, [0, 255, 0], atol=1)
+
+
+def test_a_caption_may_begin_with_a_byte_order_mark(people):
+    (people / "anna" / "2.txt").write_bytes(b"\xef\xbb\xbfa woman")
+    points = people / "anna" / "2.json"
+    points.write_bytes(b"\xef\xbb\xbf" + points.read_bytes())
+    captions = [e.caption for e in folder_examples(people, size=64, crop_size=48, warn=print)]
+    assert captions[1] == "a woman"
 
 
 def test_the_crop_is_the_one_that_generation_sees(people):
@@ -115,13 +172,26 @@ def test_the_face_lies_inside_the_head():
     assert 0.9 * np.pi * 80 * 104 < face.sum() < np.pi * 80 * 104
 
 
-def test_the_program_writes_what_is_usable(people, tmp_path, capsys):
+def test_the_program_writes_what_is_usable_and_tells_of_the_rest(people, tmp_path, capsys):
     out = tmp_path / "out"
+    (people / "anna" / "live.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
+    (people / "bo" / "README.md").touch()
+    (people / "bo" / "Makefile").touch()
+    write_photo(people / "loose.jpg")
+    write_photo(people / "bo" / "old" / "1.jpg")
+    write_photo(people / "bo" / "old" / "deep" / "2.png")
     command = ["records", "folder", str(people), "--out", str(out), "--size", "64", "--crop", "48"]
     assert main(command) == 0
     said = capsys.readouterr()
-    assert said.out == f"{out}: 3 photos of 2 people\n"
-    assert sum(line.startswith("warning: ") for line in said.err.splitlines()) == 6
+    assert said.out.splitlines() == [
+        f"{out}: 3 photos of 2 people",
+        "skipped 5 photos: 1 no points, 1 not readable, 1 HEIC, 1 caption, 1 points",
+        "ignored 3 files: 2 .md, 1 without ending",
+        "not looked at: 1 photos of nobody: put each into a person's folder",
+        "not looked at: 2 photos in folders within a person's: move them up",
+    ]
+    assert sum(line.startswith("warning: ") for line in said.err.splitlines()) == 7
+    assert "anna/live.HEIC is a HEIC picture: pip install pillow-heif" in said.err
     records = Records(out)
     np.testing.assert_array_equal(records.identities, [0, 0, 1])
     row = records[2]
