@@ -34,9 +34,10 @@ class Guidance:
     the null face or the same face. ``face``: None gives the two branches of the released code; a
     number gives the face a guidance of its own through a third branch (text without face).
 
-    ``face_scale`` is the adapter's strength, in the steps from ``start`` up to ``stop`` of the
-    trajectory (fractions); outside that window the adapter is silent. Several strengths are a
-    schedule: the first at the first step of the trajectory, the last at the last, lines between.
+    ``face_scale`` is the adapter's strength, in the steps from ``start`` up to ``stop`` of those
+    that are drawn (fractions; image-to-image draws the last ones only); outside that window the
+    adapter is silent. Several strengths are a schedule: the first at the first step that is drawn,
+    the last at the last, lines between.
     ``block_scales``: pairs of a pattern and a factor; a block's strength is times the factor of
     the first pattern (a regular expression) that is found in its path, as ``up_blocks``.
 
@@ -66,6 +67,11 @@ class Guidance:
             if (value := getattr(self, name)) not in choices:
                 names = " or ".join(map(repr, choices))
                 raise UserError(f"{name.replace('_', ' ')} must be {names}, got {value!r}")
+        if self.negative_face == "same" and self.face is not None:
+            raise UserError(
+                "a guidance of the face's own is away from the null face: negative face 'same' "
+                "cannot be had with it, give one of the two"
+            )
         if isinstance(self.face_scale, tuple) and not self.face_scale:
             raise UserError("a schedule of face scales needs at least one")
         if isinstance(self.cap, int | float) and not (math.isfinite(self.cap) and self.cap > 0):

@@ -53,14 +53,7 @@ class Settings:
         if self.steps < 1:
             raise UserError(f"steps must be at least 1, got {self.steps}")
         check_prompt(self.negative)
-        check_range("guidance", self.guidance.text, 1.0, MAX_GUIDANCE)
-        if self.guidance.face is not None:
-            check_range("face guidance", self.guidance.face, 0.0, MAX_GUIDANCE)
-        scales = self.guidance.face_scale
-        for scale in scales if isinstance(scales, tuple) else (scales,):
-            check_range("face scale", scale, 0.0, MAX_SCALE)
-        for pattern, factor in self.guidance.block_scales:
-            check_range(f"block scale {pattern!r}", factor, 0.0, MAX_SCALE)
+        check_guidance(self.guidance)
         for name in ("height", "width"):
             pixels = getattr(self, name)
             if pixels is not None and pixels < 1:
@@ -132,6 +125,18 @@ def by_person(photos: Sequence[Photo]) -> list[list[Photo]]:
             + ", ".join(f"{len(own)} of person {person}" for person, own in enumerate(people))
         )
     return people
+
+
+def check_guidance(guidance: Guidance) -> None:
+    """UserError for numbers that no picture is drawn with."""
+    check_range("guidance", guidance.text, 1.0, MAX_GUIDANCE)
+    if guidance.face is not None:
+        check_range("face guidance", guidance.face, 0.0, MAX_GUIDANCE)
+    scales = guidance.face_scale
+    for scale in scales if isinstance(scales, tuple) else (scales,):
+        check_range("face scale", scale, 0.0, MAX_SCALE)
+    for pattern, factor in guidance.block_scales:
+        check_range(f"block scale {pattern!r}", factor, 0.0, MAX_SCALE)
 
 
 def check_seed(seed: int) -> None:

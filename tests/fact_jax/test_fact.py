@@ -177,7 +177,7 @@ def test_photos_together_by_hand():
 
 
 def test_the_null_face_must_be_given():
-    for guidance in (Guidance(), Guidance(face=2.0, negative_face="same")):
+    for guidance in (Guidance(), Guidance(face=2.0)):
         with pytest.raises(UserError, match="needs no_face"):
             guided(guidance, no_face=None)()
 
@@ -188,6 +188,7 @@ def test_impossible_guidance():
             Guidance(start=start, stop=stop)
     for changes, message in (
         ({"face_scale": ()}, "a schedule of face scales needs at least one"),
+        ({"face": 2.0, "negative_face": "same"}, "away from the null face: .* give one of the two"),
         ({"cap": 0.0}, "cap of the face's increment must be above 0, got 0"),
         ({"cap": float("nan")}, "must be above 0, got nan"),
         ({"block_scales": (("(", 1.0),)}, r"block scale '\(': not a regular expression"),
