@@ -152,7 +152,9 @@ class FlaxPipeline(Drawer):
         bound = self.base.schedule.num_train_timesteps
         shared = {
             "numbers": numbers,
-            "strengths": block_strengths(settings.guidance, settings.steps, self.blocks, bound),
+            "strengths": block_strengths(
+                settings.guidance, settings.steps, start, self.blocks, bound
+            ),
             "control": np.float32(control_scale),
             "photo_mask": photo_mask,
         }

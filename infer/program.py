@@ -78,10 +78,13 @@ def split_guidance(guidance: Guidance) -> tuple[Guidance, dict[str, np.ndarray]]
 
 
 def block_strengths(
-    guidance: Guidance, steps: int, blocks: Sequence[str], bound: int
+    guidance: Guidance, steps: int, start: int, blocks: Sequence[str], bound: int
 ) -> Float[np.ndarray, "bound blocks"]:
-    """The adapter's strength in each step and block; rows from ``steps`` on fill up."""
-    scales = jax.vmap(lambda i: guidance.scale_at(i, steps))(jnp.arange(bound))
+    """The adapter's strength in each step and block; rows from ``steps`` on fill up.
+
+    Of ``steps`` those from ``start`` on are drawn: window and schedule are over them.
+    """
+    scales = jax.vmap(lambda i: guidance.scale_at(i - start, steps - start))(jnp.arange(bound))
     return np.asarray(scales)[:, None] * np.asarray(guidance.block_factors(blocks), np.float32)
 
 
