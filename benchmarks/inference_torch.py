@@ -91,7 +91,7 @@ def _make_adapters(unet: nn.Module, size) -> dict[str, FaceProcessor]:
 @contextlib.contextmanager
 def _adapted(unet, adapters: dict[str, FaceProcessor], kind: type) -> Iterator[FaceContext]:
     """The adapters in the UNet, computed in one way or the other, with the same weights."""
-    context = FaceContext(guidance=Guidance())
+    context = FaceContext()
     for path, block in text_blocks(unet):
         adapters[path].__class__ = kind
         adapters[path].install(path, block, context)
@@ -118,7 +118,6 @@ def _calls(unet, adapters, size, arguments) -> dict:
             with _adapted(unet, adapters, kind) as context:
                 for processor in installed(unet).values():
                     processor.keys = processor.face_keys(face)
-                    processor.text = processor.text_keys(text) if kind is FaceProcessor else None
                 context.scale = torch.tensor(1.0, device=unet.device)
                 return call(model)
 
@@ -198,7 +197,7 @@ def _pictures(unet, adapters, size, arguments) -> dict:
         found[f"plain, {batch} at a time"] = _best(draw, batch, arguments.runs, pipe)
         with _adapted(unet, adapters, FaceProcessor) as context:
             null, face = torch.randn(2, batch, size.face_tokens, size.face_dim, device=device)
-            with Steering(pipe, context, Guidance(text=5.0)).through([null, face]):
+            with Steering(pipe, context, Guidance(text=5.0)).through(face, null):
                 found[f"face, {batch} at a time"] = _best(draw, batch, arguments.runs, pipe)
     return found
 

@@ -26,10 +26,10 @@ from infer.hub import open_parts
 from infer.pipeline import Drawer
 from infer.program import keep_jax_on_cpu
 from infer.request import Settings
+from infer.torch_calls import strengths
 from infer.torch_canvas import OnCanvas, OnCanvasUnderControl
 from infer.torch_fact import FactTorch, load_fact
 from infer.torch_lora import merge_loras
-from infer.torch_steering import strengths
 
 
 class TorchPipeline(Drawer):
@@ -129,7 +129,7 @@ class TorchPipeline(Drawer):
                 places = region_masks(regions, (height, width), levels)
             tokens = self.fact.face_tokens(crops, guidance.combine, people)
             tokens = tokens.expand(len(prompts), *tokens.shape[1:])
-            scales = strengths(guidance, indices, settings.steps)
+            scales = strengths(guidance, indices - start, settings.steps - start)
             face = self.fact.on(pipe).face(tokens, guidance, scales, places)
         with face:
             pictures = pipe(

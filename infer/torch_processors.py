@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention_processor import Attention
 from torch import Tensor, nn
 
+from fact_jax.errors import UserError
 from fact_jax.fact import Guidance
 from infer.torch_models import attend
 
@@ -25,14 +26,17 @@ Keys = tuple[Tensor, Tensor]
 class FaceContext:
     """What the processors of one pipe know of the generation in progress.
 
-    ``guidance`` is None outside of a generation with a face. ``scale`` (0-dimensional) is the
-    adapter's strength in this call of the UNet; None: it is silent and costs nothing. ``regions``
-    (b, k, n), by the number of tokens n, say whose region of k people each token lies in; the face
-    tokens are then theirs, an equal share each (see ``fact_jax.models.adapter.FaceControls``).
+    ``guidance`` is None outside of a generation with a face. ``strength`` is what the user asked
+    for: one number, or one for each picture (b,) or for each person in it (b, k). ``scale`` is the
+    adapter's strength in this call of the UNet: () or (b, 1, 1), or by the number of tokens n
+    (b, n, 1); None: it is silent and costs nothing. ``regions`` (b, k, n), by the number of tokens
+    n, say whose region of k people each token lies in; the face tokens are then theirs, an equal
+    share each (see ``fact_jax.models.adapter.FaceControls``).
     """
 
     guidance: Guidance | None = None
-    scale: Tensor | None = None
+    strength: Tensor | None = None
+    scale: Tensor | Mapping[int, Tensor] | None = None
     regions: Mapping[int, Tensor] | None = None
 
 
@@ -64,9 +68,9 @@ class FaceProcessor(nn.Module):
 
     Its parameters have the released names under ``...attn2.processor.`` and move with the pipe, but
     are no part of the UNet's state: a pipe is saved as the base that it is. ``own_norm`` is for
-    files that hold a copy of the block's ``norm2``. ``keys`` and ``text`` are keys and values of
-    the face's and the text's tokens, computed once a generation and None outside of it; ``factor``
-    is what this block's strength is multiplied by.
+    files that hold a copy of the block's ``norm2``. ``keys`` are keys and values of the face's
+    tokens, computed once a generation and None outside of it; ``factor`` is what this block's
+    strength is multiplied by.
     """
 
     def __init__(self, dim: int, heads: int, face_dim: int, *, own_norm: bool = False):
@@ -81,7 +85,6 @@ class FaceProcessor(nn.Module):
         self.ln = nn.LayerNorm(dim) if own_norm else None
         self.inner: Any = None
         self.keys: Keys | None = None
-        self.text: Keys | None = None
         self.factor = 1.0
         self._increment: Tensor | None = None
 
@@ -112,19 +115,12 @@ class FaceProcessor(nn.Module):
 
     def forget(self) -> None:
         """Drop what belongs to a generation."""
-        self.keys = self.text = self._increment = None
+        self.keys = self._increment = None
 
     def face_keys(self, face: Tensor) -> Keys:
         """Keys and values (b, m, c) of face tokens."""
         tokens = self.norm1(self.linear(face))
         return self.attn.to_k(tokens), self.attn.to_v(tokens)
-
-    def text_keys(self, text: Tensor) -> Keys | None:
-        """Keys and values (b, n, c) of text tokens; None if ``inner`` does more than attend."""
-        attention = self._block[0].attn2
-        if type(self.inner) is not AttnProcessor2_0 or not _plain(attention):
-            return None
-        return attention.to_k(text), attention.to_v(text)
 
     def increment(self, x: Tensor, face: Keys, scale: Tensor | float) -> Tensor:
         """What the adapter adds to the visual tokens ``x``; only they ask queries."""
@@ -152,25 +148,31 @@ class FaceProcessor(nn.Module):
         diffusers passes on what the signature names: that is all that its own processors take.
         """
         increment, self._increment = self._increment, None
-        if self.text is not None and attention_mask is None:
-            mixed = attend(attn.to_q(hidden_states), *self.text, attn.heads)
-            text = attn.to_out[1](attn.to_out[0](mixed))
-        else:
-            more = {"temb": temb, "ip_adapter_masks": ip_adapter_masks}
-            text = self.inner(
-                attn,
-                hidden_states,
-                encoder_hidden_states=encoder_hidden_states,
-                attention_mask=attention_mask,
-                **{name: value for name, value in more.items() if value is not None},
-            )
+        more = {"temb": temb, "ip_adapter_masks": ip_adapter_masks}
+        text = self.inner(
+            attn,
+            hidden_states,
+            encoder_hidden_states=encoder_hidden_states,
+            attention_mask=attention_mask,
+            **{name: value for name, value in more.items() if value is not None},
+        )
         return text if increment is None else text + increment
 
     def _adapt(self, norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """Before the block's ``norm2``: the tokens with the increment, which is kept for later."""
-        if self.keys is None or self.context.scale is None or not self.factor:
+        scale = self.context.scale
+        if self.keys is None:
+            if self.context.guidance is not None:
+                raise UserError(
+                    "the UNet is called in another way than the face was prepared for (with or "
+                    "without torch.compile): name the pipe that calls it, as fact.on(pipe).face"
+                )
             return None
-        self._increment = self.increment(args[0], self.keys, self.context.scale)
+        if scale is None or not self.factor:
+            return None
+        if isinstance(scale, Mapping):
+            scale = scale[args[0].shape[1]]
+        self._increment = self.increment(args[0], self.keys, scale)
         return (args[0] + self._increment,)
 
     def _copied_norm(self, norm: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
@@ -206,12 +208,6 @@ def _capped(added: Tensor, x: Tensor, cap: float) -> Tensor:
     length, limit = (a.float().flatten(1).norm(dim=1)[:, None, None] for a in (added, x))
     limit = cap * limit
     return added * torch.where(length > limit, limit / length, 1.0).to(added.dtype)
-
-
-def _plain(attention: Attention) -> bool:
-    """Whether an attention is queries, keys, values and ``to_out``, as all of SD 1.5's are."""
-    extra = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "residual_connection")
-    return attention.rescale_output_factor == 1 and not any(getattr(attention, k) for k in extra)
 
 
 def _leave_out(attention: Attention, state: dict[str, Tensor], prefix: str, _: dict) -> None:

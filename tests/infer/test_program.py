@@ -12,6 +12,7 @@ import pytest
 
 from fact_jax.fact import Guidance
 from infer.program import block_strengths, keep_programs, pad_photos, split_guidance
+from infer.torch_calls import strengths
 
 BLOCKS = ("down_blocks.0", "mid_block", "up_blocks.0", "up_blocks.1")
 
@@ -42,15 +43,22 @@ def test_a_program_and_its_numbers(guidance):
         assert getattr(joined, name) == (np.float32(value) if isinstance(value, float) else value)
     cap = np.inf if guidance.cap is None and guidance.adain else guidance.cap
     assert joined.cap == (cap and np.float32(cap))
-    strengths = block_strengths(guidance, 6, BLOCKS, 9)
-    assert strengths.shape == (9, 4)
+    scales = block_strengths(guidance, 6, 0, BLOCKS, 9)
+    assert scales.shape == (9, 4)
     by_hand = [
         [guidance.scale_at(jnp.asarray(i), 6) * factor for factor in guidance.block_factors(BLOCKS)]
         for i in range(6)
     ]
-    np.testing.assert_allclose(strengths[:6], by_hand, rtol=1e-6)
+    np.testing.assert_allclose(scales[:6], by_hand, rtol=1e-6)
     other = dataclasses.replace(guidance, face_scale=0.9, block_scales=(), start=0.1)
     assert split_guidance(other)[0] == shape
+
+
+def test_window_and_schedule_are_over_the_steps_that_are_drawn():
+    guidance = Guidance(face_scale=(0.9, 0.3), stop=0.5)
+    scales = block_strengths(guidance, 6, 2, BLOCKS, 6)
+    np.testing.assert_allclose(scales[:, 0], [0, 0, 0.9, 0.7, 0, 0], rtol=1e-6)
+    assert strengths(guidance, np.arange(2, 6) - 2, 4) == scales[2:, 0].tolist()
 
 
 def test_guidance_and_controls_take_a_program_each():

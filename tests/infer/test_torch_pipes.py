@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import dataclasses
-from types import SimpleNamespace
 
 import accelerate
 import numpy as np
@@ -26,10 +25,10 @@ from fact_jax.errors import UserError
 from fact_jax.fact import Guidance
 from infer.canvas import Canvas
 from infer.request import Settings
+from infer.torch_calls import StepScales
 from infer.torch_fact import FactTorch, load_fact, unload_fact
 from infer.torch_pipeline import TorchPipeline
-from infer.torch_processors import FaceContext, installed
-from infer.torch_steering import Steering
+from infer.torch_processors import installed
 
 GUIDANCE = Guidance(text=3.0)
 
@@ -162,8 +161,8 @@ def test_different_people_for_different_prompts(fact, pipe):
 
 
 def test_what_does_not_fit_is_said_in_one_line(fact, pipe):
-    with fact.face(people(fact), GUIDANCE), pytest.raises(UserError, match="draws 2 pictures at"):
-        draw(pipe, ["a man", "a woman"])
+    with fact.face(people(fact, 2)), pytest.raises(UserError, match="draws 3 pictures at once"):
+        draw(pipe, ["a man", "a woman", "a man"])
     with (
         fact.face(people(fact), Guidance(text=4.0)),
         pytest.raises(UserError, match="guidance_scale=3, the face was given 4"),
@@ -175,8 +174,8 @@ def test_what_does_not_fit_is_said_in_one_line(fact, pipe):
         fact.on(stranger)
 
 
-def test_keys_of_text_and_face_are_computed_once(fact, pipe):
-    counts = dict.fromkeys(("text", "face", "query"), 0)
+def test_keys_of_the_face_are_computed_once(fact, pipe):
+    counts = dict.fromkeys(("face", "query"), 0)
 
     def counting(name):
         def hook(*_):
@@ -187,15 +186,14 @@ def test_keys_of_text_and_face_are_computed_once(fact, pipe):
     processor = next(iter(installed(pipe.unet).values()))
     attention = processor._block[0].attn2
     hooks = [
-        attention.to_k.register_forward_hook(counting("text")),
         attention.to_q.register_forward_hook(counting("query")),
         processor.linear.register_forward_hook(counting("face")),
     ]
     with fact.face(people(fact), dataclasses.replace(GUIDANCE, face=2.0)):
         draw(pipe, steps=3)
-    assert counts == {"text": 1, "face": 1, "query": 3}
+    assert counts == {"face": 1, "query": 3}
     draw(pipe, steps=3)
-    assert counts == {"text": 4, "face": 1, "query": 6}
+    assert counts == {"face": 1, "query": 6}
     for hook in hooks:
         hook.remove()
 
@@ -302,13 +300,14 @@ def test_half_precision(files):
 
 
 def test_a_window_over_timesteps_that_are_rounded_to_one(pipe):
-    steering = Steering(pipe, FaceContext(), Guidance(text=3.0, stop=0.5))
     karras = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config, use_karras_sigmas=True)
     karras.set_timesteps(100)
     assert len(set(karras.timesteps.tolist())) < 100
-    steering.pipe = SimpleNamespace(scheduler=karras)
-    steering._timesteps = karras.timesteps
-    assert steering._own_scales() == [1.0] * 50 + [0.0] * 50
+    scales = StepScales(Guidance(text=3.0, stop=0.5))
+    assert [scales.at(karras, t) for t in karras.timesteps] == [1.0] * 50 + [0.0] * 50
+    # The last 60, as image-to-image takes them, in a loop that passes numbers.
+    values = karras.timesteps[40:].tolist()
+    assert [scales.at(karras, t) for t in values] == [1.0] * 30 + [0.0] * 30
 
 
 def low_rank(unet) -> dict[str, torch.Tensor]:
