@@ -52,6 +52,7 @@ def summary(weights: Weights) -> dict[str, object]:
         "step": step_of(weights),
         "hash": content_hash(weights.tensors()),
         "left out": dict(weights.left_out),
+        "notes": list(weights.notes) or None,
         "added tokens": [token.content for token in added_tokens(weights)] or None,
     }
     unknown = unknown_keys(weights)

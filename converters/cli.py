@@ -316,7 +316,7 @@ def _bar(weights):
 def _done(arguments: argparse.Namespace, weights, layout: str, notes: Sequence[str]) -> int:
     for reason, keys in weights.left_out.items():
         _say(f"left out {len(keys)} keys ({listed(keys)}): {reason}", file=sys.stderr)
-    for note in notes:
+    for note in (*weights.notes, *notes):
         _say(note, file=sys.stderr)
     would = "would be " if arguments.dry_run else ""
     _say(f"{arguments.out}: {would}{weights.kind} ({layout})")

@@ -28,6 +28,7 @@ from converters.pipeline import PARTS
 from converters.readers import (
     State,
     local_folder,
+    part_variants,
     read_file,
     read_json,
     read_weights,
@@ -53,7 +54,7 @@ class Weights:
     ``format`` is how it is stored. ``metadata`` is what it says of itself: for an adapter file its
     metadata, for a checkpoint of the trainer its ``meta`` and the step. ``configs`` are the
     peers' configurations by kind, where it has them. ``left_out`` are keys that carry no weight of
-    these models, by the reason.
+    these models, by the reason. ``notes`` are lines that a person has to read.
     """
 
     path: Path
@@ -62,6 +63,7 @@ class Weights:
     metadata: Mapping[str, object]
     configs: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
     left_out: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -173,8 +175,10 @@ def _open_pipeline(path: Path, variant: str | None) -> Weights:
     index = read_json(path / "model_index.json")
     if family := family_of_class(index.get("_class_name")):
         raise UserError(f"{path}: this is {family}: {FAMILIES_KNOWN}")
+    variants, notes = part_variants(path, {part: PARTS[part][1] for part in PARTS}, variant)
     states = {
-        kind: read_weights(path / part, stem, variant) for part, (kind, stem) in PARTS.items()
+        kind: read_weights(path / part, stem, variants[part])
+        for part, (kind, stem) in PARTS.items()
     }
     for kind, state in states.items():
         _refuse_others(path / kind, state)
@@ -190,6 +194,7 @@ def _open_pipeline(path: Path, variant: str | None) -> Weights:
         metadata=index,
         configs=read_configs(path),
         left_out={"parts of a pipeline that are no weights of ours": others} if others else {},
+        notes=tuple(notes),
     )
 
 

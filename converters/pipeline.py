@@ -1,6 +1,7 @@
 """A Stable Diffusion 1.5 base as a diffusers pipeline folder, read and written."""
 
 import dataclasses
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.lora import LORA_PARTS, Lora, merge_model
-from converters.readers import local_folder, read_json, read_weights
+from converters.readers import local_folder, part_variants, read_json, read_weights
 from converters.rules import ADAPTER_MARK
 from converters.tokenizer import Tokenizer, read_tokenizer, write_tokenizer
 from converters.weights import dump_some, in_precision, load_state
@@ -19,6 +20,8 @@ from fact_jax.models.clip_text import CLIPTextModel
 from fact_jax.models.unet import UNet
 from fact_jax.models.vae import AutoencoderKL
 from fact_jax.schedules import NoiseSchedule
+
+log = logging.getLogger(__name__)
 
 PARTS = {
     "unet": ("unet", "diffusion_pytorch_model"),
@@ -68,13 +71,18 @@ def load_pipeline(
 ) -> Pipeline:
     """Read a diffusers folder, or a Hub repository of that name if there is no such folder.
 
-    ``variant`` (as fp16) picks the weight files of that name; parameters are of ``dtype``
-    whatever the files hold. ``loras`` are added to them, each times its scale, before they are
-    rounded to it. Raises UserError naming the folder and what is wrong with it.
+    ``variant`` (as fp16) picks the weight files of that name, where a part has any; parameters are
+    of ``dtype`` whatever the files hold. ``loras`` are added to them, each times its scale, before
+    they are rounded to it. Raises UserError naming the folder and what is wrong with it.
     """
     folder = find_pipeline(path, variant)
-    how = {"variant": variant, "dtype": dtype, "loras": loras}
-    models = {part: load_part(folder / part, **how) for part in PARTS}
+    variants, lines = part_variants(folder, {part: PARTS[part][1] for part in PARTS}, variant)
+    for line in lines:
+        log.warning(line)
+    models = {
+        part: load_part(folder / part, variant=variants[part], dtype=dtype, loras=loras)
+        for part in PARTS
+    }
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     text = models["text_encoder"].config
     tokenizer = read_tokenizer(folder / "tokenizer", text.max_position_embeddings, text.vocab_size)

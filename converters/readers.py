@@ -6,7 +6,7 @@ against the file before anything is allocated.
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from converters.families import HEAD, start_of
@@ -67,16 +67,9 @@ def read_weights(folder: str | os.PathLike, stem: str, variant: str | None = Non
     ``variant`` (as fp16) picks the files of that name.
     """
     folder = Path(folder)
-    dotted = f".{variant}" if variant else ""
-    wanted = []
-    for base, suffix in ((stem, "safetensors"), (LEGACY_STEMS.get(stem, stem), "bin")):
-        single = folder / f"{base}{dotted}.{suffix}"
-        index = folder / f"{base}.{suffix}.index{dotted}.json"
-        if single.exists():
-            return read_file(single)[0]
-        if index.exists():
-            return _read_shards(index)
-        wanted += [single.name, index.name]
+    names = _weight_files(stem, variant)
+    if found := next((folder / name for name in names if (folder / name).exists()), None):
+        return _read_shards(found) if found.suffix == ".json" else read_file(found)[0]
     there = sorted(
         {
             match[1] or "none"
@@ -91,7 +84,36 @@ def read_weights(folder: str | os.PathLike, stem: str, variant: str | None = Non
         }
     )
     hint = f"; there are weights of variant {', '.join(there)}" if there else ""
-    raise UserError(f"{folder}: no {', no '.join(wanted)}{hint}")
+    raise UserError(f"{folder}: no {', no '.join(names)}{hint}")
+
+
+def _weight_files(stem: str, variant: str | None) -> list[str]:
+    """What a folder's weights may be called, one file or an index: the first one counts."""
+    dotted = f".{variant}" if variant else ""
+    return [
+        name
+        for base, suffix in ((stem, "safetensors"), (LEGACY_STEMS.get(stem, stem), "bin"))
+        for name in (f"{base}{dotted}.{suffix}", f"{base}.{suffix}.index{dotted}.json")
+    ]
+
+
+def part_variants(
+    folder: Path, stems: Mapping[str, str], variant: str | None
+) -> tuple[dict[str, str | None], list[str]]:
+    """The variant to read of every part of a pipeline, and a line for each that has none of it.
+
+    ``stems`` are what the weights are called, by part. As in diffusers the ordinary weights are
+    read of a part that has none of the variant, unless no part has any.
+    """
+    names = {part: _weight_files(stem, variant) for part, stem in stems.items()}
+    have = {p for p, files in names.items() if any((folder / p / file).exists() for file in files)}
+    chosen = {part: variant if part in have or not have else None for part in stems}
+    lines = [
+        f"{folder / part}: no weights of variant {variant}: its ordinary ones are read"
+        for part in stems
+        if chosen[part] != variant
+    ]
+    return chosen, lines
 
 
 def _read_shards(index: Path) -> State:
@@ -153,6 +175,10 @@ def local_folder(
     wanted = [*patterns, *(wanted if weights else ())]
     try:
         found = snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=unwanted)
+        rest = _without_variant(Path(found), variant) if weights and variant else []
+        if rest:
+            unwanted += ["*.fp16.*", "*.non_ema.*"]
+            snapshot_download(str(name), allow_patterns=rest, ignore_patterns=unwanted)
         return Path(found)
     except Exception as err:  # the client has a dozen sorts for offline, absent and forbidden
         line = str(err).strip().splitlines()
@@ -160,3 +186,12 @@ def local_folder(
             f"{name}: no such folder here, and the Hub does not give it "
             f"({line[0] if line else type(err).__name__})"
         ) from err
+
+
+def _without_variant(folder: Path, variant: str) -> list[str]:
+    """Patterns of the ordinary weights of parts that came without any of the variant."""
+    return [
+        f"{config.parent.name}/*model*.safetensors"
+        for config in folder.glob("*/config.json")
+        if not any(config.parent.glob(f"*.{variant}*safetensors"))
+    ]

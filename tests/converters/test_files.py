@@ -286,6 +286,11 @@ def test_a_hub_name_is_fetched_and_a_missing_folder_is_not(monkeypatch, tmp_path
     monkeypatch.chdir(tmp_path)
     assert readers.local_folder("some/model", ("*.json",), "fp16") == tmp_path
     assert asked.pop() == ("some/model", ["*.json", "*/*.fp16*safetensors"])
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").touch()
+    readers.local_folder("some/model", ("*.json",), "fp16")
+    assert asked.pop() == ("some/model", ["vae/*model*.safetensors"])
+    asked.clear()
     readers.local_folder("some/model", ("*.json",), None, weights=False)
     assert asked == [("some/model", ["*.json"])]
     with pytest.raises(UserError, match=r"no/where: no such folder here.*\(offline\)$"):

@@ -10,6 +10,7 @@ import torch
 
 from converters import dump_state, load_pipeline, load_state, save_pipeline, tokenize
 from converters.cli import main
+from converters.formats import open_weights
 from converters.weights import parameters
 from fact_jax.errors import UserError
 
@@ -46,7 +47,7 @@ def test_diffusers_opens_what_we_wrote(pipeline_folder, peers, peer_state, same_
     assert np.array_equal(pictures[0].images, pictures[1].images)
 
 
-def test_half_precision_variants(peers, folder, same_bits, tmp_path):
+def test_half_precision_variants(peers, folder, pipeline_folder, same_bits, tmp_path):
     for part, kind in (("unet", "unet"), ("vae", "vae"), ("text_encoder", "clip_text")):
         for file in (folder / part).glob("*.safetensors"):
             file.unlink()
@@ -57,6 +58,20 @@ def test_half_precision_variants(peers, folder, same_bits, tmp_path):
     with pytest.raises(UserError, match="variant fp16"):
         load_pipeline(folder)
     pipeline = load_pipeline(folder, variant="fp16")
+    opened = open_weights(folder, variant="fp16")
+    assert opened.notes == ()
+    # As in diffusers, a part that has none of the variant is read as it is.
+    shutil.rmtree(folder / "vae")
+    shutil.copytree(pipeline_folder / "vae", folder / "vae")
+    mixed = open_weights(folder, variant="fp16")
+    assert [note.partition(": ")[2] for note in mixed.notes] == [
+        "no weights of variant fp16: its ordinary ones are read"
+    ]
+    same_bits(mixed.states["unet"], opened.states["unet"])
+    same_bits(mixed.states["vae"], open_weights(pipeline_folder).states["vae"])
+    same_bits(dump_state(load_pipeline(folder, variant="fp16").vae), mixed.states["vae"])
+    with pytest.raises(UserError, match=r"unet: no diffusion_pytorch_model\.bf16"):
+        load_pipeline(folder, variant="bf16")
     assert pipeline.unet.conv_in.kernel[...].dtype == jnp.float32
     assert {array.dtype for array in dump_state(pipeline.unet).values()} == {np.dtype(np.float16)}
     save_pipeline(pipeline, tmp_path / "copy")
