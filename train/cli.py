@@ -57,6 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_experiment(run)
     run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default runs/NAME)")
+    run.add_argument(
+        "--dry-run", action="store_true", help="load, compile, run one step, and write nothing"
+    )
     several = run.add_argument_group("several processes")
     several.add_argument(
         "--coordinator",
@@ -131,6 +134,12 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str], command: str) 
     from train.distributed import initialize
 
     initialize(arguments.coordinator, arguments.processes, arguments.process)
+
+    if arguments.dry_run:
+        from train.dry_run import dry_run
+
+        dry_run(config)
+        return 0
 
     from train.loop import run
 

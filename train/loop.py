@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
+from jax.sharding import Mesh
 
 from fact_jax.errors import UserError
 from fact_jax.files import replace_folder
@@ -25,7 +27,7 @@ from train.distributed import check_alike, check_same, check_shared, gather, tog
 from train.folder import claim_folder, describe_start, now
 from train.meter import Meter, Profile
 from train.plan.model_flops import model_flops
-from train.runlog import RunLog, average
+from train.runlog import RunLog, average, stage
 from train.state import TrainState, make_optimizer, place_state
 from train.step import TrainStep, cast, check_batch, frozen_shardings, make_train_step
 from train.stopping import Stopping
@@ -60,50 +62,79 @@ def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
     with RunLog(folder, steps=config.steps, wandb=config.log.wandb) as log:
         log.note(f"{now()}  {command or 'train.loop.run'}")
         describe_start(folder, command)
-        with log.stage(f"{folder}: loading what the {config.task} task starts from"):
-            with together():
-                task, root = make_task(config), jax.random.key(config.seed)
-                params, frozen = task.init(jax.random.fold_in(root, INIT_KEY))
-            frozen = jax.tree.map(jax.numpy.asarray, frozen)
-            content = content_hash(frozen)
-            frozen = cast(frozen, config.precision)
-            frozen = place(frozen, frozen_shardings(frozen, config, mesh))
-            if jax.process_count() > 1:
-                # What a process holds a copy of is never compared again.
-                digests = {"frozen base": content, "start of what is trained": content_hash(params)}
-                check_same(digests, "give all hosts the same files and versions")
-            optimizer = make_optimizer(config.optimizer)
-            state = place_state(params, optimizer, config.ema, mesh)
-            del params
-        with log.stage("preparing the training data"), together():
-            source = task.source()
-            if config.log.samples_every is not None and hasattr(task, "open_samples"):
-                task.open_samples()
-        data = getattr(source, "fingerprint", None)
-        check_same({"training data": data}, "give all hosts the same records")
+        ready = prepare(config, mesh, log.say, str(folder))
+        frozen = ready.frozen
         about = About(
             config=to_json(config),
-            frozen=content,
-            data=data,
-            steps_before=getattr(task, "steps_before", 0),
+            frozen=ready.content,
+            data=getattr(ready.source, "fingerprint", None),
+            steps_before=getattr(ready.task, "steps_before", 0),
         )
         with Checkpoints(folder, keep=config.checkpoint, about=about) as checkpoints:
-            state = checkpoints.restore(state, log.say) or state
+            state = checkpoints.restore(ready.state, log.say) or ready.state
             start = int(state.step)
-            log.say(f"{_sizes(state, frozen)}, {'resuming at' if start else 'from'} step {start}")
+            log.say(f"{sizes(state, frozen)}, {'resuming at' if start else 'from'} step {start}")
             for change in changes:
                 log.say(f"{change} from step {start} on")
             log.begin(start, about.config)
-            loop = _Loop(config, folder, task, frozen, checkpoints, log)
+            loop = _Loop(config, folder, ready.task, frozen, checkpoints, log)
             loop.repair_export(state)
-            train_step = make_train_step(task, optimizer, config, mesh)
+            train_step = make_train_step(ready.task, ready.optimizer, config, mesh)
             with Stopping() as stopping:
-                state = loop.train(train_step, source, state, stopping)
+                state = loop.train(train_step, ready.source, state, stopping)
         all_agree(True)  # nobody leaves while another still writes
         stopped = stopping.decided if int(state.step) < config.steps else None
         saved = f", saved in {folder}" if not int(state.skipped_in_a_row) else ""
         log.say(f"{'stopped' if stopped else 'done'} at step {int(state.step)}{saved}")
     return Outcome(state=state, frozen=frozen, stopped_by=stopped)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run starts with; ``content`` is the hash of the frozen parameters as they were read.
+
+    ``state`` is that of step 0.
+    """
+
+    task: Task
+    frozen: PyTree
+    content: str
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    source: Source
+
+
+def prepare(config: TrainConfig, mesh: Mesh, say: Callable[[str], None], name: str) -> Prepared:
+    """Load models and data, and put them where the mesh wants them. Writes nothing."""
+    with stage(say, f"{name}: loading what the {config.task} task starts from"):
+        with together():
+            task, root = make_task(config), jax.random.key(config.seed)
+            params, frozen = task.init(jax.random.fold_in(root, INIT_KEY))
+        frozen = jax.tree.map(jax.numpy.asarray, frozen)
+        content = content_hash(frozen)
+        frozen = cast(frozen, config.precision)
+        frozen = place(frozen, frozen_shardings(frozen, config, mesh))
+        if jax.process_count() > 1:
+            # What a process holds a copy of is never compared again.
+            digests = {"frozen base": content, "start of what is trained": content_hash(params)}
+            check_same(digests, "give all hosts the same files and versions")
+        optimizer = make_optimizer(config.optimizer)
+        state = place_state(params, optimizer, config.ema, mesh)
+        del params
+    with stage(say, "preparing the training data"), together():
+        source = task.source()
+        if config.log.samples_every is not None and hasattr(task, "open_samples"):
+            task.open_samples()
+    data = getattr(source, "fingerprint", None)
+    check_same({"training data": data}, "give all hosts the same records")
+    return Prepared(
+        task=task,
+        frozen=frozen,
+        content=content,
+        optimizer=optimizer,
+        state=state,
+        source=source,
+    )
 
 
 class _Loop:
@@ -326,6 +357,6 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _sizes(state: TrainState, frozen: PyTree) -> str:
+def sizes(state: TrainState, frozen: PyTree) -> str:
     count = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, frozen)]
     return f"{count[0]:,} parameters trained, {count[1]:,} frozen, on {jax.default_backend()}"

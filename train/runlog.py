@@ -7,7 +7,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,14 +81,9 @@ class RunLog:
             self._text.write(line + "\n")
             self._text.flush()
 
-    @contextlib.contextmanager
-    def stage(self, what: str) -> Iterator[None]:
-        """Say what is being done while it is, and how long it took if that was long."""
-        self.say(f"{what} ...")
-        began = time.monotonic()
-        yield
-        if (spent := time.monotonic() - began) > 5:
-            self.say(f"{what}: {spent:.0f} s")
+    def stage(self, what: str) -> contextlib.AbstractContextManager[None]:
+        """:func:`stage`, said by the log."""
+        return stage(self.say, what)
 
     def advance(self) -> None:
         """One more step was started."""
@@ -136,6 +131,16 @@ class RunLog:
             self._board.add_image(name, picture, step, dataformats="HWC")
             if self._wandb is not None:
                 self._wandb.log({name: self._wandb.Image(picture)}, step=step)
+
+
+@contextlib.contextmanager
+def stage(say: Callable[[str], None], what: str) -> Iterator[None]:
+    """Say what is being done while it is, and how long it took if that was long."""
+    say(f"{what} ...")
+    began = time.monotonic()
+    yield
+    if (spent := time.monotonic() - began) > 5:
+        say(f"{what}: {spent:.0f} s")
 
 
 def load_wandb() -> Any:

@@ -1,0 +1,34 @@
+"""A dry run: the step that the run would take first, and nothing left behind."""
+
+import json
+
+import pytest
+
+from fact_jax.errors import UserError
+from train.cli import main
+from train.config import override
+from train.dry_run import dry_run
+from train.loop import run
+
+
+def test_it_takes_the_first_step_and_writes_nothing(
+    toy_file, toy_config, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    assert main(["run", str(toy_file), "--out", str(out), "--dry-run"]) == 0
+    assert not list(tmp_path.iterdir())
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "dry run: loading what the toy task starts from ..."
+    assert "compiling the training step ..." in said
+    assert said[-1].startswith("dry run: one step in ")
+    run(override(toy_config, ["steps=1"]), out)
+    first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    found = dry_run(toy_config)
+    for name in ("loss", "gradient_norm"):
+        assert found[name] == pytest.approx(first[name], rel=1e-6)
+
+
+def test_a_first_step_that_is_not_finite_is_an_error(toy_config):
+    with pytest.raises(UserError, match="the first step is not finite"):
+        dry_run(override(toy_config, ["options.poison=(0,3)"]))
