@@ -210,6 +210,8 @@ def write_adapter(
     config: Mapping[str, object],
     metadata: Mapping[str, object] | None = None,
     wrote: Callable[[int], None] | None = None,
+    *,
+    replace: bool = True,
 ) -> None:
     """Write a flat adapter state with released names as our adapter file."""
     if stored_as(path) != "safetensors":
@@ -219,4 +221,4 @@ def write_adapter(
         key: value if isinstance(value, str) else json.dumps(value)
         for key, value in ((metadata or {}) | own).items()
     }
-    write_safetensors(path, state, texts, wrote)
+    write_safetensors(path, state, texts, wrote, replace=replace)

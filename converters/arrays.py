@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from fact_jax.errors import UserError
+
 
 class Lazy:
     """Stands for an array that is read, or computed, every time it is wanted.
@@ -67,11 +69,31 @@ class Lazy:
         return Lazy(shape, self.dtype, lambda: view(np.asarray(self)), self)
 
 
-def rounded(array: np.ndarray | Lazy, dtype: np.dtype) -> np.ndarray | Lazy:
-    """``array`` in another precision, computed when wanted."""
+def rounded(array: np.ndarray | Lazy, dtype: np.dtype, name: str) -> np.ndarray | Lazy:
+    """``array`` in another precision, computed when wanted; then :func:`check_range` applies."""
     if array.dtype == dtype:
         return array
-    return Lazy(array.shape, dtype, lambda: np.asarray(array).astype(dtype), array)
+
+    def read() -> np.ndarray:
+        wide = np.asarray(array)
+        with np.errstate(over="ignore"):
+            return check_range(wide.astype(dtype), wide, name)
+
+    return Lazy(array.shape, dtype, read, array)
+
+
+def check_range(narrow: np.ndarray, wide: np.ndarray | Lazy, name: str) -> np.ndarray:
+    """``narrow``, if no number became infinite when ``wide`` was rounded to it; else UserError."""
+    if narrow.dtype != wide.dtype and np.isinf(narrow).any():
+        wide = np.asarray(wide)
+        lost = np.abs(wide[np.isinf(narrow) & np.isfinite(wide)].astype(np.float64))
+        if lost.size:
+            hint = {"float16": "bfloat16", "bfloat16": "float32"}.get(narrow.dtype.name, "float64")
+            raise UserError(
+                f"{name}: {lost.size} numbers, up to {lost.max():.4g}, are too large for "
+                f"{narrow.dtype.name}; {hint} holds them"
+            )
+    return narrow
 
 
 def contiguous(

@@ -1,10 +1,13 @@
 """fact-convert: look into weights, move them between PyTorch and JAX, compare them."""
 
 import argparse
+import contextlib
+import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from fact_jax.command import Parser, add_version
 from fact_jax.errors import UserError, listed, printable, run_program
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -13,17 +16,21 @@ _SHOWN = 10
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status: 0 done, 1 weights differ, 2 bad input."""
-    arguments = _parser().parse_args(argv)
-    return run_program(lambda: arguments.run(arguments))
+
+    def run() -> int:
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+
+    return run_program(run)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fact-convert", description=__doc__)
+    parser = Parser(prog="fact-convert", description=__doc__)
+    add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     inspect = _command(commands, "inspect", _inspect, "say what a file or folder of weights is")
     inspect.add_argument("source", type=Path, metavar="FILE|DIR")
-    inspect.add_argument("--json", action="store_true", help="as JSON, for scripts")
 
     torch = _command(commands, "to-torch", _to_torch, "write weights as PyTorch code opens them")
     torch.add_argument("source", type=Path, metavar="SRC")
@@ -33,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     jax = _command(commands, "to-jax", _to_jax, "write weights as a checkpoint of JAX arrays")
     jax.add_argument("source", type=Path, metavar="SRC")
     jax.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    _add_dtype(jax)
     _add_head(jax)
     _add_caution(jax)
 
@@ -59,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         "out", type=Path, metavar="OUT", help="a file .safetensors; in peft's layout a folder"
     )
     convert.add_argument("--format", choices=("kohya", "diffusers", "peft"), required=True)
+    _add_json(convert)
     _add_caution(convert)
 
     extract = _command(
@@ -89,7 +98,12 @@ def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
         default="ema",
         help="of what holds both: the running average, or the parameters themselves (ema)",
     )
+    _add_json(command)
     return command
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON, for scripts")
 
 
 def _add_out(command: argparse.ArgumentParser) -> None:
@@ -105,7 +119,7 @@ def _add_out(command: argparse.ArgumentParser) -> None:
         choices=("diffusers", "original", "onnx", "file"),
         help="what OUT shall be, if not what its ending says; file: tensors as they are called",
     )
-    command.add_argument("--dtype", choices=_DTYPES, help="precision to round to (that of SRC)")
+    _add_dtype(command)
     command.add_argument(
         "--config",
         type=Path,
@@ -128,18 +142,26 @@ def _add_out(command: argparse.ArgumentParser) -> None:
     _add_caution(command)
 
 
+def _add_dtype(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", choices=_DTYPES, help="precision to round to (that of SRC)")
+
+
 def _size(text: str) -> int:
-    """Bytes; argparse says what is wrong with a text that is no size."""
     number = text.upper().removesuffix("B")
     unit = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
-    size = int(float(number.rstrip("KMG")) * unit)
-    if size < 1:
-        raise ValueError
-    return size
+    with contextlib.suppress(ValueError):
+        size = float(number.rstrip("KMG")) * unit
+        if 1 <= size < 2**63:
+            return int(size)
+    raise argparse.ArgumentTypeError(f"{text!a} is no size, as 2GB is")
 
 
 def _add_caution(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    command.add_argument(
+        "--force",
+        action="store_true",
+        help="replace OUT if it exists; a folder only if fact-convert wrote all that is in it",
+    )
     command.add_argument(
         "--dry-run", action="store_true", help="check everything, say what would be written"
     )
@@ -175,8 +197,6 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     about = summary(_open(arguments.source, arguments))
     if arguments.json:
-        import json
-
         print(json.dumps(about, indent=2))
         return 0
     for name, value in about.items():
@@ -208,6 +228,7 @@ def _sentence(value) -> str:
 
 
 def _to_torch(arguments: argparse.Namespace) -> int:
+    _check_torch_out(arguments, [arguments.source, arguments.base])
     return _write_adapter(arguments, _open(arguments.source, arguments))
 
 
@@ -220,6 +241,7 @@ def _merge_lora(arguments: argparse.Namespace) -> int:
     if len(scales) not in (1, count):
         raise UserError(f"{len(scales)} --scale for {count} LoRAs: give one, or one for each")
     scales = scales * count if len(scales) == 1 else scales
+    _check_torch_out(arguments, [arguments.source, *arguments.lora])
     weights = _open(arguments.source, arguments)
     loras = [(read_lora(path), scale) for path, scale in zip(arguments.lora, scales, strict=True)]
     states = merge_all(weights.states, loras, arguments.dtype, remove=arguments.remove)
@@ -228,25 +250,25 @@ def _merge_lora(arguments: argparse.Namespace) -> int:
         f"{lora.path}: {lora.algorithm}, {len(lora.layers)} layers {done} at {scale:g}"
         for lora, scale in loras
     ]
-    return _write(arguments, dataclasses.replace(weights, states=states), notes)
+    weights = dataclasses.replace(weights, states=states, also=tuple(arguments.lora))
+    return _write(arguments, weights, notes)
 
 
 def _convert_lora(arguments: argparse.Namespace) -> int:
     from converters.lora import read_lora, save_lora
 
-    _refuse_existing(arguments)
+    _check_out(arguments, [arguments.source], folder=arguments.format == "peft")
     lora = read_lora(arguments.source)
     how = {"force": arguments.force, "dry_run": arguments.dry_run}
     save_lora(lora, arguments.out, arguments.format, **how)
-    would = "would be " if arguments.dry_run else ""
-    layers = f"{len(lora.layers)} layers"
-    print(f"{arguments.out}: {would}{lora.algorithm} of {layers} ({arguments.format})")
-    return 0
+    kind = f"{lora.algorithm} of {len(lora.layers)} layers"
+    return _done(arguments, kind, arguments.format, [])
 
 
 def _extract(arguments: argparse.Namespace) -> int:
     from converters.saving import adapter_in
 
+    _check_torch_out(arguments, [arguments.source, arguments.base])
     return _write_adapter(arguments, adapter_in(_open(arguments.source, arguments)))
 
 
@@ -266,13 +288,12 @@ def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None =
     from converters.readers import stored_as
     from converters.saving import in_dtype, save
 
-    _refuse_existing(arguments)
     tokens = [token.content for token in added_tokens(weights)]
     if tokens and stored_as(arguments.out) == "pickle":
         where = "a pickle has no place for the names of"
         notes = [*notes, f"{where} {len(tokens)} added tokens: {listed(tokens)}"]
     weights = in_dtype(weights, arguments.dtype)
-    with _bar(weights) as bar:
+    with _bar(arguments, weights) as bar:
         layout = save(
             weights,
             arguments.out,
@@ -286,15 +307,18 @@ def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None =
             dry_run=arguments.dry_run,
             wrote=bar.update,
         )
-    return _done(arguments, weights, layout, notes)
+    return _done(arguments, weights.kind, layout, notes, weights.left_out)
 
 
 def _to_jax(arguments: argparse.Namespace) -> int:
     from converters.formats import save_jax
+    from converters.saving import check_numbers, in_dtype
 
-    _refuse_existing(arguments)
-    weights = _open(arguments.source, arguments)
-    with _bar(weights) as bar:
+    _check_out(arguments, [arguments.source], folder=True)
+    weights = in_dtype(_open(arguments.source, arguments), arguments.dtype)
+    if arguments.dry_run:
+        check_numbers(weights)
+    with _bar(arguments, weights) as bar:
         save_jax(
             weights,
             arguments.out,
@@ -303,29 +327,57 @@ def _to_jax(arguments: argparse.Namespace) -> int:
             dry_run=arguments.dry_run,
             wrote=bar.update,
         )
-    return _done(arguments, weights, "checkpoint", [])
+    return _done(arguments, weights.kind, "checkpoint", [], weights.left_out)
 
 
-def _bar(weights):
+def _bar(arguments: argparse.Namespace, weights):
     from tqdm import tqdm
 
+    from converters.outputs import check_room
+
     total = sum(array.nbytes for _, array in weights.tensors())
+    check_room(arguments.out, total)
     return tqdm(total=total, unit="B", unit_scale=True, disable=None)
 
 
-def _done(arguments: argparse.Namespace, weights, layout: str, notes: Sequence[str]) -> int:
-    for reason, keys in weights.left_out.items():
+def _done(
+    arguments: argparse.Namespace,
+    kind: str,
+    layout: str,
+    notes: Sequence[str],
+    left_out: Mapping[str, Sequence[str]] | None = None,
+) -> int:
+    left_out = left_out or {}
+    if arguments.json:
+        about = {"out": str(arguments.out), "kind": kind, "layout": layout}
+        about |= {"written": not arguments.dry_run, "notes": list(notes), "left out": left_out}
+        print(json.dumps(about, indent=2))
+        return 0
+    for reason, keys in left_out.items():
         _say(f"left out {len(keys)} keys ({listed(keys)}): {reason}", file=sys.stderr)
     for note in (*weights.notes, *notes):
         _say(note, file=sys.stderr)
     would = "would be " if arguments.dry_run else ""
-    _say(f"{arguments.out}: {would}{weights.kind} ({layout})")
+    _say(f"{arguments.out}: {would}{kind} ({layout})")
     return 0
 
 
-def _refuse_existing(arguments: argparse.Namespace) -> None:
-    if arguments.out.exists() and not arguments.force:
-        raise UserError(f"{arguments.out}: exists already; --force replaces it")
+def _check_torch_out(arguments: argparse.Namespace, inputs: Sequence[Path | None]) -> None:
+    from converters.saving import is_folder
+
+    folder = is_folder(arguments.out, arguments.format)
+    _check_out(arguments, [*inputs, arguments.config], folder=folder)
+
+
+def _check_out(
+    arguments: argparse.Namespace, inputs: Iterable[Path | None], *, folder: bool
+) -> None:
+    """Refuse what OUT must not be before anything is read."""
+    from converters.outputs import check_output, claim_output
+
+    if not arguments.dry_run:
+        claim_output(arguments.out, force=arguments.force)
+    check_output(arguments.out, inputs, folder=folder, force=arguments.force)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -334,6 +386,9 @@ def _verify(arguments: argparse.Namespace) -> int:
     differences = compare(
         _open(arguments.a, arguments), _open(arguments.b, arguments), arguments.tolerance
     )
+    if arguments.json:
+        print(json.dumps({"same": not differences, "differences": differences}, indent=2))
+        return 1 if differences else 0
     for line in differences:
         _say(line)
     print("different" if differences else "the same numbers")

@@ -1,11 +1,8 @@
 """Names for what weights hold and where they came from: for the metadata of files."""
 
 import hashlib
-import importlib.metadata
 import json
 import os
-import shlex
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import numpy as np
 
 from converters.arrays import Lazy, fetch, release
 from converters.parallel import in_threads
+from fact_jax.command import version_of
 
 _BLOCK = 1 << 25
 
@@ -47,34 +45,26 @@ def hash_of(lines: Iterable[str]) -> str:
 
 
 def provenance(sources: Sequence[str | os.PathLike]) -> dict[str, str]:
-    """Where weights came from, for a file's metadata: program, command, hashes of the sources.
+    """What weights were made of, for a file's metadata: the program, and hashes of the sources.
 
-    Of a folder every weight file is listed; of a training checkpoint its ``meta``, which holds
-    the sum of every tensor.
+    Of a folder the SHA-256 of every weight file; of a training checkpoint that of its ``meta``,
+    which holds the sum of every tensor. No name or path is in it: equal sources give equal texts.
     """
     files = [file for source in sources for file in _files(Path(source))]
-    hashes = in_threads(_hash_file, [file for _, file in files])
-    command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    return {
-        "software": f"fact-jax {importlib.metadata.version('fact-jax')}",
-        "command": command,
-        "sources": json.dumps(
-            {name: value for (name, _), value in zip(files, hashes, strict=True)}
-        ),
-    }
+    hashes = list(in_threads(_hash_file, files))
+    return {"software": f"fact-jax {version_of()}", "sources": json.dumps(hashes)}
 
 
-def _files(source: Path) -> list[tuple[str, Path]]:
+def _files(source: Path) -> list[Path]:
     from converters.orbax import find_checkpoint
 
     if source.is_file():
-        return [(source.name, source)]
+        return [source]
     checkpoint = find_checkpoint(source)
     if checkpoint is not None:
         meta = checkpoint / "meta" / "metadata"
-        return [(str(meta.relative_to(source)), meta)] if meta.is_file() else []
-    weights = [*source.rglob("*.safetensors"), *source.rglob("*.bin")]
-    return [(str(file.relative_to(source)), file) for file in sorted(weights)]
+        return [meta] if meta.is_file() else []
+    return sorted([*source.rglob("*.safetensors"), *source.rglob("*.bin")])
 
 
 def _hash_file(path: Path) -> str:

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
+from converters.outputs import whole_folder
 from converters.pipeline import save_part
 from converters.readers import local_folder, read_json, read_weights
 from converters.weights import load_state, read_config
-from converters.writers import whole_folder
 from fact_jax.errors import UserError
 from fact_jax.models.controlnet import ControlNet, ControlNetConfig
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from converters.configs import check_fits, infer_config
+from converters.outputs import whole_folder
 from converters.pipeline import PARTS, index_of, scheduler_config
 from converters.readers import LEGACY_STEMS, State, read_json
 from converters.tokenizer import AddedToken, Tokenizer, read_tokenizer, write_tokenizer
-from converters.writers import whole_folder, write_json, write_pickle, write_safetensors
+from converters.writers import write_json, write_pickle, write_safetensors
 from fact_jax.errors import UserError
 from fact_jax.schedules import NoiseSchedule
 

@@ -37,13 +37,18 @@ from converters.readers import (
 from converters.rules import RESAMPLER_PREFIX
 from converters.tokenizer import AddedToken, read_added_tokens
 from converters.weights import read_config
-from converters.writers import write_pickle, write_safetensors
+from converters.writers import CONTENT, write_pickle, write_safetensors
 from fact_jax.errors import UserError, listed
 
 ADAPTER_PARTS = {"adapter", "resampler"}
 BASE_PARTS = {"unet", "vae", "clip_text"}
 _KNOWN_PARTS = {*PARTS, "tokenizer", "scheduler"}
 _ADDED = "added_tokens"
+_OWN = {"format", "version", "config", "software", "command", "sources", "step"}
+_OWN |= {"encoder", _ADDED, CONTENT}
+"""What files that are written here say of themselves."""
+_BESIDE = "metadata"
+"""Where a checkpoint's ``meta`` keeps what the file that it was made of says beside."""
 _SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
 
 
@@ -54,7 +59,8 @@ class Weights:
     ``format`` is how it is stored. ``metadata`` is what it says of itself: for an adapter file its
     metadata, for a checkpoint of the trainer its ``meta`` and the step. ``configs`` are the
     peers' configurations by kind, where it has them. ``left_out`` are keys that carry no weight of
-    these models, by the reason. ``notes`` are lines that a person has to read.
+    these models, by the reason. ``notes`` are lines that a person has to read. ``also`` are other
+    files that have gone into the weights.
     """
 
     path: Path
@@ -64,6 +70,7 @@ class Weights:
     configs: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
     left_out: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    also: tuple[Path, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -248,6 +255,7 @@ def save_torch(
     wrote: Callable[[int], None] | None = None,
     *,
     original: bool = False,
+    replace: bool = True,
     dry_run: bool = False,
 ) -> None:
     """Write one file for PyTorch: ``.safetensors``, or a pickle of ending ``.ckpt`` or ``.pt``.
@@ -255,8 +263,8 @@ def save_torch(
     An adapter's ``.safetensors`` is our adapter file, its ``.ckpt`` the released one; ``dim_head``
     is how wide a head of its resampler is, where the source does not say. A whole base is written
     in the original layout, and parts of one if ``original``. ``wrote`` is called with the number
-    of bytes of every tensor written. Raises UserError for what no rule knows; with ``dry_run``
-    that is all.
+    of bytes of every tensor written. Raises UserError for what no rule knows, and without
+    ``replace`` if ``out`` is there already; with ``dry_run`` that is all.
     """
     check_known(weights)
     stored = stored_as(out)
@@ -273,11 +281,12 @@ def save_torch(
     if dry_run:
         return
     if stored == "pickle":
-        write_pickle(out, state, wrote)
+        write_pickle(out, state, wrote, replace=replace)
     elif ours:
-        write_adapter(out, state, config, about(weights), wrote)
+        write_adapter(out, state, config, about(weights), wrote, replace=replace)
     else:
-        write_safetensors(out, state, {"format": "pt", **texts_about(weights)}, wrote)
+        texts = {"format": "pt", **texts_about(weights)}
+        write_safetensors(out, state, texts, wrote, replace=replace)
 
 
 def _original(weights: Weights) -> State:
@@ -303,17 +312,19 @@ def save_jax(
     check_known(weights)
     params, kept = to_jax(weights.states)
     meta: dict[str, object] = {"kept": kept}
+    if beside := _said_beside(weights):
+        meta[_BESIDE] = beside
     if weights.configs:
         meta["configs"] = dict(weights.configs)
     if weights.kind == "adapter":
         meta["adapter"] = _adapter_config(weights, dim_head)
     if not dry_run:
-        everything = functools.partial(_with_about, weights, meta)
+        everything = functools.partial(_with_origin, weights, meta)
         write_checkpoint(out, params, everything, force=force, wrote=wrote)
 
 
-def _with_about(weights: Weights, meta: Mapping[str, object]) -> dict[str, object]:
-    return {**about(weights), **meta}
+def _with_origin(weights: Weights, meta: Mapping[str, object]) -> dict[str, object]:
+    return {**_origin(weights), **meta}
 
 
 def check_known(weights: Weights) -> None:
@@ -339,12 +350,31 @@ def check_known(weights: Weights) -> None:
 
 
 def about(weights: Weights) -> dict[str, object]:
-    """Where weights come from, for the metadata of what is made of them."""
+    """Where weights come from, for the metadata of what is made of them.
+
+    What their own file says beside that (as kohya's ``ss_*``) is kept.
+    """
+    return {**_said_beside(weights), **_origin(weights)}
+
+
+def _origin(weights: Weights) -> dict[str, object]:
     known = {key: weights.metadata[key] for key in ("encoder",) if key in weights.metadata}
     if tokens := added_tokens(weights):
         known[_ADDED] = [dataclasses.asdict(token) for token in tokens]
     step = step_of(weights)
-    return {**provenance([weights.path]), **known, **({} if step is None else {"step": step})}
+    found = {**provenance([weights.path, *weights.also]), **known}
+    return found if step is None else {**found, "step": step}
+
+
+def _said_beside(weights: Weights) -> dict[str, str]:
+    """The texts in the metadata of a weight file that are not those that are written here."""
+    if weights.format in ("diffusers", "folder"):  # whose metadata is a configuration
+        return {}
+    said = weights.metadata
+    if weights.format == "checkpoint":
+        said = said.get(_BESIDE)
+        said = said if isinstance(said, Mapping) else {}
+    return {key: text for key, text in said.items() if isinstance(text, str) and key not in _OWN}
 
 
 def added_tokens(weights: Weights) -> list[AddedToken]:

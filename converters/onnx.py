@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from converters.arrays import Lazy
+from converters.arrays import Lazy, rounded
 from converters.mapping import match_state
 from converters.weights import read_config, skeleton
 from fact_jax.errors import UserError
@@ -20,7 +20,13 @@ _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 """Numbers of fields in ONNX's messages for a model, a graph and a tensor."""
 
 
-def write_onnx(state: Mapping[str, np.ndarray | Lazy], config, path: str | os.PathLike) -> None:
+def write_onnx(
+    state: Mapping[str, np.ndarray | Lazy],
+    config,
+    path: str | os.PathLike,
+    *,
+    replace: bool = True,
+) -> None:
     """Write a TransFace as one ``.onnx`` file, tensor by tensor. Needs the package onnx.
 
     ``config`` is as for ``load_state``. Input ``images``: float32 (b, 3, h, w) in [-1, 1], RGB, of
@@ -53,10 +59,10 @@ def write_onnx(state: Mapping[str, np.ndarray | Lazy], config, path: str | os.Pa
         tensors.append((_field(_INITIALIZER, len(tensor) + 4 * array.size) + tensor, array))
     nodes = graph.message(config).SerializeToString()
     length = len(nodes) + sum(len(head) + 4 * array.size for head, array in tensors)
-    with atomic_write(path) as temporary, open(temporary, "wb") as handle:
+    with atomic_write(path, replace=replace) as temporary, open(temporary, "wb") as handle:
         handle.write(model.SerializeToString() + _field(_GRAPH, length) + nodes)
-        for head, array in tensors:
-            numbers = np.ascontiguousarray(np.asarray(array), "<f4")
+        for key, (head, array) in zip(weights, tensors, strict=True):
+            numbers = np.ascontiguousarray(rounded(array, np.dtype("<f4"), key))
             handle.write(head)
             handle.write(numbers.reshape(-1).view(np.uint8).data)
 

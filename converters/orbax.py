@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from converters.mapping import Difference, is_ignored, names_of, place_of, prefix_of
+from converters.outputs import whole_folder
 from converters.readers import DTYPES, State, read_json
 from converters.rules import RESAMPLER_PREFIX, TABLES
-from converters.writers import whole_folder, write_json
+from converters.writers import write_json
 from converters.zarr import read_tree, write_tree
 from fact_jax.errors import UserError
 

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from converters.lora import LORA_PARTS, Lora, merge_model
+from converters.outputs import whole_folder
 from converters.readers import local_folder, part_variants, read_json, read_weights
 from converters.rules import ADAPTER_MARK
 from converters.tokenizer import Tokenizer, read_tokenizer, write_tokenizer
 from converters.weights import dump_some, in_precision, load_state
-from converters.writers import whole_folder, write_json, write_safetensors
+from converters.writers import write_json, write_safetensors
 from fact_jax.errors import UserError
 from fact_jax.models.clip_text import CLIPTextModel
 from fact_jax.models.unet import UNet

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from converters.arrays import fetch, release
 from converters.configs import infer_config
 from converters.folders import Files, plan_model, plan_pipeline, write_model, write_pipeline
 from converters.formats import (
@@ -18,12 +19,20 @@ from converters.formats import (
     save_torch,
     texts_about,
 )
+from converters.parallel import in_threads
 from converters.readers import State, stored_as
 from converters.rules import ADAPTER_MARK
 from converters.weights import in_precision
 from fact_jax.errors import UserError, listed
 
 _COPY = f"{ADAPTER_MARK}ln."
+
+
+def check_numbers(weights: Weights) -> None:
+    """Work out every tensor and drop it: UserError for one that is damaged or cannot be rounded."""
+    arrays = [array for _, array in weights.tensors()]
+    for _ in in_threads(lambda array: release(np.asarray(array)), arrays, fetch):
+        pass
 
 
 def in_dtype(weights: Weights, dtype: str | None) -> Weights:
@@ -51,17 +60,29 @@ def save(
     With ``dry_run`` everything is checked and nothing is written.
     """
     check_known(weights)
+    if dry_run:
+        check_numbers(weights)
     layout = layout or _layout(weights, out)
     if layout != "diffusers" and files != Files():
         raise UserError(f"{out}: only folders have variants, shards and legacy files")
+    if layout == "file" and weights.kind == "pipeline":
+        raise UserError(f"{out}: a whole base in one file has the original layout: no --format")
     if layout == "onnx":
-        _save_onnx(weights, out, dry_run)
+        _save_onnx(weights, out, dry_run, replace=force)
     elif layout == "diffusers":
         _save_folder(weights, out, beside, dry_run, files=files, force=force, wrote=wrote)
     else:
         original = layout == "original"
-        save_torch(weights, out, dim_head, wrote, original=original, dry_run=dry_run)
+        options = {"original": original, "replace": force, "dry_run": dry_run}
+        save_torch(weights, out, dim_head, wrote, **options)
     return layout
+
+
+def is_folder(out: Path, layout: str | None) -> bool:
+    """Whether a folder is to be written there, as far as it shows before anything is read."""
+    if layout is not None:
+        return layout == "diffusers"
+    return out.suffix.lower() != ".onnx" and stored_as(out) is None
 
 
 def _layout(weights: Weights, out: Path) -> str:
@@ -91,7 +112,7 @@ def _save_folder(
         write({"format": "pt", **texts_about(weights)}, **options)
 
 
-def _save_onnx(weights: Weights, out: Path, dry_run: bool) -> None:
+def _save_onnx(weights: Weights, out: Path, dry_run: bool, *, replace: bool) -> None:
     if set(weights.states) != {"transface"}:
         raise UserError(
             f"{weights.path}: holds {weights.kind}; only a face encoder becomes an ONNX file"
@@ -101,7 +122,7 @@ def _save_onnx(weights: Weights, out: Path, dry_run: bool) -> None:
     state = weights.states["transface"]
     config = weights.configs.get("transface") or infer_config("transface", state)
     if not dry_run:
-        write_onnx(state, config, out)
+        write_onnx(state, config, out, replace=replace)
 
 
 def adapter_in(weights: Weights) -> Weights:

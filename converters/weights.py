@@ -12,7 +12,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 from flax import nnx
 
-from converters.arrays import contiguous, rounded
+from converters.arrays import check_range, contiguous, rounded
 from converters.mapping import (
     Place,
     Shapes,
@@ -81,7 +81,8 @@ def load_state(
     ``...attn2.processor.*`` keys: then the UNet has adapters. Whatever precision the file has,
     parameters are of ``dtype``; :func:`dump_state` gives the file's own precision back.
 
-    Raises one UserError that lists every missing, unexpected and misshapen key.
+    Raises one UserError that lists every missing, unexpected and misshapen key, and one that names
+    a key whose numbers are too large for ``dtype``.
     """
     return _build(kind, state, read_config(kind, config, state), dtype)
 
@@ -112,7 +113,8 @@ def _build(
             values[path] = held[path].get_value()
             continue
         winner, ndim = places[-1], len(flat[path].get_value().shape)
-        values[path] = _to_device(winner.leaf.to_jax(state[winner.torch], ndim), dtype)
+        view = winner.leaf.to_jax(state[winner.torch], ndim)
+        values[path] = _to_device(view, dtype, winner.torch)
         if path in held:
             replaced[names_of(kind, path, prefix)[0].torch] = winner.torch
     kept = {*ignored, *_overridden(sources, state)}
@@ -182,11 +184,12 @@ def dump_some(module: nnx.Module, wanted: Callable[[str], bool]) -> dict[str, np
 def in_precision(state: Mapping[str, np.ndarray], dtype: str | None) -> Mapping[str, np.ndarray]:
     """A flat state with its floating tensors in ``dtype`` (a name, as float16); None: as it is.
 
-    Each is rounded when it is wanted.
+    Each is rounded when it is wanted; UserError then, if a number is too large for ``dtype``.
     """
     if dtype is None:
         return state
-    return {k: rounded(a, jnp.dtype(dtype)) if is_float(a.dtype) else a for k, a in state.items()}
+    target = jnp.dtype(dtype)
+    return {k: rounded(a, target, k) if is_float(a.dtype) else a for k, a in state.items()}
 
 
 def read_config(kind: str, config, state: Mapping[str, np.ndarray] | None = None):
@@ -280,9 +283,11 @@ def _index(part: str) -> str | int:
     return int(part) if part.isdigit() else part
 
 
-def _to_device(view: np.ndarray, dtype) -> jax.Array:
+def _to_device(view: np.ndarray, dtype, key: str) -> jax.Array:
     # jax may keep the copy's buffer, which nobody else has.
-    return jax.device_put(contiguous(view, jnp.dtype(dtype)))
+    with np.errstate(over="ignore"):
+        copied = contiguous(view, jnp.dtype(dtype))
+    return jax.device_put(check_range(copied, view, key))
 
 
 def _to_host(

@@ -6,12 +6,10 @@ import json
 import math
 import os
 import pickle
-import secrets
-import shutil
 import struct
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -22,7 +20,7 @@ from converters.content import describe, digest, hash_of
 from converters.parallel import in_threads
 from converters.readers import DTYPES
 from fact_jax.errors import UserError
-from fact_jax.files import atomic_write, sync
+from fact_jax.files import atomic_write
 
 STORAGES = {
     **{np.dtype("f8"): "DoubleStorage", np.dtype("f4"): "FloatStorage"},
@@ -46,11 +44,14 @@ def write_safetensors(
     state: Mapping[str, np.ndarray | Lazy],
     metadata: Mapping[str, str],
     wrote: Callable[[int], None] | None = None,
+    *,
+    replace: bool = True,
 ) -> None:
     """Write a safetensors file in the order that the format's library has.
 
     Tensors are read, turned and written a few at a time, wherever they come from. The hash of the
     content joins the metadata. ``wrote`` is called with the number of bytes of every tensor.
+    Without ``replace``, UserError if the file is there already.
     """
     keys = sorted(state, key=lambda key: (-state[key].dtype.itemsize, key))
     hole = "0" * len(hash_of([]))
@@ -81,7 +82,7 @@ def write_safetensors(
         return line
 
     with (
-        atomic_write(path) as temporary,
+        atomic_write(path, replace=replace) as temporary,
         open(temporary, "wb") as handle,
         # Whatever happens, the threads are done before their file is closed.
         contextlib.closing(in_threads(write, keys, lambda key: fetch(state[key]))) as written,
@@ -146,12 +147,21 @@ def write_pickle(
     path: str | os.PathLike,
     state: Mapping[str, np.ndarray | Lazy],
     wrote: Callable[[int], None] | None = None,
+    *,
+    replace: bool = True,
 ) -> None:
-    """Write a flat state as ``torch.save`` does, one tensor after the other."""
-    folder = Path(path).stem
-    with atomic_write(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        archive.writestr(f"{folder}/data.pkl", _pickled(path, state))
-        archive.writestr(f"{folder}/byteorder", "little")
+    """Write a flat state as ``torch.save`` does, one tensor after the other.
+
+    Equal states give equal bytes, whatever the file is called and whenever it is written. Without
+    ``replace``, UserError if the file is there already.
+    """
+    folder = "archive"  # as torch.save calls it where the file has no name
+    with (
+        atomic_write(path, replace=replace) as temporary,
+        zipfile.ZipFile(temporary, "w") as archive,
+    ):
+        archive.writestr(zipfile.ZipInfo(f"{folder}/data.pkl"), _pickled(path, state))
+        archive.writestr(zipfile.ZipInfo(f"{folder}/byteorder"), "little")
         for number, stored in enumerate(state.values()):
             array = in_order(stored)
             entry = zipfile.ZipInfo(f"{folder}/data/{number}")
@@ -163,7 +173,7 @@ def write_pickle(
             release(array)
             if wrote is not None:
                 wrote(array.nbytes)
-        archive.writestr(f"{folder}/version", "3\n")
+        archive.writestr(zipfile.ZipInfo(f"{folder}/version"), "3\n")
 
 
 def _pickled(path: str | os.PathLike, state: Mapping[str, np.ndarray | Lazy]) -> bytes:
@@ -194,31 +204,3 @@ def write_json(path: str | os.PathLike, value: Mapping) -> None:
     """Write a JSON object, indented."""
     with atomic_write(path) as temporary:
         Path(temporary).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-@contextlib.contextmanager
-def whole_folder(path: str | os.PathLike, *, force: bool) -> Iterator[Path]:
-    """Give a temporary folder beside ``path`` that becomes ``path`` when all went well.
-
-    It is on disk before it has that name. Raises UserError if ``path`` is there already, unless
-    ``force``: then it is replaced at the end, and an exception leaves it as it was.
-    """
-    path = Path(path)
-    if path.exists() and not force and not (path.is_dir() and not any(path.iterdir())):
-        raise UserError(f"{path}: exists already; choose another name, or force it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    temporary.mkdir()
-    try:
-        yield temporary
-        os.sync()  # a folder may hold thousands of files: one wait for all instead of one for each
-        if path.exists():
-            old = path.with_name(f".{path.name}.{secrets.token_hex(4)}.old")
-            os.replace(path, old)
-            os.replace(temporary, path)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            os.replace(temporary, path)
-        sync(path.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

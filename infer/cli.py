@@ -4,20 +4,17 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from fact_jax.command import Parser, add_version
 from fact_jax.errors import UserError, run_program
 from infer.cli_evaluate import add_commands
 from infer.cli_generate import add_generate, add_photo_options
 from infer.cli_redraw import add_redraw
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="fact-infer", description=__doc__)
+    add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     add_generate(commands)
     add_redraw(commands)

@@ -12,8 +12,9 @@ from converters.lora.merging import only
 from converters.lora.names import LORA_PARTS, name_in
 from converters.lora.reading import Lora
 from converters.lora.settings import CONFIG_NAME, FILE_STEMS, METADATA_KEY, Settings
+from converters.outputs import whole_folder
 from converters.readers import DTYPES, State
-from converters.writers import CONTENT, whole_folder, write_json, write_safetensors
+from converters.writers import CONTENT, write_json, write_safetensors
 from fact_jax.errors import UserError
 
 LAYOUTS = ("kohya", "diffusers", "peft")
@@ -74,7 +75,8 @@ def save_lora(
         metadata.pop(_ALPHA_DTYPE, None)
     if layout == "diffusers" or lora.settings:
         metadata[METADATA_KEY] = json.dumps(packed)
-    write_safetensors(out, _state(lora, layout), {"format": "pt", **metadata}, wrote)
+    texts = {"format": "pt", **metadata}
+    write_safetensors(out, _state(lora, layout), texts, wrote, replace=force)
 
 
 def _write_folder(lora, out, settings, metadata, force, wrote) -> None:

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from converters import readers, writers
 from converters.content import content_hash
+from converters.outputs import MANIFEST, whole_folder
 from fact_jax.errors import UserError
 
 
@@ -253,20 +254,20 @@ def test_what_is_not_a_file(tmp_path):
 
 def test_a_folder_is_whole_or_absent(tmp_path):
     target = tmp_path / "out"
-    with pytest.raises(ZeroDivisionError), writers.whole_folder(target, force=False) as folder:
+    with pytest.raises(ZeroDivisionError), whole_folder(target, force=False) as folder:
         (folder / "half").write_text(str(1 / 0))
     assert os.listdir(tmp_path) == []
-    with writers.whole_folder(target, force=False) as folder:
+    with whole_folder(target, force=False) as folder:
         (folder / "one").touch()
-    assert os.listdir(target) == ["one"]
+    assert sorted(os.listdir(target)) == [MANIFEST, "one"]
     with (
         pytest.raises(UserError, match="exists already"),
-        writers.whole_folder(target, force=False),
+        whole_folder(target, force=False),
     ):
         pass
-    with writers.whole_folder(target, force=True) as folder:
+    with whole_folder(target, force=True) as folder:
         (folder / "two").touch()
-    assert os.listdir(target) == ["two"]
+    assert sorted(os.listdir(target)) == [MANIFEST, "two"]
     assert os.listdir(tmp_path) == ["out"]
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from converters.writers import whole_folder
+from converters.outputs import whole_folder
 from fact_jax.errors import UserError
 from fact_jax.face.images import one_line
 
