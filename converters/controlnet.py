@@ -57,7 +57,7 @@ def save_controlnet(
     """Write a folder that diffusers' ``ControlNetModel.from_pretrained`` opens.
 
     ``dtype`` (as float16) rounds the weights to that precision; else they keep theirs. Raises
-    UserError if ``path`` exists and ``force`` is not given.
+    UserError if ``path`` exists, unless ``force`` is given and it was written here.
     """
     with whole_folder(path, force=force) as folder:
         save_part(module, folder, _STEM, dtype)

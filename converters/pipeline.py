@@ -122,7 +122,7 @@ def save_pipeline(
 
     Adapters in the UNet are left out: ``save_adapter`` writes those. Nothing appears at ``path``
     before it is whole. ``dtype`` (as float16) rounds the weights to that precision; else they keep
-    theirs. Raises UserError if ``path`` exists and ``force`` is not given.
+    theirs. Raises UserError if ``path`` exists, unless ``force`` is given and it was written here.
     """
     with whole_folder(path, force=force) as folder:
         for part, (_, stem) in PARTS.items():

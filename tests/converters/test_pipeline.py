@@ -93,12 +93,15 @@ def test_adapters_are_left_out(golden, unet_config, pipeline_folder, tmp_path):
     assert len(parameters(saved)) == len(base)
 
 
-def test_nothing_is_replaced_unless_forced(pipeline_folder, folder):
+def test_nothing_is_replaced_unless_forced(pipeline_folder, folder, tmp_path):
     pipeline = load_pipeline(pipeline_folder)
     with pytest.raises(UserError, match="exists already"):
         save_pipeline(pipeline, folder)
-    save_pipeline(pipeline, folder, force=True)
-    load_pipeline(folder)
+    with pytest.raises(UserError, match="no run wrote it"):
+        save_pipeline(pipeline, folder, force=True)
+    for _ in range(2):
+        save_pipeline(pipeline, tmp_path / "own", force=True)
+    load_pipeline(tmp_path / "own")
 
 
 def test_the_text_encoders_length_holds(folder):

@@ -53,7 +53,8 @@ def test_every_feature_comes_back_through_tfds_alone(tmp_path):
     assert "tensorflow" not in sys.modules
     assert "arXiv 2410.12312" in source.dataset_info.description
     # Nothing but the data set is left behind.
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["face_records"]
+    held = {path.name for path in (tmp_path / "out").iterdir()}
+    assert held == {"face_records", ".fact-jax.json"}
 
 
 def test_portraits_come_back_as_the_tasks_draw_them(records):
@@ -94,9 +95,13 @@ def test_an_existing_folder_is_replaced_only_by_force(tmp_path):
     sizes = {"size": SIZE, "crop_size": CROP}
     with pytest.raises(UserError, match="exists already"):
         write_records([make_example(0, "anna")], tmp_path / "out", **sizes)
-    assert (tmp_path / "out" / "mine").exists()
-    write_records([make_example(0, "anna")], tmp_path / "out", force=True, **sizes)
-    assert len(Records(tmp_path / "out")) == 1
+    with pytest.raises(UserError, match="it holds mine"):
+        write_records([make_example(0, "anna")], tmp_path / "out", force=True, **sizes)
+    (tmp_path / "out" / "mine").unlink()
+    for name in ("anna", "bo"):
+        write_records([make_example(0, name)], tmp_path / "out", force=True, **sizes)
+    (found,) = Records(tmp_path / "out").identities
+    assert found == 0
 
 
 def test_what_is_wrong_with_a_folder_is_said(records, tmp_path):
