@@ -257,7 +257,8 @@ def _merge_lora(arguments: argparse.Namespace) -> int:
 def _convert_lora(arguments: argparse.Namespace) -> int:
     from converters.lora import read_lora, save_lora
 
-    _check_out(arguments, [arguments.source], folder=arguments.format == "peft")
+    folder = arguments.format == "peft" and arguments.out.suffix != ".safetensors"
+    _check_out(arguments, [arguments.source], folder=folder)
     lora = read_lora(arguments.source)
     how = {"force": arguments.force, "dry_run": arguments.dry_run}
     save_lora(lora, arguments.out, arguments.format, **how)

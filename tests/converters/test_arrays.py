@@ -3,6 +3,7 @@
 import hashlib
 import json
 import threading
+import time
 
 import ml_dtypes
 import numpy as np
@@ -111,9 +112,10 @@ def test_threads_keep_the_order_and_stop_at_an_error():
 
     def work(number):
         begun.append(number)
+        gate.wait(10)
         if number == 0:
-            gate.wait(10)
             raise OSError("disk full")
+        time.sleep(0.001)
         return number
 
     results = in_threads(work, range(1000))

@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -85,20 +87,15 @@ def test_a_failed_write_names_the_file_and_leaves_nothing(tmp_path, write):
     assert not list(tmp_path.iterdir())
 
 
-def crash() -> None:
-    """End as a killed process does: nothing is cleaned up."""
-    os._exit(9)
-
-
-def killed(work) -> None:
-    """Run ``work`` in a process of its own that dies in it."""
-    child = os.fork()
-    if not child:
-        try:
-            work()
-        finally:
-            os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+def killed(body: str, folder) -> None:
+    """Run lines of Python in a process that is killed in them: nothing is cleaned up."""
+    lines = [
+        "import os; from pathlib import Path; from fact_jax import files",
+        f"out = Path({str(folder / 'out')!r})",
+        body,
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False)
+    assert done.returncode == 9
 
 
 def listing(folder) -> dict[str, str]:
@@ -142,21 +139,16 @@ def test_a_folder_is_there_at_every_moment(tmp_path, monkeypatch):
     assert listing(tmp_path) == {"out/a": "2"}
 
 
-def test_a_kill_between_the_two_renames_is_undone(tmp_path, monkeypatch):
+def test_a_kill_between_the_two_renames_is_undone(tmp_path):
     target = tmp_path / "out"
     fill(target, "1")
-    rename = os.rename
-
-    def first_only(one, other):
-        rename(one, other)
-        crash()
-
-    def work():
-        files._exchange = lambda one, other: False
-        files.os.rename = first_only
-        fill(target, "2")
-
-    killed(work)
+    body = """
+rename, files._exchange = os.rename, lambda one, other: False
+os.rename = lambda *names: (rename(*names), os._exit(9))
+with files.replace_folder(out) as folder:
+    (folder / "a").write_text("2")
+"""
+    killed(body, tmp_path)
     assert not target.exists()
     assert not recover(target)
     assert listing(tmp_path) == {"out/a": "1"}
@@ -164,17 +156,8 @@ def test_a_kill_between_the_two_renames_is_undone(tmp_path, monkeypatch):
 
 def test_what_a_killed_process_left_is_swept(tmp_path):
     target, other = tmp_path / "out", tmp_path / "other"
-
-    def folder():
-        with replace_folder(target):
-            crash()
-
-    def file():
-        with atomic_write(target):
-            crash()
-
-    killed(folder)
-    killed(file)
+    body = "with files.replace_folder(out), files.atomic_write(out):\n    os._exit(9)"
+    killed(body, tmp_path)
     (tmp_path / ".out.notes.tmp").write_text("mine")
     assert len(list(tmp_path.iterdir())) == 3
     with replace_folder(target), atomic_write(other):
