@@ -308,7 +308,7 @@ def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None =
             dry_run=arguments.dry_run,
             wrote=bar.update,
         )
-    return _done(arguments, weights.kind, layout, notes, weights.left_out)
+    return _done(arguments, weights.kind, layout, [*weights.notes, *notes], weights.left_out)
 
 
 def _to_jax(arguments: argparse.Namespace) -> int:
@@ -328,7 +328,7 @@ def _to_jax(arguments: argparse.Namespace) -> int:
             dry_run=arguments.dry_run,
             wrote=bar.update,
         )
-    return _done(arguments, weights.kind, "checkpoint", [], weights.left_out)
+    return _done(arguments, weights.kind, "checkpoint", weights.notes, weights.left_out)
 
 
 def _bar(arguments: argparse.Namespace, weights):
@@ -356,7 +356,7 @@ def _done(
         return 0
     for reason, keys in left_out.items():
         _say(f"left out {len(keys)} keys ({listed(keys)}): {reason}", file=sys.stderr)
-    for note in (*weights.notes, *notes):
+    for note in notes:
         _say(note, file=sys.stderr)
     would = "would be " if arguments.dry_run else ""
     _say(f"{arguments.out}: {would}{kind} ({layout})")
