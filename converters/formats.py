@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from converters.families import FAMILIES_KNOWN, family_of, family_of_class
 from converters.folders import read_configs
 from converters.kinds import POINTWISE
 from converters.ldm import is_ldm, read_ldm, write_ldm
-from converters.lora import lora_files
+from converters.lora import is_lora, lora_files
 from converters.mapping import guess_kind, is_ignored, names_of, place_of, prefix_of
 from converters.orbax import find_checkpoint, read_checkpoint, to_jax, to_torch, write_checkpoint
 from converters.pipeline import PARTS
@@ -145,18 +145,19 @@ def open_weights(
             return Weights(
                 path=path, format="folder", states=states, metadata=config, configs=configs
             )
-    if any(path.glob("adapter_model.*")) or any(path.glob("pytorch_lora_weights.*")):
-        return _open_lora(path)
+    if files := lora_files(path):
+        return _open_lora(path, files)
     raise UserError(
         f"{path}: no weights that are known here: no model_index.json, no checkpoint of the "
         "trainer, no model.safetensors"
     )
 
 
-def _open_lora(path: Path) -> Weights:
+def _open_lora(path: Path, files: Sequence[Path]) -> Weights:
     """A folder that peft or diffusers saved a LoRA in; ``converters.lora`` reads its layers."""
-    (file,) = lora_files(path)
-    state, text = read_file(file)
+    states, texts = zip(*map(read_file, files), strict=True)
+    state = {key: array for each in states for key, array in each.items()}
+    text = {key: value for each in texts for key, value in each.items()}
     return Weights(path=path, format="LoRA folder", states={"unknown": state}, metadata=text)
 
 
@@ -329,6 +330,11 @@ def _with_origin(weights: Weights, meta: Mapping[str, object]) -> dict[str, obje
 
 def check_known(weights: Weights) -> None:
     """UserError that lists every key that no rule knows, and weights that are there twice."""
+    if any(is_lora(state) for state in weights.states.values()):
+        raise UserError(
+            f"{weights.path}: is a LoRA, which is no model: merge-lora adds it to a base, "
+            "convert-lora writes it in another layout"
+        )
     if unknown := unknown_keys(weights):
         keys = [key for found in unknown.values() for key in found]
         raise UserError(

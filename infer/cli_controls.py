@@ -1,6 +1,7 @@
 """The options that steer a face: how strongly, where, when and in which manner."""
 
 import argparse
+import math
 from pathlib import Path
 
 from fact_jax.errors import UserError
@@ -181,6 +182,6 @@ def _pair(text: str) -> tuple[str, float]:
         found = name, float(factor)
     except ValueError:
         found = "", 0.0
-    if not found[0]:
+    if not found[0] or not math.isfinite(found[1]):
         raise argparse.ArgumentTypeError(f"{text!r}: a name, = and a number are wanted")
     return found

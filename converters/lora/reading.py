@@ -76,7 +76,11 @@ def read_lora(path: str | os.PathLike) -> Lora:
     or are not finite, and says so if the file is for SDXL or is another sort of change.
     """
     path = Path(path)
-    found = [_read(file) for file in lora_files(path)] if path.is_dir() else [_read(path)]
+    files = lora_files(path) if path.is_dir() else [path]
+    if not files:
+        stems = ", no ".join(f"{stem}.safetensors" for stem in FILE_STEMS)
+        raise UserError(f"{path}: no {stems}")
+    found = [_read(file) for file in files]
     both = {(layer.kind, layer.key) for lora in found for layer in lora.layers}
     if len(both) != sum(len(lora.layers) for lora in found):
         raise UserError(f"{path}: two of its files change the same weight")
@@ -98,15 +102,11 @@ def is_lora(keys: Iterable[str]) -> bool:
 
 
 def lora_files(folder: Path) -> list[Path]:
-    """The LoRA files of a folder; UserError if there are none."""
+    """The LoRA files of a folder as peft and diffusers have them, none of another folder."""
     homes = [folder / part for part in LORA_PARTS.values() if (folder / part).is_dir()]
     found = [file for home in (folder, *homes) if (file := _file_in(home))]
-    if not found:
-        raise UserError(
-            f"{folder}: no adapter_model.safetensors, no pytorch_lora_weights.safetensors"
-        )
     # What a folder holds beside its parts' own folders is all of it.
-    return found[:1] if found[0].parent == folder else found
+    return found[:1] if found and found[0].parent == folder else found
 
 
 def _file_in(folder: Path) -> Path | None:

@@ -20,6 +20,8 @@ FILE_STEMS = ("adapter_model", "pytorch_lora_weights")
 _ALPHA = 8
 """peft's default for ``lora_alpha`` and ``alpha``."""
 _TYPES = ("LORA", "LOHA", "LOKR")
+_LARGEST = 1e9
+"""Bound on ranks and alphas, which JSON may have of any size."""
 _BASE_CHANGED = ("pissa", "corda", "olora", "loftq", "lora_ga")
 """Initialisations that take something out of the base; without that base the LoRA is wrong."""
 _BASE_KEPT = ("gaussian", "eva", "orthogonal", "mica", "lycoris")
@@ -55,13 +57,17 @@ class Settings:
         alpha = self._special("alpha_pattern", module, default)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float):
             return math.nan
+        if abs(alpha) > _LARGEST:
+            return math.inf
         stabilised = algorithm == "LoRA" and self.values.get("use_rslora")
         return alpha * (math.sqrt(rank) if stabilised else 1.0)
 
     def rank(self, module: str) -> int | None:
-        """The rank that a module is said to have, if that is said."""
+        """The rank that a module is said to have, if that is said; UserError for a strange one."""
         rank = self._special("rank_pattern", module, self.values.get("r"))
-        return rank if type(rank) is int else None
+        if rank is not None and not (type(rank) is int and 1 <= rank < _LARGEST):
+            raise UserError(f"{self.where}: a rank of {str(rank)[:20]!a}")
+        return rank
 
     @property
     def dora(self) -> bool:
@@ -103,7 +109,7 @@ def read_settings(file: Path, metadata: Mapping[str, str], *, peft: bool) -> dic
     where, values, beside = str(file), {}, file.parent / CONFIG_NAME
     if METADATA_KEY in metadata:
         where, values = f"{file}: {METADATA_KEY}", _parse(metadata[METADATA_KEY], file)
-    elif beside.exists() and (peft or file.stem in FILE_STEMS):
+    elif beside.exists() and (peft or file.stem == FILE_STEMS[0]):
         where, values = str(beside), read_json(beside)
     found = {kind: Settings(where=where, values=_own(values, kind)) for kind in LORA_PARTS}
     for settings in found.values():

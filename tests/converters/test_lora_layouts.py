@@ -7,7 +7,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from converters.about import summary
 from converters.cli import main
+from converters.formats import open_weights
 from converters.lora import merge, merge_all, read_lora
 from converters.readers import read_file
 from converters.writers import write_safetensors
@@ -149,6 +151,11 @@ def test_peft_reads_what_is_written(parts, base, dora, tmp_path):
     first = tmp_path / "kohya.safetensors"
     write_safetensors(first, kohya(base, base, dora=dora), {})
     run("convert-lora", first, tmp_path / "peft", "--format", "peft")
+    about = summary(open_weights(tmp_path / "peft"))
+    assert (about["kind"], about["layers"]) == (
+        "DoRA" if dora else "LoRA",
+        {"unet": 3, "clip_text": 2},
+    )
     ours = merge(base, read_lora(first))
     for kind, part in {"unet": "unet", "clip_text": "text_encoder"}.items():
         model = peft.PeftModel.from_pretrained(copy.deepcopy(parts[part]), tmp_path / "peft" / part)

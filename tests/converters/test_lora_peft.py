@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from converters.about import summary
-from converters.formats import open_weights
+from converters.formats import check_known, open_weights
 from converters.lora import merge, merge_all, read_lora
+from converters.readers import read_file
 from fact_jax.errors import UserError
 from tests.pipelines import small_parts
 
@@ -172,13 +173,17 @@ REFUSED = {
     "a costly one": ("alpha_pattern", {"(a+)+b": 3}),
     "no table": ("alpha_pattern", [3]),
     "no number": ("lora_alpha", "8"),
+    "a number that no float holds": ("lora_alpha", 10**400),
+    "no rank": ("r", 0),
+    "no whole rank": ("rank_pattern", {"to_q": 4.5}),
 }
 
 
 @pytest.mark.parametrize(("name", "value"), REFUSED.values(), ids=REFUSED)
 def test_refused_by_name(folder, name, value):
     settings(folder, **{name: value})
-    words = {"r": "is of rank 4, .*says 8", "lora_alpha": "alpha is nan"}
+    words = {"r": "is of rank 4, .*says 8|a rank of '0'", "lora_alpha": "alpha is (nan|inf)"}
+    words |= {"rank_pattern": "a rank of '4.5'"}
     with pytest.raises(UserError, match=words.get(name, name)) as caught:
         read_lora(folder)
     assert len(str(caught.value).splitlines()) == 1
@@ -188,6 +193,28 @@ def test_refused_by_name(folder, name, value):
 def test_starts_that_leave_the_base_alone(folder, start):
     settings(folder, init_lora_weights=start)
     assert {layer.alpha for layer in read_lora(folder).layers} == {6}
+
+
+def test_pickled_and_as_a_layer_of_diffusers(models, folder, tmp_path):
+    """``adapter_model.bin``, and what ``UNet2DConditionModel.save_lora_adapter`` writes."""
+    import torch
+
+    layers = read_lora(folder).layers
+    state, _ = read_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save(
+        {k: torch.tensor(np.array(a)) for k, a in state.items()}, folder / "adapter_model.bin"
+    )
+    unet = copy.deepcopy(models["unet"])
+    unet.add_adapter(lora(target_modules=["to_q"], alpha_pattern={"attn1.*": 2}))
+    unet.save_lora_adapter(tmp_path / "layer")
+    one, other = read_lora(folder).layers, read_lora(tmp_path / "layer").layers
+    assert [(x.key, x.alpha) for x in one] == [(x.key, 6) for x in layers]
+    assert {(x.key, x.alpha) for x in other} == {
+        (x.key, 2 if "attn1" in x.key else 6) for x in layers
+    }
+    for ours, theirs in zip(one, layers, strict=True):
+        np.testing.assert_array_equal(ours.delta(), theirs.delta())
 
 
 def test_file_without_its_settings(folder):
@@ -201,5 +228,7 @@ def test_inspected(folder):
     about = summary(open_weights(folder))
     assert (about["kind"], about["ranks"], about["alphas"]) == ("LoRA", [4], [6.0])
     assert about["layers"]["unet"] > 0 == about["layers"]["clip_text"]
+    with pytest.raises(UserError, match=r"is a LoRA.*merge-lora"):
+        check_known(open_weights(folder))
     settings(folder, init_lora_weights="pissa")
     assert "init_lora_weights" in summary(open_weights(folder))["difference"]
