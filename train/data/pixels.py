@@ -4,7 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 from converters import Tokenizer, tokenize
-from train.data.records import DamagedError, Records, decode
+from train.data.records import Records
 
 
 class PixelRows:
@@ -25,33 +25,21 @@ class PixelRows:
         return {
             **self.sample(number, row),
             "mask": self.mask(number, row, self._region),
-            "partner_crops": self._pixels(partner, other, "crop"),
+            "partner_crops": self._records.picture(partner, other, "crop"),
         }
 
     def sample(self, number: int, row: dict) -> dict[str, np.ndarray]:
         """What a record itself gives, but for the mask."""
         return {
-            "images": self._pixels(number, row, "photo"),
-            "crops": self._pixels(number, row, "crop"),
-            "ids": tokenize(self._tokenizer, [self._caption(number, row)])[0][0],
+            "images": self._records.picture(number, row, "photo"),
+            "crops": self._records.picture(number, row, "crop"),
+            "ids": tokenize(self._tokenizer, [self._records.caption(number, row)])[0][0],
         }
 
     def mask(self, number: int, row: dict, region: str) -> Float[np.ndarray, "h w"]:
         """A mask in [0, 1], each cell the mean of what it covers."""
-        pixels = self._pixels(number, row, f"{region}_mask")
+        pixels = self._records.picture(number, row, f"{region}_mask")
         # Not by matrices: their own threads would fight with those that decode.
         side = len(pixels) // self._cells
         parts = pixels.reshape(self._cells, side, self._cells, side)
         return parts.mean((1, 3), dtype=np.float32) / np.float32(255.0)
-
-    def _caption(self, number: int, row: dict) -> str:
-        try:
-            return row["caption"].decode()
-        except UnicodeDecodeError as error:
-            raise DamagedError(self._records.folder, number, error, "caption") from error
-
-    def _pixels(self, number: int, row: dict, name: str) -> np.ndarray:
-        try:
-            return decode(row[name])
-        except (OSError, ValueError, SyntaxError) as error:
-            raise DamagedError(self._records.folder, number, error, name) from error

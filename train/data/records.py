@@ -128,6 +128,20 @@ class Records:
         """The features of a record; DamagedError if it cannot be read."""
         return read_row(self._source, number, self.folder)
 
+    def picture(self, number: int, row: dict, name: str) -> UInt8[np.ndarray, "..."]:
+        """The pixels of a picture in a record; DamagedError if they cannot be decoded."""
+        try:
+            return decode(row[name])
+        except (OSError, ValueError, SyntaxError) as error:
+            raise DamagedError(self.folder, number, error, name) from error
+
+    def caption(self, number: int, row: dict) -> str:
+        """The caption of a record; DamagedError if it is no text."""
+        try:
+            return row["caption"].decode()
+        except UnicodeDecodeError as error:
+            raise DamagedError(self.folder, number, error, "caption") from error
+
 
 def open_folder(folder: str | Path, name: str, version: str, encoded: Sequence[str] = ()) -> tuple:
     """(folder of the files, fingerprint of the files, tfds data source) of a dataset.

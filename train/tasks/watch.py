@@ -7,7 +7,9 @@ similarity of who is seen to the reference, by the face encoder's own embedding,
 the base; and how much FACT changes inside and outside the head, against the base.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from fact_jax.fact import Guidance, encode_face, guided_model, null_face
 from fact_jax.losses import normalize
 from fact_jax.portraits import SPLITS, contact_sheet
 from fact_jax.samplers import noise_latents_for_start, sample_ddim
-from train.data.records import decode
+from train.data.records import PICTURES, DamagedError, Records
 from train.data.rows import open_records
 from train.tasks.common import align_portraits, draw_portraits, split, to_picture, to_signed
 
@@ -65,18 +67,23 @@ def draw_validation(size: int, crop_size: int) -> Validation:
 def read_validation(folder: str, pipeline: Any, encoder: Any) -> Validation:
     """The first people of a folder of records; UserError if there are fewer than two."""
     records = open_records(folder, pipeline, encoder)
-    people, first = np.unique(records.identities, return_index=True)
-    if len(people) < 2:
-        raise UserError(f"{folder}: watching takes photos of at least two people")
-    firsts = sorted(first)[:PEOPLE]
-    # A person's last photo, which is another one where there are two.
-    lasts = [np.flatnonzero(records.identities == records.identities[i])[-1] for i in firsts]
-    photos, others = ([records[int(i)] for i in rows] for rows in (firsts, lasts))
+    _, first = np.unique(records.identities, return_index=True)
+    pairs = []
+    for i in sorted(first):
+        # A person's last photo, which is another one where there are two.
+        last = np.flatnonzero(records.identities == records.identities[i])[-1]
+        with contextlib.suppress(DamagedError):
+            pairs.append([_read(records, int(number)) for number in (i, last)])
+        if len(pairs) == PEOPLE:
+            break
+    if len(pairs) < 2:
+        raise UserError(f"{folder}: watching takes readable photos of at least two people")
+    photos, others = zip(*pairs, strict=True)
 
-    def pictures(rows: list[dict], name: str) -> np.ndarray:
-        return np.stack([decode(row[name]) for row in rows])
+    def pictures(rows: Sequence[dict], name: str) -> np.ndarray:
+        return np.stack([row[name] for row in rows])
 
-    captions = [row["caption"].decode() for row in others]
+    captions = [row["caption"] for row in others]
     return Validation(
         photos=pictures(photos, "photo"),
         crops=pictures(photos, "crop"),
@@ -85,6 +92,12 @@ def read_validation(folder: str, pipeline: Any, encoder: Any) -> Validation:
         masks=_next(pictures(others, "head_mask").astype(np.float32) / 255.0),
         captions=[*captions[1:], captions[0]],
     )
+
+
+def _read(records: Records, number: int) -> dict[str, Any]:
+    row = records[number]
+    pictures = {name: records.picture(number, row, name) for name in PICTURES}
+    return {**row, **pictures, "caption": records.caption(number, row)}
 
 
 class Watch:

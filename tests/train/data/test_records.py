@@ -4,6 +4,7 @@ import dataclasses
 import io
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,8 +12,17 @@ from PIL import Image
 
 from fact_jax.errors import UserError
 from tests.train.data.conftest import PEOPLE, PHOTOS
-from train.data.records import Example, Records, data_libraries, decode, encode_png, write_records
+from train.data.records import (
+    Example,
+    Records,
+    data_libraries,
+    decode,
+    encode_png,
+    read_row,
+    write_records,
+)
 from train.tasks.common import align_portraits, draw_portraits
+from train.tasks.watch import read_validation
 
 SIZE, CROP = 20, 12
 
@@ -136,6 +146,26 @@ def test_the_fingerprint_is_the_data(records, tmp_path):
     path = moved / "face_records" / "1.0.0" / "identities.npy"
     np.save(path, np.load(path)[::-1])
     assert Records(moved).fingerprint != Records(records).fingerprint
+
+
+def test_a_damaged_record_is_not_watched(records, monkeypatch):
+    """The second person's first photo cannot be decoded: the others are looked at."""
+    config = SimpleNamespace(sample_size=8, downscale=2, img_size=16)
+    model = SimpleNamespace(config=config)
+    pipeline = SimpleNamespace(unet=model, vae=model)
+    whole = read_validation(str(records), pipeline, model)
+    assert len(whole.photos) == PEOPLE
+    picture = Records.picture
+
+    def torn(self, number, row, name):
+        return picture(self, number, row | {name: b"torn"} if number == PHOTOS else row, name)
+
+    monkeypatch.setattr(Records, "picture", torn)
+    found = read_validation(str(records), pipeline, model)
+    np.testing.assert_array_equal(found.photos, np.delete(whole.photos, 1, axis=0))
+    monkeypatch.setattr(Records, "__getitem__", lambda self, n: read_row([], n, self.folder))
+    with pytest.raises(UserError, match="readable photos of at least two people"):
+        read_validation(str(records), pipeline, model)
 
 
 def test_missing_libraries_are_named(monkeypatch, tmp_path):
