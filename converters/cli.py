@@ -284,6 +284,8 @@ def _write_adapter(arguments: argparse.Namespace, weights) -> int:
 
 def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None = None) -> int:
     """Write weights as OUT and the options say, with a bar; what was noticed is said at the end."""
+
+    from converters.components import left_out
     from converters.folders import Files
     from converters.formats import added_tokens
     from converters.readers import stored_as
@@ -308,7 +310,9 @@ def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None =
             dry_run=arguments.dry_run,
             wrote=bar.update,
         )
-    return _done(arguments, weights.kind, layout, [*weights.notes, *notes], weights.left_out)
+    copied = layout == "diffusers"
+    left = left_out(weights.left_out, weights.path) if copied else weights.left_out
+    return _done(arguments, weights.kind, layout, [*weights.notes, *notes], left)
 
 
 def _to_jax(arguments: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from converters.components import copy_components
 from converters.configs import check_fits, infer_config
 from converters.outputs import whole_folder
 from converters.pipeline import PARTS, index_of, scheduler_config
@@ -86,6 +87,7 @@ def plan_pipeline(
 
 
 def write_pipeline(
+    source: Path,
     out: Path,
     states: Mapping[str, State],
     plan: tuple[Mapping[str, Mapping], Tokenizer, Mapping],
@@ -95,14 +97,18 @@ def write_pipeline(
     force: bool,
     wrote: Callable[[int], None] | None = None,
 ) -> None:
-    """Write a pipeline folder of what :func:`plan_pipeline` gave, whole or not at all."""
+    """Write a pipeline folder of what :func:`plan_pipeline` gave, whole or not at all.
+
+    A safety checker and its feature extractor are copied from ``source``, if that is a folder.
+    """
     configs, tokenizer, scheduler = plan
     with whole_folder(out, force=force) as folder:
         for kind, part in _FOLDERS.items():
             _write_model(folder / part, kind, states[kind], configs[kind], metadata, files, wrote)
         write_tokenizer(tokenizer, folder / "tokenizer")
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-        write_json(folder / "model_index.json", index_of(scheduler["_class_name"]))
+        index = index_of(scheduler["_class_name"]) | copy_components(source, folder)
+        write_json(folder / "model_index.json", index)
 
 
 def plan_model(

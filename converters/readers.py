@@ -22,7 +22,14 @@ from converters.safe import (
 from fact_jax.errors import UserError, listed
 
 __all__ = ["DTYPES", "PICKLES", "State", "check_file", "local_folder", "read_file", "read_json"]
-__all__ += ["SAFETENSORS", "read_pickle", "read_safetensors", "read_weights", "stored_as"]
+__all__ += [
+    "SAFETENSORS",
+    "read_pickle",
+    "read_safetensors",
+    "read_weights",
+    "stays_inside",
+    "stored_as",
+]
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -122,7 +129,11 @@ def _read_shards(index: Path) -> State:
         raise UserError(f"{index}: has no weight_map from keys to files")
     state: State = {}
     for name in sorted(set(where.values())):
-        if Path(name).name != name or not name.isprintable() or not _stays(index.parent, name):
+        if (
+            Path(name).name != name
+            or not name.isprintable()
+            or not stays_inside(index.parent, name)
+        ):
             raise UserError(f"{index}: names {name!a}, which is not a file of this folder")
         shard, _ = read_file(index.parent / name)
         if both := shard.keys() & state.keys():
@@ -138,7 +149,7 @@ def _read_shards(index: Path) -> State:
     return state
 
 
-def _stays(folder: Path, name: str) -> bool:
+def stays_inside(folder: Path, name: str) -> bool:
     """Whether a file is in the folder, or a link to where the Hub's cache keeps its files."""
     home = folder.resolve()
     found = (home / name).resolve()

@@ -101,7 +101,7 @@ def _save_folder(
     path, states = weights.path, weights.states
     if weights.kind == "pipeline":
         plan = plan_pipeline(path, states, weights.configs, beside, added_tokens(weights))
-        write = functools.partial(write_pipeline, out, states, plan)
+        write = functools.partial(write_pipeline, path, out, states, plan)
     elif len(states) == 1:
         ((kind, state),) = states.items()
         config = plan_model(path, kind, state, weights.configs.get(kind), beside)

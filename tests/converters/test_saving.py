@@ -305,3 +305,61 @@ def test_a_reader_that_goes_away(released_checkpoint, monkeypatch, capsys):
         run("inspect", released_checkpoint, status=141)
         print("nobody reads this", flush=True)
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture(scope="module")
+def checked_folder(pipeline_folder, tmp_path_factory):
+    """The pipeline with a safety checker and a feature extractor, as diffusers writes it."""
+    from diffusers import StableDiffusionPipeline
+    from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    vision = {**small, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    config = CLIPConfig(
+        text_config={**small, "num_attention_heads": 2, "vocab_size": 10},
+        vision_config=vision,
+        projection_dim=8,
+    )
+    pipe = StableDiffusionPipeline.from_pretrained(
+        pipeline_folder,
+        safety_checker=StableDiffusionSafetyChecker(config),
+        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 8}, crop_size=8),
+        requires_safety_checker=True,
+    )
+    folder = tmp_path_factory.mktemp("checked") / "base"
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def test_safety_checker_and_feature_extractor_are_copied(
+    checked_folder, same_bits, tmp_path, capsys
+):
+    from diffusers import StableDiffusionPipeline
+
+    run("to-torch", checked_folder, tmp_path / "copy", "--dtype", "float16")
+    assert "safety_checker" not in capsys.readouterr().err
+    pipes = [
+        StableDiffusionPipeline.from_pretrained(f) for f in (checked_folder, tmp_path / "copy")
+    ]
+    one, other = (
+        {key: tensor.numpy() for key, tensor in pipe.safety_checker.state_dict().items()}
+        for pipe in pipes
+    )
+    same_bits(one, other)
+    assert pipes[0].feature_extractor.to_dict() == pipes[1].feature_extractor.to_dict()
+    assert pipes[1].config.requires_safety_checker is True
+    run("to-torch", checked_folder, tmp_path / "one.safetensors")
+    assert "left out 2 keys (" in capsys.readouterr().err
+
+
+def test_a_safety_checker_in_a_variant_alone(checked_folder, tmp_path):
+    folder = shutil.copytree(checked_folder, tmp_path / "base")
+    weights = folder / "safety_checker" / "model.safetensors"
+    wanted = weights.read_bytes()
+    weights.rename(weights.with_name("model.fp16.safetensors"))
+    (folder / "safety_checker" / "secret.json").symlink_to("/etc/hostname")
+    run("to-torch", folder, tmp_path / "copy")
+    copied = tmp_path / "copy" / "safety_checker"
+    assert (copied / "model.safetensors").read_bytes() == wanted
+    assert sorted(os.listdir(copied)) == ["config.json", "model.safetensors"]
