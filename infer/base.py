@@ -45,9 +45,8 @@ class Base:
 
     @functools.cached_property
     def factor(self) -> int:
-        """Height and width of pictures are multiples of this."""
-        halvings = 2 ** (len(self.unet.block_out_channels) - 1)
-        return math.lcm(self.vae.downscale * halvings, _DIFFUSERS_FACTOR)
+        """Height and width of pictures are multiples of this; a UNet takes latents of any size."""
+        return math.lcm(self.vae.downscale, _DIFFUSERS_FACTOR)
 
     def latent_size(self, settings: Settings) -> tuple[int, int]:
         """Height and width of the latents of a picture."""

@@ -12,6 +12,8 @@ from fact_jax.samplers import SAMPLERS
 MAX_GUIDANCE = 50.0
 MAX_SCALE = 2.0
 MAX_SEED = 2**31 - 1
+MAX_SIDE = 8192
+"""Pixels: a typing error beyond that would end in a failed allocation of terabytes."""
 MAX_PROMPT = 4000
 """Characters: many more than a text encoder reads, and few enough for a JPEG to record."""
 
@@ -56,8 +58,8 @@ class Settings:
         check_guidance(self.guidance)
         for name in ("height", "width"):
             pixels = getattr(self, name)
-            if pixels is not None and pixels < 1:
-                raise UserError(f"{name} must be positive, got {pixels}")
+            if pixels is not None and not 1 <= pixels <= MAX_SIDE:
+                raise UserError(f"{name} must lie in 1..{MAX_SIDE} pixels, got {pixels}")
 
     def settings(self) -> "Settings":
         """These settings alone, hashable, without what a request adds."""

@@ -2,13 +2,16 @@
 
 import dataclasses
 import io
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch import bfloat16
+from diffusers import UNet2DConditionModel
+from torch import bfloat16, manual_seed
 from tqdm import tqdm
 
+from converters.readers import read_json
 from fact_jax.fact import Guidance
 from fact_jax.samplers import num_model_calls
 from infer.flax_pipeline import FlaxPipeline
@@ -16,7 +19,7 @@ from infer.photos import prepare_crops
 from infer.pipeline import generate_batches
 from infer.request import Photo, Request
 from infer.torch_pipeline import TorchPipeline
-from tests.infer.conftest import difference
+from tests.infer.conftest import _write_adapter, difference
 
 # Mean difference of 8-bit pictures; the rest is rounding of the two libraries' sums.
 SAME = 1.0
@@ -125,3 +128,31 @@ def test_half_precision(files, torch, crops):
     ):
         half = pipeline.generate(request(steps=2), crops[:1])
         assert 0 < difference(half, exact) < someone_else / 2
+
+
+def test_sizes_that_the_unet_does_not_halve_evenly(files, base_folder, crops, tmp_path):
+    """40 x 24 pixels are 20 x 12 latents: 5 x 3 on the third level, 3 x 2 on the fourth."""
+    deep = shutil.copytree(base_folder, tmp_path / "deep")
+    down, up = ("CrossAttnDownBlock2D", "DownBlock2D"), ("CrossAttnUpBlock2D", "UpBlock2D")
+    shape = {
+        "block_out_channels": (8, 8, 8, 8),
+        "down_block_types": (down[0], down[1], down[1], down[1]),
+        "up_block_types": (up[1], up[1], up[1], up[0]),
+    }
+    manual_seed(4)
+    UNet2DConditionModel.from_config(read_json(deep / "unet/config.json") | shape).save_pretrained(
+        deep / "unet"
+    )
+    _write_adapter(tmp_path / "adapter.safetensors", deep)
+    halves = np.zeros((2, 24, 40), np.float32)
+    halves[0, :, :20] = halves[1, :, 20:] = 1.0
+    pictures = []
+    for kind in (FlaxPipeline, TorchPipeline):
+        pipeline = kind.load(deep, tmp_path / "adapter.safetensors", files.encoder)
+        assert pipeline.base.factor == 8
+        settings = request(steps=1, height=24, width=40, guidance=Guidance(text=1.0))
+        pictures.append(
+            pipeline.draw(["a woman"], [3], crops[None], settings, regions=halves[None])
+        )
+    assert pictures[0].shape == (1, 24, 40, 3)
+    assert difference(*pictures) <= SAME
