@@ -1,7 +1,6 @@
 """``fact-infer redraw``: its options, and what it calls."""
 
 import argparse
-import dataclasses
 import math
 import sys
 from pathlib import Path
@@ -36,7 +35,7 @@ def add_redraw(commands: argparse._SubParsersAction) -> None:
         "redraw",
         help="put people into the faces of template photos",
         description="Redraw faces of template photos as other people, by masked image-to-image. "
-        "Outside a face's soft mask every pixel stays the template's own. Each --photo is one "
+        "Outside a face's soft mask every pixel stays the template's own. The photos are of one "
         "person, unless --person says otherwise. --face, --box or --area says where a person is "
         "put, once for each; without them a single person takes the place of every face, and "
         "several take the faces from the left.",
@@ -48,7 +47,7 @@ def add_redraw(commands: argparse._SubParsersAction) -> None:
     add_base_options(models)
     group = command.add_argument_group("people")
     add_photo_options(group, several=True)
-    add_person_option(group, "whose photo it is, if there are several of a person")
+    add_person_option(group, "whose photo it is, if they are of several people")
     _add_places(group)
     add_steering_options(command.add_argument_group("face"))
     _add_picture_options(command.add_argument_group("picture"))
@@ -66,7 +65,8 @@ def _add_places(group: argparse._ActionsContainer) -> None:
         "--box",
         action="append",
         metavar="L,T,R,B",
-        help="a box around that face instead, in pixels; once for each person",
+        help="a box around that face instead, in pixels; once for each person. Where there are "
+        "neither points beside the template nor a detector, the ellipse in it is redrawn",
     )
     group.add_argument(
         "--area",
@@ -159,21 +159,19 @@ def _people(arguments: argparse.Namespace) -> list[list]:
     check_control(arguments)
     if arguments.control and len(arguments.control) != len(arguments.templates):
         raise UserError("give --control once for each template, in their order")
-    photos = read_photos(arguments)
-    if not arguments.person:
-        photos = [dataclasses.replace(photo, person=i) for i, photo in enumerate(photos)]
-    people = by_person(photos)
+    people = by_person(read_photos(arguments))
     chosen = [getattr(arguments, name) for name in _WHERE if getattr(arguments, name)]
     if len(chosen) > 1 or any(len(places) != len(people) for places in chosen):
         raise UserError(
-            "give --face, --box or --area once for each person, in their order, or none of them"
+            "give --face, --box or --area once for each person, in their order, or none of them "
+            f"(people: {len(people)}; --person with each --photo says whose it is)"
         )
     return people
 
 
 def _jobs(arguments: argparse.Namespace, people: list, notes: list[str]) -> list:
     """What is to be done with each template; lines for the user are added to ``notes``."""
-    from fact_jax.face import read_image
+    from fact_jax.face import can_find_faces, read_image
     from fact_jax.face.mask import read_mask
     from infer.templates import Job, find_template, read_template
 
@@ -183,6 +181,9 @@ def _jobs(arguments: argparse.Namespace, people: list, notes: list[str]) -> list
     for path, control in zip(arguments.templates, controls, strict=True):
         if areas:
             template = read_template(path)
+        elif arguments.box and not can_find_faces(path, arguments.detector):
+            template = read_template(path)
+            notes.append(f"{path}: no points and no detector: the ellipse in the box is redrawn")
         else:
             template, note = find_template(path, pack=arguments.detector)
             notes += [note] if note else []
@@ -200,14 +201,25 @@ def _jobs(arguments: argparse.Namespace, people: list, notes: list[str]) -> list
 
 def _places(template, people: list, areas: list, arguments: argparse.Namespace) -> tuple:
     """Where in a template each person is put."""
+    from fact_jax.face.mask import box_mask
     from infer.templates import Place
 
+    boxes = [_box(text) for text in arguments.box or ()]
+    if boxes and not template.faces:
+        shape = template.image.shape[:2]
+        areas = [box_mask(shape, box) for box in boxes]
+        for text, area in zip(arguments.box, areas, strict=True):
+            if area.sum() < 1.0:
+                raise UserError(
+                    f"--box {text} lies outside of {template.name}, "
+                    f"which is {shape[1]} x {shape[0]}"
+                )
     if areas:
         return tuple(Place(crops=c, mask=area) for c, area in zip(people, areas, strict=True))
     if arguments.face:
         indices = arguments.face
     elif arguments.box:
-        indices = [template.face_in(_box(text)) for text in arguments.box]
+        indices = [template.face_in(box) for box in boxes]
     elif len(people) == 1:
         indices = range(len(template.faces))
         people = people * len(indices)
@@ -240,7 +252,7 @@ def _values(arguments: argparse.Namespace, settings, job) -> dict[str, Any]:
         **{name: getattr(arguments, name) for name in ("seed", "sampler", "steps", "guidance")},
         **{name: getattr(arguments, name) for name in _HOW},
         "face": {"photos": photos, **steering(settings.guidance)},
-        "person": arguments.person or list(range(len(photos))),
+        "person": arguments.person or [0] * len(photos),
         "base": arguments.base,
         **drawing_files(arguments),
     }

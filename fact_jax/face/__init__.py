@@ -8,6 +8,7 @@ from fact_jax.face.photo import PreparedFace, limit_side, prepare_photo
 from fact_jax.face.points import (
     ASTRONAUT_POINTS,
     Face,
+    can_find_faces,
     detect_faces,
     find_face,
     find_faces,
@@ -23,6 +24,7 @@ __all__ = [
     "align_batch",
     "align_face",
     "area_weights",
+    "can_find_faces",
     "detect_faces",
     "draw_face",
     "face_mask",

@@ -1,7 +1,7 @@
 """Where the head is: from a parsing map, a mask file, or an ellipse fitted to the five points."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import jax
@@ -140,7 +140,7 @@ def _ellipse(
     centre: tuple[float, float],
     half_axes: tuple[float, float],
 ) -> Float[np.ndarray, "h w"]:
-    """An ellipse of the template in the photo; its distance is to first order, f / |grad f|."""
+    """An ellipse of the template in the photo."""
     to_template = similarity_transform(points, ARCFACE_TEMPLATE)
     scale = np.hypot(to_template[0, 0], to_template[1, 0])
     # In a large photo it is small: beyond a circle around it there is nothing to compute.
@@ -152,14 +152,30 @@ def _ellipse(
     window = tuple(slice(*ends) for ends in zip(low, high, strict=True))
     rows, columns = np.mgrid[window].astype(np.float64)
     where = transform_points(np.stack([columns, rows], -1).reshape(-1, 2), to_template)
-    unit = (where - centre) / half_axes
-    radius = np.linalg.norm(unit, axis=-1)
-    slope = np.linalg.norm(unit / half_axes, axis=-1)
-    # Both vanish at the centre, where any length will do.
-    distance = (radius - 1.0) * (radius + 1e-6) / (slope + 1e-8) / scale
+    distance = _distance(where - centre, half_axes) / scale
     mask = np.zeros(shape, np.float32)
     mask[window] = np.clip(0.5 - distance, 0.0, 1.0).reshape(rows.shape)
     return mask
+
+
+def box_mask(shape: tuple[int, int], box: Sequence[float]) -> Float[np.ndarray, "h w"]:
+    """The ellipse inside a box (left, top, right, bottom) in pixels; its edge is soft."""
+    left, top, right, bottom = box
+    rows, columns = np.mgrid[: shape[0], : shape[1]] + 0.5
+    away = np.stack([columns - (left + right) / 2, rows - (top + bottom) / 2], -1)
+    distance = _distance(away, ((right - left) / 2, (bottom - top) / 2))
+    return np.clip(0.5 - distance, 0.0, 1.0).astype(np.float32)
+
+
+def _distance(
+    away: Float[np.ndarray, "*n 2"], half_axes: tuple[float, float]
+) -> Float[np.ndarray, "*n"]:
+    """From the edge of an ellipse around 0, negative inside; to first order, f / |grad f|."""
+    unit = away / half_axes
+    radius = np.linalg.norm(unit, axis=-1)
+    slope = np.linalg.norm(unit / half_axes, axis=-1)
+    # Both vanish at the centre, where any length will do.
+    return (radius - 1.0) * (radius + 1e-6) / (slope + 1e-8)
 
 
 def crop_square(points: Float[np.ndarray, "5 2"], size: float = 112.0) -> Float[np.ndarray, "4"]:

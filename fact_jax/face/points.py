@@ -58,12 +58,18 @@ def find_faces(
 ) -> tuple[list[Face], str]:
     """All faces of a photo from left to right, and a note for the user ("" without one).
 
-    Looks in this order: ``points_file``; ``NAME.points.json`` and ``NAME.json`` beside the photo;
-    the detector of ``pack`` (a folder or a pack's name; ``buffalo_l`` where it is installed).
+    Looks in this order: ``points_file``; ``NAME.points.json`` beside the photo, and ``NAME.json``
+    if that is about points; the detector of ``pack`` (a folder or a pack's name; ``buffalo_l``
+    where it is installed).
     Raises UserError when there is no face or nothing to find it with.
     """
     faces, _, note = _look(Path(photo_path), image, points_file, pack)
     return faces, note
+
+
+def can_find_faces(photo_path: str | os.PathLike, pack: str | os.PathLike | None = None) -> bool:
+    """Whether ``find_faces`` has points beside the photo, or a detector, to look with."""
+    return _sidecar_of(Path(photo_path)) is not None or local_pack(pack) is not None
 
 
 def _look(
@@ -95,17 +101,7 @@ def read_sidecar(path: str | os.PathLike) -> list[Face]:
     Each of ``faces`` holds ``points`` and may hold ``box``; a face without gets the box of its
     aligned crop. Raises UserError, one line, for anything else than that.
     """
-    try:
-        with open(path, "rb") as handle:
-            text = handle.read(_MAX_SIDECAR_BYTES + 1)
-    except OSError as error:
-        raise UserError(file_error(path, error)) from None
-    if len(text) > _MAX_SIDECAR_BYTES:
-        raise UserError(f"{path} is too large for face points: at most {_MAX_SIDECAR_BYTES} bytes")
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not JSON: {one_line(error)}") from None
+    content = _read_json(path)
     if isinstance(content, dict) and isinstance(content.get("faces"), list):
         return [_face(entry, f"{path}, face {i}") for i, entry in enumerate(content["faces"])]
     if isinstance(content, dict) and "points" in content:
@@ -114,6 +110,20 @@ def read_sidecar(path: str | os.PathLike) -> list[Face]:
         f'{path} holds no face points: expected {{"points": [[x, y], ...]}} with five points '
         f'({_ORDER}) or {{"faces": [{{"points": ...}}, ...]}}'
     )
+
+
+def _read_json(path: str | os.PathLike) -> Any:
+    try:
+        with open(path, "rb") as handle:
+            text = handle.read(_MAX_SIDECAR_BYTES + 1)
+    except OSError as error:
+        raise UserError(file_error(path, error)) from None
+    if len(text) > _MAX_SIDECAR_BYTES:
+        raise UserError(f"{path} is too large for face points: at most {_MAX_SIDECAR_BYTES} bytes")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not JSON: {one_line(error)}") from None
 
 
 def detect_faces(image: UInt8[np.ndarray, "h w 3"], pack: str | os.PathLike) -> list[Face]:
@@ -185,14 +195,23 @@ def _licence_note(folder: Path) -> str:
     )
 
 
-def _pack_folder(pack: str | os.PathLike | None, photo_path: Path) -> Path:
+def local_pack(pack: str | os.PathLike | None = None) -> Path | None:
+    """The folder of the pack that is named, else of ``buffalo_l``; None where that is not there."""
     if pack is not None:
         return find_pack(pack)
     default = _PACKS.expanduser() / DEFAULT_PACK
-    if default.is_dir():
-        return find_pack(default)
+    return find_pack(default) if default.is_dir() else None
+
+
+def _pack_folder(pack: str | os.PathLike | None, photo_path: Path) -> Path:
+    folder = local_pack(pack)
+    if folder is not None:
+        return folder
+    other = photo_path.with_suffix(".json")
+    about = f" ({other} is not about face points)" if other.is_file() else ""
     raise UserError(
-        f"no face points for {photo_path}: write them to {photo_path.with_suffix('.points.json')} "
+        f"no face points for {photo_path}{about}: write them to "
+        f"{photo_path.with_suffix('.points.json')} "
         f'as {{"points": [[x, y], ...]}} ({_ORDER}), or install a detector: '
         f"pip install 'fact-jax[data]' and unpack the insightface pack {DEFAULT_PACK} into "
         f"{_PACKS / DEFAULT_PACK}"
@@ -200,10 +219,23 @@ def _pack_folder(pack: str | os.PathLike | None, photo_path: Path) -> Path:
 
 
 def _sidecar_of(photo_path: Path) -> Path | None:
-    for suffix in (".points.json", ".json"):
-        if photo_path.with_suffix(suffix).is_file():
-            return photo_path.with_suffix(suffix)
-    return None
+    own, other = (photo_path.with_suffix(suffix) for suffix in (".points.json", ".json"))
+    if own.is_file():
+        return own
+    return other if other.is_file() and _is_about_points(other) else None
+
+
+def _is_about_points(path: Path) -> bool:
+    """A ``NAME.json`` beside a photo may be anybody's: of a photo service, of a camera."""
+    try:
+        content = _read_json(path)
+    except UserError:
+        return False
+    if not isinstance(content, dict):
+        return False
+    faces = content.get("faces")
+    entries = [content, *(faces if isinstance(faces, list) else ())]
+    return any(isinstance(e, dict) and isinstance(e.get("points"), list) for e in entries)
 
 
 def _from_left(faces: list[Face]) -> list[Face]:

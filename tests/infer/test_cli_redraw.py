@@ -7,6 +7,7 @@ import pytest
 from PIL import Image, ImageCms
 
 import infer.cli_redraw
+from fact_jax.errors import UserError
 from infer.cli import main
 from infer.provenance import read_text
 from tests.infer.conftest import POINTS
@@ -68,6 +69,7 @@ def test_by_a_box_and_all_of_them(command, template, capsys):
         (["--face", 0, "--box", "0,0,1,1"], "--box or --area once for each person"),
         (["--face", 0, "--area", "SMALL"], "--box or --area once for each person"),
         (["--area", "SMALL", "--area", "SMALL"], "--box or --area once for each person"),
+        (["--photo", "PHOTO", "--face", 0, "--face", 1], "(people: 1; --person with each --photo"),
         (["--area", "BLACK"], "group.png: the mask is empty"),
         (["--area", "PHOTO"], "has colours: a mask is grey"),
         (["--area", "SMALL"], "the mask for group.png is 20 x 30, the template is 140 x 90"),
@@ -132,7 +134,8 @@ def test_the_colours_stay_those_of_the_template(command, template, capsys):
 
 
 def test_two_people_for_one_face(command, files, capsys):
-    assert main(command("--photo", files.other_photo, "--face", 1, "--face", 1)) == 2
+    two = ("--photo", files.other_photo, "--person", 0, "--person", 1)
+    assert main(command(*two, "--face", 1, "--face", 1)) == 2
     assert "two people are meant for the same face" in capsys.readouterr().err
 
 
@@ -153,6 +156,43 @@ def test_an_area_instead_of_the_face(command, template, tmp_path, capsys):
     assert different[area > 0].mean() > 0.9
 
 
+def test_a_box_needs_no_detector(command, template, capsys, monkeypatch, tmp_path):
+    (template.parent / "group.points.json").unlink()
+    monkeypatch.setattr("fact_jax.face.points._PACKS", tmp_path / "none")
+    assert main(command("--box", "20,30,60,80", "--grow", 0, "--soften", 0)) == 0
+    out, err = capsys.readouterr()
+    assert "no points and no detector: the ellipse in the box is redrawn" in err
+    different = (pixels(out.split()[0]) != pixels(template)).any(-1)
+    rows, columns = np.nonzero(different)
+    assert (columns.min(), columns.max() + 1, rows.min(), rows.max() + 1) == (20, 60, 30, 80)
+    # An ellipse has pi/4 of its box, and not its corners.
+    assert different.sum() == pytest.approx(np.pi / 4 * 40 * 50, rel=0.1)
+    assert not different[30:34, 20:24].any()
+    assert main(command("--box", "200,30,260,80")) == 2
+    assert "--box 200,30,260,80 lies outside of group.png, which is 140 x 90" in (
+        capsys.readouterr().err
+    )
+    assert main(command("--face", 0)) == 2
+    assert "no face points for" in capsys.readouterr().err
+
+
+def test_photos_are_of_one_person_in_both_commands(files, command, monkeypatch):
+    """Whatever is drawn: the same options mean the same people."""
+    seen = {}
+
+    def prepared(photos, size):
+        seen.setdefault(name, []).append([photo.path for photo in photos])
+        raise UserError("enough")
+
+    monkeypatch.setattr("infer.photos.prepare_crops", prepared)
+    redraw = command("--photo", files.other_photo)
+    generate = ["generate", *redraw[2:], "--prompt", "a woman"]
+    for words in (redraw, generate):
+        name = words[0]
+        assert main(words) == 2
+    assert seen["redraw"] == seen["generate"] == [[files.photo, files.other_photo]]
+
+
 def test_what_steers_a_redrawing(command, files, steered, template, capsys):
     """Another photo of the person, a LoRA, a ControlNet, a window of nothing: each counts."""
     folder, _, _ = steered
@@ -160,7 +200,7 @@ def test_what_steers_a_redrawing(command, files, steered, template, capsys):
     drawn = {}
     for name, options in {
         "plain": (),
-        "two photos": ("--photo", files.other_photo, "--person", 0, "--person", 0),
+        "two photos": ("--photo", files.other_photo),
         "lora": ("--lora", f"{folder / 'lora.safetensors'}=0.8"),
         "control": net,
         "less control": (*net, "--control-scale", 0.3),

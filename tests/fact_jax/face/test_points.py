@@ -10,7 +10,7 @@ import pytest
 from fact_jax.errors import UserError
 from fact_jax.face import points as module
 from fact_jax.face.align import template_points
-from fact_jax.face.points import detect_faces, find_face, read_sidecar
+from fact_jax.face.points import can_find_faces, detect_faces, find_face, read_sidecar
 
 IMAGE = np.zeros((150, 200, 3), np.uint8)
 IMAGE[..., 0] = 9  # red, to see in which order the detector gets the channels
@@ -154,6 +154,25 @@ def test_nothing_to_find_it_with(tmp_path, monkeypatch):
     for part in ("a.points.json", "left eye, right eye", "pip install 'fact-jax[data]'"):
         assert part in text
     assert str(tmp_path / "buffalo_l") in text
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"title": "me.jpg"}, {"points": 12}, {"faces": 3}, [1], "{", "\xff", " " * (1 << 21)],
+)
+def test_json_of_somebody_else_beside_the_photo(tmp_path, pack, monkeypatch, content):
+    """No claim to be points: the detector looks; where there is none that file is named."""
+    write(tmp_path / "a.json", content)
+    face, _ = find_face(tmp_path / "a.jpg", IMAGE, pack=pack, index=0)
+    np.testing.assert_allclose(face.points, SMALL, atol=1e-5)
+    assert can_find_faces(tmp_path / "a.jpg", pack)
+    assert not can_find_faces(tmp_path / "a.jpg")
+    with pytest.raises(UserError, match=r"no face points for .*a.jpg \(.*a.json is not about"):
+        find_face(tmp_path / "a.jpg", IMAGE)
+    write(tmp_path / "a.json", {"points": GOOD[:4]})
+    with pytest.raises(UserError, match="must be five"):
+        find_face(tmp_path / "a.jpg", IMAGE, pack=pack)
+    assert can_find_faces(tmp_path / "a.jpg")
 
 
 def test_missing_or_empty_pack(tmp_path, monkeypatch):
