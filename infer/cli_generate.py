@@ -75,7 +75,7 @@ def _add_picture_options(group: argparse._ActionsContainer) -> None:
         type=int,
         metavar="N",
         help="of each prompt's --count pictures keep the N whose faces are most like the photos, "
-        "by the encoder's own judgement (needs a detector)",
+        "by the encoder's own judgement; without a detector where the face lies in the first photo",
     )
     group.add_argument("--sheet", action="store_true", help="write all of them on one sheet too")
     add_files(group, "portraits")
@@ -186,9 +186,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     how = {"suffix": f".{arguments.format}", "source": part if request.image_mask else whole}
     ranking = None
     if arguments.best is not None:
-        from infer.ranking import Ranking
-
-        ranking = Ranking(face, crops, arguments.detector)
+        ranking = _ranking(request, face, crops)
     more = {"loras": arguments.lora, "controlnet": arguments.controlnet}
     drawer = load_drawer(arguments.backend, arguments.precision, base, face, **more)
     todo, group, written = iter(request.pictures()), [], []
@@ -208,6 +206,23 @@ def _generate(arguments: argparse.Namespace) -> None:
                 group.clear()
     if arguments.sheet:
         print(_save_sheet(written, arguments, how["source"]))
+
+
+def _ranking(request, face, crops):
+    """What orders a prompt's pictures, with a line for the user where no detector finds faces."""
+    from fact_jax.face.points import local_pack
+    from infer.photos import prepare
+    from infer.ranking import Ranking
+
+    photo, points = request.photos[0], None
+    if local_pack(photo.pack) is None:
+        found = prepare(photo, face.encoder_config.img_size)
+        points = found.points / found.image.shape[1::-1]
+        print(
+            f"note: no detector: likeness is judged where the face lies in {photo.path}",
+            file=sys.stderr,
+        )
+    return Ranking(face, crops, photo.pack, points)
 
 
 def warn_of_cut_prompts(base, prompts: list[str]) -> None:

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from converters.encoder import load_encoder
 from fact_jax.face.align import align_face
 from fact_jax.face.mask import head_mask
-from fact_jax.face.points import DEFAULT_PACK, detect_faces, find_pack
+from fact_jax.face.points import DEFAULT_PACK, detect_faces, find_pack, local_pack
 from infer.base import FaceFiles
 from infer.measures import cosine
 
@@ -27,7 +27,9 @@ class Ranking:
 
     The adapter was trained on what this encoder sees: the order is good for choosing among
     candidates, its numbers are no independent measure of likeness. ``pack`` is the insightface
-    model pack that finds the pictures' faces; UserError if it is not there.
+    model pack that finds the pictures' faces, by default buffalo_l where it is installed. Without
+    one a face is taken to lie at ``points``, in shares of a picture's width and height; UserError
+    if there are none either.
     """
 
     def __init__(
@@ -35,8 +37,10 @@ class Ranking:
         face: FaceFiles,
         crops: UInt8[np.ndarray, "p s s 3"],
         pack: str | Path | None = None,
+        points: Float[np.ndarray, "5 2"] | None = None,
     ):
-        self._size, self._pack = crops.shape[1], find_pack(pack or DEFAULT_PACK)
+        self._size, self._points = crops.shape[1], points
+        self._pack = local_pack(pack) if points is not None else find_pack(pack or DEFAULT_PACK)
         graph, state = nnx.split(load_encoder(face.encoder))
         self._embed = jax.jit(lambda images: nnx.merge(graph, state)(images)[1])
         own = self._embeddings(crops)
@@ -45,13 +49,21 @@ class Ranking:
 
     def similarity(self, picture: UInt8[np.ndarray, "h w 3"]) -> float | None:
         """Cosine of the picture's largest face with the photos; None where no face is found."""
+        points = self._find(picture)
+        if points is None:
+            return None
+        mask, _ = head_mask(picture.shape, points)
+        crop = align_face(picture, points, self._size, mask)
+        return float(cosine(self._embeddings(crop[None])[0], self._wanted))
+
+    def _find(self, picture: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "5 2"] | None:
+        if self._pack is None:
+            height, width, _ = picture.shape
+            return self._points * (width, height)
         faces = detect_faces(picture, self._pack)
         if not faces:
             return None
-        largest = max(faces, key=lambda face: np.prod(face.box[2:] - face.box[:2]))
-        mask, _ = head_mask(picture.shape, largest.points)
-        crop = align_face(picture, largest.points, self._size, mask)
-        return float(cosine(self._embeddings(crop[None])[0], self._wanted))
+        return max(faces, key=lambda face: np.prod(face.box[2:] - face.box[:2])).points
 
     def _embeddings(self, crops: UInt8[np.ndarray, "b s s 3"]) -> Float[np.ndarray, "b k"]:
         return np.array(self._embed(jnp.asarray(crops, jnp.float32) / 127.5 - 1))

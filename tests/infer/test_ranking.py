@@ -1,5 +1,7 @@
 """Ranking by likeness and the sheet of all pictures."""
 
+import json
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from infer.base import read_face_files
 from infer.cli import main
 from infer.measures import cosine
 from infer.provenance import read_text
+from tests.infer.conftest import POINTS
 
 
 @pytest.fixture
@@ -61,6 +64,33 @@ def test_a_missing_pack_is_said(files, tmp_path):
     size = found.encoder_config.img_size
     with pytest.raises(UserError, match="no model pack"):
         ranking.Ranking(found, np.zeros((1, size, size, 3), np.uint8), tmp_path / "none")
+
+
+def test_without_a_detector_the_face_is_where_it_lies_in_the_photo(
+    files, monkeypatch, tmp_path, capsys
+):
+    """The photo's points are given, 64 x 72; the pictures are 32 x 32."""
+    monkeypatch.setattr("fact_jax.face.points._PACKS", tmp_path / "none")
+    judged = []
+    aligned = ranking.align_face
+
+    def align(picture, points, size, mask):
+        judged.append(points)
+        return aligned(picture, points, size, mask)
+
+    monkeypatch.setattr(ranking, "align_face", align)
+    arguments = ["generate", "--base", files.base, "--adapter", files.adapter]
+    arguments += ["--encoder", files.encoder, "--photo", files.photo, "--prompt", "a woman"]
+    arguments += ["--points", files.photo.with_suffix(".points.json"), "--backend", "torch"]
+    arguments += ["--sampler", "ddim", "--steps", 1, "--count", 3, "--best", 2]
+    assert main([str(word) for word in [*arguments, "--out", tmp_path / "out"]]) == 0
+    out, err = capsys.readouterr()
+    assert f"no detector: likeness is judged where the face lies in {files.photo}" in err
+    likeness = [json.loads(read_text(path)["fact_jax"])["similarity"] for path in out.split()]
+    assert len(likeness) == 2
+    assert likeness[0] >= likeness[1]
+    assert len(judged) == 3
+    np.testing.assert_allclose(judged[0], np.asarray(POINTS) * (32 / 64, 32 / 72), rtol=1e-6)
 
 
 def test_the_best_come_first_and_no_face_comes_last():
