@@ -176,12 +176,13 @@ class Checkpoints:
         state, reason = None, "another process could not"
         try:
             meta = json.loads((folder / "meta" / "metadata").read_text())
-            written = meta["checksums"], meta["versions"]
+            written = dict(meta["checksums"])
+            _ = dict(meta["versions"]), meta["config"]["batch_size"]
         except Exception as error:
             reason = first_line(error)
         else:
             self._check_base(step, meta)
-            stored = _stored_like(template, written[0])
+            stored = _stored_like(template, written)
             try:
                 state = TrainState(**_restore(folder / "state", stored._asdict()))
             except Exception as error:  # Orbax's errors for a damaged folder have no common type
@@ -189,8 +190,8 @@ class Checkpoints:
         if not all_agree(state is not None):
             return None, reason
         found = checksums(state)
-        for name in sorted(written[0].keys() | found.keys()):
-            if written[0].get(name) != found.get(name):
+        for name in sorted(written.keys() | found.keys()):
+            if written.get(name) != found.get(name):
                 return None, f"{name} is not what was written"
         return (_with_ema_of(template, state), meta), ""
 
@@ -205,8 +206,8 @@ class Checkpoints:
 
     def _meta_or_nothing(self, step: int) -> dict[str, Any]:
         try:
-            return json.loads((self.folder / f"{step:08d}" / "meta" / "metadata").read_text())
-        except (OSError, ValueError):
+            return dict(json.loads((self.folder / f"{step:08d}/meta/metadata").read_text()))
+        except (OSError, ValueError, TypeError):
             return {}
 
     def _check_space(self, step: int, needed: int) -> None:

@@ -1,7 +1,6 @@
 """fact-train: train what FACT is made of."""
 
 import argparse
-import errno
 import logging
 import shlex
 import sys
@@ -9,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fact_jax.command import add_version
-from fact_jax.errors import UserError
+from fact_jax.errors import run_program
 from train.data import cli as data_cli
 
 
@@ -23,28 +22,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [text for text in rest if text.startswith("-") or not takes_settings]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    try:
-        if arguments.command == "configs":
-            return _configs()
-        if arguments.command == "plan":
-            return _plan(arguments, arguments.override + rest)
-        if arguments.command == "records":
-            return data_cli.write(arguments)
-        if arguments.command == "cache":
-            overrides = arguments.override + rest
-            return data_cli.cache(arguments.config, overrides, arguments.out, arguments.shard)
-        command = shlex.join(["fact-train", *argv])
-        return _run(arguments, arguments.override + rest, command)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print(f"error: {error.strerror}: {error.filename or 'free some disk'}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    command = shlex.join(["fact-train", *argv])
+    return run_program(lambda: _dispatch(arguments, rest, command))
+
+
+def _dispatch(arguments: argparse.Namespace, rest: list[str], command: str) -> int:
+    if arguments.command == "configs":
+        return _configs()
+    if arguments.command == "plan":
+        return _plan(arguments, arguments.override + rest)
+    if arguments.command == "records":
+        return data_cli.write(arguments)
+    if arguments.command == "cache":
+        overrides = arguments.override + rest
+        return data_cli.cache(arguments.config, overrides, arguments.out, arguments.shard)
+    return _run(arguments, arguments.override + rest, command)
 
 
 def _parser() -> argparse.ArgumentParser:

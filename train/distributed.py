@@ -23,6 +23,7 @@ ARRIVAL_SECONDS = 300
 # Long enough for the slowest to leave, short enough that a failed run does not hold a pod.
 LEAVING_SECONDS = 30
 _MESSAGE_BYTES = 1000
+_host: str | None = None
 # A network file system may show a new file a moment later.
 _VISIBLE_SECONDS = 5
 
@@ -51,7 +52,9 @@ def initialize(
         if processes is not None or process is not None:
             raise UserError("--coordinator auto finds --processes and --process by itself")
     else:
+        global _host
         _check(coordinator, processes, process)
+        _host = coordinator.rpartition(":")[0].strip("[]")
         settings |= {"num_processes": processes, "process_id": process}
         settings |= {"coordinator_address": coordinator, "cluster_detection_method": "deactivate"}
     # JAX itself ends the program with a stack trace of its own if others do not come.
@@ -158,6 +161,11 @@ def check_shared(folder: Path) -> None:
             f"process {', '.join(without)} of {len(said)} does not see the folder that process 0 "
             "writes: give an --out that all hosts share"
         )
+
+
+def coordinator_host() -> str | None:
+    """Where process 0 was said to be; None if it was found automatically."""
+    return _host
 
 
 def host_name() -> str:

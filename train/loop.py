@@ -24,8 +24,9 @@ from train.checkpoints import About, Checkpoints, first_line, revision, versions
 from train.checksums import content_hash
 from train.config import TrainConfig, to_json
 from train.distributed import check_alike, check_same, check_shared, gather, together
-from train.folder import claim_folder, describe_start, now
+from train.folder import check_export, claim_folder, describe_start, file_hashes, lock_folder, now
 from train.meter import Meter, Profile
+from train.peers import Peers
 from train.plan.model_flops import model_flops
 from train.runlog import RunLog, average, stage
 from train.state import TrainState, make_optimizer, place_state
@@ -51,42 +52,23 @@ class Outcome:
 def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
     """Train, or go on with what ``folder`` holds of this very run.
 
-    On several processes, each of them calls this.
+    On several processes, each of them calls this. UserError if another run is using the folder.
     """
     check_alike(config)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    check_shared(folder)
-    with together():
-        changes = claim_folder(config, folder)
-    with RunLog(folder, steps=config.steps, wandb=config.log.wandb) as log:
+    with Peers(), contextlib.ExitStack() as held:
+        check_shared(folder)
+        with together():
+            unlocked = held.enter_context(lock_folder(folder))
+            changes = claim_folder(config, folder)
+        log = held.enter_context(RunLog(folder, steps=config.steps, wandb=config.log.wandb))
         log.note(f"{now()}  {command or 'train.loop.run'}")
+        for warning in unlocked:
+            log.say(f"warning: {warning}")
         describe_start(folder, command)
         ready = prepare(config, mesh, log.say, str(folder))
-        frozen = ready.frozen
-        about = About(
-            config=to_json(config),
-            frozen=ready.content,
-            data=getattr(ready.source, "fingerprint", None),
-            steps_before=getattr(ready.task, "steps_before", 0),
-        )
-        with Checkpoints(folder, keep=config.checkpoint, about=about) as checkpoints:
-            state = checkpoints.restore(ready.state, log.say) or ready.state
-            start = int(state.step)
-            log.say(f"{sizes(state, frozen)}, {'resuming at' if start else 'from'} step {start}")
-            for change in changes:
-                log.say(f"{change} from step {start} on")
-            log.begin(start, about.config)
-            loop = _Loop(config, folder, ready.task, frozen, checkpoints, log)
-            loop.repair_export(state)
-            train_step = make_train_step(ready.task, ready.optimizer, config, mesh)
-            with Stopping() as stopping:
-                state = loop.train(train_step, ready.source, state, stopping)
-        all_agree(True)  # nobody leaves while another still writes
-        stopped = stopping.decided if int(state.step) < config.steps else None
-        saved = f", saved in {folder}" if not int(state.skipped_in_a_row) else ""
-        log.say(f"{'stopped' if stopped else 'done'} at step {int(state.step)}{saved}")
-    return Outcome(state=state, frozen=frozen, stopped_by=stopped)
+        return _train(config, folder, ready, mesh, changes, log)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,6 +117,35 @@ def prepare(config: TrainConfig, mesh: Mesh, say: Callable[[str], None], name: s
         state=state,
         source=source,
     )
+
+
+def _train(
+    config: TrainConfig, folder: Path, ready: Prepared, mesh: Mesh, changes: list[str], log: RunLog
+) -> Outcome:
+    """From the newest checkpoint, or from step 0, to the end or to a signal."""
+    about = About(
+        config=to_json(config),
+        frozen=ready.content,
+        data=getattr(ready.source, "fingerprint", None),
+        steps_before=getattr(ready.task, "steps_before", 0),
+    )
+    with Checkpoints(folder, keep=config.checkpoint, about=about) as checkpoints:
+        state = checkpoints.restore(ready.state, log.say) or ready.state
+        start = int(state.step)
+        log.say(f"{sizes(state, ready.frozen)}, {'resuming at' if start else 'from'} step {start}")
+        for change in changes:
+            log.say(f"{change} from step {start} on")
+        log.begin(start, about.config)
+        loop = _Loop(config, folder, ready.task, ready.frozen, checkpoints, log)
+        loop.repair_export(state)
+        train_step = make_train_step(ready.task, ready.optimizer, config, mesh)
+        with Stopping() as stopping:
+            state = loop.train(train_step, ready.source, state, stopping)
+    all_agree(True)  # nobody leaves while another still writes
+    stopped = stopping.decided if int(state.step) < config.steps else None
+    saved = f", saved in {folder}" if not int(state.skipped_in_a_row) else ""
+    log.say(f"{'stopped' if stopped else 'done'} at step {int(state.step)}{saved}")
+    return Outcome(state=state, frozen=ready.frozen, stopped_by=stopped)
 
 
 class _Loop:
@@ -276,15 +287,22 @@ class _Loop:
             try:
                 with replace_folder(target) as folder:
                     self.task.export(weights, frozen, folder, step)
+                    about["files"] = file_hashes(folder)
                     (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n")
             except OSError as error:
                 raise UserError(f"{target} of step {step}: {error.strerror or error}") from error
 
     def repair_export(self, state: TrainState) -> None:
-        """Bring ``export`` to the restored step, in case the run was killed between the two."""
-        about = self.folder / "export" / "training.json"
-        step = int(state.step)
-        if step and not all_agree(about.exists() and json.loads(about.read_text())["step"] == step):
+        """Bring ``export`` to the restored step.
+
+        It differs if the run was killed between the two, or if somebody else changed it.
+        """
+        if not (step := int(state.step)):
+            return
+        with together():
+            why = check_export(self.folder / "export", step) if jax.process_index() == 0 else ""
+        if not all_agree(not why):
+            self.log.say(f"export: {why}; written again from checkpoint {step}")
             self.export(state)
 
     def _local(self, state: TrainState) -> tuple[PyTree, PyTree]:

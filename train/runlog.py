@@ -49,7 +49,8 @@ class RunLog:
         if not self._speaks:
             return
         path = self._run / "metrics.jsonl"
-        drop_lines_past(path, start)
+        if junk := drop_lines_past(path, start):
+            self.say(f"warning: {path} had {junk} line(s) that are no metrics; they are left out")
         self._metrics = self._open.enter_context(open(path, "a"))  # noqa: SIM115
         board = SummaryWriter(str(self._run / "tensorboard"), purge_step=start + 1)
         self._board = self._open.enter_context(contextlib.closing(board))
@@ -72,7 +73,8 @@ class RunLog:
     def say(self, line: str) -> None:
         """One line for the console and log.txt."""
         if self._speaks:
-            tqdm.write(line, file=sys.stderr)
+            with contextlib.suppress(OSError):  # the terminal may be gone; log.txt has it too
+                tqdm.write(line, file=sys.stderr)
             self.note(line)
 
     def note(self, line: str) -> None:
@@ -184,16 +186,22 @@ def average(rows: list[dict[str, Any]]) -> dict[str, float]:
     return result
 
 
-def drop_lines_past(path: Path, step: int) -> None:
-    """Forget metrics that a resumed run is going to record again (and a half-written last line)."""
+def drop_lines_past(path: Path, step: int) -> int:
+    """Forget metrics that a resumed run is going to record again (and a half-written last line).
+
+    What else is no row of metrics goes too; how many lines that are is returned.
+    """
     if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
+        return 0
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept, junk = [], 0
+    for line in lines:
         try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except ValueError:
-            continue
+            row = json.loads(line)
+            if row["step"] <= step:
+                kept.append(line.rstrip(b"\r\n") + b"\n")
+        except (ValueError, TypeError, KeyError):
+            junk += line.endswith(b"\n")
     with atomic_write(path) as temporary:
-        temporary.write_text("".join(kept))
+        temporary.write_bytes(b"".join(kept))
+    return junk

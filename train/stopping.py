@@ -1,8 +1,9 @@
 """Why a run stops before its end: a signal, or a checkpoint that could not be written."""
 
 import collections
+import contextlib
+import os
 import signal
-import sys
 import threading
 from typing import Any
 
@@ -11,11 +12,15 @@ import jax
 from fact_jax.errors import UserError
 from train.agree import largest
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _FAILED = 1000  # larger than any signal
 
 
 class Stopping:
-    """Remembers SIGTERM or Ctrl-C until the step is over; a second one acts at once.
+    """Remembers a signal to stop until the step is over; a second one acts at once.
+
+    These are SIGTERM, Ctrl-C, SIGHUP (the terminal is gone) and SIGUSR1 (some batch systems send it
+    before time is up). One that is ignored (nohup) stays so.
 
     A signal, or a full disk, may reach one process alone. So every process tells the others each
     step what it knows, and all do the same after the same step.
@@ -31,8 +36,9 @@ class Stopping:
 
     def __enter__(self) -> "Stopping":
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._catch)
+            for number in _SIGNALS:
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._catch)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -55,5 +61,7 @@ class Stopping:
 
     def _catch(self, number: int, frame: object) -> None:
         self._caught = number
-        print("stopping: saving a checkpoint (once more to stop at once)", file=sys.stderr)
+        # print() may have been interrupted by this very signal, and cannot be entered twice.
+        with contextlib.suppress(OSError):
+            os.write(2, b"stopping: saving a checkpoint (once more to stop at once)\n")
         signal.signal(number, self._before[number])

@@ -207,12 +207,29 @@ def test_what_cannot_be_written_in_the_background_ends_the_run(toy_file, tmp_pat
     assert "Traceback" not in done.stderr
 
 
-def test_a_signal_is_heard_after_the_step():
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_is_heard_after_the_step(number, capfd):
+    before = signal.getsignal(number)
     with Stopping() as stopping:
         assert not stopping.decide(None)
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)
         assert stopping.decide(None)
-    assert stopping.decided == signal.SIGTERM
+    assert stopping.decided == number
+    assert signal.getsignal(number) == before
+    assert "saving a checkpoint" in capfd.readouterr().err
+
+
+def test_a_signal_that_is_ignored_stays_so():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stopping() as stopping:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stopping.decide(None)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_failed_checkpoint_is_told_to_all():
     with Stopping() as stopping, pytest.raises(UserError, match="disk"):
         stopping.decide(UserError("disk"))
 

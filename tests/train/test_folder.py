@@ -1,12 +1,16 @@
 """Whose a run's folder is."""
 
+import errno
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
 from fact_jax.errors import UserError
 from train.config import load_config, override, settings_of_run, to_json
-from train.folder import claim_folder
+from train.folder import claim_folder, lock_folder
 
 
 @pytest.fixture
@@ -56,6 +60,60 @@ def test_stages_of_an_older_run_are_the_same_stages():
     assert [stage["text"] for stage in read] == ["caption"] * 3
     assert [stage["ramp"] for stage in read] == ["linear"] * 3
     assert settings_of_run(config, saved | {"options.stages": "none"})["options.stages"] == "none"
+
+
+@pytest.mark.parametrize("junk", [b"{", b"[]", b"3", b"\xff\xfe", b'{"a": 1}', None])
+def test_a_damaged_configuration_is_taken_from_a_checkpoint(junk, folder, toy_config):
+    path, meta = folder / "config.json", folder / "checkpoints" / "00000007" / "meta" / "metadata"
+    other = override(toy_config, ["seed=4"])
+    with_damage = path.unlink if junk is None else lambda: path.write_bytes(junk)
+    with_damage()
+    with pytest.raises(UserError, match=r"config\.json .*, and no checkpoint beside it says"):
+        claim_folder(toy_config, folder)
+    meta.parent.mkdir()
+    meta.write_text(json.dumps({"config": to_json(toy_config)}))
+    with pytest.raises(UserError, match="seed 3 -> 4"):
+        claim_folder(other, folder)
+    claim_folder(toy_config, folder)
+    assert json.loads(path.read_text()) == to_json(toy_config)
+
+
+HOLD = """
+import fcntl, sys
+file = open(sys.argv[1], "a+")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write("host far, process 7, since noon")
+file.flush()
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_second_run_in_one_folder_is_refused_until_the_first_is_dead(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, tmp_path / ".lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with holder:
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match="process 7, since noon"), lock_folder(tmp_path):
+            pass
+        holder.kill()
+    with lock_folder(tmp_path) as warnings:
+        assert warnings == []
+        assert f"process {os.getpid()}, " in (tmp_path / ".lock").read_text()
+
+
+def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
+    def lockf(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    with lock_folder(tmp_path) as warnings:
+        assert len(warnings) == 1
+        assert "start only one run in it" in warnings[0]
 
 
 def test_a_setting_that_is_gone_is_a_difference(folder, toy_config):

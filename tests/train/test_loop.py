@@ -133,6 +133,27 @@ def test_a_finished_run_started_again_only_mends_its_export(
     assert "warning: jax changed since" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("toy.safetensors", None, "toy.safetensors not as written"),
+        ("training.json", b"[", "training.json cannot be read"),
+        ("training.json", b"3", "training.json cannot be read"),
+        ("training.json", b'{"step": 60}', "training.json does not say what was written"),
+    ],
+)
+def test_a_damaged_export_is_written_again_from_the_checkpoint(
+    name, content, why, finished, toy_config, capsys
+):
+    path = finished[0] / "export" / name
+    path.write_bytes(path.read_bytes()[:40] if content is None else content)
+    run(toy_config, finished[0])
+    assert f"export: {why}; written again from checkpoint 60" in capsys.readouterr().err
+    assert load_file(finished[0] / "export" / "toy.safetensors")["gate"].shape == ()
+    run(toy_config, finished[0])
+    assert "export:" not in capsys.readouterr().err
+
+
 def test_another_configuration_is_refused_with_its_keys(finished, toy_config):
     folder, _ = finished
     other = override(toy_config, ["seed=4", "options.width=8", "log.every=1", "steps=61"])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -104,11 +105,13 @@ def test_four_processes_train_as_one(train, alone):
 
 
 MEET = """
-import dataclasses, sys
+import dataclasses, os, signal, sys
 from pathlib import Path
 from fact_jax.errors import UserError
+from train.agree import all_agree
 from train.config import TrainConfig
 from train.distributed import check_alike, check_same, check_shared, initialize, together
+from train.peers import Peers
 process, folder = int(sys.argv[2]), Path(sys.argv[3])
 initialize(sys.argv[1], 2, process)
 config = TrainConfig(task="toy", steps=1, batch_size=2, options=None)
@@ -129,13 +132,22 @@ for attempt in (
                 raise UserError("no records in /data")
     except UserError as error:
         print(error)
+with Peers():
+    if process == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    all_agree(True)
 """
 
 
 def test_what_one_process_lacks_is_told_by_all(tmp_path):
     address = free_address()
     ends = finish([start("-c", MEET, address, str(process), str(tmp_path)) for process in (0, 1)])
-    assert [status for status, _, _ in ends] == [0, 0], ends
+    # And the last of them is killed, which the other says at once.
+    assert [status for status, _, _ in ends] == [2, -signal.SIGKILL], ends
+    (error,) = [line for line in ends[0][2].splitlines() if "error: " in line]
+    assert error.startswith("error: process 1 of 2")
+    assert "is gone" in error
+    assert "Traceback" not in ends[0][2]
     said = [
         [line for line in output.splitlines() if not line.startswith("[Gloo]")]
         for _, output, _ in ends

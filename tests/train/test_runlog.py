@@ -1,5 +1,7 @@
 """What is written about a run."""
 
+import errno
+import io
 import math
 import sys
 from types import SimpleNamespace
@@ -43,6 +45,28 @@ def test_lines_past_a_step_are_dropped_and_a_broken_one_too(tmp_path):
     path.write_text('{"step": 2}\n{"step": 3}\n{"step": 4}\n{"step": 1, "lo')
     drop_lines_past(path, 3)
     assert path.read_text() == '{"step": 2}\n{"step": 3}\n'
+
+
+def test_junk_in_the_metrics_is_left_out_and_counted(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(
+        b'{"step": 2}\n3\n[1]\n{"loss": 1}\n{"step": "x"}\n\xff\xfe\n{"step": 3}\n{"st'
+    )
+    with RunLog(tmp_path, steps=9) as log:
+        log.begin(3, {})
+    assert path.read_text() == '{"step": 2}\n{"step": 3}\n'
+    assert "metrics.jsonl had 5 line(s) that are no metrics" in capsys.readouterr().err
+
+
+def test_a_terminal_that_is_gone_does_not_end_a_run(tmp_path, monkeypatch):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(sys, "stderr", Gone())
+    with RunLog(tmp_path, steps=9) as log:
+        log.say("saved")
+    assert (tmp_path / "log.txt").read_text() == "saved\n"
 
 
 def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
