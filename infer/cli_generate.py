@@ -46,8 +46,16 @@ def add_models(models: argparse._ActionsContainer) -> None:
     models.add_argument(
         "--base", required=True, metavar="DIR", help="diffusers folder of a Stable Diffusion 1.5"
     )
-    models.add_argument("--adapter", metavar="FILE", help="FACT adapter, .safetensors or .ckpt")
-    models.add_argument("--encoder", metavar="DIR", help="TransFace: folder, or released .pt")
+    models.add_argument(
+        "--adapter",
+        metavar="FILE",
+        help="FACT adapter, .safetensors or .ckpt, or the folder of one with its own encoder/",
+    )
+    models.add_argument(
+        "--encoder",
+        metavar="DIR",
+        help="TransFace: folder, or released .pt (default: encoder/ beside the adapter)",
+    )
     models.add_argument(
         "--backend", choices=("flax", "torch"), default="flax", help="who computes (default flax)"
     )
@@ -172,9 +180,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.controlnet:
         check_controlnet(base, arguments.controlnet)
     face = crops = None
-    if arguments.adapter or arguments.encoder:
-        if not (arguments.adapter and arguments.encoder):
-            raise UserError("--adapter and --encoder belong together: give both or neither")
+    if arguments.encoder and not arguments.adapter:
+        raise UserError("--encoder is for an adapter: give --adapter too, or neither")
+    if arguments.adapter:
         face = read_face_files(*find_face_files(arguments.adapter, arguments.encoder))
     check_faces(face, len(request.photos))
     if face is not None:
@@ -276,7 +284,7 @@ def _request(arguments: argparse.Namespace):
         if not 1 <= arguments.best <= arguments.count:
             raise UserError(f"--best must lie in 1..{arguments.count} (--count)")
         if not (arguments.photo and arguments.adapter):
-            raise UserError("--best compares with photos: give --photo, --adapter and --encoder")
+            raise UserError("--best compares with photos: give --photo and --adapter")
         if any(arguments.person):
             raise UserError("--best compares with the photos of one person, not of several")
     return Request(

@@ -154,8 +154,8 @@ def _people(arguments: argparse.Namespace) -> list[list]:
     """The photos of each person; UserError where options do not go together."""
     from infer.request import by_person
 
-    if not (arguments.adapter and arguments.encoder and arguments.photo):
-        raise UserError("--adapter, --encoder and at least one --photo are needed")
+    if not (arguments.adapter and arguments.photo):
+        raise UserError("--adapter and at least one --photo are needed")
     check_control(arguments)
     if arguments.control and len(arguments.control) != len(arguments.templates):
         raise UserError("give --control once for each template, in their order")

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from fact_jax.samplers import SAMPLERS
+from infer.base import read_face_files
 from infer.cli import main
+from infer.hub import save_face_files
 from infer.provenance import read_text
 
 
@@ -97,6 +99,24 @@ def test_base_alone(arguments, tmp_path, capsys):
         assert "face" not in json.loads(picture.text["fact_jax"])
 
 
+def test_an_adapter_with_its_own_encoder(arguments, files, tmp_path, capsys):
+    opened = read_face_files(files.adapter, files.encoder)
+    save_face_files(opened, tmp_path / "both", opened.metadata["config"])
+    drawn = []
+    for out, adapter in (("one", files.adapter), ("two", tmp_path / "both")):
+        words = replaced([*arguments, "--backend", "torch"], "--adapter", str(adapter))
+        words = replaced(words, "--out", str(tmp_path / out))
+        assert main(words if out == "one" else replaced(words, "--encoder", None)) == 0
+        (picture,) = (tmp_path / out).glob("*.png")
+        drawn.append(np.asarray(Image.open(picture)))
+    np.testing.assert_array_equal(*drawn)
+    alone = shutil.copy(files.adapter, tmp_path / "alone.safetensors")
+    words = replaced(replaced(arguments, "--adapter", str(alone)), "--encoder", None)
+    capsys.readouterr()
+    assert main(words) == 2
+    assert "beside it: name the encoder too" in capsys.readouterr().err
+
+
 def test_face_picture(files, tmp_path, capsys):
     out = tmp_path / "face.png"
     assert main(["face", str(files.photo), "--out", str(out), "--size", "48"]) == 0
@@ -131,7 +151,7 @@ def spoilt(tmp_path, files) -> dict[str, str]:
         ("--adapter", "cut.safetensors", "not a whole safetensors file"),
         ("--adapter", "ENCODER", "not a FACT adapter"),
         ("--adapter", "BASE", "holds no adapter.safetensors"),
-        ("--adapter", None, "--adapter and --encoder belong together"),
+        ("--adapter", None, "--encoder is for an adapter: give --adapter too"),
         ("--encoder", "ADAPTER", "not a TransFace model"),
         ("--base", "ADAPTER", "not a folder"),
         ("--base", "/nowhere/base", "no such folder"),

@@ -30,7 +30,7 @@ from infer.request import Settings
 from infer.torch_fact import FactTorch, load_fact, unload_fact
 from infer.torch_pipeline import TorchPipeline
 from infer.torch_processors import installed
-from tests.infer.test_torch_pipes import low_rank, people
+from tests.infer.test_torch_pipes import GUIDANCE, low_rank, people
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,7 @@ def test_text_that_a_callback_edits(fact, pipe, face, edit, mode):
     )
     with mode():
         plain, other = draw(pipe), edited()
-        with fact.face(face, start=1.0):
+        with fact.face(face, dataclasses.replace(GUIDANCE, start=1.0)):
             np.testing.assert_array_equal(edited(), other)
     assert np.abs(other - plain).max() > 1e-3
 
@@ -153,7 +153,7 @@ def test_adapters_that_a_callback_changes(fact, pipe, face):
         for change in (weaker, fused):
             changed = draw(pipe, callback_on_step_end=change)
             undo(change)
-            with fact.face(face, start=1.0):
+            with fact.face(face, dataclasses.replace(GUIDANCE, start=1.0)):
                 np.testing.assert_allclose(
                     draw(pipe, callback_on_step_end=change), changed, atol=1e-5
                 )
@@ -199,7 +199,7 @@ def test_windows_count_the_steps_that_are_drawn(fact, pipe, face, image):
     hook = pipe.unet.conv_in.register_forward_pre_hook(
         lambda *_: scales.append(context.scale.item() if context.scale is not None else 0.0)
     )
-    with fact.face(face, schedule=(0.9, 0.3), stop=0.5):
+    with fact.on(other).face(face, Guidance(text=3.0, face_scale=(0.9, 0.3), stop=0.5)):
         draw(other, image=image, strength=0.4, steps=10)
     hook.remove()
     # 4 of 10 steps.
@@ -241,7 +241,7 @@ def test_image_to_image_as_our_program_draws_it(drawer, fact, pipe, image):
 def test_guidance_that_is_cut_off(fact, pipe, face):
     cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
     with rows_seen(fact) as rows:
-        with fact.face(face):
+        with fact.face(face, GUIDANCE):
             ours, whole = draw(pipe, callback_on_step_end=cut), draw(pipe)
         with fact.face(face, face_guidance=3.0):
             first = draw(pipe, steps=1, callback_on_step_end=cut)
@@ -256,7 +256,7 @@ def test_guidance_that_is_cut_off(fact, pipe, face):
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 def test_perturbed_attention_guidance(fact, pipe, face, guidance_scale):
     pag = around(pipe, StableDiffusionPAGPipeline, pag_applied_layers="mid")
-    with rows_seen(fact) as rows, fact.face(face):
+    with rows_seen(fact) as rows, fact.on(pag).face(face, Guidance(text=guidance_scale)):
         without = draw(pag, guidance_scale=guidance_scale, pag_scale=0.0)
         ours = draw(pag, guidance_scale=guidance_scale, pag_scale=2.0)
         np.testing.assert_array_equal(without, draw(pipe, guidance_scale=guidance_scale))
@@ -274,7 +274,7 @@ def test_perturbed_attention_guidance(fact, pipe, face, guidance_scale):
 def test_self_attention_guidance(fact, pipe, face):
     """It tells no guidance scale, and calls the UNet a second time with the negative branch."""
     sag = around(pipe, StableDiffusionSAGPipeline)
-    with fact.face(face, Guidance(text=3.0)):
+    with fact.on(sag).face(face, GUIDANCE):
         without = draw(sag, sag_scale=0.0)
         # It attends without torch's fused kernel in one block.
         np.testing.assert_allclose(without, draw(pipe), atol=1e-4)
@@ -316,9 +316,9 @@ def test_a_unet_that_is_told_the_guidance_scale(pipe, files, face):
     for each in (other, lcm):
         base = draw(each, guidance_scale=8.5)
         with rows_seen(fact) as rows:
-            with fact.face(face):
+            with fact.on(each).face(face, Guidance(text=8.5)):
                 ours = draw(each, guidance_scale=8.5)
-            with fact.face(face, Guidance(text=8.5)):
+            with fact.face(face):
                 np.testing.assert_array_equal(draw(each, guidance_scale=8.5), ours)
             with fact.face(face, face_guidance=1.0):
                 np.testing.assert_allclose(draw(each, guidance_scale=8.5), ours, atol=1e-4)
@@ -354,14 +354,16 @@ def loop(pipe, scale: float, steps: int = 3) -> np.ndarray:
 
 
 def test_a_loop_written_by_hand(fact, pipe, face):
-    with fact.face(face):
+    with fact.face(face, GUIDANCE):
         wanted = draw(pipe)
-        with pytest.raises(UserError, match=r"no pipe .* as guidance=Guidance\(text=7.5\)"):
-            loop(pipe, 3.0)
-    with fact.face(face, Guidance(text=3.0)):
         np.testing.assert_allclose(loop(pipe, 3.0), wanted, atol=1e-5)
         # The scheduler starts anew with every loop.
         np.testing.assert_allclose(loop(pipe, 3.0), wanted, atol=1e-5)
+    with (
+        fact.face(face),
+        pytest.raises(UserError, match=r"no pipe .* as guidance=Guidance\(text=7.5\)"),
+    ):
+        loop(pipe, 3.0)
     with fact.face(face, face_guidance=2.0, stop=0.7):
         wanted = draw(pipe)
     with fact.face(face, Guidance(text=3.0, face=2.0, stop=0.7)):
