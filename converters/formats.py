@@ -45,7 +45,7 @@ BASE_PARTS = {"unet", "vae", "clip_text"}
 _KNOWN_PARTS = {*PARTS, "tokenizer", "scheduler"}
 _ADDED = "added_tokens"
 _OWN = {"format", "version", "config", "software", "command", "sources", "step"}
-_OWN |= {"encoder", _ADDED, CONTENT}
+_OWN |= {"encoder", "not loaded", _ADDED, CONTENT}
 """What files that are written here say of themselves."""
 _BESIDE = "metadata"
 """Where a checkpoint's ``meta`` keeps what the file that it was made of says beside."""

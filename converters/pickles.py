@@ -183,6 +183,8 @@ def _records(path: Path) -> dict[int, int]:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise UserError(f"{path}: is a TorchScript program, not weights")
         if sum(entry.file_size for entry in entries) > size:
             raise UserError(f"{path}: refused, it would unpack to more than its {size} bytes")
         records = {}

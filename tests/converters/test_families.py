@@ -131,6 +131,12 @@ def test_the_wrong_ending(tmp_path):
             read_file(tmp_path / name)
 
 
+def test_a_program_is_no_weights(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "x.pt")
+    with pytest.raises(UserError, match="a TorchScript program"):
+        read_file(tmp_path / "x.pt")
+
+
 def test_endings_in_capitals(released_checkpoint, same_bits, tmp_path):
     wanted = read_file(released_checkpoint)[0]
     source = shutil.copy(released_checkpoint, tmp_path / "A.CKPT")
