@@ -75,7 +75,7 @@ def add_base_options(group: argparse._ActionsContainer) -> None:
         action="append",
         default=[],
         metavar="FILE=X",
-        help="a LoRA that is added to the base X times; may be repeated",
+        help="a LoRA's file, or peft's folder, added to the base X times; may be repeated",
     )
     group.add_argument("--controlnet", metavar="DIR", help="folder of a ControlNet")
 

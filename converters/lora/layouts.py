@@ -63,7 +63,8 @@ def save_lora(
     kinds = [kind for kind in LORA_PARTS if only(lora, kind).layers]
     settings = {kind: _settings(only(lora, kind)) for kind in kinds}
     metadata = {k: v for k, v in lora.metadata.items() if k not in (METADATA_KEY, CONTENT)}
-    if lora.alpha_dtype and layout != "kohya":
+    own = {layer.parts["down"].dtype.name for layer in lora.layers}
+    if layout != "kohya" and lora.alpha_dtype and own != {lora.alpha_dtype}:
         metadata[_ALPHA_DTYPE] = lora.alpha_dtype
     if dry_run:
         return

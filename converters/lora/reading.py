@@ -165,10 +165,10 @@ def _settings(file: Path, text: Mapping[str, str], groups: Mapping) -> dict[str,
     peft = any(layout_of(name) == "peft" for name in bare)
     settings = read_settings(file, text, peft=peft)
     silent = not any(each.values for each in settings.values())
-    if silent and (peft or (bare and file.stem == "adapter_model")):
+    if silent and (peft or (bare and file.stem == FILE_STEMS[0])):
         raise UserError(
             f"{file}: a LoRA of peft's, but no {CONFIG_NAME} stands beside it, which says its "
-            f"alpha and thereby its strength"
+            "alpha and thereby its strength"
         )
     return settings
 
@@ -223,23 +223,21 @@ def _layer(
     if None not in (said, rank) and said != rank:
         difference.misshapen.append(f"{name}: is of rank {rank}, {settings.where} says {said}")
         return None
-    rank = said if rank is None else rank
-    alpha = _number(found.get("alpha"), settings.alpha(module, algorithm, rank))
-    scalar = _number(found.get("scalar"), 1.0)
-    for label, number in (("alpha", alpha), ("scalar", scalar)):
-        if not math.isfinite(number):
-            difference.other.append(f"{name}: {label} is {number}")
-            return None
-    return ALGORITHMS[algorithm](
+    layer = ALGORITHMS[algorithm](
         kind=place[0],
         key=place[1],
         parts=parts,
-        alpha=alpha,
-        rank=rank,
-        scalar=scalar,
+        alpha=_number(found.get("alpha"), settings.alpha(module, algorithm, rank)),
+        rank=said if rank is None else rank,
+        scalar=_number(found.get("scalar"), 1.0),
         magnitude=None if magnitude is None else np.asarray(magnitude).reshape(-1),
         axis=axis,
     )
+    for label in ("alpha", "scalar"):
+        if not math.isfinite(number := getattr(layer, label)):
+            difference.other.append(f"{name}: {label} is {number}")
+            return None
+    return layer
 
 
 def _unusable(arrays: Mapping[str, np.ndarray]) -> str | None:

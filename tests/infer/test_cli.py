@@ -198,6 +198,7 @@ def test_bad_input_is_one_line(arguments, files, tmp_path, option, value, messag
         (["--control", "PHOTO"], "--control and --controlnet belong together"),
         (["--strength", "2", "--image", "PHOTO", "--width", "64", "--height", "72"], "strength"),
         (["--block-scale", "up"], "'up': a name, = and a number are wanted"),
+        (["--lora", "x=nan"], "'x=nan': a name, = and a number are wanted"),
         (["--block-scale", "top=1"], "'top': found in the path of no block: down_blocks.0"),
         (["--person", "1"], "photos must be of person 0, then 1 and so on"),
         (["--region", "PHOTO"], "has colours: a mask is grey"),
