@@ -171,20 +171,6 @@ def split_output(
     return signal * x - noise * output, signal * output + noise * x
 
 
-def to_x0(
-    schedule: NoiseSchedule, output: Float[Array, "b ..."], x: Float[Array, "b ..."], t: Timesteps
-) -> Float[Array, "b ..."]:
-    """The clean latents that the network's output at x_t implies."""
-    return split_output(schedule, output, x, *signal_and_noise(schedule, t, x.ndim))[0]
-
-
-def to_epsilon(
-    schedule: NoiseSchedule, output: Float[Array, "b ..."], x: Float[Array, "b ..."], t: Timesteps
-) -> Float[Array, "b ..."]:
-    """The noise that the network's output at x_t implies."""
-    return split_output(schedule, output, x, *signal_and_noise(schedule, t, x.ndim))[1]
-
-
 def timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:
     """The timesteps of ``steps`` sampling steps, descending, int32 (arXiv 2305.08891, table 2).
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fact_jax.command import Parser, add_version
 from fact_jax.errors import UserError, run_program
+from infer.cli_effects import without_effect
 from infer.cli_evaluate import add_commands
 from infer.cli_generate import add_generate, add_photo_options
 from infer.cli_redraw import add_redraw
@@ -21,7 +22,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The program; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
 
     def run() -> None:
-        arguments = _parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else argv
+        arguments = _parser().parse_args(words)
+        for line in without_effect(arguments, words):
+            print(f"warning: {line}", file=sys.stderr)
         if getattr(arguments, "backend", None) == "torch":
             from infer.program import keep_jax_on_cpu
 

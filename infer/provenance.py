@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 from xml.sax.saxutils import quoteattr
 
 from PIL import ExifTags, Image, PngImagePlugin
@@ -59,17 +59,3 @@ def save_jpeg(
     more = {} if source is None else {"xmp": xmp_packet(source).encode()}
     more["icc_profile"] = image.info.get("icc_profile")
     image.save(path, format="JPEG", quality=JPEG_QUALITY, exif=exif, **more)
-
-
-def read_text(path: Path) -> dict[str, Any]:
-    """What a file of either sort says: its texts, and under ``source`` the mark (or None)."""
-    with Image.open(path) as opened:
-        if opened.format == "PNG":
-            text = {k: v for k, v in opened.text.items() if k != PNG_XMP}
-            packet = opened.text.get(PNG_XMP, "")
-        else:
-            comment = opened.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
-            text = json.loads(comment.removeprefix(b"UNICODE\0").decode("utf-16-be"))
-            packet = opened.info.get("xmp", b"").decode()
-    _, found, rest = packet.partition(SOURCE_TYPES)
-    return text | {"source": rest.partition('"')[0] if found else None}

@@ -83,24 +83,16 @@ def invert_affine(matrix: Float[np.ndarray, "*batch 2 3"]) -> Float[np.ndarray, 
     return inverse
 
 
-def warp_affine(
-    image: UInt8[np.ndarray, "h w 3"],
-    matrix: Float[np.ndarray, "2 3"],
-    size: int | tuple[int, int],
-) -> UInt8[np.ndarray, "height width 3"]:
-    """Bilinear warp with a black border: output pixel p shows the image at ``matrix^-1 p``.
-
-    ``matrix`` maps image coordinates to output coordinates; ``size`` is a side or (height, width).
-    """
-    return warp_affine_batch(image[None], np.asarray(matrix)[None], size)[0]
-
-
 def warp_affine_batch(
     images: UInt8[np.ndarray, "b h w 3"],
     matrices: Float[np.ndarray, "b 2 3"],
     size: int | tuple[int, int],
 ) -> UInt8[np.ndarray, "b height width 3"]:
-    """``warp_affine`` of each image with its own matrix, in chunks of bounded memory."""
+    """Bilinear warps with a black border: output pixel p shows the image at ``matrix^-1 p``.
+
+    Each image has a matrix of its own, which maps its coordinates to those of the output; ``size``
+    is a side or (height, width). In chunks of bounded memory.
+    """
     height, width = (size, size) if isinstance(size, int) else size
     inverse = invert_affine(matrices)
     out = np.empty((len(images), height, width, 3), np.uint8)

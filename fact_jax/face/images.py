@@ -26,12 +26,14 @@ def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
     Size is checked before anything is decoded, so a small file cannot ask for all the memory. HEIC
     is read where the package pillow-heif is installed.
     """
-    _register_heif()
+    heif = _register_heif()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
     except UnidentifiedImageError:
+        if _is_heic(path) and heif:
+            raise UserError(f"{path} is truncated or damaged: a HEIC picture") from None
         if _is_heic(path):
             raise UserError(
                 f"{path} is a HEIC picture: pip install pillow-heif, or convert it to JPEG"
@@ -51,7 +53,7 @@ def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
             )
         try:
             image.load()
-        except (OSError, ValueError, SyntaxError, EOFError, MemoryError) as error:
+        except (OSError, ValueError, SyntaxError, EOFError, MemoryError, RuntimeError) as error:
             raise UserError(f"{path} is truncated or damaged: {one_line(error)}") from None
         yield image
 
@@ -108,11 +110,13 @@ def _in_srgb(image: Image.Image) -> Image.Image:
 
 
 @functools.cache
-def _register_heif() -> None:
-    with contextlib.suppress(ImportError):
+def _register_heif() -> bool:
+    try:
         import pillow_heif
-
-        pillow_heif.register_heif_opener()
+    except ImportError:
+        return False
+    pillow_heif.register_heif_opener()
+    return True
 
 
 def _is_heic(path: str | os.PathLike) -> bool:

@@ -36,10 +36,6 @@ class TransFaceConfig:
         return cls()
 
     @classmethod
-    def vit_b(cls) -> "TransFaceConfig":
-        return cls(depth=24)
-
-    @classmethod
     def vit_l(cls) -> "TransFaceConfig":
         return cls(embed_dim=768, depth=24)
 

@@ -43,7 +43,7 @@ def test_the_shapes_say_all_but_the_heads(released):
     [
         (TransFaceConfig.vit_t(), 256, 12),
         (TransFaceConfig.vit_s(), 512, 12),
-        (TransFaceConfig.vit_b(), 512, 24),
+        (TransFaceConfig(depth=24), 512, 24),
         (TransFaceConfig.vit_l(), 768, 24),
     ],
 )

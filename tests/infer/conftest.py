@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
+from infer.provenance import PNG_XMP, SOURCE_TYPES
 from tests.pipelines import save_pipeline, small_parts
 from tests.quick import quick_compilation as quick_compilation
 
@@ -203,3 +204,17 @@ def _write_encoder(folder: Path) -> None:
     arrays |= {key: np.ones(shape, np.float32) for key, shape in shapes.items()}
     write_safetensors(folder / "model.safetensors", arrays, {"format": "pt"})
     write_json(folder / "config.json", ENCODER)
+
+
+def read_text(path: Path) -> dict[str, Any]:
+    """What a file of either sort says: its texts, and under ``source`` the mark (or None)."""
+    with Image.open(path) as opened:
+        if opened.format == "PNG":
+            text = {k: v for k, v in opened.text.items() if k != PNG_XMP}
+            packet = opened.text.get(PNG_XMP, "")
+        else:
+            comment = opened.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
+            text = json.loads(comment.removeprefix(b"UNICODE\0").decode("utf-16-be"))
+            packet = opened.info.get("xmp", b"").decode()
+    _, found, rest = packet.partition(SOURCE_TYPES)
+    return text | {"source": rest.partition('"')[0] if found else None}

@@ -13,7 +13,7 @@ from fact_jax.samplers import SAMPLERS
 from infer.base import read_face_files
 from infer.cli import main
 from infer.hub import save_face_files
-from infer.provenance import read_text
+from tests.infer.conftest import read_text
 
 
 @pytest.fixture

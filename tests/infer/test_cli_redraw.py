@@ -9,8 +9,7 @@ from PIL import Image, ImageCms
 import infer.cli_redraw
 from fact_jax.errors import UserError
 from infer.cli import main
-from infer.provenance import read_text
-from tests.infer.conftest import POINTS
+from tests.infer.conftest import POINTS, read_text
 
 
 @pytest.fixture

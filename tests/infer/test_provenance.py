@@ -8,7 +8,8 @@ from PIL import Image
 
 from fact_jax.errors import UserError
 from infer.images import save_image, save_picture
-from infer.provenance import read_text, xmp_packet
+from infer.provenance import xmp_packet
+from tests.infer.conftest import read_text
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
 TEXT = {"parameters": "Zoë <smiling> & more", "fact_jax": '{"seed": 3}'}

@@ -16,8 +16,7 @@ from infer import ranking
 from infer.base import read_face_files
 from infer.cli import main
 from infer.measures import cosine
-from infer.provenance import read_text
-from tests.infer.conftest import POINTS
+from tests.infer.conftest import POINTS, read_text
 
 
 @pytest.fixture

@@ -17,11 +17,14 @@ from fact_jax.face.align import (
     similarity_transform,
     template_points,
     transform_points,
-    warp_affine,
     warp_affine_batch,
 )
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "align.safetensors"
+
+
+def warp_affine(image, matrix, size):
+    return warp_affine_batch(image[None], np.asarray(matrix)[None], size)[0]
 
 
 def random_faces(count, height, width, seed=0):

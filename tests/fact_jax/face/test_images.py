@@ -140,3 +140,32 @@ def test_too_small(tmp_path):
     Image.new("RGB", (15, 40)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match="too small: 15 x 40, at least 16 px"):
         read_image(tmp_path / "a.png")
+
+
+@pytest.fixture
+def heic(tmp_path):
+    """Lying, with a turn in its metadata, as a telephone saves it."""
+    from pillow_heif import from_pillow
+
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    lying = Image.fromarray(np.rot90(gradient(64, 96), 1))
+    from_pillow(lying).save(tmp_path / "a.heic", quality=100, chroma=444, exif=exif.tobytes())
+    return tmp_path / "a.heic"
+
+
+def test_heic_is_read_upright(heic):
+    difference = np.abs(read_image(heic).astype(int) - gradient(64, 96))
+    # HEVC is lossy, and the gradient's bytes wrap.
+    assert np.median(difference) <= 2
+    heic.write_bytes(heic.read_bytes()[:-300])
+    with pytest.raises(UserError, match=r"truncated or damaged|not an image") as error:
+        read_image(heic)
+    one_line(error)
+
+
+def test_heic_without_its_package_is_named(heic, monkeypatch):
+    monkeypatch.setattr(images, "_register_heif", lambda: False)
+    heic.write_bytes(heic.read_bytes()[:20])
+    with pytest.raises(UserError, match=r"a.heic is a HEIC picture: pip install pillow-heif"):
+        read_image(heic)

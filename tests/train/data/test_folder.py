@@ -172,7 +172,10 @@ def test_the_face_lies_inside_the_head():
     assert 0.9 * np.pi * 80 * 104 < face.sum() < np.pi * 80 * 104
 
 
-def test_the_program_writes_what_is_usable_and_tells_of_the_rest(people, tmp_path, capsys):
+def test_the_program_writes_what_is_usable_and_tells_of_the_rest(
+    people, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("fact_jax.face.images._register_heif", lambda: False)
     out = tmp_path / "out"
     (people / "anna" / "live.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     (people / "bo" / "README.md").touch()
