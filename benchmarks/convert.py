@@ -85,8 +85,8 @@ class Watch(threading.Thread):
 
 
 def content(path: Path) -> str:
+    from converters.content import CONTENT
     from converters.readers import read_safetensors
-    from converters.writers import CONTENT
 
     return read_safetensors(path)[1][CONTENT]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from converters.configs import check_fits, infer_config
-from converters.content import content_hash
+from converters.content import CONTENT, content_hash, file_sums
 from converters.formats import Weights, added_tokens, step_of, unknown_keys
 from converters.lora import is_lora, read_lora
 from converters.mapping import guess_kind, prefix_of
@@ -13,7 +13,7 @@ from converters.readers import State
 from converters.rules import ADAPTER_MARK
 from fact_jax.errors import UserError
 
-_HIDDEN = {"added_tokens", "checksums", "kept", "step", "configs", "content"}
+_HIDDEN = {"added_tokens", "checksums", "kept", "step", "configs", CONTENT}
 _BASES = {
     ((320, 640, 1280, 1280), 768): "Stable Diffusion 1.x",
     ((320, 640, 1280, 1280), 1024): "Stable Diffusion 2.x",
@@ -29,8 +29,12 @@ _ENCODERS = {
 _ROWS = 1 << 22
 
 
-def summary(weights: Weights) -> dict[str, object]:
-    """What ``fact-convert inspect`` says, as plain data."""
+def summary(weights: Weights, *, sums: bool = False) -> dict[str, object]:
+    """What ``fact-convert inspect`` says, as plain data.
+
+    ``hash`` does not depend on the format; ``content`` is what a file carries of itself. With
+    ``sums`` also a SHA-256 of every part, as ``hash`` is worked out, and of every weight file.
+    """
     parts, dtypes, total = {}, set(), 0
     for part, state in weights.states.items():
         own = sorted({array.dtype.name for array in state.values()})
@@ -41,6 +45,9 @@ def summary(weights: Weights) -> dict[str, object]:
             parts[part]["copies of the base's norm2"] = repeated
         dtypes |= set(own)
         total += count
+    for part in parts if sums else ():
+        own = [(key, array) for key, array in weights.tensors() if key.startswith(f"{part}/")]
+        parts[part]["sha256"] = content_hash(own)
     found: dict[str, object] = {
         "path": str(weights.path),
         "kind": weights.kind,
@@ -51,6 +58,8 @@ def summary(weights: Weights) -> dict[str, object]:
         "parts": parts,
         "step": step_of(weights),
         "hash": content_hash(weights.tensors()),
+        "content": weights.metadata.get(CONTENT),
+        "files": file_sums(weights.path) if sums else None,
         "left out": dict(weights.left_out),
         "notes": list(weights.notes) or None,
         "added tokens": [token.content for token in added_tokens(weights)] or None,

@@ -31,6 +31,9 @@ def _parser() -> argparse.ArgumentParser:
 
     inspect = _command(commands, "inspect", _inspect, "say what a file or folder of weights is")
     inspect.add_argument("source", type=Path, metavar="FILE|DIR")
+    inspect.add_argument(
+        "--sha256", action="store_true", help="sums of every part and of every weight file, too"
+    )
 
     torch = _command(commands, "to-torch", _to_torch, "write weights as PyTorch code opens them")
     torch.add_argument("source", type=Path, metavar="SRC")
@@ -195,7 +198,7 @@ def _open(path: Path, arguments: argparse.Namespace):
 def _inspect(arguments: argparse.Namespace) -> int:
     from converters.about import summary
 
-    about = summary(_open(arguments.source, arguments))
+    about = summary(_open(arguments.source, arguments), sums=arguments.sha256)
     if arguments.json:
         print(json.dumps(about, indent=2))
         return 0

@@ -3,7 +3,8 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,11 @@ import numpy as np
 from converters.arrays import Lazy, fetch, release
 from converters.parallel import in_threads
 from fact_jax.command import version_of
+from fact_jax.errors import UserError
 
+CONTENT = "content"
+"""Where a file's metadata says what it holds: the :func:`content_hash` of its tensors."""
+_HASH = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1 << 25
 
 
@@ -28,6 +33,21 @@ def content_hash(tensors: Iterable[tuple[str, np.ndarray | Lazy]]) -> str:
     return hash_of(in_threads(line, named, lambda entry: fetch(entry[1])))
 
 
+def check_content(
+    path: str | os.PathLike, state: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """UserError if a file's tensors are not those whose hash its metadata carries.
+
+    A few are read at a time. Files of other programs carry none, and are not read.
+    """
+    said = metadata.get(CONTENT, "")
+    if _HASH.fullmatch(said) and content_hash(state.items()) != said:
+        raise UserError(
+            f"{path}: damaged, or changed by another program: its tensors are not those that were "
+            "written (metadata 'content')"
+        )
+
+
 def digest(array: np.ndarray) -> str:
     """SHA-256 of an array's numbers in C order."""
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -42,6 +62,14 @@ def describe(name: str, array: np.ndarray | Lazy, numbers: str) -> str:
 def hash_of(lines: Iterable[str]) -> str:
     """The content hash of tensors that are described line by line."""
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def file_sums(source: str | os.PathLike) -> dict[str, str]:
+    """The SHA-256 of a weight file, or by their names of those in a folder, as sha256sum has it."""
+    source = Path(source)
+    files = _files(source)
+    names = [source.name if f == source else f.relative_to(source).as_posix() for f in files]
+    return dict(zip(names, in_threads(_hash_file, files), strict=True))
 
 
 def provenance(sources: Sequence[str | os.PathLike]) -> dict[str, str]:

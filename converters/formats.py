@@ -16,7 +16,7 @@ from converters.adapter import (
     write_adapter,
 )
 from converters.arrays import Lazy
-from converters.content import provenance
+from converters.content import CONTENT, provenance
 from converters.families import FAMILIES_KNOWN, family_of, family_of_class
 from converters.folders import read_configs
 from converters.kinds import POINTWISE
@@ -37,7 +37,7 @@ from converters.readers import (
 from converters.rules import RESAMPLER_PREFIX
 from converters.tokenizer import AddedToken, read_added_tokens
 from converters.weights import read_config
-from converters.writers import CONTENT, write_pickle, write_safetensors
+from converters.writers import write_pickle, write_safetensors
 from fact_jax.errors import UserError, listed
 
 ADAPTER_PARTS = {"adapter", "resampler"}

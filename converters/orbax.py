@@ -70,7 +70,7 @@ def to_torch(flat: State, kept: Mapping[str, Mapping] | None = None) -> dict[str
     """Parameters by dotted path -> flat PyTorch states by kind, with the names that files have.
 
     ``kept`` are the tensors that :func:`to_jax` put aside. Raises one UserError with every path
-    that no rule knows.
+    that no rule knows, and one if something put aside has the name of a weight.
     """
     difference = Difference()
     states: dict[str, State] = {}
@@ -85,7 +85,12 @@ def to_torch(flat: State, kept: Mapping[str, Mapping] | None = None) -> dict[str
     difference.raise_if_any("the checkpoint's parameters are not known here")
     try:
         for kind, aside in (kept or {}).items():
+            prefixes = {prefix_of(kind, aside), *TABLES[kind].prefixes}
             for key, (dtype, values) in aside.items():
+                if any(place_of(kind, key, prefix) for prefix in prefixes):
+                    raise UserError(
+                        f"what the checkpoint put aside has the name of a weight: {key}"
+                    )
                 states[kind][key] = np.array(values, _BY_NAME[dtype])
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as err:
         raise UserError(f"what the checkpoint put aside is damaged ({err!r})") from err

@@ -12,17 +12,21 @@ import struct
 import sys
 import warnings
 import zipfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from converters.arrays import release
 from converters.families import FAMILIES_KNOWN, family_of
+from converters.parallel import in_threads
 from converters.safe import DTYPES, State, check_file, check_names
 from fact_jax.errors import UserError, listed
 
 _PICKLE_LIMIT = 16 * 2**20
+_BLOCK = 2**25
 _LOCAL = struct.Struct("<4s22xHH")
 _DATA_MODULES = {"argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions"}
 _DATA_MODULES |= {"functools", "pathlib", "types", "typing", "uuid"}
@@ -187,7 +191,7 @@ def _records(path: Path) -> dict[int, int]:
             raise UserError(f"{path}: is a TorchScript program, not weights")
         if sum(entry.file_size for entry in entries) > size:
             raise UserError(f"{path}: refused, it would unpack to more than its {size} bytes")
-        records = {}
+        records, places = {}, {}
         with open(path, "rb") as handle:
             for entry in entries:
                 plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1
@@ -200,6 +204,7 @@ def _records(path: Path) -> dict[int, int]:
                 begin = entry.header_offset + _LOCAL.size + name + extra
                 if mark != b"PK\x03\x04" or begin + entry.file_size > size:
                     raise _damaged(path, f"{entry.filename} is cut off")
+                places[begin] = entry
                 if entry.filename.endswith(".pkl") and entry.file_size > _PICKLE_LIMIT:
                     raise UserError(f"{path}: a pickle of {entry.file_size} bytes is too much")
                 if entry.filename.endswith("/byteorder"):
@@ -208,11 +213,31 @@ def _records(path: Path) -> dict[int, int]:
                         raise UserError(f"{path}: its byte order is {order!r}, not 'little'")
                 if "/data/" in entry.filename and entry.file_size:
                     records[begin] = entry.file_size
+        _check_sums(path, places)
     except UserError:
         raise
     except Exception as err:  # a damaged archive fails anywhere, with anything
         raise _damaged(path, err) from err
     return records
+
+
+def _check_sums(path: Path, places: Mapping[int, zipfile.ZipInfo]) -> None:
+    """UserError if a record, by where it begins, is not what its checksum says."""
+    data = np.memmap(path, np.uint8, "r")
+
+    def differs(begin: int) -> bool:
+        end, found = begin + places[begin].file_size, 0
+        for start in range(begin, end, _BLOCK):
+            block = data[start : min(start + _BLOCK, end)]
+            found = zlib.crc32(block, found)
+            release(block)
+        return found != places[begin].CRC
+
+    # PyTorch writes zeros if it is told not to work out any sums.
+    summed = [begin for begin, entry in places.items() if entry.CRC]
+    for begin, wrong in zip(summed, in_threads(differs, summed), strict=True):
+        if wrong:
+            raise _damaged(path, f"{places[begin].filename} is not what was written")
 
 
 def _tensors(held: object, seen: dict[int, object]) -> Iterator[tuple[int, object]]:

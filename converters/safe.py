@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.arrays import Lazy
+from converters.content import check_content
 from fact_jax.errors import UserError, listed
 
 State = dict[str, np.ndarray | Lazy]
@@ -84,7 +85,10 @@ def _object(pairs: list[tuple[str, object]]) -> dict:
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
-    """Tensors (read-only memory maps) and metadata of a safetensors file."""
+    """Tensors (read-only memory maps) and metadata of a safetensors file.
+
+    Those that were written here are compared with the hash that they carry.
+    """
     path = Path(path)
     check_file(path)
     with open(path, "rb") as handle:
@@ -110,6 +114,7 @@ def read_safetensors(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
             state[key] = np.ndarray(entry["shape"], dtype, None if empty else data, start + begin)
         except ValueError as err:  # a huge axis beside one of nothing
             raise UserError(f"{path}: {key} is of shape {entry['shape']}: {err}") from err
+    check_content(path, state, metadata)
     return state, metadata
 
 

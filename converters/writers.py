@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from converters.arrays import Lazy, contiguous, fetch, release
-from converters.content import describe, digest, hash_of
+from converters.content import CONTENT, describe, digest, hash_of
 from converters.parallel import in_threads
 from converters.readers import DTYPES
 from fact_jax.errors import UserError
@@ -35,8 +35,6 @@ _PIECE = 1 << 18
 _DONTCACHE = 0x80
 """Linux' RWF_DONTCACHE, since 6.14: what is written goes to disk at once and leaves the cache."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-CONTENT = "content"
-"""Where a file's metadata says what it holds: the ``content_hash`` of its tensors."""
 
 
 def write_safetensors(

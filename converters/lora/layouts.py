@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from converters.content import CONTENT
 from converters.lora.layers import Layer
 from converters.lora.merging import only
 from converters.lora.names import LORA_PARTS, name_in
@@ -14,7 +15,7 @@ from converters.lora.reading import Lora
 from converters.lora.settings import CONFIG_NAME, FILE_STEMS, METADATA_KEY, Settings
 from converters.outputs import whole_folder
 from converters.readers import DTYPES, State
-from converters.writers import CONTENT, write_json, write_safetensors
+from converters.writers import write_json, write_safetensors
 from fact_jax.errors import UserError
 
 LAYOUTS = ("kohya", "diffusers", "peft")
