@@ -68,12 +68,14 @@ def _state(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, np.ndarra
 def write_seeds(folder: Path) -> None:
     """One whole file or folder of every format; ``mutant`` makes the broken ones of them."""
     import torch
+    from safetensors.numpy import save_file
 
     from converters.formats import open_weights, save_jax
     from converters.writers import write_pickle, write_safetensors
 
     adapter, encoder = _state(_SHAPES, 0), _state(_ENCODER, 1)
-    write_safetensors(folder / "adapter.safetensors", adapter, {"format": "pt", "a": "b"})
+    # Without a hash of the content, which would notice everything.
+    save_file(adapter, folder / "adapter.safetensors", {"format": "pt", "a": "b"})
     write_safetensors(folder / "encoder.safetensors", encoder, {})
     write_pickle(folder / "adapter.ckpt", adapter)
     write_pickle(folder / "encoder.pt", encoder)
@@ -363,7 +365,8 @@ def main() -> None:
     folder = seeds.parent / f"try-{first}"
     for name in SEEDS:  # what is whole converts; and everything is imported before time counts
         for command, end in (("to-torch", ".safetensors"), ("to-jax", "")):
-            assert attempt(seeds / name, seeds.parent / f"{first}-{name}{end}", command) == "done"
+            out = seeds.parent / f"{first}-{name.replace('.', '-')}{end}"
+            assert attempt(seeds / name, out, command) == "done"
     for number in range(first, first + count):
         print(number, end=" ", flush=True)
         shutil.rmtree(folder, ignore_errors=True)
