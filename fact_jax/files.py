@@ -127,6 +127,16 @@ def sync(path: str | os.PathLike) -> None:
         os.close(opened)
 
 
+def require_local(path: Path) -> None:
+    """UserError for the URL of an object store, which as a path would be a folder named ``gs:``."""
+    scheme, *rest = path.parts or ("",)
+    if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", scheme) and not os.path.lexists(scheme):
+        raise UserError(
+            f"{scheme}//{'/'.join(rest)}: nothing is written to URLs; mount the bucket as a folder "
+            "(gs: install gcsfuse, s3: mountpoint-s3 or rclone) and give that folder"
+        )
+
+
 def _beside(path: Path, ending: str) -> Path:
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{ending}")
 
@@ -138,6 +148,7 @@ def _temporary(path: Path, *, folder: bool = False) -> Iterator[Path]:
     It is locked as long as this process lives, so that others know it from what is left of a
     killed one.
     """
+    require_local(path)
     temporary, opened = _beside(path, "tmp"), None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

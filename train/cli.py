@@ -9,6 +9,7 @@ from pathlib import Path
 
 from fact_jax.command import add_version
 from fact_jax.errors import run_program
+from fact_jax.files import require_local
 from train.data import cli as data_cli
 
 
@@ -27,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: argparse.Namespace, rest: list[str], command: str) -> int:
+    if getattr(arguments, "out", None) is not None:
+        require_local(arguments.out)
     if arguments.command == "configs":
         return _configs()
     if arguments.command == "plan":

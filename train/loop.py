@@ -17,7 +17,7 @@ import optax
 from jax.sharding import Mesh
 
 from fact_jax.errors import UserError
-from fact_jax.files import replace_folder
+from fact_jax.files import replace_folder, require_local
 from fact_jax.sharding import global_batch, local_copy, make_mesh, place, rows_of_process
 from train.agree import all_agree
 from train.checkpoints import About, Checkpoints, first_line, revision, versions
@@ -54,6 +54,7 @@ def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
 
     On several processes, each of them calls this. UserError if another run is using the folder.
     """
+    require_local(folder)
     check_alike(config)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
@@ -266,7 +267,7 @@ class _Loop:
             self.export(state)
             self.losses.clear()
             return True
-        if step == self.config.steps and not stop:
+        if step == self.config.steps:
             raise self._not_finite(step, in_a_row)
         end = "; nothing was saved, the run goes on from the checkpoint before" if stop else ""
         self.log.say(

@@ -21,8 +21,8 @@ from train.agree import all_agree
 from train.distributed import coordinator_host, gather, host_name
 
 _CONNECT_SECONDS = 10
-# For the main thread to end by itself, with what it has to say.
-_LOST_SECONDS, _FAILED_SECONDS = 0.5, 3.0
+# For a main thread that fails alike to end by itself, with what it has to say.
+_FAILED_SECONDS = 3.0
 _BYE = "bye"
 
 
@@ -63,8 +63,7 @@ class Peers:
             reason = (str(error).strip() or kind.__name__).splitlines()[0][:300]
             message = f"{self._name(self._index)}: {reason}"
             # Nobody may come any more to where JAX lets all processes meet at the end.
-            status = {UserError: 2, KeyboardInterrupt: 130}.get(kind, 1)
-            atexit.register(self._exit, getattr(error, "code", status))
+            atexit.register(self._exit, _status(error))
         self._leaving.set()
         self._send(message)
         if kind is None:
@@ -120,7 +119,8 @@ class Peers:
         self._told.set()
         if self._index == 0:
             self._send(f"lost {line}" if lost else line)
-        if not self._leaving.wait(_LOST_SECONDS if lost else _FAILED_SECONDS):
+        # Where process 0 is lost JAX is about to abort: there is no time to lose.
+        if lost or not self._leaving.wait(_FAILED_SECONDS):
             self._end()
 
     def _end(self) -> None:
@@ -154,6 +154,15 @@ class Peers:
         for connection in self._connections.values():
             connection.close()
         self._connections = {}
+
+
+def _status(error: BaseException) -> int:
+    """The exit status that this error leads to."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 2 if isinstance(error, UserError | OSError | MemoryError) else 1
 
 
 def _token() -> str:

@@ -5,10 +5,13 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from fact_jax.errors import UserError
+from fact_jax.files import atomic_write
+from train.cli import main
 from train.config import load_config, override, settings_of_run, to_json
 from train.folder import claim_folder, lock_folder
 
@@ -114,6 +117,22 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
     with lock_folder(tmp_path) as warnings:
         assert len(warnings) == 1
         assert "start only one run in it" in warnings[0]
+
+
+@pytest.mark.parametrize("out", ["gs://b/r", "s3://b/r/", "runs:/x"])
+def test_a_url_is_refused_and_makes_no_folder(out, toy_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for command in (["run", str(toy_file)], ["cache", str(toy_file)]):
+        assert main([*command, "--out", out]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {out.split(':')[0]}://")
+        assert "mount the bucket as a folder" in line
+    with pytest.raises(UserError, match="mount the bucket"), atomic_write(Path(out)):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "runs:").mkdir()  # who has such a folder may use it
+    with atomic_write(Path("runs:/x")) as temporary:
+        temporary.touch()
 
 
 def test_a_setting_that_is_gone_is_a_difference(folder, toy_config):

@@ -111,17 +111,26 @@ from fact_jax.errors import UserError
 from train.agree import all_agree
 from train.config import TrainConfig
 from train.distributed import check_alike, check_same, check_shared, initialize, together
+import train.loop
+from fact_jax.sharding import make_mesh
+from tests.train.toy import ToyTask, config as toy
 from train.peers import Peers
 process, folder = int(sys.argv[2]), Path(sys.argv[3])
 initialize(sys.argv[1], 2, process)
 config = TrainConfig(task="toy", steps=1, batch_size=2, options=None)
 check_alike(config)
 check_same({"base": "abc"}, "give it")
+class OtherBase(ToyTask):
+    def init(self, key):
+        trainable, frozen = super().init(key)
+        return trainable, {"shift": frozen["shift"] + process}
+train.loop.make_task = OtherBase
 check_shared(folder / "shared" / "run")
 for attempt in (
     lambda: check_alike(dataclasses.replace(config, seed=process)),
     lambda: check_same({"base": "abc", "data": f"data-{process}"}, "give the same"),
     lambda: check_shared(folder / f"of-{process}"),
+    lambda: train.loop.prepare(toy, make_mesh(toy.mesh), str, "run"),
     None,
 ):
     try:
@@ -157,9 +166,11 @@ def test_what_one_process_lacks_is_told_by_all(tmp_path):
     other = f"process 1 ({host}, data-1) of 2 has another data than process 0 ({host}, data-0)"
     unseen = f"process 1 ({host}, {tmp_path / 'of-1'}) of 2 does not see the folder that process 0"
     for lines, last in zip(said, ("process 1 of 2: no records", "no records"), strict=True):
-        assert [lines[0], lines[3]] == [differs, f"{last} in /data"]
+        assert [lines[0], lines[4]] == [differs, f"{last} in /data"]
         assert lines[1] == f"{other}: give the same"
         assert lines[2].startswith(unseen)
+        assert lines[3].startswith(f"process 1 ({host}, ")
+        assert "of 2 has another frozen base than process 0" in lines[3]
     assert [path.name for path in (tmp_path / "shared").rglob("*")] == ["run"]
 
 

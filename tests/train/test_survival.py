@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 import time
 
@@ -103,3 +104,20 @@ def test_a_signal_to_one_process_stops_both_after_the_same_step(tmp_path):
     (saved,) = (folder / "checkpoints").iterdir()
     assert int(saved.name) >= 20
     assert f"stopped at step {int(saved.name)}" in ends[0][2]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_in_one_line(victim, tmp_path):
+    folder = tmp_path / "run"
+    programs = train(folder, 2, "steps=1000000", "checkpoint.every=50", "log.every=5")
+    wait_for_step(folder, 20, programs[0], limit=600)
+    programs[victim].kill()
+    killed = time.monotonic()
+    ends = finish(programs, limit=60)
+    assert time.monotonic() - killed < 20
+    status, _, errors = ends[1 - victim]
+    assert status == 2, errors
+    assert re.search(rf"error: process {victim} of 2 .* is gone: .* newest checkpoint\n", errors)
+    assert "Traceback" not in errors
+    (end,) = finish(train(folder, 1, "steps=60"))
+    assert end[0] == 0, end
