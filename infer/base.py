@@ -39,6 +39,13 @@ class Base:
     schedule: NoiseSchedule
     tokenizer: Tokenizer
 
+    @functools.cached_property
+    def has_safety_checker(self) -> bool:
+        """Whether it comes with one, as its index says."""
+        index = self.folder / "model_index.json"
+        entry = read_json(index).get("safety_checker") if index.is_file() else None
+        return isinstance(entry, list) and all(entry)
+
     def whole(self) -> Path:
         """The folder with everything in it; from the Hub the weights are fetched only now."""
         return find_pipeline(self.name)

@@ -12,6 +12,8 @@ from infer.cli_evaluate import add_commands
 from infer.cli_generate import add_generate, add_photo_options
 from infer.cli_redraw import add_redraw
 
+_NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory")
+
 
 class _Parser(Parser):
     def __init__(self, **options):
@@ -30,7 +32,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             from infer.program import keep_jax_on_cpu
 
             keep_jax_on_cpu()
-        arguments.run(arguments)
+        try:
+            arguments.run(arguments)
+        except RuntimeError as error:
+            # XLA and PyTorch have no MemoryError.
+            if not any(sign in str(error) for sign in _NO_MEMORY):
+                raise
+            raise MemoryError(
+                "draw fewer pictures at a time (--batch) or smaller ones (--width, --height)"
+            ) from error
 
     return run_program(run)
 

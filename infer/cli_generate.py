@@ -66,6 +66,11 @@ def add_models(models: argparse._ActionsContainer) -> None:
         help="numbers in which UNet, text encoder and, in PyTorch, the autoencoder compute "
         "(default float32)",
     )
+    models.add_argument(
+        "--safety-checker",
+        action="store_true",
+        help="run the base's own over the pictures: what it marks comes out black (needs PyTorch)",
+    )
 
 
 def _add_picture_options(group: argparse._ActionsContainer) -> None:
@@ -196,11 +201,12 @@ def _generate(arguments: argparse.Namespace) -> None:
     if arguments.best is not None:
         ranking = _ranking(request, face, crops)
     more = {"loras": arguments.lora, "controlnet": arguments.controlnet}
+    check_safety = load_safety_checker(base, arguments.safety_checker)
     drawer = load_drawer(arguments.backend, arguments.precision, base, face, **more)
     todo, group, written = iter(request.pictures()), [], []
     with _progress(request, arguments.batch) as bar:
         for pictures in generate_batches(drawer, request, crops, batch=arguments.batch, bar=bar):
-            for image in pictures:
+            for image in check_safety(pictures):
                 prompt, seed = next(todo)
                 values = parameters(request, prompt, seed, base, **drawing_files(arguments))
                 if ranking is not None:
@@ -243,7 +249,9 @@ def drawing_files(arguments: argparse.Namespace) -> dict[str, str | None]:
     """What draws, for the record."""
     names = ("adapter", "encoder", "controlnet", "backend", "precision")
     loras = " + ".join(f"{file}={factor:g}" for file, factor in arguments.lora)
-    return {name: getattr(arguments, name) for name in names} | {"loras": loras or None}
+    checked = "on" if arguments.safety_checker else None
+    files = {name: getattr(arguments, name) for name in names}
+    return files | {"loras": loras or None, "safety checker": checked}
 
 
 def _best(group: list, count: int | None) -> list:
@@ -364,6 +372,36 @@ def load_drawer(backend: str, precision: str, base, face, **more):
     from infer.torch_pipeline import TorchPipeline
 
     return TorchPipeline.load(base, face=face, dtype=getattr(torch, precision), **more)
+
+
+def load_safety_checker(base, wanted: bool):
+    """What pictures go through before they are written; a line where a base's own is left out."""
+    if not wanted:
+        if base.has_safety_checker:
+            print(
+                f"note: the safety checker of {base.name} is left out (--safety-checker keeps it)",
+                file=sys.stderr,
+            )
+        return lambda pictures: pictures
+    try:
+        from infer.torch_safety import SafetyChecker
+    except ImportError as error:
+        raise UserError(
+            f"--safety-checker needs PyTorch and diffusers ({error}): pip install 'fact-jax[torch]'"
+        ) from None
+    checker = SafetyChecker(base)
+
+    def check(pictures):
+        pictures, marked = checker(pictures)
+        if marked.any():
+            print(
+                f"warning: the safety checker marked {marked.sum()} of {len(pictures)} pictures: "
+                "they are black",
+                file=sys.stderr,
+            )
+        return pictures
+
+    return check
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from infer.cli_generate import (
     add_sampling,
     drawing_files,
     load_drawer,
+    load_safety_checker,
     read_photos,
     warn_of_cut_prompts,
 )
@@ -137,6 +138,7 @@ def _redraw(arguments: argparse.Namespace) -> None:
         print(f"note: {note}", file=sys.stderr)
     check_jobs(base, jobs, settings, how, arguments.batch)
     more = {"loras": arguments.lora, "controlnet": arguments.controlnet}
+    check_safety = load_safety_checker(base, arguments.safety_checker)
     drawer = load_drawer(arguments.backend, arguments.precision, base, face, **more)
     total = sum(len(job.places) for job in jobs)
     with tqdm(total=len(jobs), desc=f"redrawing {total} faces", disable=None) as bar:
@@ -145,6 +147,7 @@ def _redraw(arguments: argparse.Namespace) -> None:
             out = picture_path(arguments.out, f"{path.stem}-redrawn", f".{arguments.format}")
             text = recorded(_values(arguments, settings, job))
             part = "compositeWithTrainedAlgorithmicMedia"
+            (picture,) = check_safety(picture[None])
             out = save_image(picture, out, text, part, job.template.profile)
             bar.update()
             tqdm.write(str(out))
