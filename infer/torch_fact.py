@@ -62,14 +62,15 @@ class FactTorch:
 
         A photo is a file whose five points of the face lie beside it or are found by an installed
         detector, as on the command line; ``infer.request.Photo`` names points, masks and more.
-        What a user should know of the photos is logged. Raises UserError where there is no face.
+        What a user should know of the photos is logged as a warning. Raises UserError where there
+        is no face.
         """
         if not photos:
             raise UserError("face tokens need at least one photo")
         files = [p if isinstance(p, Photo) else Photo(path=Path(p)) for p in photos]
         crops, notes = prepare_crops(files, self.encoder.config.img_size)
         for note in notes:
-            _LOG.info(note)
+            _LOG.warning(note)
         return self.face_tokens(crops[None], combine)
 
     @torch.no_grad()

@@ -104,7 +104,7 @@ def test_canvas_of_both_backends(flax, torch, crops, sampler, strength):
     cells = np.zeros((2, 16, 20), bool)
     cells[0, 3:12, 4:15] = cells[1, :, :10] = True
     settings = Settings(
-        sampler=sampler, steps=5, height=32, width=40, guidance=Guidance(text=2.0, stop=0.9)
+        sampler=sampler, steps=5, height=32, width=40, guidance=Guidance(text=2.0, stop=0.5)
     )
     canvas = Canvas(images=images, cells=cells, strength=strength)
     asked = (PROMPTS, SEEDS, crops[:, :1], settings)

@@ -193,6 +193,21 @@ def test_a_pipe_made_from_another(fact, pipe, face, image):
     assert np.abs(draw(other, guidance_scale=4.0, **more) - wanted).max() > 1e-2
 
 
+def test_a_pipe_whose_unet_is_not_compiled(fact, pipe, face):
+    """Hooks are around the compiled one: past them there would be no face, without a word."""
+    other, plain = around(pipe, StableDiffusionPipeline), pipe.unet
+    with fact.face(face):
+        wanted = draw(pipe)
+    pipe.unet = torch.compile(plain, backend="eager")
+    try:
+        with fact.face(face), pytest.raises(UserError, match="name the pipe that calls it"):
+            draw(other)
+        with fact.on(other).face(face):
+            np.testing.assert_array_equal(draw(other), wanted)
+    finally:
+        pipe.unet = plain
+
+
 def test_windows_count_the_steps_that_are_drawn(fact, pipe, face, image):
     other = around(pipe, StableDiffusionImg2ImgPipeline)
     scales, context = [], fact.context
