@@ -159,9 +159,9 @@ def product_shape(algorithm: str, shapes: Mapping[str, Shape]) -> Shape | None:
 
 
 def _lora_shape(shapes: Mapping[str, Shape]) -> Shape | None:
-    down, up, mid = (shapes.get(name, ()) for name in ("down", "up", "mid"))
+    down, up, mid = shapes["down"], shapes["up"], shapes.get("mid")
     fits = len(down) in (2, 4) and len(up) in (2, 4) and math.prod(up[2:]) == 1
-    if not mid:
+    if mid is None:
         return (up[0], *down[1:]) if fits and up[1] == down[0] else None
     fits = fits and len(mid) == 4 and math.prod(down[2:]) == 1
     return (up[0], down[1], *mid[2:]) if fits and mid[:2] == (up[1], down[0]) else None
@@ -176,14 +176,17 @@ def _loha_shape(shapes: Mapping[str, Shape]) -> Shape | None:
 
 
 def _lokr_shape(shapes: Mapping[str, Shape]) -> Shape | None:
-    one, other = (
-        shapes.get(f"lokr_w{i}")
-        or _low_rank_shape(*(shapes.get(f"lokr_{x}") for x in (f"w{i}_a", f"w{i}_b", f"t{i}")))
-        for i in (1, 2)
-    )
+    one, other = (_lokr_factor(i, shapes) for i in (1, 2))
     if one is None or other is None or len(one) != 2 or len(other) not in (2, 4):
         return None
     return (one[0] * other[0], one[1] * other[1], *other[2:])
+
+
+def _lokr_factor(i: int, shapes: Mapping[str, Shape]) -> Shape | None:
+    full, *low = (shapes.get(f"lokr_{name}") for name in (f"w{i}", f"w{i}_a", f"w{i}_b", f"t{i}"))
+    if full is None:
+        return _low_rank_shape(*low)
+    return full if low == [None] * 3 else None
 
 
 _SHAPES = {"LoRA": _lora_shape, "LoHa": _loha_shape, "LoKr": _lokr_shape}

@@ -342,6 +342,8 @@ def pair(name: str, inner: int = 6) -> dict[str, np.ndarray]:
             pair(f"{UNET}_to_q") | {f"{UNET}_to_q.dora_scale": np.full(5, np.inf)},
             "dora_scale holds",
         ),
+        (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.lora_mid.weight": np.float32(1)}, "1 misshapen"),
+        ({f"{UNET}_to_q.lokr_w{i}": np.ones((2, 2)[i:]) for i in (1, 2)}, "1 misshapen"),
         (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.scalar": np.float32(np.inf)}, "scalar is inf"),
         (pair(f"{UNET}_to_q") | {f"{UNET}_to_q.lora_A.weight": normal(2, 2, 6)}, "a second down"),
         ({f"{UNET}_to_q.oft_blocks": normal(2, 5, 2)}, "is OFT"),
