@@ -9,9 +9,11 @@ import pytest
 from flax import nnx
 
 from converters.pipeline import load_part, save_part
+from fact_jax.errors import UserError
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
 from train.config import TrainConfig
 from train.partition import merge, paths
+from train.tasks.common import load_vae
 from train.tasks.vae import VAEOptions, VAETask
 
 TINY = VAEConfig(sample_size=64, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2)
@@ -29,6 +31,12 @@ def folder(tmp_path_factory):
 def task(folder):
     options = VAEOptions(people=2, photos=1, decoder_of=str(folder))
     return VAETask(TrainConfig(task="vae", steps=1, batch_size=2, options=options))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "nowhere/vae", "miniature/base/unet"])
+def test_what_is_no_vae_is_told_in_one_line(name):
+    with pytest.raises(UserError, match=name):
+        load_vae(name)
 
 
 def test_the_decoder_alone_learns(task):

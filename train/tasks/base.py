@@ -9,7 +9,6 @@ import numpy as np
 from flax import nnx
 
 from converters import Pipeline, Tokenizer, save_pipeline, tokenize
-from converters.pipeline import load_part
 from fact_jax.face import resize_area
 from fact_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from fact_jax.models.unet import UNet, UNetConfig
@@ -26,6 +25,7 @@ from train.tasks.common import (
     draw_portraits,
     draw_timesteps,
     encode_images,
+    load_vae,
     people_of,
     split,
     split_keys,
@@ -61,7 +61,7 @@ class BaseTask:
         self.tokenizer = Tokenizer(
             vocab=vocab, merges=merges, model_max_length=text.max_position_embeddings
         )
-        self.vae = load_part(Path(self.options.vae))
+        self.vae = load_vae(self.options.vae)
         rngs = nnx.Rngs(config.seed)
         self.unet = split(UNet(UNetConfig.mini(), rngs=rngs))
         self.text_encoder = split(CLIPTextModel(text, rngs=rngs))

@@ -5,6 +5,7 @@ import functools
 import itertools
 import zlib
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 import jax
@@ -13,6 +14,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key, UInt8
 
+from converters.pipeline import load_part
+from fact_jax.errors import UserError
 from fact_jax.face import align_batch
 from fact_jax.models.vae import AutoencoderKL
 from fact_jax.portraits import SPLITS, Batch, make_batch
@@ -46,6 +49,13 @@ def split(module: nnx.Module) -> Split:
     """Take a module apart into structure and arrays."""
     graph, state = nnx.split(module)
     return Split(graph, nnx.to_pure_dict(state))
+
+
+def load_vae(folder: str) -> AutoencoderKL:
+    """The VAE in a folder named ``vae``, as diffusers has it; UserError if there is none."""
+    if Path(folder).name != "vae":
+        raise UserError(f"{folder} is no VAE's folder: give one that is named vae")
+    return load_part(Path(folder))
 
 
 def to_signed(images: UInt8[Array, "*b h w c"]) -> Float[Array, "*b h w c"]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from converters.pipeline import load_part, save_part
+from converters.pipeline import save_part
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
 from fact_jax.portraits import contact_sheet
 from fact_jax.ranges import Name, NonNegative, check_fields
@@ -23,6 +23,7 @@ from train.tasks.common import (
     ShuffledRows,
     draw_normal,
     draw_portraits,
+    load_vae,
     overlay,
     people_of,
     split,
@@ -59,7 +60,7 @@ class VAETask:
         if self.options.decoder_of is None:
             self.vae = split(AutoencoderKL(VAEConfig.mini(), rngs=nnx.Rngs(config.seed)))
         else:
-            self.vae = split(load_part(Path(self.options.decoder_of)))
+            self.vae = split(load_vae(self.options.decoder_of))
 
     def init(self, key):
         if self.options.decoder_of is None:
