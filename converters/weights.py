@@ -200,7 +200,7 @@ def read_config(kind: str, config, state: Mapping[str, np.ndarray] | None = None
             raise UserError(f"the {kind} configuration is not a dictionary of settings")
         try:
             config = config_class.from_dict(config)
-        except (TypeError, ValueError) as err:
+        except (TypeError, ValueError, OverflowError) as err:
             raise UserError(f"the {kind} configuration does not make sense: {err}") from err
     if kind == "unet":
         mark = f"{ADAPTER_MARK}linear.weight"
@@ -214,7 +214,7 @@ def skeleton(kind: str, config) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
     """A model's structure and the shapes of its parameters by path; nothing is computed."""
     try:
         graph, items = _skeleton(kind, config)
-    except (TypeError, ValueError, ZeroDivisionError, IndexError, AttributeError) as err:
+    except (TypeError, ValueError, ArithmeticError, IndexError, AttributeError) as err:
         raise UserError(f"no {kind} can be built from its configuration: {err}") from err
     return graph, dict(items)
 

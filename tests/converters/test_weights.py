@@ -13,6 +13,7 @@ import torch
 from flax import nnx
 
 from converters import dump_state, load_state
+from converters.configs import check_fits
 from converters.mapping import match_module
 from converters.weights import parameters
 from fact_jax.errors import UserError
@@ -292,3 +293,11 @@ def test_batch_statistics_are_statistics(golden):
     statistics = nnx.state(module, nnx.BatchStat)
     assert len(jax.tree.leaves(statistics)) == 4
     assert np.array_equal(module.feature[1].var[...], state["feature.1.running_var"].astype("f4"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("in_channels", 10**400), ("out_channels", 2**62)])
+def test_a_configuration_of_huge_numbers(key, value, peer_state):
+    state, config = peer_state("unet")
+    with pytest.raises(UserError) as caught:
+        check_fits("unet", state, {**config, key: value})
+    assert "\n" not in str(caught.value)
