@@ -195,6 +195,7 @@ def test_bad_input_is_one_line(arguments, files, tmp_path, option, value, messag
             "mask.png is black: it must be white where",
         ),
         (["--control", "PHOTO"], "--control and --controlnet belong together"),
+        (["--face-guidance", "2", "--negative-face", "same"], "give one of the two"),
         (["--strength", "2", "--image", "PHOTO", "--width", "64", "--height", "72"], "strength"),
         (["--block-scale", "up"], "'up': a name, = and a number are wanted"),
         (["--lora", "x=nan"], "'x=nan': a name, = and a number are wanted"),
