@@ -9,7 +9,7 @@ from converters.adapter import describe, write_adapter
 from converters.arrays import Lazy
 from converters.folders import Files, write_pipeline
 from converters.mapping import names_of
-from converters.pipeline import scheduler_config
+from converters.pipeline import DEFAULT_CLASS, scheduler_config
 from converters.rules import ADAPTER_MARK, RESAMPLER_PREFIX
 from converters.tokenizer import read_tokenizer
 from converters.weights import skeleton
@@ -55,8 +55,10 @@ def write_everything(folder: Path, dtype: str) -> None:
         {kind: config.to_dict() for kind, config in configs.items()},
         tokenizer,
         scheduler_config("PNDMScheduler", NoiseSchedule.sd15()),
+        DEFAULT_CLASS,
     )
-    write_pipeline(folder / "base", states, plan, {"format": "pt"}, files=Files(), force=False)
+    text = {"format": "pt"}
+    write_pipeline(folder, folder / "base", states, plan, text, files=Files(), force=False)
 
     adapted = dataclasses.replace(unet, face_dim=resampler.output_dim)
     state = {k: a for k, a in random_state("unet", adapted, dtype).items() if ADAPTER_MARK in k}

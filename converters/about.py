@@ -4,13 +4,13 @@ from collections.abc import Iterator, Mapping
 
 import numpy as np
 
-from converters.configs import check_fits, infer_config
 from converters.content import CONTENT, content_hash, file_sums
-from converters.formats import Weights, added_tokens, step_of, unknown_keys
+from converters.formats import Weights, added_tokens, check_whole, step_of, unknown_keys
 from converters.lora import is_lora, read_lora
 from converters.mapping import guess_kind, prefix_of
 from converters.readers import State
 from converters.rules import ADAPTER_MARK
+from converters.shapes import bare, check_fits, encoder_shape
 from fact_jax.errors import UserError
 
 _HIDDEN = {"added_tokens", "checksums", "kept", "step", "configs", CONTENT}
@@ -74,6 +74,11 @@ def summary(weights: Weights, *, sums: bool = False) -> dict[str, object]:
             for kind, keys in unknown.items()
         }
         found["difference"] = nearest(weights.states["unknown"]) if strange else None
+    else:
+        try:
+            check_whole(weights)
+        except UserError as err:
+            found["difference"] = str(err)
     found["metadata"] = {k: v for k, v in weights.metadata.items() if k not in _HIDDEN}
     return {key: value for key, value in found.items() if value not in (None, {})}
 
@@ -84,7 +89,7 @@ def nearest(state: State) -> str:
     if kind is None:
         return "no kind of model here has keys like these"
     try:
-        check_fits(kind, state, infer_config(kind, state))
+        check_fits(kind, state)
     except UserError as err:
         return f"{share:.0%} of the keys are those of a {kind}; {err}"
     return f"{share:.0%} of the keys are those of a {kind}"
@@ -116,7 +121,7 @@ def base_of(weights: Weights) -> str | None:
         if "adapter" in states:
             return _base_of_adapter(states["adapter"])
         if "transface" in states:
-            config = infer_config("transface", states["transface"])
+            config = encoder_shape(bare("transface", states["transface"]))
             return _ENCODERS.get((config["embed_dim"], config["depth"]))
     except (UserError, ValueError, IndexError):
         return None
@@ -152,7 +157,8 @@ def _base_of_adapter(state: State) -> str | None:
 def compare(one: Weights, other: Weights, tolerance: float) -> list[str]:
     """A line for every tensor that only one has or that differs by more than ``tolerance``.
 
-    Precisions may differ: numbers are compared. NaN equals NaN.
+    Precisions may differ: numbers are compared. NaN equals NaN. Raises UserError for weights that
+    are equal but not whole, as everything that writes them does.
     """
     first, second = dict(one.tensors()), dict(other.tensors())
     lines = [f"only in {one.path}: {key}" for key in _only(first, second)]
@@ -163,6 +169,9 @@ def compare(one: Weights, other: Weights, tolerance: float) -> list[str]:
             lines.append(f"{key}: {a.shape} against {b.shape}")
         elif found := _difference(np.asarray(a), np.asarray(b), tolerance):
             lines.append(f"{key}: largest difference {found[0]:.3g}, {found[1]} of {a.size}")
+    if not lines:  # equal, but are they models?
+        for weights in (one, other):
+            check_whole(weights)
     return sorted(lines)
 
 

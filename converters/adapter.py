@@ -6,15 +6,17 @@ Our file is safetensors with the released names (``local_fac_prj.*`` and
 
 import dataclasses
 import json
+import logging
 import os
-import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from converters.readers import State, read_file, stored_as
 from converters.rules import ADAPTER_MARK, RESAMPLER_PREFIX
+from converters.shapes import check_fits, resampler_shape
 from converters.weights import add_state, dump_some, dump_state, load_state, read_config
 from converters.writers import write_safetensors
 from fact_jax.errors import UserError, listed
@@ -22,7 +24,10 @@ from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.unet import UNet
 
 FORMAT, VERSION = "fact-adapter", "1"
-RELEASED_DIM_HEAD = 64
+SIDE_KEY = "fact_jax.resampler.dim_head"
+"""In our pickles of other than released size; the released code passes over keys of other names."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,38 +50,89 @@ class Adapter:
 
     def state(self) -> State:
         """All blocks' tensors as one flat dict with the released names."""
-        return {
-            f"{path}{ADAPTER_MARK}{key}": array
-            for path, block in self.blocks.items()
-            for key, array in block.items()
-        }
+        return _joined(self.blocks)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterFile:
+    """An adapter's file, opened (memory maps) and checked, by what is in it.
+
+    ``resampler`` and ``blocks`` are as :func:`split_state` gives them.
+    """
+
+    path: Path
+    metadata: dict[str, object]
+    resampler: State
+    blocks: dict[str, State]
+    config: ResamplerConfig
+
+    def state(self) -> State:
+        """All tensors as one flat dict with the released names."""
+        own = {RESAMPLER_PREFIX + key: array for key, array in self.resampler.items()}
+        return own | _joined(self.blocks)
+
+
+def read_adapter(path: str | os.PathLike, resampler_config=None) -> AdapterFile:
+    """Open an adapter file of either format without reading its tensors.
+
+    Raises UserError for anything else than a whole adapter, and for one that does not say how wide
+    a head of its resampler is, unless ``resampler_config`` says it or the file is of the released
+    size: then the released heads are taken, which is logged.
+    """
+    path = Path(path)
+    state, text = read_file(path)
+    state, metadata = take_side_key(state, read_metadata(text, path), path)
+    resampler, blocks = split_state(state, path)
+    try:
+        config, note = resampler_config, None
+        if config is None:
+            config, note = find_resampler_config(resampler, metadata)
+        config = read_config("resampler", config, resampler)
+        check_adapter(resampler, blocks, config)
+    except UserError as err:
+        raise UserError(f"{path}: {err}") from err
+    if note:
+        log.warning("note: %s: %s", path, note)
+    return AdapterFile(
+        path=path, metadata=metadata, resampler=resampler, blocks=blocks, config=config
+    )
 
 
 def load_adapter(path: str | os.PathLike, *, resampler_config=None, dtype=jnp.float32) -> Adapter:
     """Read an adapter file of either format; the resampler's parameters are of ``dtype``.
 
-    ``resampler_config`` is only needed for a ``.ckpt`` whose heads are not 64 wide: such files do
-    not say. Raises UserError for anything else than a whole adapter file.
+    ``resampler_config`` is only needed for a ``.ckpt`` of another size than the released one that
+    another program wrote: such files do not say how wide heads are. Raises UserError for anything
+    else than a whole adapter file.
     """
-    state, text = read_file(path)
-    metadata = read_metadata(text, path)
-    resampler, blocks = split_state(state, path)
-    if resampler_config is None:
-        resampler_config = metadata.get("config", {}).get("resampler")
-    try:
-        config = read_config("resampler", resampler_config or infer_resampler(resampler))
-        module = load_state("resampler", resampler, config, dtype=dtype)
-    except UserError as err:
-        raise UserError(f"{path}: {err}") from err
-    adapter = Adapter(blocks=blocks, resampler=module, metadata=metadata)
+    file = read_adapter(path, resampler_config)
+    module = load_state("resampler", file.resampler, file.config, dtype=dtype)
+    return Adapter(blocks=file.blocks, resampler=module, metadata=file.metadata)
+
+
+def _joined(blocks: Mapping[str, State]) -> State:
+    return {
+        f"{path}{ADAPTER_MARK}{key}": array
+        for path, block in blocks.items()
+        for key, array in block.items()
+    }
+
+
+def check_adapter(resampler: State, blocks: Mapping[str, State], config=None) -> None:
+    """UserError unless both parts of an adapter are whole and fit each other; nothing is read.
+
+    ``config`` is the resampler's configuration, where it is known.
+    """
+    check_fits("resampler", resampler, config)
+    face_dim = read_config("resampler", config or resampler_shape(resampler), resampler).output_dim
     for name, block in blocks.items():
         linear = block.get("linear.weight")
-        if linear is None or linear.ndim != 2 or linear.shape[1] != adapter.face_dim:
+        if linear is not None and (linear.ndim != 2 or linear.shape[1] != face_dim):
             raise UserError(
-                f"{path}: {name}{ADAPTER_MARK}linear.weight does not take face tokens of width "
-                f"{adapter.face_dim}, which its resampler gives"
+                f"{name}{ADAPTER_MARK}linear.weight does not take face tokens of width "
+                f"{face_dim}, which its resampler gives"
             )
-    return adapter
+    check_fits("adapter", _joined(blocks))
 
 
 def split_state(state: State, source: str | os.PathLike) -> tuple[State, dict[str, State]]:
@@ -118,26 +174,87 @@ def read_metadata(text: Mapping[str, str], source: str | os.PathLike) -> dict[st
     return metadata
 
 
-def infer_resampler(state: State, dim_head: int = RELEASED_DIM_HEAD) -> dict[str, int]:
-    """A resampler's configuration from its tensors' shapes and the width of a head."""
-    try:
-        inner = state["layers.0.0.to_q.weight"].shape[0]
-        _, queries, dim = state["latents"].shape
-        found = {
-            "dim": dim,
-            "num_queries": queries,
-            "embedding_dim": state["proj_in.weight"].shape[1],
-        }
-        found |= {"output_dim": state["proj_out.weight"].shape[0]}
-    except (KeyError, ValueError, IndexError) as err:
-        raise UserError(f"the resampler in it is not whole ({err})") from err
-    if inner % dim_head:
+def take_side_key(
+    state: State, metadata: Mapping[str, object], source: str | os.PathLike
+) -> tuple[State, dict[str, object]]:
+    """The state without our side key, and the metadata with what it says as ``dim_head``."""
+    metadata = {name: value for name, value in metadata.items() if name != "dim_head"}
+    if SIDE_KEY not in state:
+        return state, metadata
+    said = state[SIDE_KEY]
+    width = np.asarray(said).item() if said.size == 1 and said.dtype.kind in "iu" else 0
+    if width < 1:
+        raise UserError(f"{source}: {SIDE_KEY} is not the width of a head")
+    rest = {key: array for key, array in state.items() if key != SIDE_KEY}
+    return rest, {**metadata, "dim_head": width}
+
+
+def with_side_key(state: State, config: ResamplerConfig) -> State:
+    """A flat adapter state for a pickle, which has no metadata, that still tells its heads.
+
+    Released files need no side key, and get none: they are recognised by their size.
+    """
+    own = {k.removeprefix(RESAMPLER_PREFIX): a for k, a in state.items() if RESAMPLER_PREFIX in k}
+    shape = resampler_shape(own)
+    if _is_released(shape) and config == ResamplerConfig.sd15():
+        return state
+    return {**state, SIDE_KEY: np.array(config.dim_head, np.int64)}
+
+
+def find_resampler_config(
+    state: State, metadata: Mapping[str, object], dim_head: int | None = None
+) -> tuple[Mapping[str, object], str | None]:
+    """A resampler's configuration, and a line about what of it was guessed.
+
+    It is what the metadata says (our file's ``config`` or the ``dim_head`` of a side key), else it
+    follows from the tensors and ``dim_head``. Raises UserError where nothing tells the heads, or
+    two things tell different ones.
+    """
+    config = metadata.get("config")
+    said = config.get("resampler") if isinstance(config, Mapping) else None
+    known = said.get("dim_head") if isinstance(said, Mapping) else metadata.get("dim_head")
+    if dim_head is not None and known not in (None, dim_head):
+        raise UserError(f"it says that a head of its resampler is {known} wide, not {dim_head}")
+    if said is not None:
+        return said, None
+    dim_head = dim_head if known is None else known
+    if dim_head is None:
+        return infer_resampler(state)
+    shape = resampler_shape(state)
+    if dim_head < 1 or shape["dim_head"] % dim_head:
         raise UserError(
-            f"its heads cannot be {dim_head} wide as the released ones are ({inner} channels); "
-            "give the resampler's configuration"
+            f"its heads cannot be {dim_head} wide: its resampler has {shape['dim_head']} channels "
+            "for all of them"
         )
-    layers = [int(m[1]) for key in state if (m := re.match(r"layers\.(\d+)\.", key))]
-    return found | {"depth": max(layers) + 1, "dim_head": dim_head, "heads": inner // dim_head}
+    return {**shape, "dim_head": dim_head, "heads": shape["dim_head"] // dim_head}, None
+
+
+def infer_resampler(state: State) -> tuple[dict[str, int], str]:
+    """A resampler's configuration from its tensors, and what is no more than likely in it.
+
+    Their shapes do not tell the heads: UserError unless these are those of the released one.
+    """
+    shape, released = resampler_shape(state), ResamplerConfig.sd15()
+    if not _is_released(shape):
+        raise UserError(
+            f"does not say how wide a head of its resampler is ({shape['dim_head']} channels for "
+            f"all heads, {shape['dim']} wide: not of the released size, whose heads are "
+            f"{released.dim_head} wide): give --dim-head to fact-convert, and use what it writes"
+        )
+    heads = {"dim_head": released.dim_head, "heads": released.heads}
+    note = (
+        "resampler: dim_head {dim_head} taken ({heads} heads), as in the released one of its size"
+    )
+    return {**shape, **heads}, note.format(**heads)
+
+
+def _is_released(shape: Mapping[str, int]) -> bool:
+    released = ResamplerConfig.sd15()
+    return shape == {
+        **released.to_dict(),
+        "dim_head": released.dim_head * released.heads,
+        "heads": 1,
+    }
 
 
 def attach_adapter(unet: UNet, adapter: Adapter) -> UNet:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from converters.outputs import whole_folder
 from converters.pipeline import save_part
 from converters.readers import local_folder, read_json, read_weights
+from converters.shapes import check_fits
 from converters.weights import load_state, read_config
 from fact_jax.errors import UserError
 from fact_jax.models.controlnet import ControlNet, ControlNetConfig
@@ -20,7 +21,8 @@ def find_controlnet(
 ) -> tuple[Path, ControlNetConfig]:
     """The folder of a ControlNet, fetched from the Hub if it is a repository's name; its config.
 
-    Without ``weights`` only the configuration is. Raises UserError if it is something else.
+    Without ``weights`` only the configuration is; else UserError unless the net is whole. Raises
+    UserError if it is something else.
     """
     dotted = f".{variant}" if variant else ""
     files = (f"{_STEM}{dotted}.safetensors", f"{_STEM}*.safetensors.index*.json") if weights else ()
@@ -30,9 +32,15 @@ def find_controlnet(
     if kind != "ControlNetModel":
         raise UserError(f"{folder}: not a ControlNet but a {kind}")
     try:
-        return folder, read_config("controlnet", config)
+        if not weights:
+            return folder, read_config("controlnet", config)
+        state = read_weights(folder, _STEM, variant)
+        config = read_config("controlnet", config, state)
+        check_fits("controlnet", state, config)
     except UserError as err:
-        raise UserError(f"{folder}: {err}") from err
+        where = "" if str(err).startswith(str(folder)) else f"{folder}: "
+        raise UserError(f"{where}{err}") from err
+    return folder, config
 
 
 def load_controlnet(
@@ -44,11 +52,7 @@ def load_controlnet(
     whatever the files hold. Raises UserError naming the folder and what is wrong with it.
     """
     folder, config = find_controlnet(path, variant)
-    try:
-        return load_state("controlnet", read_weights(folder, _STEM, variant), config, dtype=dtype)
-    except UserError as err:
-        where = "" if str(err).startswith(str(folder)) else f"{folder}: "
-        raise UserError(f"{where}{err}") from err
+    return load_state("controlnet", read_weights(folder, _STEM, variant), config, dtype=dtype)
 
 
 def save_controlnet(

@@ -1,60 +1,74 @@
 """TransFace, the face encoder, as a file: the released ``.pt`` or a folder of ours."""
 
-import math
+import logging
 import os
-import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
 
-from converters.readers import State, read_file, read_json
-from converters.weights import dump_state, load_state
+from converters.readers import State, json_in, read_file, read_json
+from converters.shapes import RELEASED_SIZE, check_fits, encoder_shape
+from converters.weights import dump_state, load_state, read_config
 from converters.writers import write_json, write_safetensors
 from fact_jax.errors import UserError
 from fact_jax.models.transface import TransFace, TransFaceConfig
 
-_RELEASED_SIZE = 112
+log = logging.getLogger(__name__)
+
 _RELEASED_HEADS = 8
+_PUBLIC_WIDTHS = (256, 512, 768)
 
 
 def load_encoder(path: str | os.PathLike, *, config=None, dtype=jnp.float32) -> TransFace:
     """Read a TransFace: a folder with ``config.json`` and ``model.safetensors``, or one file.
 
-    A single file (the released ``.pt``) does not say its head count: it is taken to be 8, as in
-    all public sizes, unless ``config`` says more. Parameters are of ``dtype``.
+    The released ``.pt`` does not say its head count: it is taken to be 8 if it is of a public size,
+    which is logged; any other file that does not say it needs ``config``. Parameters are of
+    ``dtype``.
     """
-    path = Path(path)
+    state, found = read_encoder(path, config)
+    return load_state("transface", state, found, dtype=dtype)
+
+
+def read_encoder(
+    path: str | os.PathLike, config: Mapping | TransFaceConfig | None = None
+) -> tuple[State, TransFaceConfig]:
+    """A TransFace's tensors (memory maps) and its configuration, which fit; as load_encoder."""
+    path, note = Path(path), None
     if path.is_dir():
         config = config or read_json(path / "config.json")
-        state, _ = read_file(path / "model.safetensors")
-    else:
-        state, _ = read_file(path)
+    state, text = read_file(path / "model.safetensors" if path.is_dir() else path)
     try:
-        return load_state("transface", state, config or infer_encoder(state), dtype=dtype)
+        if config is None:
+            config = json_in(text, "configs", path).get("transface")
+        if config is None:
+            config, note = infer_encoder(state)
+        config = read_config("transface", config, state)
+        check_fits("transface", state, config)
     except UserError as err:
-        raise UserError(f"{path}: {err}") from err
+        where = "" if str(err).startswith(str(path)) else f"{path}: "
+        raise UserError(f"{where}{err}") from err
+    if note:
+        log.warning("note: %s: %s", path, note)
+    return state, config
 
 
-def infer_encoder(state: State) -> dict[str, int]:
-    """A TransFace's configuration from its tensors' shapes, with the public sizes' 8 heads."""
-    try:
-        _, tokens, dim = state["pos_embed"].shape
-        patch = state["patch_embed.proj.weight"].shape[-1]
-        classes = state["feature.2.weight"].shape[0]
-    except (KeyError, ValueError, IndexError) as err:
-        raise UserError(f"not a TransFace model ({err} is missing or misshapen)") from err
-    side = math.isqrt(tokens)
-    # 112 is no whole number of patches of 9: the tokens alone do not give the picture's size.
-    released = _RELEASED_SIZE // patch == side
-    depth = {int(m[1]) for key in state if (m := re.match(r"blocks\.(\d+)\.", key))}
-    return {
-        "img_size": _RELEASED_SIZE if released else side * patch,
-        "patch_size": patch,
-        "embed_dim": dim,
-        "depth": len(depth),
-        "num_heads": _RELEASED_HEADS,
-        "num_classes": classes,
-    }
+def infer_encoder(state: State) -> tuple[dict[str, int], str]:
+    """A TransFace's configuration from its tensors, and what is no more than likely in it.
+
+    Their shapes do not tell the heads: UserError unless these are the widths of a public size.
+    """
+    found = encoder_shape(state)
+    if found["embed_dim"] not in _PUBLIC_WIDTHS or found["img_size"] != RELEASED_SIZE:
+        raise UserError(
+            f"no configuration is there, and the tensors of this TransFace of width "
+            f"{found['embed_dim']} do not tell its heads (the public ones, which have "
+            f"{_RELEASED_HEADS}, are {', '.join(map(str, _PUBLIC_WIDTHS))} wide): give its folder "
+            "with config.json"
+        )
+    note = f"transface: num_heads {_RELEASED_HEADS} taken, as in the public ones of this width"
+    return {**found, "num_heads": _RELEASED_HEADS}, note
 
 
 def save_encoder(module: TransFace, path: str | os.PathLike) -> None:

@@ -2,14 +2,22 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from converters.components import copy_components
-from converters.configs import check_fits, infer_config
+from converters.configs import infer_config
 from converters.outputs import whole_folder
-from converters.pipeline import PARTS, index_of, scheduler_config
+from converters.pipeline import (
+    DEFAULT_CLASS,
+    PARTS,
+    index_of,
+    pipeline_class,
+    read_schedule_config,
+    scheduler_config,
+)
 from converters.readers import LEGACY_STEMS, State, read_json
+from converters.shapes import in_shape
 from converters.tokenizer import AddedToken, Tokenizer, read_tokenizer, write_tokenizer
 from converters.writers import write_json, write_pickle, write_safetensors
 from fact_jax.errors import UserError
@@ -21,8 +29,6 @@ STEMS = {
 }
 """What the weight files of each kind are called that has folders."""
 _FOLDERS = {kind: part for part, (kind, _) in PARTS.items()}
-
-_TOKEN_ROWS = "token_embedding.weight"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,29 +50,45 @@ def read_configs(folder: Path) -> dict[str, dict]:
     return {kind: read_json(file) for kind, file in found.items() if file.exists()}
 
 
+def read_scheduler(folder: Path) -> dict | None:
+    """The configuration of a pipeline folder's scheduler, if there is one."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    return read_json(file) if file.exists() else None
+
+
+def configs_beside(folder: Path, kinds: Collection[str]) -> dict[str, dict]:
+    """Configurations of models of these kinds out of a pipeline's folder, or one model's own."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found = {kind: config for kind, config in read_configs(folder).items() if kind in kinds}
+    wanted = [kind for kind in kinds if kind in STEMS]
+    if len(kinds) == 1 and wanted and not found:
+        found = {kind: read_json(folder / "config.json") for kind in wanted}
+    return found
+
+
 def plan_pipeline(
     source: Path,
     states: Mapping[str, State],
     configs: Mapping[str, Mapping],
     beside: Path | None,
     added: Sequence[AddedToken] = (),
-) -> tuple[dict[str, Mapping], Tokenizer, Mapping]:
-    """What a pipeline folder holds beside weights: configurations, tokenizer, scheduler.
+    *,
+    scheduler: Mapping | None,
+    class_name: str | None,
+    notes: list[str],
+) -> tuple[dict[str, Mapping], Tokenizer, Mapping, str]:
+    """What a pipeline folder holds beside weights: configurations, tokenizer, scheduler, class.
 
     They come from the folder ``beside``, else from ``source`` if it is a pipeline folder, else
-    from the tensors; ``added`` are tokens that the text encoder learned. Raises UserError where
-    nothing says what is needed, or it does not fit.
+    from the tensors; ``added`` are tokens that the text encoder learned, ``scheduler`` and
+    ``class_name`` are what the source says. What is guessed joins ``notes``. Raises UserError
+    where nothing says what is needed, or it does not fit.
     """
     if absent := sorted(set(_FOLDERS) - set(states)):
         raise UserError(f"{source}: not a whole base, it has no {', '.join(absent)}")
     folders = [folder for folder in (beside, source) if folder and folder.is_dir()]
-    said = {**configs, **(read_configs(beside) if beside else {})}
-    chosen = {kind: said.get(kind) or infer_config(kind, states[kind]) for kind in _FOLDERS}
-    if added:  # the configuration beside may be of the base before it learned them
-        rows = [len(a) for k, a in states["clip_text"].items() if k.endswith(_TOKEN_ROWS)]
-        chosen["clip_text"] = {**chosen["clip_text"], "vocab_size": max(rows, default=0)}
-    for kind, config in chosen.items():
-        _check(source, kind, states[kind], config)
+    chosen = {kind: plan_model(source, kind, states[kind], configs, notes) for kind in _FOLDERS}
     text = chosen["clip_text"]
     longest, rows = text.get("max_position_embeddings", 77), text.get("vocab_size")
     tokenizers = [folder / "tokenizer" for folder in folders if (folder / "tokenizer").is_dir()]
@@ -75,22 +97,32 @@ def plan_pipeline(
             f"{source}: holds no tokenizer; give --config, a diffusers folder of this base that "
             "has one (weights are not needed in it)"
         )
-    files = [folder / "scheduler" / "scheduler_config.json" for folder in folders]
-    files = [file for file in files if file.exists()]
-    scheduler = scheduler_config("PNDMScheduler", NoiseSchedule.sd15())
-    if files:
-        scheduler = {"_class_name": "DDIMScheduler", **read_json(files[0])}
-        if not isinstance(scheduler["_class_name"], str):
-            raise UserError(f"{files[0]}: its _class_name is no name")
-        NoiseSchedule.from_dict(scheduler)
-    return chosen, read_tokenizer(tokenizers[0], longest, rows, added), scheduler
+    if scheduler is None:
+        scheduler = scheduler_config("PNDMScheduler", NoiseSchedule.sd15())
+        notes.append(
+            "scheduler: nothing says the noise schedule, epsilon prediction and the betas of "
+            "Stable Diffusion 1.x taken (--config)"
+        )
+    scheduler = {"_class_name": "DDIMScheduler", **scheduler}
+    if not isinstance(scheduler["_class_name"], str):
+        raise UserError(f"{source}: the _class_name of its scheduler is no name")
+    try:
+        read_schedule_config(scheduler)
+        name = pipeline_class(states["unet"], class_name)
+    except UserError as err:
+        raise UserError(f"{source}: {err}") from err
+    if name != (class_name or pipeline_class(states["unet"], None)):
+        notes.append(f"{class_name} becomes {name}, which its parts here are enough for")
+    elif class_name is None and name != DEFAULT_CLASS:
+        notes.append(f"{name} taken: its UNet takes more than the latents")
+    return chosen, read_tokenizer(tokenizers[0], longest, rows, added), scheduler, name
 
 
 def write_pipeline(
     source: Path,
     out: Path,
     states: Mapping[str, State],
-    plan: tuple[Mapping[str, Mapping], Tokenizer, Mapping],
+    plan: tuple[Mapping[str, Mapping], Tokenizer, Mapping, str],
     metadata: Mapping[str, str],
     *,
     files: Files,
@@ -101,27 +133,30 @@ def write_pipeline(
 
     A safety checker and its feature extractor are copied from ``source``, if that is a folder.
     """
-    configs, tokenizer, scheduler = plan
+    configs, tokenizer, scheduler, name = plan
     with whole_folder(out, force=force) as folder:
         for kind, part in _FOLDERS.items():
-            _write_model(folder / part, kind, states[kind], configs[kind], metadata, files, wrote)
+            state = in_shape(kind, states[kind], configs[kind])
+            _write_model(folder / part, kind, state, configs[kind], metadata, files, wrote)
         write_tokenizer(tokenizer, folder / "tokenizer")
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
-        index = index_of(scheduler["_class_name"]) | copy_components(source, folder)
+        index = index_of(scheduler["_class_name"], name) | copy_components(source, folder)
         write_json(folder / "model_index.json", index)
 
 
 def plan_model(
-    source: Path, kind: str, state: State, config: Mapping | None, beside: Path | None
+    source: Path, kind: str, state: State, configs: Mapping[str, Mapping], notes: list[str]
 ) -> Mapping:
-    """The configuration of one model's folder, from where :func:`plan_pipeline` has its own."""
+    """The configuration of one model's folder: what is said of it, else what its tensors tell."""
     if kind not in STEMS:
         raise UserError(f"{source}: {kind} weights have no folder, only files")
-    if beside is not None:
-        own = beside / _FOLDERS.get(kind, "") / "config.json"
-        config = read_json(own if own.exists() else beside / "config.json")
-    config = config or infer_config(kind, state)
-    _check(source, kind, state, config)
+    if config := configs.get(kind):
+        return config
+    try:
+        config, note = infer_config(kind, state)
+    except UserError as err:
+        raise UserError(f"{source}: {err}") from err
+    notes.append(note)
     return config
 
 
@@ -138,6 +173,7 @@ def write_model(
 ) -> None:
     """Write the folder of one model, whole or not at all."""
     with whole_folder(out, force=force) as folder:
+        state = in_shape(kind, state, config)
         _write_model(folder, kind, state, config, metadata, files, wrote)
 
 
@@ -181,10 +217,3 @@ def _shards(state: State, limit: int | None) -> Iterator[State]:
         shard[key] = array
         size += array.nbytes
     yield shard
-
-
-def _check(source: Path, kind: str, state: State, config: Mapping) -> None:
-    try:
-        check_fits(kind, state, config)
-    except UserError as err:
-        raise UserError(f"{source}: {err}") from err

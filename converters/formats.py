@@ -4,29 +4,42 @@ import dataclasses
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from converters.adapter import (
-    RELEASED_DIM_HEAD,
-    infer_resampler,
+    check_adapter,
+    find_resampler_config,
     read_metadata,
+    split_state,
+    take_side_key,
+    with_side_key,
     write_adapter,
 )
 from converters.arrays import Lazy
+from converters.configs import UNTOLD, infer_config
 from converters.content import CONTENT, provenance
 from converters.families import FAMILIES_KNOWN, family_of, family_of_class
-from converters.folders import read_configs
+from converters.folders import read_configs, read_scheduler
 from converters.kinds import POINTWISE
-from converters.ldm import is_ldm, read_ldm, write_ldm
+from converters.ldm import (
+    PREDICTION,
+    is_ldm,
+    prediction_texts,
+    read_ldm,
+    read_schedule,
+    schedule_tensors,
+    write_ldm,
+)
 from converters.lora import is_lora, lora_files
 from converters.mapping import guess_kind, is_ignored, names_of, place_of, prefix_of
 from converters.orbax import find_checkpoint, read_checkpoint, to_jax, to_torch, write_checkpoint
-from converters.pipeline import PARTS
+from converters.pipeline import PARTS, pipeline_class, read_schedule_config
 from converters.readers import (
     State,
+    json_in,
     local_folder,
     part_variants,
     read_file,
@@ -35,17 +48,22 @@ from converters.readers import (
     stored_as,
 )
 from converters.rules import RESAMPLER_PREFIX
+from converters.shapes import check_all, in_shape
 from converters.tokenizer import AddedToken, read_added_tokens
 from converters.weights import read_config
 from converters.writers import write_pickle, write_safetensors
 from fact_jax.errors import UserError, listed
+from fact_jax.schedules import NoiseSchedule
 
 ADAPTER_PARTS = {"adapter", "resampler"}
 BASE_PARTS = {"unet", "vae", "clip_text"}
 _KNOWN_PARTS = {*PARTS, "tokenizer", "scheduler"}
 _ADDED = "added_tokens"
+_CONFIGS, _PIPELINE = "configs", "pipeline"
+"""Where our files' metadata has the models' configurations, and the pipeline's class and scheduler.
+"""
 _OWN = {"format", "version", "config", "software", "command", "sources", "step"}
-_OWN |= {"encoder", "not loaded", _ADDED, CONTENT}
+_OWN |= {"encoder", "not loaded", _ADDED, CONTENT, _CONFIGS, _PIPELINE, PREDICTION}
 """What files that are written here say of themselves."""
 _BESIDE = "metadata"
 """Where a checkpoint's ``meta`` keeps what the file that it was made of says beside."""
@@ -58,9 +76,11 @@ class Weights:
 
     ``format`` is how it is stored. ``metadata`` is what it says of itself: for an adapter file its
     metadata, for a checkpoint of the trainer its ``meta`` and the step. ``configs`` are the
-    peers' configurations by kind, where it has them. ``left_out`` are keys that carry no weight of
-    these models, by the reason. ``notes`` are lines that a person has to read. ``also`` are other
-    files that have gone into the weights.
+    peers' configurations by kind, where it has them; ``scheduler`` is diffusers' configuration of
+    a base's scheduler and ``pipeline_class`` the name of its pipeline, if anything says them.
+    ``left_out`` are keys that carry no weight of these models, by the reason. ``notes`` are lines
+    that a person has to read: what had to be guessed, or is lost, joins them as it is noticed.
+    ``also`` are other files that have gone into the weights.
     """
 
     path: Path
@@ -69,7 +89,9 @@ class Weights:
     metadata: Mapping[str, object]
     configs: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
     left_out: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
-    notes: tuple[str, ...] = ()
+    scheduler: Mapping | None = None
+    pipeline_class: str | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
     also: tuple[Path, ...] = ()
 
     @property
@@ -120,7 +142,13 @@ def open_weights(
     (``ema``) or the parameters (``params``) of a checkpoint. Tensors that no rule knows are kept
     under the kind ``unknown``. Raises UserError for what is not readable.
     """
-    path = Path(path)
+    weights = _open(Path(path), variant, weights)
+    if not any(weights.states.values()):
+        raise UserError(f"{weights.path}: holds no tensors")
+    return weights
+
+
+def _open(path: Path, variant: str | None, weights: str) -> Weights:
     if not path.exists() and stored_as(path) is None:
         path = local_folder(path, _SMALL_FILES, variant)
     if not path.is_dir():
@@ -133,7 +161,12 @@ def open_weights(
         configs = meta.get("configs")
         configs = configs if isinstance(configs, Mapping) else {}
         return Weights(
-            path=path, format="checkpoint", states=states, metadata=meta, configs=configs
+            path=path,
+            format="checkpoint",
+            states=states,
+            metadata=meta,
+            configs=configs,
+            **_pipeline_in(meta.get(_PIPELINE)),
         )
     for stem, legacy in (("model", "pytorch_model"), 2 * ("diffusion_pytorch_model",)):
         if any(path.glob(f"{stem}*.safetensors")) or any(path.glob(f"{legacy}*.bin")):
@@ -165,13 +198,39 @@ def _open_file(path: Path, weights: str) -> Weights:
     state, text = read_file(path)
     stored = "safetensors" if stored_as(path) == "safetensors" else "PyTorch pickle"
     _refuse_others(path, state)
+    configs, pipeline = (json_in(text, name, path) for name in (_CONFIGS, _PIPELINE))
     if is_ldm(state):
         states, left_out = read_ldm(state, weights)
-        stored = f"original layout, {stored}"
-        return Weights(path=path, format=stored, states=states, metadata=text, left_out=left_out)
+        pipeline = pipeline or {"scheduler": read_schedule(state, text)}
+        return Weights(
+            path=path,
+            format=f"original layout, {stored}",
+            states=states,
+            metadata=text,
+            configs=configs,
+            left_out=left_out,
+            **_pipeline_in(pipeline),
+        )
+    state, own = take_side_key(state, text, path)
     states = by_kind(state)
-    own = read_metadata(text, path) if ADAPTER_PARTS & set(states) else text
-    return Weights(path=path, format=stored, states=states, metadata=own)
+    own = own | read_metadata(text, path) if ADAPTER_PARTS & set(states) else own
+    return Weights(path=path, format=stored, states=states, metadata=own, configs=configs)
+
+
+def _pipeline_in(said: object) -> dict[str, object]:
+    """What our own metadata says of the pipeline that weights come from, as fields of Weights."""
+    said = said if isinstance(said, Mapping) else {}
+    scheduler, name = said.get("scheduler"), said.get("class")
+    return {
+        "scheduler": scheduler if isinstance(scheduler, Mapping) else None,
+        "pipeline_class": name if isinstance(name, str) else None,
+    }
+
+
+def _pipeline_of(weights: Weights) -> dict[str, object]:
+    """:func:`_pipeline_in`, the other way."""
+    said = {"class": weights.pipeline_class, "scheduler": weights.scheduler}
+    return {name: value for name, value in said.items() if value is not None}
 
 
 def _refuse_others(path: Path, state: State) -> None:
@@ -201,8 +260,9 @@ def _open_pipeline(path: Path, variant: str | None) -> Weights:
         states=states,
         metadata=index,
         configs=read_configs(path),
+        **_pipeline_in({"class": index.get("_class_name"), "scheduler": read_scheduler(path)}),
         left_out={"parts of a pipeline that are no weights of ours": others} if others else {},
-        notes=tuple(notes),
+        notes=list(notes),
     )
 
 
@@ -243,10 +303,13 @@ def step_of(weights: Weights) -> int | None:
     if isinstance(said, int) or (isinstance(said, str) and said.isdecimal()):
         return int(said)
     folder = find_checkpoint(weights.path) if weights.format == "checkpoint" else None
-    if folder is None or not folder.name.isdigit():
+    if folder is None or not folder.name.isdecimal():
         return None
     # A run that went on from trained weights counts its own steps in its folders' names.
-    return int(folder.name) + weights.metadata.get("steps_before", 0)
+    before = weights.metadata.get("steps_before", 0)
+    if not isinstance(before, int) or before < 0:
+        raise UserError(f"{weights.path}: its meta says steps_before {before!r:.40}: no number")
+    return int(folder.name) + before
 
 
 def save_torch(
@@ -277,22 +340,71 @@ def save_torch(
         state = {key: array for part in weights.states.values() for key, array in part.items()}
         if len(state) != sum(map(len, weights.states.values())):
             raise UserError(f"{weights.path}: holds {weights.kind}, too many models for one file")
-    ours = weights.kind == "adapter" and stored == "safetensors"
-    config = _adapter_config(weights, dim_head) if ours else {}
+    pickled = stored == "pickle"
+    texts = {}
+    if weights.kind == "adapter":
+        config = _adapter_config(weights, dim_head, guess=not pickled)
+        if pickled and config:
+            resampler = read_config("resampler", config["resampler"])
+            state = with_side_key(state, resampler)
+    else:
+        state, texts = _with_settings(weights, state, pickled)
     if dry_run:
         return
-    if stored == "pickle":
+    if pickled:
         write_pickle(out, state, wrote, replace=replace)
-    elif ours:
+    elif weights.kind == "adapter":
         write_adapter(out, state, config, about(weights), wrote, replace=replace)
     else:
-        texts = {"format": "pt", **texts_about(weights)}
+        texts = {"format": "pt", **texts, **texts_about(weights)}
         write_safetensors(out, state, texts, wrote, replace=replace)
 
 
-def _original(weights: Weights) -> State:
+def _with_settings(weights: Weights, state: State, pickled: bool) -> tuple[State, dict[str, str]]:
+    """A file's tensors and metadata with what its source says of its models beside weights.
+
+    A pickle has no metadata: of a base the noise schedule stands in tensors that such files have,
+    and what is lost is noted.
+    """
+    base = "unet" in weights.states and weights.scheduler is not None
+    schedule = read_schedule_config(weights.scheduler) if base else NoiseSchedule.sd15()
+    if not pickled:
+        said = {_CONFIGS: weights.configs, _PIPELINE: _pipeline_of(weights)}
+        texts = {name: json.dumps(value) for name, value in said.items() if value}
+        return state, prediction_texts(schedule) | texts
+    lost = [kind for kind, config in weights.configs.items() if not _is_told(weights, kind, config)]
+    if lost:
+        weights.notes.append(
+            f"{', '.join(lost)}: such a file does not hold the configuration (heads and the like), "
+            "which no tensor tells either: keep it for --config, or write .safetensors"
+        )
+    if base:
+        state = {**state, **schedule_tensors(schedule)}
+    if "unet" in weights.states and weights.pipeline_class is not None:
+        told = pipeline_class(weights.states["unet"], None)
+        if told != weights.pipeline_class:
+            weights.notes.append(f"{weights.pipeline_class}: such a file does not say this class")
+    return state, {}
+
+
+def _is_told(weights: Weights, kind: str, config: Mapping) -> bool:
+    """Whether a model's tensors alone give its own configuration."""
     try:
-        return write_ldm({kind: canonical(kind, s) for kind, s in weights.states.items()})
+        found, _ = infer_config(kind, weights.states[kind])
+    except UserError:
+        return False
+    names = UNTOLD.get(kind, ("num_heads", "dim_head"))
+    one, other = (read_config(kind, each) for each in (found, config))
+    return all(getattr(one, name, None) == getattr(other, name, None) for name in names)
+
+
+def _original(weights: Weights) -> State:
+    states = {
+        kind: in_shape(kind, state, weights.configs[kind]) if kind in weights.configs else state
+        for kind, state in weights.states.items()
+    }
+    try:
+        return write_ldm({kind: canonical(kind, state) for kind, state in states.items()})
     except UserError as err:
         raise UserError(f"{weights.path}: {err}") from err
 
@@ -316,7 +428,9 @@ def save_jax(
     if beside := _said_beside(weights):
         meta[_BESIDE] = beside
     if weights.configs:
-        meta["configs"] = dict(weights.configs)
+        meta[_CONFIGS] = dict(weights.configs)
+    if pipeline := _pipeline_of(weights):
+        meta[_PIPELINE] = pipeline
     if weights.kind == "adapter":
         meta["adapter"] = _adapter_config(weights, dim_head)
     if not dry_run:
@@ -329,7 +443,11 @@ def _with_origin(weights: Weights, meta: Mapping[str, object]) -> dict[str, obje
 
 
 def check_known(weights: Weights) -> None:
-    """UserError that lists every key that no rule knows, and weights that are there twice."""
+    """UserError unless these are whole models that are known here, by tensors and configurations.
+
+    Every way to write goes through here, and what ``load_state`` refuses is refused with the same
+    words. No tensor is read.
+    """
     if any(is_lora(state) for state in weights.states.values()):
         raise UserError(
             f"{weights.path}: is a LoRA, which is no model: merge-lora adds it to a base, "
@@ -341,18 +459,34 @@ def check_known(weights: Weights) -> None:
             f"{weights.path}: {len(keys)} unexpected ({listed(keys)}); nearest kind: "
             f"{', '.join(unknown)}"
         )
-    for kind, state in weights.states.items():
-        prefix = prefix_of(kind, state)
-        seen: dict[str, str] = {}
-        for key in state:
-            place = place_of(kind, key, prefix)
-            if place is None or place.overrides:
-                continue
-            if place.jax in seen:
-                raise UserError(
-                    f"{weights.path}: {seen[place.jax]} and {key} are the same weight twice"
-                )
-            seen[place.jax] = key
+    if weights.format == "diffusers" and weights.scheduler is None:
+        raise UserError(
+            f"{weights.path}: not a whole diffusers pipeline: it has no scheduler, so that nothing "
+            "says what its UNet predicts; give --config, a folder that has one"
+        )
+    check_whole(weights)
+
+
+def check_whole(weights: Weights) -> None:
+    """:func:`check_known` of the models that are known; other tensors may stand beside them."""
+    states = {kind: state for kind, state in weights.states.items() if kind != "unknown"}
+    try:
+        if "adapter" in states:
+            resampler, blocks = split_state(_in_one(weights, ADAPTER_PARTS), weights.path)
+            check_adapter(resampler, blocks, _said_of_adapter(weights).get("resampler"))
+        if weights.scheduler is not None:
+            read_schedule_config(weights.scheduler)
+    except UserError as err:
+        where = "" if str(err).startswith(str(weights.path)) else f"{weights.path}: "
+        raise UserError(f"{where}{err}") from err
+    rest = {k: s for k, s in states.items() if k not in ADAPTER_PARTS or "adapter" not in states}
+    check_all(weights.path, rest, weights.configs)
+
+
+def _in_one(weights: Weights, parts: Collection[str]) -> State:
+    return {
+        k: a for part, state in weights.states.items() if part in parts for k, a in state.items()
+    }
 
 
 def about(weights: Weights) -> dict[str, object]:
@@ -404,24 +538,34 @@ def texts_about(weights: Weights) -> dict[str, str]:
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found}
 
 
-def _adapter_config(weights: Weights, dim_head: int | None) -> Mapping[str, object]:
-    """What the file shall say of the adapter's models: what its source says, else the shapes."""
+def _adapter_config(weights: Weights, dim_head: int | None, guess: bool = True) -> dict:
+    """What a file shall say of the adapter's models: what its source says, else the shapes.
+
+    Without ``guess`` it is empty where the heads are not known for certain.
+    """
+    said = _said_of_adapter(weights)
+    metadata = {"config": said} if said else weights.metadata
+    if not said and not guess and dim_head is None and "dim_head" not in metadata:
+        return {}
+    prefix = prefix_of("resampler", weights.states["resampler"])
+    own = {key.removeprefix(prefix): a for key, a in weights.states["resampler"].items()}
+    try:
+        found, note = find_resampler_config(own, metadata, dim_head)
+        config = read_config("resampler", found, own)
+    except UserError as err:
+        raise UserError(f"{weights.path}: {err}") from err
+    weights.notes.extend([note] if note else [])
+    return {**said, "resampler": config.to_dict()}
+
+
+def _said_of_adapter(weights: Weights) -> dict[str, object]:
+    """What an adapter's source says of the models that it belongs to; it may be nothing."""
     config = weights.metadata.get("config")
     config = config if isinstance(config, Mapping) else {}
     for said in (weights.metadata.get("adapter"), config, _trained_with(config)):
         if isinstance(said, Mapping) and isinstance(said.get("resampler"), Mapping):
             return {key: said[key] for key in ("unet", "resampler") if key in said}
-    if dim_head is None and weights.format == "checkpoint":
-        raise UserError(f"{weights.path}: does not say how wide a head is; give --dim-head")
-    resampler = {
-        key.removeprefix(RESAMPLER_PREFIX): array
-        for key, array in weights.states["resampler"].items()
-    }
-    try:
-        found = infer_resampler(resampler, dim_head or RELEASED_DIM_HEAD)
-    except UserError as err:
-        raise UserError(f"{weights.path}: {err} (--dim-head)") from err
-    return {"resampler": read_config("resampler", found).to_dict()}
+    return {}
 
 
 def _trained_with(config: Mapping[str, object]) -> dict[str, object]:

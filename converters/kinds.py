@@ -56,7 +56,7 @@ def _conv_to_torch(kernel: np.ndarray, ndim: int) -> np.ndarray:
 
 def _pointwise_to_jax(weight: np.ndarray, ndim: int) -> np.ndarray:
     """(out, in) or (out, in, 1, 1) -> (in, out) or (1, 1, in, out), whichever the model has"""
-    if weight.ndim == 4 and weight.shape[2:] != (1, 1):
+    if weight.ndim not in (2, 4) or weight.shape[2:] not in ((), (1, 1)):
         return _conv_to_jax(weight, ndim)
     kernel = weight.reshape(weight.shape[:2]).T
     return kernel[None, None] if ndim == 4 else kernel

@@ -5,6 +5,7 @@ follows from the model's size, so the names are spelled out for each size, as pa
 in both directions.
 """
 
+import dataclasses
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -17,7 +18,7 @@ from converters.mapping import is_ignored, place_of, table
 from converters.readers import State
 from converters.rules import Ignored
 from fact_jax.errors import UserError, listed
-from fact_jax.schedules import NoiseSchedule, alphas_cumprod_numpy
+from fact_jax.schedules import BETA_SCHEDULES, NoiseSchedule, alphas_cumprod_numpy
 
 PREFIXES = {
     "unet": "model.diffusion_model.",
@@ -73,6 +74,7 @@ IGNORED = (
             *("posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
         )
     ),
+    Ignored("v_pred", "what the UNet predicts, which its scheduler's settings say"),
     Ignored("lvlb_weights", "what the steps counted in the training loss"),
     Ignored("logvar", "what the steps counted in the training loss"),
     Ignored("model_ema.decay", "a setting of the running average"),
@@ -85,8 +87,11 @@ IGNORED = (
 )
 """Keys that may stand in such a file and carry no weight of our models: left out, with a line."""
 EMA = "model_ema."
+PREDICTION = "modelspec.prediction_type"
+"""Where a file's metadata says what its UNet predicts, as other programs write it too."""
+_MOST_STEPS = 100_000
 _TEXT_WORDS = ("embeddings", "encoder", "final_layer_norm")
-_OTHER_NOISE = "a noise schedule that is NOT Stable Diffusion 1.x's: give --config with its own"
+OTHER_NOISE = "a noise schedule that is NOT one of those known here: give --config with its own"
 _RAW, _AVERAGED = "the running average is taken instead", "the running average of the parameters"
 
 
@@ -119,8 +124,8 @@ def read_ldm(state: State, weights: str) -> tuple[dict[str, State], dict[str, li
     bare_kind = _bare_kind(raw)
     for key, array in raw.items():
         if reason := _why_ignored(key):
-            odd = key == "alphas_cumprod" and not _is_usual(array)
-            left[_OTHER_NOISE if odd else reason].append(key)
+            odd = key == "alphas_cumprod" and _schedule_of(array) is None
+            left[OTHER_NOISE if odd else reason].append(key)
             continue
         kind = next((kind for kind, start in PREFIXES.items() if key.startswith(start)), None)
         parts[kind or bare_kind or "unknown"][key] = array
@@ -177,11 +182,54 @@ def _averaged(state: State, weights: str, left: dict[str, list[str]]) -> State:
     return plain | {key: array for key, array in averages.items() if key in orphans}
 
 
-def _is_usual(abar: np.ndarray | Lazy) -> bool:
-    """Whether a file's noise schedule is that of Stable Diffusion 1.x."""
-    usual = alphas_cumprod_numpy(NoiseSchedule.sd15())
-    held = np.asarray(abar)
-    return held.shape == usual.shape and bool(np.allclose(held.astype(np.float32), usual, 1e-2))
+def read_schedule(state: State, text: Mapping[str, str]) -> dict | None:
+    """The scheduler's settings that a file in this layout tells; None if it is the usual one.
+
+    What the UNet predicts stands in the metadata (``modelspec.prediction_type``) or in the key
+    ``v_pred`` that other programs know too; the noise in ``alphas_cumprod``.
+    """
+    schedule = NoiseSchedule.sd15()
+    if "alphas_cumprod" in state:
+        schedule = _schedule_of(state["alphas_cumprod"]) or schedule
+    said = text.get(PREDICTION, "epsilon")
+    if "v_pred" in state or said in ("v", "v_prediction"):
+        schedule = dataclasses.replace(schedule, prediction_type="v_prediction")
+    return None if schedule == NoiseSchedule.sd15() else schedule.to_dict()
+
+
+def schedule_tensors(schedule: NoiseSchedule) -> State:
+    """Keys for a file in this layout that tell how its schedule differs from the usual one."""
+    usual, abar = (alphas_cumprod_numpy(each) for each in (NoiseSchedule.sd15(), schedule))
+    found: State = {} if np.array_equal(abar, usual) else {"alphas_cumprod": abar}
+    if schedule.prediction_type == "v_prediction":
+        found["v_pred"] = np.zeros(0, np.float32)
+    return found
+
+
+def prediction_texts(schedule: NoiseSchedule) -> dict[str, str]:
+    """What the UNet predicts, for a file's metadata, if it is not the noise as usual."""
+    return {PREDICTION: "v"} if schedule.prediction_type != "epsilon" else {}
+
+
+def _schedule_of(abar: np.ndarray | Lazy) -> NoiseSchedule | None:
+    """The schedule that has this cumulative product, to the precision of its own rounding."""
+    held = np.asarray(abar).astype(np.float64)
+    if held.ndim != 1 or not 2 <= held.size <= _MOST_STEPS or not (held > 0).all():
+        return None
+    usual = NoiseSchedule.sd15()
+    ends = [1 - held[0], 1 - held[-1] / held[-2]]
+    start, end = (float(f"{value:.3g}") for value in ends)
+    for kind in BETA_SCHEDULES if 0 < start < 1 and 0 < end < 1 else ():
+        found = dataclasses.replace(
+            usual,
+            num_train_timesteps=held.size,
+            beta_schedule=kind,
+            beta_start=start,
+            beta_end=end,
+        )
+        if np.allclose(alphas_cumprod_numpy(found), held, rtol=1e-2, atol=0):
+            return found
+    return None
 
 
 def _is_known(kind: str, name: str) -> bool:

@@ -41,7 +41,7 @@ def find_checkpoint(path: str | os.PathLike) -> Path | None:
         if (folder / "state" / "_METADATA").exists():
             return folder
         if folder.is_dir():
-            steps = [step for step in folder.iterdir() if step.name.isdigit()]
+            steps = [step for step in folder.iterdir() if step.name.isdecimal()]
             whole = [step for step in steps if (step / "state" / "_METADATA").exists()]
             if whole:
                 return max(whole, key=lambda step: int(step.name))

@@ -1,26 +1,29 @@
 """A Stable Diffusion 1.5 base as a diffusers pipeline folder, read and written."""
 
+import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 
 from converters.lora import LORA_PARTS, Lora, merge_model
+from converters.mapping import prefix_of
 from converters.outputs import whole_folder
-from converters.readers import local_folder, part_variants, read_json, read_weights
+from converters.readers import State, local_folder, part_variants, read_json, read_weights
 from converters.rules import ADAPTER_MARK
+from converters.shapes import check_fits
 from converters.tokenizer import Tokenizer, read_tokenizer, write_tokenizer
 from converters.weights import dump_some, in_precision, load_state
 from converters.writers import write_json, write_safetensors
 from fact_jax.errors import UserError
 from fact_jax.models.clip_text import CLIPTextModel
-from fact_jax.models.unet import UNet
-from fact_jax.models.vae import AutoencoderKL
-from fact_jax.schedules import NoiseSchedule
+from fact_jax.models.unet import UNet, UNetConfig
+from fact_jax.models.vae import AutoencoderKL, VAEConfig
+from fact_jax.schedules import NoiseSchedule, alphas_cumprod_numpy
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +34,14 @@ PARTS = {
 }
 """Folder of each model: its kind, and what its weight files are called."""
 _SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
+_INPAINT_CLASSES = ("StableDiffusionInpaintPipeline",)
+_EDIT_CLASSES = ("StableDiffusionInstructPix2PixPipeline",)
+DEFAULT_CLASS = "StableDiffusionPipeline"
+_TEXT_CLASSES = (DEFAULT_CLASS, "StableDiffusionImg2ImgPipeline", *_INPAINT_CLASSES)
+"""Pipelines that are made of the parts here, the usual one first, by what their UNets take."""
+_LAYOUT = "0.42.0"
+"""The diffusers whose layout of folders is written, which some of its pipelines look for."""
+_MOST_STEPS = 100_000
 _SCHEDULERS = {
     "DDIMScheduler": {"clip_sample": False},
     "PNDMScheduler": {"skip_prk_steps": True},
@@ -84,13 +95,14 @@ def load_pipeline(
         part: load_part(folder / part, variant=variants[part], dtype=dtype, loras=loras)
         for part in PARTS
     }
+    check_channels(folder, models["unet"].config, models["vae"].config)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
     text = models["text_encoder"].config
     tokenizer = read_tokenizer(folder / "tokenizer", text.max_position_embeddings, text.vocab_size)
     return Pipeline(
         **models,
         tokenizer=tokenizer,
-        schedule=NoiseSchedule.from_dict(scheduler),
+        schedule=read_schedule_config(scheduler),
         scheduler_class=scheduler.get("_class_name", "DDIMScheduler"),
     )
 
@@ -103,13 +115,35 @@ def load_part(
     loras: Sequence[tuple[Lora, float]] = (),
 ):
     """One model of a pipeline folder, by the folder's name."""
-    kind, stem = PARTS[folder.name]
-    try:
-        config = read_json(folder / "config.json")
-        state = read_weights(folder, stem, variant)
+    with _named(folder):
+        kind, config, state = _read_part(folder, variant)
         if loras and kind in LORA_PARTS:
+            check_fits(kind, state, config)
             state = merge_model(kind, state, loras, np.dtype(dtype).name)
         return load_state(kind, state, config, dtype=dtype)
+
+
+def check_pipeline(folder: Path, variant: str | None = None) -> None:
+    """UserError for a pipeline folder that :func:`load_pipeline` refuses; reads no tensor.
+
+    For those who let diffusers open it, which fills what is missing with random numbers.
+    """
+    for part in PARTS:
+        with _named(folder / part):
+            kind, config, state = _read_part(folder / part, variant)
+            check_fits(kind, state, config)
+
+
+def _read_part(folder: Path, variant: str | None) -> tuple[str, dict, State]:
+    kind, stem = PARTS[folder.name]
+    config = read_json(folder / "config.json")
+    return kind, config, read_weights(folder, stem, variant)
+
+
+@contextlib.contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except UserError as err:
         where = "" if str(err).startswith(str(folder)) else f"{folder}: "
         raise UserError(f"{where}{err}") from err
@@ -146,6 +180,50 @@ def save_part(module, folder: Path, stem: str, dtype: str | None = None) -> None
     write_json(folder / "config.json", config)
 
 
+def check_channels(folder: Path, unet: UNetConfig, vae: VAEConfig) -> None:
+    """UserError if a UNet takes something beside the latents, as for inpainting and editing."""
+    if unet.in_channels != vae.latent_channels:
+        raise UserError(
+            f"{folder}: its UNet takes {unet.in_channels} channels, its latents have "
+            f"{vae.latent_channels}: a base made for inpainting or editing cannot be used, its "
+            "ordinary sister can, also to draw over pictures"
+        )
+
+
+def read_schedule_config(config: Mapping) -> NoiseSchedule:
+    """The noise schedule of diffusers' ``scheduler_config.json``; UserError if it is none."""
+    try:
+        schedule = NoiseSchedule.from_dict(config)
+        steps = schedule.num_train_timesteps
+        if not isinstance(steps, int) or not 1 <= steps <= _MOST_STEPS:
+            raise ValueError(f"num_train_timesteps is {steps!r:.40}")
+        alphas_cumprod_numpy(schedule)
+    except (TypeError, ValueError, AttributeError, OverflowError) as err:
+        raise UserError(f"the scheduler's configuration does not make sense: {err}") from err
+    return schedule
+
+
+def pipeline_class(unet: State, said: str | None) -> str:
+    """The diffusers class of a pipeline with this UNet: ``said`` if it fits, else the usual one.
+
+    Raises UserError if the UNet's channels are those of none.
+    """
+    prefix = prefix_of("unet", unet)
+    inputs = unet[f"{prefix}conv_in.weight"].shape[1]
+    latents = unet[f"{prefix}conv_out.weight"].shape[0]
+    classes = {
+        latents: _TEXT_CLASSES,
+        2 * latents: _EDIT_CLASSES,
+        2 * latents + 1: _INPAINT_CLASSES,
+    }
+    if inputs not in classes:
+        raise UserError(
+            f"a UNet from {inputs} to {latents} channels belongs into no pipeline that is known "
+            "here (text, inpainting, InstructPix2Pix)"
+        )
+    return said if said in classes[inputs] else classes[inputs][0]
+
+
 def scheduler_config(name: str, schedule: NoiseSchedule) -> dict:
     """What ``scheduler_config.json`` says for a diffusers scheduler of this name."""
     facts = schedule.to_dict()
@@ -154,10 +232,11 @@ def scheduler_config(name: str, schedule: NoiseSchedule) -> dict:
     return {"_class_name": name, **facts, **_SCHEDULERS.get(name, {})}
 
 
-def index_of(scheduler: str) -> dict:
+def index_of(scheduler: str, name: str = DEFAULT_CLASS) -> dict:
     """What ``model_index.json`` says of the parts that we write, with a scheduler of this name."""
     return {
-        "_class_name": "StableDiffusionPipeline",
+        "_class_name": name,
+        "_diffusers_version": _LAYOUT,
         "feature_extractor": [None, None],
         "image_encoder": [None, None],
         "requires_safety_checker": False,

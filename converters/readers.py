@@ -4,6 +4,7 @@ Tensors come as memory maps: what is not used is not read. Sizes that a file cla
 against the file before anything is allocated.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -127,6 +128,8 @@ def _read_shards(index: Path) -> State:
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
         raise UserError(f"{index}: has no weight_map from keys to files")
+    if not where:
+        raise UserError(f"{index}: its weight_map names no file")
     state: State = {}
     for name in sorted(set(where.values())):
         if (
@@ -155,6 +158,17 @@ def stays_inside(folder: Path, name: str) -> bool:
     found = (home / name).resolve()
     blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
     return found.parent in (home, *blobs)
+
+
+def json_in(text: Mapping[str, str], name: str, source: str | os.PathLike) -> dict:
+    """An object that a file's metadata holds as JSON under a name; empty if there is none."""
+    try:
+        found = json.loads(text.get(name, "{}"))
+    except (ValueError, RecursionError) as err:
+        raise UserError(f"{source}: metadata {name!r} is not JSON ({err})") from err
+    if not isinstance(found, dict):
+        raise UserError(f"{source}: metadata {name!r} is not an object")
+    return found
 
 
 def local_folder(

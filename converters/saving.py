@@ -8,8 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from converters.arrays import fetch, release
-from converters.configs import infer_config
-from converters.folders import Files, plan_model, plan_pipeline, write_model, write_pipeline
+from converters.folders import (
+    Files,
+    configs_beside,
+    plan_model,
+    plan_pipeline,
+    read_scheduler,
+    write_model,
+    write_pipeline,
+)
 from converters.formats import (
     ADAPTER_PARTS,
     Weights,
@@ -19,9 +26,11 @@ from converters.formats import (
     save_torch,
     texts_about,
 )
+from converters.ldm import OTHER_NOISE
 from converters.parallel import in_threads
 from converters.readers import State, stored_as
 from converters.rules import ADAPTER_MARK
+from converters.shapes import vocabulary_of
 from converters.weights import in_precision
 from fact_jax.errors import UserError, listed
 
@@ -59,6 +68,14 @@ def save(
     diffusers folder needs, where the source has none; ``files`` is how its weights are stored.
     With ``dry_run`` everything is checked and nothing is written.
     """
+    if beside is not None:
+        configs = {**weights.configs, **configs_beside(beside, weights.states)}
+        if "clip_text" in configs and added_tokens(weights):
+            # It may be the configuration of the base before it learned them.
+            rows = vocabulary_of(weights.states["clip_text"])
+            configs["clip_text"] = {**configs["clip_text"], "vocab_size": rows}
+        scheduler = read_scheduler(beside) or weights.scheduler
+        weights = dataclasses.replace(weights, configs=configs, scheduler=scheduler)
     check_known(weights)
     if dry_run:
         check_numbers(weights)
@@ -96,15 +113,17 @@ def _layout(weights: Weights, out: Path) -> str:
 def _save_folder(
     weights: Weights, out: Path, beside: Path | None, dry_run: bool, **options
 ) -> None:
-    if beside is not None and not beside.is_dir():
-        raise UserError(f"{beside}: no such folder")
-    path, states = weights.path, weights.states
+    path, states, configs, notes = weights.path, weights.states, weights.configs, weights.notes
     if weights.kind == "pipeline":
-        plan = plan_pipeline(path, states, weights.configs, beside, added_tokens(weights))
+        if OTHER_NOISE in weights.left_out and weights.scheduler is None:
+            raise UserError(f"{path}: has {OTHER_NOISE}")
+        said = {"scheduler": weights.scheduler, "class_name": weights.pipeline_class}
+        added = added_tokens(weights)
+        plan = plan_pipeline(path, states, configs, beside, added, notes=notes, **said)
         write = functools.partial(write_pipeline, path, out, states, plan)
     elif len(states) == 1:
         ((kind, state),) = states.items()
-        config = plan_model(path, kind, state, weights.configs.get(kind), beside)
+        config = plan_model(path, kind, state, configs, notes)
         write = functools.partial(write_model, out, kind, state, config)
     else:
         raise UserError(f"{path}: {weights.kind} is not what a folder holds")
@@ -120,7 +139,7 @@ def _save_onnx(weights: Weights, out: Path, dry_run: bool, *, replace: bool) -> 
     from converters.onnx import write_onnx
 
     state = weights.states["transface"]
-    config = weights.configs.get("transface") or infer_config("transface", state)
+    config = plan_model(weights.path, "transface", state, weights.configs, weights.notes)
     if not dry_run:
         write_onnx(state, config, out, replace=replace)
 

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,10 @@ _MODELS = {
     "resampler": ("resampler", "Resampler", "ResamplerConfig"),
     "controlnet": ("controlnet", "ControlNet", "ControlNetConfig"),
 }
+_LARGEST = 2**24
+"""No width, vocabulary or picture of these models comes near it."""
+_MOST_LAYERS = 512
+"""Taken at most where there are no tensors to compare with."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +111,7 @@ def _build(
 ) -> nnx.Module:
     graph, flat = skeleton(kind, config)
     held = parameters(base) if base is not None else {}
-    prefix, sources, ignored = match_state(kind, state, _shapes(flat), held)
+    prefix, sources, ignored = match_state(kind, state, flat_shapes(flat), held)
     values, replaced = {}, {}
     for path, places in sources.items():
         if not places:
@@ -158,7 +163,7 @@ def dump_some(module: nnx.Module, wanted: Callable[[str], bool]) -> dict[str, np
     prefix = origin.prefix if origin else table(kind).prefixes[0]
     flat = parameters(module)
     _, expected = skeleton(kind, module.config)
-    names = match_module(kind, _shapes(flat), _shapes(expected), prefix)
+    names = match_module(kind, flat_shapes(flat), flat_shapes(expected), prefix)
     places = {place.torch: place for options in names.values() for place in options}
 
     state, written = {}, set()
@@ -200,14 +205,74 @@ def read_config(kind: str, config, state: Mapping[str, np.ndarray] | None = None
             raise UserError(f"the {kind} configuration is not a dictionary of settings")
         try:
             config = config_class.from_dict(config)
-        except (TypeError, ValueError, OverflowError) as err:
+        except (TypeError, ValueError, AttributeError, OverflowError) as err:
             raise UserError(f"the {kind} configuration does not make sense: {err}") from err
+    _check_numbers(kind, config, state)
     if kind == "unet":
         mark = f"{ADAPTER_MARK}linear.weight"
         widths = {a.shape[-1] for k, a in (state or {}).items() if k.endswith(mark) and a.ndim == 2}
         if widths:
             config = dataclasses.replace(config, face_dim=max(widths))
     return config
+
+
+def _check_numbers(kind: str, config, state: Mapping | None) -> None:
+    """UserError for numbers that no layer can have, before anything is built of them.
+
+    How many layers a model has is compared with how many tensors there are, if there are any: a
+    layer costs time even where its parameters are never made.
+    """
+    for field in dataclasses.fields(config):
+        value, usual = getattr(config, field.name), field.default
+        several = isinstance(usual, tuple)
+        usual = usual[0] if several else usual
+        numbers = value if several and isinstance(value, tuple) else (value,)
+        whole = isinstance(usual, int) or usual is None
+        if isinstance(usual, bool | str) or (usual is None and value is None):
+            continue
+        least = -1 if field.name.endswith("_token_id") else 1
+        fine = _is_whole(least) if whole else _is_positive
+        if several != isinstance(value, tuple) or not numbers or not all(map(fine, numbers)):
+            raise UserError(
+                f"the {kind} configuration does not make sense: {field.name} is {value!r:.80}"
+            )
+    layers, limit = _count_layers(config), len(state) if state else _MOST_LAYERS
+    if layers > limit:
+        there = f"there are {limit} tensors" if state else f"at most {limit} are supported"
+        raise UserError(f"the {kind} configuration speaks of {layers} layers, but {there}")
+    for width, heads in _attentions(config):
+        if width % heads:
+            raise UserError(
+                f"the {kind} configuration does not make sense: {heads} heads cannot share "
+                f"{width} channels"
+            )
+
+
+def _is_whole(least: int) -> Callable[[object], bool]:
+    return lambda n: isinstance(n, int) and not isinstance(n, bool) and least <= n <= _LARGEST
+
+
+def _is_positive(n: object) -> bool:
+    return isinstance(n, int | float) and not isinstance(n, bool) and 0 < n < math.inf
+
+
+def _count_layers(config) -> int:
+    named = (getattr(config, name, 0) for name in ("num_hidden_layers", "depth"))
+    levels = len(getattr(config, "block_out_channels", ()))
+    conditions = len(getattr(config, "conditioning_embedding_out_channels", ()))
+    return sum(named) + conditions + levels * getattr(config, "layers_per_block", 0)
+
+
+def _attentions(config) -> Iterator[tuple[int, int]]:
+    """Channels and heads wherever the tensors' shapes would let any number of heads pass."""
+    if hasattr(config, "heads") and hasattr(config, "block_out_channels"):
+        both = list(zip(config.block_out_channels, config.heads, strict=True))
+        up = getattr(config, "up_attention", config.down_attention[::-1])[::-1]
+        attends = [a or b for a, b in zip(config.down_attention, up, strict=True)]
+        yield from (pair for pair, own in zip(both, (*attends[:-1], True), strict=True) if own)
+    for width, heads in (("hidden_size", "num_attention_heads"), ("embed_dim", "num_heads")):
+        if hasattr(config, width):
+            yield getattr(config, width), getattr(config, heads)
 
 
 def skeleton(kind: str, config) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
@@ -229,12 +294,12 @@ def blank(kind: str, config) -> nnx.Module:
 @functools.lru_cache(maxsize=16)
 def _skeleton(kind: str, config):
     _, model, _ = _model(kind)
-    module = nnx.eval_shape(lambda: model(config, rngs=_SameKey()))
+    module = nnx.eval_shape(lambda: model(config, rngs=SameKey()))
     graph, state = nnx.split(module)
     return graph, tuple((_dotted(path), var) for path, var in nnx.to_flat_state(state))
 
 
-class _SameKey(nnx.Rngs):
+class SameKey(nnx.Rngs):
     """Stands in for ``nnx.Rngs`` where no number is ever drawn.
 
     The counters of real ones make abstract evaluation quadratic in the number of layers.
@@ -269,7 +334,8 @@ def _dotted(path: tuple) -> str:
     return ".".join(map(str, path))
 
 
-def _shapes(flat: Mapping[str, nnx.Variable]) -> Shapes:
+def flat_shapes(flat: Mapping[str, nnx.Variable]) -> Shapes:
+    """Shapes of variables by their dotted paths."""
     return {path: tuple(var.get_value().shape) for path, var in flat.items()}
 
 

@@ -4,16 +4,19 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from converters.adapter import check_blocks, read_metadata, split_state
+from converters.adapter import check_blocks, read_adapter, split_state
 from converters.controlnet import find_controlnet
-from converters.encoder import infer_encoder
-from converters.pipeline import find_pipeline
-from converters.readers import State, read_file, read_json
+from converters.encoder import read_encoder
+from converters.pipeline import check_channels, find_pipeline, read_schedule_config
+from converters.readers import State, read_json
 from converters.tokenizer import Tokenizer, read_tokenizer, tokenize
+from converters.weights import read_config
 from fact_jax.errors import UserError
+from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
 from fact_jax.models.unet import UNetConfig
 from fact_jax.models.vae import VAEConfig
@@ -91,29 +94,24 @@ def read_base(name: str | os.PathLike) -> Base:
     folder = find_pipeline(name, weights=False)
     text = read_json(folder / "text_encoder" / "config.json")
     longest, rows = text.get("max_position_embeddings", 77), text.get("vocab_size")
-    unet = _config(folder / "unet" / "config.json", UNetConfig)
-    vae = _config(folder / "vae" / "config.json", VAEConfig)
-    if unet.in_channels != vae.latent_channels:
-        raise UserError(
-            f"{folder}: its UNet takes {unet.in_channels} channels, its latents have "
-            f"{vae.latent_channels}: a base made for inpainting or editing cannot be used, its "
-            "ordinary sister can, also to draw over pictures"
-        )
+    unet, vae = (
+        _read(folder / kind / "config.json", functools.partial(read_config, kind))
+        for kind in ("unet", "vae")
+    )
+    check_channels(folder, unet, vae)
     return Base(
         name=str(name),
         folder=folder,
         unet=unet,
         vae=vae,
-        schedule=_config(folder / "scheduler" / "scheduler_config.json", NoiseSchedule),
+        schedule=_read(folder / "scheduler" / "scheduler_config.json", read_schedule_config),
         tokenizer=read_tokenizer(folder / "tokenizer", longest, rows),
     )
 
 
-def _config(path: Path, config_class: type):
+def _read(path: Path, read: Callable[[dict], Any]) -> Any:
     try:
-        return config_class.from_dict(read_json(path))
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: does not make sense: {error}") from None
+        return read(read_json(path))
     except UserError as error:
         raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
 
@@ -125,6 +123,7 @@ class FaceFiles:
     adapter: Path
     adapter_state: State
     metadata: dict[str, object]
+    resampler_config: ResamplerConfig
     encoder: Path
     encoder_state: State
     encoder_config: TransFaceConfig
@@ -132,33 +131,20 @@ class FaceFiles:
 
 def read_face_files(adapter: str | os.PathLike, encoder: str | os.PathLike) -> FaceFiles:
     """Open an adapter and an encoder; UserError if either is something else, or they do not fit."""
-    adapter, encoder = Path(adapter), Path(encoder)
-    state, text = read_file(adapter)
-    metadata = read_metadata(text, adapter)
-    resampler, _ = split_state(state, adapter)
-    weights = encoder / "model.safetensors" if encoder.is_dir() else encoder
-    encoder_state, _ = read_file(weights)
-    try:
-        found = infer_encoder(encoder_state)
-    except UserError as error:
-        raise UserError(f"{encoder}: {error}") from None
-    if encoder.is_dir():
-        found = read_json(encoder / "config.json")
-    try:
-        config = TransFaceConfig.from_dict(found)
-    except UserError as error:
-        raise UserError(f"{encoder}: {error}") from None
-    taken = resampler["proj_in.weight"].shape[1] if "proj_in.weight" in resampler else None
+    trained = read_adapter(adapter)
+    encoder_state, config = read_encoder(encoder)
+    taken = trained.config.embedding_dim
     if taken != config.embed_dim:
         raise UserError(
             f"{adapter} was trained with another encoder: it takes tokens of width {taken}, "
             f"{encoder} gives {config.embed_dim}"
         )
     return FaceFiles(
-        adapter=adapter,
-        adapter_state=state,
-        metadata=metadata,
-        encoder=encoder,
+        adapter=trained.path,
+        adapter_state=trained.state(),
+        metadata=trained.metadata,
+        resampler_config=trained.config,
+        encoder=Path(encoder),
         encoder_state=encoder_state,
         encoder_config=config,
     )

@@ -94,10 +94,10 @@ class FlaxPipeline(Drawer):
         if controlnet is not None:
             models["controlnet"] = load_controlnet(controlnet, dtype=dtype)
         if face is not None:
-            trained = load_adapter(face.adapter)
+            trained = load_adapter(face.adapter, resampler_config=face.resampler_config)
             models["unet"] = attach_adapter(models["unet"], trained)
             models["resampler"] = trained.resampler
-            models["encoder"] = load_encoder(face.encoder)
+            models["encoder"] = load_encoder(face.encoder, config=face.encoder_config)
         return cls(base, face, models, dtype)
 
     def draw(

@@ -41,7 +41,7 @@ class Ranking:
     ):
         self._size, self._points = crops.shape[1], points
         self._pack = local_pack(pack) if points is not None else find_pack(pack or DEFAULT_PACK)
-        graph, state = nnx.split(load_encoder(face.encoder))
+        graph, state = nnx.split(load_encoder(face.encoder, config=face.encoder_config))
         self._embed = jax.jit(lambda images: nnx.merge(graph, state)(images)[1])
         own = self._embeddings(crops)
         own /= np.linalg.norm(own, axis=-1, keepdims=True)

@@ -14,8 +14,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from converters.adapter import check_blocks, describe, infer_resampler, split_state
-from converters.weights import read_config
+from converters.adapter import check_blocks, describe, split_state
 from fact_jax.errors import UserError
 from fact_jax.face.mask import read_mask
 from fact_jax.fact import Combine, Guidance
@@ -244,9 +243,8 @@ def load_fact(
     if pipe.unet.device.type == "meta":
         raise UserError(SEQUENTIAL)
     resampler_state, states = split_state(files.adapter_state, files.adapter)
-    found = files.metadata.get("config", {}).get("resampler") or infer_resampler(resampler_state)
     with torch.device("meta"):
-        resampler = Resampler(read_config("resampler", found))
+        resampler = Resampler(files.resampler_config)
     load_strictly(resampler, resampler_state, files.adapter)
     encoder = encoder_from(files.encoder_state, files.encoder_config, files.encoder)
     blocks = dict(text_blocks(pipe.unet))

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from converters.controlnet import find_controlnet
 from converters.lora import read_lora
+from converters.pipeline import check_pipeline
 from converters.tokenizer import tokenize
 from fact_jax.errors import UserError
 from fact_jax.fact import initial_noise
@@ -71,6 +72,7 @@ class TorchPipeline(Drawer):
         base, face = open_parts(base, adapter, encoder, face=face, controlnet=controlnet)
         added = [(read_lora(file), factor) for file, factor in loras]
         folder = base.whole()
+        check_pipeline(folder)
         pipe = _from_folder(
             diffusers.StableDiffusionPipeline,
             folder,

@@ -98,7 +98,7 @@ class DownConfig:
         found: dict[str, Any] = {
             key: tuple(config[key]) if isinstance(config[key], list | tuple) else config[key]
             for key in cls._same_names()
-            if key in config
+            if config.get(key) is not None
         }
         sides = cls._sides()
         for side in sides:

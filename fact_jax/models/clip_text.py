@@ -23,6 +23,10 @@ _ACTIVATIONS: dict[str, Callable] = {
 }
 
 
+# Where transformers' defaults are not those of ViT-L/14.
+_PEER_DEFAULTS = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CLIPTextConfig:
     """Shape of a CLIP text model (transformers' names); defaults are ViT-L/14's, as in SD 1.5."""
@@ -60,9 +64,10 @@ class CLIPTextConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping) -> "CLIPTextConfig":
-        """Read transformers' ``text_encoder/config.json``."""
+        """Read transformers' ``text_encoder/config.json``; what it lacks is transformers' own."""
         names = [field.name for field in dataclasses.fields(cls)]
-        own = cls(**{name: config[name] for name in names if config.get(name) is not None})
+        said = {name: config[name] for name in names if config.get(name) is not None}
+        own = cls(**(_PEER_DEFAULTS | said))
         if own.hidden_act not in _ACTIVATIONS:
             raise UserError(
                 f"clip_text configuration not supported: hidden_act={own.hidden_act!r} "

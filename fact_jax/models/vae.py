@@ -85,7 +85,7 @@ class VAEConfig:
             },
         )
         names = [field.name for field in dataclasses.fields(cls)]
-        values = {name: config[name] for name in names if name in config}
+        values = {name: config[name] for name in names if config.get(name) is not None}
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
     def to_dict(self) -> dict:

@@ -18,6 +18,12 @@ def released_checkpoint() -> Path:
 
 
 @pytest.fixture(scope="session")
+def miniature() -> Path:
+    """The models that ship with the project."""
+    return Path(__file__).parents[2] / "miniature"
+
+
+@pytest.fixture(scope="session")
 def peers():
     """diffusers and transformers models with random weights: unet, vae, clip_text."""
     import torch

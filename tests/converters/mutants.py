@@ -25,32 +25,58 @@ import numpy as np
 SECONDS = 10
 """No file may keep the converter longer, on a machine that has nothing else to do."""
 
-_BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.processor"
+_BLOCK = "mid_block.attentions.0.transformer_blocks.0.attn2.processor"
+_NORM = {"weight": (8,), "bias": (8,)}
+
+
+def _under(name: str, **shapes: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.{key}": shape for key, shape in shapes.items()}
+
+
+_LAYER = "local_fac_prj.layers.0"
 _SHAPES = {
-    f"{_BLOCK}.linear.weight": (8, 6),
-    f"{_BLOCK}.linear.bias": (8,),
-    f"{_BLOCK}.norm1.weight": (8,),
-    f"{_BLOCK}.attn.to_q.weight": (8, 8),
-    f"{_BLOCK}.attn.to_k.weight": (8, 8),
-    f"{_BLOCK}.ff.net.0.proj.weight": (64, 8),
+    **_under(f"{_BLOCK}.linear", weight=(8, 6), bias=(8,)),
+    **_under(f"{_BLOCK}.norm1", **_NORM),
+    **_under(f"{_BLOCK}.norm2", **_NORM),
+    **{f"{_BLOCK}.attn.to_{name}.weight": (8, 8) for name in "qkv"},
+    **_under(f"{_BLOCK}.attn.to_out.0", weight=(8, 8), bias=(8,)),
+    **_under(f"{_BLOCK}.ff.net.0.proj", weight=(64, 8), bias=(64,)),
+    **_under(f"{_BLOCK}.ff.net.2", weight=(8, 32), bias=(8,)),
     f"{_BLOCK}.alpha_attn": (),
+    f"{_BLOCK}.alpha_dense": (),
     "local_fac_prj.latents": (1, 3, 8),
-    "local_fac_prj.proj_in.weight": (8, 5),
-    "local_fac_prj.proj_out.weight": (6, 8),
-    "local_fac_prj.norm_out.bias": (6,),
-    "local_fac_prj.layers.0.0.to_q.weight": (16, 8),
-    "local_fac_prj.layers.0.0.to_kv.weight": (32, 8),
+    **_under("local_fac_prj.proj_in", weight=(8, 5), bias=(8,)),
+    **_under("local_fac_prj.proj_out", weight=(6, 8), bias=(6,)),
+    **_under("local_fac_prj.norm_out", weight=(6,), bias=(6,)),
+    **_under(f"{_LAYER}.0.norm1", **_NORM),
+    **_under(f"{_LAYER}.0.norm2", **_NORM),
+    f"{_LAYER}.0.to_q.weight": (16, 8),
+    f"{_LAYER}.0.to_kv.weight": (32, 8),
+    f"{_LAYER}.0.to_out.weight": (8, 16),
+    **_under(f"{_LAYER}.1.0", **_NORM),
+    f"{_LAYER}.1.1.weight": (32, 8),
+    f"{_LAYER}.1.3.weight": (8, 32),
 }
 _ENCODER = {
-    "pos_embed": (1, 5, 6),
-    "patch_embed.proj.weight": (6, 3, 2, 2),
-    "blocks.0.attn.qkv.weight": (18, 6),
-    "blocks.0.mlp.fc1.weight": (24, 6),
-    "norm.weight": (6,),
-    "feature.0.weight": (7, 30),
-    "feature.1.running_var": (7,),
-    "feature.1.num_batches_tracked": (),
-    "senet.0.weight": (2, 6),
+    "pos_embed": (1, 4, 8),
+    "mask_token": (1, 1, 8),
+    **_under("patch_embed.proj", weight=(8, 3, 2, 2), bias=(8,)),
+    **_under("blocks.0.norm1", **_NORM),
+    **_under("blocks.0.norm2", **_NORM),
+    "blocks.0.attn.qkv.weight": (24, 8),
+    **_under("blocks.0.attn.proj", weight=(8, 8), bias=(8,)),
+    **_under("blocks.0.mlp.fc1", weight=(32, 8), bias=(32,)),
+    **_under("blocks.0.mlp.fc2", weight=(8, 32), bias=(8,)),
+    **_under("norm", **_NORM),
+    "senet.0.weight": (4, 32),
+    "senet.2.weight": (4, 4),
+    "feature.0.weight": (8, 32),
+    "feature.2.weight": (7, 8),
+    **{
+        f"feature.{i}.{name}": () if name == "num_batches_tracked" else (size,)
+        for i, size in ((1, 8), (3, 7))
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    },
 }
 _FLOATS = (np.dtype("f4"), np.dtype("f2"), np.dtype(ml_dtypes.bfloat16))
 
@@ -100,7 +126,8 @@ def _save_packed(folder: Path, weights) -> None:
     from converters.orbax import to_jax
 
     params = jax.tree.map(np.ascontiguousarray, to_jax(weights.states)[0])
-    about = {"adapter": {"resampler": {"dim_head": 8, "heads": 2}}}
+    sizes = {"dim": 8, "depth": 1, "dim_head": 8, "heads": 2, "num_queries": 3}
+    about = {"adapter": {"resampler": {**sizes, "embedding_dim": 5, "output_dim": 6}}}
     items = {
         "state": ocp.args.StandardSave({"params": params, "ema": None}),
         "meta": ocp.args.JsonSave(about),

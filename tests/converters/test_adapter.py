@@ -43,16 +43,9 @@ def test_the_released_checkpoint(released, released_state, same_bits):
     same_bits({k: v for k, v in released_state.items() if k not in state}, own)
 
 
-def test_heads_are_64_wide_unless_said(released_state, released_checkpoint, tmp_path):
-    with pytest.raises(UserError, match="24 channels"):
+def test_heads_that_nothing_says_are_asked_for(released_checkpoint):
+    with pytest.raises(UserError, match=r"how wide a head of its resampler is \(24 channels"):
         load_adapter(released_checkpoint)
-    for key, shape in (("to_q", (768, 32)), ("to_kv", (1536, 32)), ("to_out", (32, 768))):
-        for layer in range(2):
-            wide = np.zeros(shape, np.float32)
-            released_state[f"local_fac_prj.layers.{layer}.0.{key}.weight"] = wide
-    write_pickle(tmp_path / "x.ckpt", released_state)
-    config = load_adapter(tmp_path / "x.ckpt").resampler.config
-    assert (config.heads, config.dim_head, config.depth) == (12, 64, 2)
 
 
 def test_attached_to_its_base(base, released, golden, unet_config, same_bits):
@@ -141,13 +134,12 @@ def test_an_adapter_for_another_base(released, peer_state):
     assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_with_a_part_missing(base, released_state, resampler_config, tmp_path):
+def test_an_adapter_with_a_part_missing(released_state, resampler_config, tmp_path):
     gone = f"{BLOCK}.attn2.processor.ff.net.2.bias"
     del released_state[gone]
     write_pickle(tmp_path / "x.ckpt", released_state)
-    adapter = load_adapter(tmp_path / "x.ckpt", resampler_config=resampler_config)
-    with pytest.raises(UserError, match=rf"1 missing \({gone}\)"):
-        attach_adapter(base, adapter)
+    with pytest.raises(UserError, match=rf"x\.ckpt: .*1 missing \({gone}\)"):
+        load_adapter(tmp_path / "x.ckpt", resampler_config=resampler_config)
 
 
 def test_what_is_no_adapter(released_state, resampler_config, golden, tmp_path):

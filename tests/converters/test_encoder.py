@@ -7,6 +7,7 @@ import pytest
 
 from converters import dump_state, load_encoder, save_encoder
 from converters.encoder import infer_encoder
+from converters.shapes import encoder_shape
 from converters.writers import write_pickle
 from fact_jax.errors import UserError
 from fact_jax.models.transface import TransFaceConfig
@@ -30,12 +31,15 @@ def test_a_pickle_to_a_folder_and_back(released, same_bits, tmp_path):
 
 
 def test_the_shapes_say_all_but_the_heads(released):
-    file, _, config = released
-    inferred = load_encoder(file).config.to_dict()
+    file, state, config = released
+    shape = encoder_shape(state)
     # 36 of the golden model's 40 pixels are covered by patches; the rest leaves no trace.
-    assert inferred.pop("img_size") == 36
-    assert inferred.pop("num_heads") == 8
-    assert inferred.items() <= config.items()
+    assert shape.pop("img_size") == 36
+    assert shape.pop("num_heads") == 1
+    assert shape.items() <= config.items()
+    # Its heads are 4, where the public ones have 8.
+    with pytest.raises(UserError, match="of width 32 do not tell its heads"):
+        load_encoder(file)
 
 
 @pytest.mark.parametrize(
@@ -54,7 +58,9 @@ def test_public_sizes_are_recognised(config, dim, depth):
         "feature.2.weight": (512, dim),
     } | {f"blocks.{i}.norm1.weight": (dim,) for i in range(depth)}
     state = {key: np.broadcast_to(np.float32(0), shape) for key, shape in shapes.items()}
-    assert infer_encoder(state) == config.to_dict()
+    found, note = infer_encoder(state)
+    assert found == config.to_dict()
+    assert "num_heads 8 taken" in note
 
 
 def test_what_is_no_encoder(tmp_path):

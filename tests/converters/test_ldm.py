@@ -9,7 +9,15 @@ import torch
 
 from converters.cli import main
 from converters.formats import open_weights
-from converters.ldm import IGNORED, is_ldm, read_ldm, unet_pairs, vae_pairs, write_ldm
+from converters.ldm import (
+    IGNORED,
+    is_ldm,
+    read_ldm,
+    read_schedule,
+    unet_pairs,
+    vae_pairs,
+    write_ldm,
+)
 from converters.readers import read_file
 from converters.writers import write_pickle, write_safetensors
 from fact_jax.errors import UserError
@@ -153,14 +161,27 @@ def test_a_file_of_a_trainer(original, state, tmp_path, capsys):
     assert "left out 1 keys (betas): the noise schedule" in capsys.readouterr().err
 
 
-def test_another_noise_schedule_is_said(state):
+def test_noise_schedules_are_known_or_asked_for(state, pipeline_folder, tmp_path, capsys):
     from fact_jax.schedules import NoiseSchedule, alphas_cumprod_numpy
 
-    for schedule, said in ((NoiseSchedule.sd15(), False), (NoiseSchedule.mini(), True)):
+    for schedule, told in ((NoiseSchedule.sd15(), False), (NoiseSchedule.mini(), True)):
         abar = {"alphas_cumprod": alphas_cumprod_numpy(schedule)}
         ((reason, keys),) = read_ldm(state | abar, "ema")[1].items()
         assert keys == ["alphas_cumprod"]
-        assert ("give --config" in reason) == said
+        assert "give --config" not in reason
+        found = read_schedule(state | abar, {})
+        assert (found is not None) == told
+        if told:
+            names = ("beta_schedule", "beta_start", "beta_end", "num_train_timesteps")
+            assert all(found[name] == getattr(schedule, name) for name in names)
+    cosine = np.cos(np.linspace(0, 1.5, 1000, dtype=np.float32)) ** 2
+    write_safetensors(tmp_path / "x.safetensors", state | {"alphas_cumprod": cosine}, {})
+    beside = shutil.copytree(pipeline_folder, tmp_path / "beside")
+    arguments = ["to-torch", str(tmp_path / "x.safetensors"), str(tmp_path / "out")]
+    assert main([*arguments, "--config", str(beside), "--dry-run"]) == 0
+    shutil.rmtree(beside / "scheduler")
+    assert main([*arguments, "--config", str(beside)]) == 2
+    assert "a noise schedule that is NOT one of those known" in capsys.readouterr().err
 
 
 def test_running_averages(state, original, tmp_path):
@@ -241,7 +262,7 @@ def test_what_a_folder_needs(original, pipeline_folder, tmp_path, capsys):
         assert main(["to-torch", str(original), str(tmp_path / "out"), *map(str, arguments)]) == 2
         return capsys.readouterr().err
 
-    assert "groups of their norms are not those of Stable Diffusion" in fails()
+    assert "holds no tokenizer" in fails()
     assert "no such folder" in fails("--config", tmp_path / "absent")
     beside = shutil.copytree(pipeline_folder, tmp_path / "beside")
     config = json.loads((beside / "unet" / "config.json").read_text())
@@ -322,7 +343,10 @@ def test_controlnets_in_their_original_layout(controlnet, prefix, same_bits, tmp
     opened = open_weights(tmp_path / "bare.pth")
     assert opened.kind == "controlnet"
     same_bits(opened.states["controlnet"], state)
-    assert main(["to-torch", str(tmp_path / "bare.pth"), str(tmp_path / "back")]) == 0
+    # Its widths are not Stable Diffusion's: nothing but the configuration tells its heads.
+    back = ["to-torch", str(tmp_path / "bare.pth"), str(tmp_path / "back")]
+    assert main(back) == 2
+    assert main([*back, "--config", str(tmp_path / "net")]) == 0
     again = ControlNetModel.from_pretrained(tmp_path / "back")
     same_bits({key: tensor.numpy() for key, tensor in again.state_dict().items()}, state)
     assert again.config.conditioning_embedding_out_channels == [4, 6, 8, 12]

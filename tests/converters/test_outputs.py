@@ -20,10 +20,12 @@ from fact_jax.files import atomic_write, replace_folder
 
 @pytest.fixture
 def encoder(golden, tmp_path) -> Path:
-    """A face encoder as another program has written it."""
-    state = {k: v.astype(np.float32) for k, v in golden("transface", "state.")[0].items()}
+    """A face encoder as another program has written it, with its configuration."""
+    state, metadata = golden("transface", "state.")
+    state = {k: v.astype(np.float32) for k, v in state.items()}
     (tmp_path / "in").mkdir()
-    save_file(state, tmp_path / "in" / "encoder.safetensors", {"ss_title": "a", "format": "pt"})
+    text = {"ss_title": "a", "format": "pt", "configs": f'{{"transface": {metadata["config"]}}}'}
+    save_file(state, tmp_path / "in" / "encoder.safetensors", text)
     return tmp_path / "in" / "encoder.safetensors"
 
 
@@ -214,15 +216,15 @@ def test_a_disk_that_is_too_small(encoder, refused, monkeypatch, tmp_path):
 def test_numbers_that_a_precision_cannot_hold(
     encoder, golden, released_checkpoint, refused, options, tmp_path
 ):
-    state = read_file(encoder)[0]
+    state, text = read_file(encoder)
     state["norm.weight"] = state["norm.weight"].copy()
     state["norm.weight"][3] = 1e6
     large = tmp_path / "large.safetensors"
-    save_file(state, large)
+    save_file(state, large, text)
     adapter = dict(read_file(released_checkpoint)[0])
     adapter["local_fac_prj.latents"] = adapter["local_fac_prj.latents"] * np.float32(1e6)
     save_file(
-        {k: np.ascontiguousarray(a) for k, a in adapter.items()}, tmp_path / "adapter.safetensors"
+        {k: np.array(a, order="C") for k, a in adapter.items()}, tmp_path / "adapter.safetensors"
     )
     before = snapshot(tmp_path)
     for command, source, out in (
@@ -239,7 +241,7 @@ def test_numbers_that_a_precision_cannot_hold(
         assert "too large for float16; bfloat16 holds" in err
         assert snapshot(tmp_path) == before
     state["norm.bias"] = np.full(state["norm.bias"].shape, np.inf, np.float32)  # they were before
-    save_file(state, large)
+    save_file(state, large, text)
     done("to-torch", large, tmp_path / "x.safetensors", "--dtype", "bfloat16", *options)
 
 
@@ -304,7 +306,8 @@ def test_what_a_source_says_beside_is_kept(encoder, tmp_path):
     for name in ("x", "y"):
         metadata = read_file(tmp_path / f"{name}.safetensors")[1]
         assert metadata["ss_title"] == "a"
-        assert set(metadata) == {"format", "ss_title", "software", "sources", "content"}
+        own = {"format", "software", "sources", "content", "configs"}
+        assert set(metadata) == {"ss_title", *own}
 
 
 def test_a_whole_base_has_no_file_of_its_own_names(pipeline_folder, refused, tmp_path):

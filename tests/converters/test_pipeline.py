@@ -59,7 +59,7 @@ def test_half_precision_variants(peers, folder, pipeline_folder, same_bits, tmp_
         load_pipeline(folder)
     pipeline = load_pipeline(folder, variant="fp16")
     opened = open_weights(folder, variant="fp16")
-    assert opened.notes == ()
+    assert opened.notes == []
     # As in diffusers, a part that has none of the variant is read as it is.
     shutil.rmtree(folder / "vae")
     shutil.copytree(pipeline_folder / "vae", folder / "vae")

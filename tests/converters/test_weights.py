@@ -13,8 +13,8 @@ import torch
 from flax import nnx
 
 from converters import dump_state, load_state
-from converters.configs import check_fits
 from converters.mapping import match_module
+from converters.shapes import check_fits
 from converters.weights import parameters
 from fact_jax.errors import UserError
 from fact_jax.models.resampler import Resampler, ResamplerConfig
