@@ -125,7 +125,7 @@ def _save_packed(folder: Path, weights) -> None:
 
     from converters.orbax import to_jax
 
-    params = jax.tree.map(np.ascontiguousarray, to_jax(weights.states)[0])
+    params = jax.tree.map(lambda a: np.array(a, order="C"), to_jax(weights.states)[0])
     sizes = {"dim": 8, "depth": 1, "dim_head": 8, "heads": 2, "num_queries": 3}
     about = {"adapter": {"resampler": {**sizes, "embedding_dim": 5, "output_dim": 6}}}
     items = {
@@ -391,7 +391,7 @@ def main() -> None:
     os.fsync, os.sync = lambda file: None, lambda: None
     folder = seeds.parent / f"try-{first}"
     for name in SEEDS:  # what is whole converts; and everything is imported before time counts
-        for command, end in (("to-torch", ".safetensors"), ("to-jax", "")):
+        for command, end in (("to-torch", ".safetensors"), ("to-jax", "-jax")):
             out = seeds.parent / f"{first}-{name.replace('.', '-')}{end}"
             assert attempt(seeds / name, out, command) == "done"
     for number in range(first, first + count):
