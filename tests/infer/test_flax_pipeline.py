@@ -140,7 +140,7 @@ def test_canvas_on_wider_latents():
 
 
 MESH = """
-import sys
+import os, sys
 import jax, numpy as np
 from fact_jax.fact import Guidance
 from infer.flax_pipeline import FlaxPipeline
@@ -148,6 +148,7 @@ from infer.request import Settings
 from tqdm import tqdm
 assert jax.device_count() == 8
 jax.config.update("jax_disable_most_optimizations", True)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 flax = FlaxPipeline.load(*sys.argv[1:4])
 settings = Settings(sampler="lcm", steps=2, guidance=Guidance(text=2.0))
 crops = np.load(sys.argv[4])
@@ -158,18 +159,27 @@ assert bar.n == 2, bar.n
 spread = {str(a.sharding.num_devices) for a in jax.tree.leaves(flax._states)}
 assert spread == {"4"}, spread
 np.save(sys.argv[5], drawn)
+kept = " ".join(os.listdir(os.environ["JAX_COMPILATION_CACHE_DIR"]))
+assert all(f"{name}_rows" in kept for name in ("prepare", "denoise", "decode")), kept
 """
 
 
 def test_a_batch_over_several_devices(files, flax, crops, tmp_path):
-    """Four pictures on eight devices take four of them, and are what one device draws."""
+    """Four pictures on eight devices take four of them, and are what one device draws.
+
+    The programs are kept on disk though a bar is shown.
+    """
     np.save(tmp_path / "crops.npy", crops)
     where = [str(path) for path in (files.base, files.adapter, files.encoder)]
     where += [str(tmp_path / name) for name in ("crops.npy", "drawn.npy")]
     flags = "--xla_force_host_platform_device_count=8"
     done = subprocess.run(
         [sys.executable, "-c", MESH, *where],
-        env={**os.environ, "XLA_FLAGS": flags},
+        env={
+            **os.environ,
+            "XLA_FLAGS": flags,
+            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs"),
+        },
         capture_output=True,
         text=True,
         check=False,
