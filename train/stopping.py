@@ -29,6 +29,7 @@ class Stopping:
     def __init__(self):
         self.decided: int | None = None
         self._caught: int | None = None
+        self._asked: set[int] = set()
         self._before: dict[int, Any] = {}
         self._said: collections.deque = collections.deque()
         # Read two steps late, nobody waits for it. Alone there is nobody to wait for.
@@ -60,8 +61,13 @@ class Stopping:
         return decided > 0
 
     def _catch(self, number: int, frame: object) -> None:
+        if number in self._asked:
+            signal.signal(number, self._before[number])
+            return signal.raise_signal(number)
+        # The handler stays until then: EndingSignals ends the program, perhaps a moment later, for
+        # a signal that it finds its own handler restored for.
+        self._asked.add(number)
         self._caught = number
         # print() may have been interrupted by this very signal, and cannot be entered twice.
         with contextlib.suppress(OSError):
             os.write(2, b"stopping: saving a checkpoint (once more to stop at once)\n")
-        signal.signal(number, self._before[number])

@@ -9,6 +9,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import jax
@@ -16,7 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fact_jax.errors import UserError
+from fact_jax import errors
+from fact_jax.errors import UserError, run_program
 from tests.train.test_loop import ROOT
 from tests.train.toy import ToyTask
 from train.agree import largest
@@ -217,6 +219,31 @@ def test_a_signal_is_heard_after_the_step(number, capfd):
     assert stopping.decided == number
     assert signal.getsignal(number) == before
     assert "saving a checkpoint" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_program_is_not_ended_before_its_checkpoint(number):
+    """Whoever watches for signals that Python loses finds this one taken care of."""
+
+    def save():
+        with Stopping() as stopping:
+            signal.raise_signal(number)
+            time.sleep(0.3)
+            return int(stopping.decide(None))
+
+    assert run_program(save) == 1
+
+
+def test_a_second_signal_acts_at_once(monkeypatch):
+    monkeypatch.setattr(errors, "_leave_at_once", lambda status: None)
+
+    def save():
+        with Stopping():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+            time.sleep(60)
+
+    assert run_program(save) == 128 + signal.SIGTERM
 
 
 def test_a_signal_that_is_ignored_stays_so():
