@@ -66,6 +66,8 @@ def read_image(path: str | os.PathLike, *, to_srgb: bool = False) -> UInt8[np.nd
     for what is not a readable image of at least 16 px and 100 million pixels.
     """
     with open_image(path) as opened:
+        if opened.mode == "F":
+            raise UserError(f"{path} holds floating-point numbers: save it with 8 or 16 bits")
         image = ImageOps.exif_transpose(opened)
         if to_srgb:
             image = _in_srgb(image)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fact_jax.errors import UserError
 from fact_jax.face.align import (
@@ -102,8 +102,12 @@ def read_mask(path: str | os.PathLike) -> Float[np.ndarray, "h w"]:
 
     What is transparent is background.
     """
-    with open_image(path) as image:
-        if image.mode in ("I", "I;16", "I;16B"):
+    with open_image(path) as opened:
+        # Upright as the photos that masks belong to.
+        image = ImageOps.exif_transpose(opened)
+        if image.mode == "F":
+            values, full = np.nan_to_num(np.asarray(image)), 255.0
+        elif image.mode in ("I", "I;16", "I;16B"):
             values, full = np.asarray(image).astype(np.float32), 65535.0
         else:
             if image.has_transparency_data:

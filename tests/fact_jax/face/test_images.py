@@ -68,6 +68,13 @@ def test_other_modes_become_rgb(tmp_path, mode):
     assert read_image(path).shape == (16, 18, 3)
 
 
+def test_floating_point_pixels_are_refused(tmp_path):
+    Image.fromarray(np.full((20, 20), 0.5, np.float32)).save(tmp_path / "a.tiff")
+    with pytest.raises(UserError, match="floating-point") as error:
+        read_image(tmp_path / "a.tiff")
+    one_line(error)
+
+
 def test_no_such_file(tmp_path):
     with pytest.raises(UserError, match=r"no such file: .*gone.png") as error:
         read_image(tmp_path / "gone.png")

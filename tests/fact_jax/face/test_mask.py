@@ -144,3 +144,21 @@ def test_area_averaging_is_an_exact_integral(size):
     resized = jax.jit(resize_area, static_argnums=1)(mask, size)
     np.testing.assert_allclose(resized, expected, atol=1e-5)
     np.testing.assert_allclose(resize_area(np.ones((21, 13)), size), 1.0, atol=1e-6)
+
+
+def test_a_mask_of_floating_point_numbers_keeps_its_greys(tmp_path):
+    values = np.array([[0.0, 0.25], [0.5, 1.0]], np.float32).repeat(10, 0).repeat(10, 1)
+    Image.fromarray(values).save(tmp_path / "m.tiff")
+    np.testing.assert_array_equal(read_mask(tmp_path / "m.tiff"), values)
+
+
+def test_a_mask_is_turned_upright_as_its_photo_is(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    lying = np.zeros((20, 30), np.uint8)
+    lying[:, :10] = 255
+    Image.fromarray(lying).save(tmp_path / "m.png", exif=exif)
+    mask = read_mask(tmp_path / "m.png")
+    assert mask.shape == (30, 20)
+    assert mask[:10].min() == 1.0
+    assert mask[10:].max() == 0.0
