@@ -23,9 +23,11 @@ class MeshConfig:
     base: Literal["replicated", "fsdp"] = "replicated"
 
     def __post_init__(self):
+        if isinstance(self.data, int) and (self.data == 0 or self.data < -1):
+            raise ValueError(
+                f"data must be at least 1, or -1 for all devices that are left, not {self.data}"
+            )
         check_fields(self)
-        if not self.data:
-            raise ValueError("data must be at least 1, or -1 for all devices that are left, not 0")
 
     def sizes(self, devices: int) -> tuple[int, int, int]:
         """(data, fsdp, tensor) on this many devices; UserError if they do not come out even."""
