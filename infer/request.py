@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -139,6 +140,8 @@ def check_guidance(guidance: Guidance) -> None:
         check_range("face scale", scale, 0.0, MAX_SCALE)
     for pattern, factor in guidance.block_scales:
         check_range(f"block scale {pattern!r}", factor, 0.0, MAX_SCALE)
+    if guidance.cap is not None:
+        check_range("the cap of the face's increment", guidance.cap, 0.0, math.inf)
 
 
 def check_seed(seed: int) -> None:
@@ -159,5 +162,7 @@ def check_prompt(prompt: str) -> None:
 
 def check_range(name: str, value: float, low: float, high: float) -> None:
     """UserError for a number that is not in ``low..high``."""
+    if not isinstance(value, numbers.Real):
+        raise UserError(f"{name} must be a number, got {value!r}")
     if not (math.isfinite(value) and low <= value <= high):
         raise UserError(f"{name} must lie in {low:g}..{high:g}, got {value:g}")

@@ -66,6 +66,12 @@ class FactTorch:
         """
         if not photos:
             raise UserError("face tokens need at least one photo")
+        for photo in photos:
+            if not isinstance(photo, str | os.PathLike | Photo):
+                raise UserError(
+                    "a photo is given by its path or as infer.request.Photo, each by itself, not "
+                    f"as a {type(photo).__name__}"
+                )
         files = [p if isinstance(p, Photo) else Photo(path=Path(p)) for p in photos]
         crops, notes = prepare_crops(files, self.encoder.config.img_size)
         for note in notes:
@@ -111,7 +117,7 @@ class FactTorch:
         stop: float = 1.0,
         face_guidance: float | None = None,
         negative_face: Literal["null", "same"] = "null",
-        block_scales: Sequence[tuple[str, float]] = (),
+        block_scales: Mapping[str, float] | Sequence[tuple[str, float]] = (),
         cap: float | None = None,
         adain: bool = False,
     ) -> Iterator[None]:
@@ -145,8 +151,10 @@ class FactTorch:
         settings = Guidance(
             face=face_guidance,
             negative_face=negative_face,
-            face_scale=1.0 if schedule is None else tuple(schedule),
-            block_scales=tuple(block_scales),
+            face_scale=1.0 if schedule is None else _numbers("the schedule", schedule),
+            block_scales=tuple(
+                block_scales.items() if isinstance(block_scales, Mapping) else block_scales
+            ),
             start=start,
             stop=stop,
             cap=cap,
@@ -157,8 +165,10 @@ class FactTorch:
         follow, guidance = guidance is None, guidance or settings
         check_guidance(guidance)
         if scales is not None:
-            for one in scales:
+            for one in _numbers("the scales", scales):
                 check_range("face scale", one, 0.0, MAX_SCALE)
+        if isinstance(regions, str | os.PathLike | Image.Image):  # of one person
+            regions = [regions]
         if regions is not None and not isinstance(regions, Mapping):
             regions = [_mask(mask) for mask in regions]
         face = face if isinstance(face, Tensor) else _side_by_side(face, regions)
@@ -290,6 +300,13 @@ def _strength(scale: Scale) -> Float[Tensor, "*_"]:
     return strength.clone()
 
 
+def _numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    try:
+        return tuple(values)
+    except TypeError:
+        raise UserError(f"{name} must be several numbers, got {values!r}") from None
+
+
 def _mask(mask: Mask) -> Float[np.ndarray, "h w"]:
     """A person's region in [0, 1], from a file, a picture or an array."""
     if isinstance(mask, str | os.PathLike):
@@ -309,6 +326,8 @@ def _people(regions: Regions | Sequence[np.ndarray]) -> int:
 
 def _side_by_side(faces: Sequence[Tensor], regions: object) -> Float[Tensor, "b m d"]:
     """The tokens of several people of one picture."""
+    if isinstance(faces, str) or not all(isinstance(face, Tensor) for face in faces):
+        raise UserError("face tokens are tensors, as fact.tokens(photo) gives them")
     if len(faces) > 1 and regions is None:
         raise UserError(f"tokens of {len(faces)} people: give regions, a mask for each of them")
     if not faces or len({tuple(face.shape) for face in faces}) > 1:

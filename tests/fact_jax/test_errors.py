@@ -100,6 +100,7 @@ LOSES = {
 STUCK = """
 import gc, hashlib, signal, sys, time
 from fact_jax.errors import run_program
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 def say(): print("here", flush=True)
 def stuck(*_):
     gc.callbacks.clear(); say(); alive()
@@ -116,7 +117,10 @@ def test_an_interruption_that_python_loses(lost):
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"here\n"
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=20)
+        try:
+            _, said = process.communicate(timeout=20)
+        finally:
+            process.kill()
     assert (process.returncode, said) == (130, b"")
 
 

@@ -450,6 +450,13 @@ def test_arguments_are_checked(fact, face):
         (face, {"regions": [mask * 2]}, r"a mask must be \(h, w\)"),
         (face, {"regions": [mask, mask]}, "5 face tokens cannot be of 2 people"),
         ([face, face], {}, "tokens of 2 people: give regions"),
+        ("photo.png", {}, "face tokens are tensors"),
+        (face.numpy(), {}, "face tokens are tensors"),
+        (face, {"schedule": 0.5}, "the schedule must be several numbers, got 0.5"),
+        (face, {"scales": 1.0}, "the scales must be several numbers, got 1.0"),
+        (face, {"scales": ["a"]}, "face scale must be a number, got 'a'"),
+        (face, {"block_scales": {"up": 3.0}}, "block scale 'up' must lie in 0..2, got 3"),
+        (face, {"regions": "left.png"}, "left.png"),
         ([face, torch.cat([face, face], 1)], {"regions": [mask, mask]}, "as many face tokens as"),
     ):
         with pytest.raises(UserError, match=message), fact.face(tokens, **more):
@@ -458,6 +465,8 @@ def test_arguments_are_checked(fact, face):
         fact.set_scale(0.5)
     with pytest.raises(UserError, match="at least one photo"):
         fact.tokens()
+    with pytest.raises(UserError, match="each by itself, not as a list"):
+        fact.tokens(["a.png", "b.png"])
 
 
 def test_tokens_of_photos(fact, files):
