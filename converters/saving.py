@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +28,11 @@ from converters.formats import (
 )
 from converters.ldm import OTHER_NOISE
 from converters.parallel import in_threads
+from converters.pipeline import read_schedule_config
 from converters.readers import State, stored_as
 from converters.rules import ADAPTER_MARK
 from converters.shapes import vocabulary_of
-from converters.weights import in_precision
+from converters.weights import in_precision, read_config
 from fact_jax.errors import UserError, listed
 
 _COPY = f"{ADAPTER_MARK}ln."
@@ -75,7 +76,9 @@ def save(
             rows = vocabulary_of(weights.states["clip_text"])
             configs["clip_text"] = {**configs["clip_text"], "vocab_size": rows}
         scheduler = read_scheduler(beside) or weights.scheduler
+        source = weights
         weights = dataclasses.replace(weights, configs=configs, scheduler=scheduler)
+        weights.notes.extend(_overruled(source, weights, beside))
     check_known(weights)
     if dry_run:
         check_numbers(weights)
@@ -93,6 +96,32 @@ def save(
         options = {"original": original, "replace": force, "dry_run": dry_run}
         save_torch(weights, out, dim_head, wrote, **options)
     return layout
+
+
+def _overruled(source: Weights, weights: Weights, beside: Path) -> Iterator[str]:
+    """A line for all that the folder ``beside`` says otherwise than the source itself."""
+    readers = {kind: functools.partial(read_config, kind) for kind in source.configs}
+    pairs = {kind: (source.configs[kind], weights.configs[kind]) for kind in readers}
+    if source.scheduler is not None:
+        readers["scheduler"] = read_schedule_config
+        pairs["scheduler"] = source.scheduler, weights.scheduler
+    for name, read in readers.items():
+        own, other = pairs[name]
+        try:
+            differing = _differing(read(own), read(other))
+        except UserError as err:  # of the source: what is taken is checked afterwards
+            differing = [str(err)]
+        if own != other and differing:
+            yield (
+                f"{name}: taken from {beside} (--config), though the source says otherwise: "
+                f"{listed(differing)}"
+            )
+
+
+def _differing(own, other) -> list[str]:
+    names = [field.name for field in dataclasses.fields(own)]
+    pairs = {name: (getattr(own, name), getattr(other, name)) for name in names}
+    return [f"{name} {b}, not {a}" for name, (a, b) in pairs.items() if a != b]
 
 
 def is_folder(out: Path, layout: str | None) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -103,6 +104,27 @@ def test_there_and_back(released_checkpoint, adapter, same_bits, tmp_path, capsy
 def test_a_pipeline_is_copied(pipeline_folder, tmp_path):
     assert main(["to-torch", str(pipeline_folder), str(tmp_path / "copy")]) == 0
     assert main(["verify", str(pipeline_folder), str(tmp_path / "copy")]) == 0
+
+
+def test_what_config_overrules_is_said(pipeline_folder, tmp_path, capsys):
+    source, file = tmp_path / "source", tmp_path / "one.safetensors"
+    shutil.copytree(pipeline_folder, source)
+    for name, key, value in (
+        ("scheduler/scheduler_config.json", "prediction_type", "v_prediction"),
+        ("unet/config.json", "attention_head_dim", 4),
+    ):
+        said = json.loads((source / name).read_text()) | {key: value}
+        (source / name).write_text(json.dumps(said))
+    assert main(["to-torch", str(source), str(file)]) == 0
+    capsys.readouterr()
+    assert main(["to-torch", str(file), str(tmp_path / "same"), "--config", str(source)]) == 0
+    assert capsys.readouterr().err == ""
+    other = ["to-torch", str(file), str(tmp_path / "other"), "--config", str(pipeline_folder)]
+    assert main(other) == 0
+    err = capsys.readouterr().err
+    assert "prediction_type epsilon, not v_prediction" in err
+    assert "heads (2, 2), not (4, 4)" in err
+    assert err.count("\n") == 2
 
 
 def test_verify_names_parts_that_only_one_has(pipeline_folder, tmp_path, capsys):
