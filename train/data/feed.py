@@ -73,16 +73,17 @@ class Damaged:
 
     def add(self, error: DamagedError) -> None:
         with self._lock:
-            if error.number in self.numbers:
-                return
+            new = error.number not in self.numbers
             self.numbers.add(error.number)
             many = len(self.numbers)
+        # Every thread that meets one from here on ends, or it might look for others for ever.
         if many > self._bound:
             raise UserError(
                 f"{error}; that makes {many} damaged records, more than the {self._bound} that "
                 "training skips: copy the folder again, or write it again"
             )
-        _LOG.warning("warning: %s; it is skipped (%d so far)", error, many)
+        if new:
+            _LOG.warning("warning: %s; it is skipped (%d so far)", error, many)
 
 
 class GrainSource:

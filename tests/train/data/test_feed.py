@@ -188,6 +188,13 @@ def test_too_many_damaged_records_are_an_error(people, damaged):
         take(GrainSource(DamagedRows(people, damaged), BATCH, seed=7), 0, 33)
 
 
+def test_no_thread_goes_on_looking_where_too_many_are_damaged():
+    source = GrainSource(DamagedRows([0, 0], {0, 1}), BATCH, seed=7)
+    for _ in range(3):
+        with pytest.raises(UserError, match="more than the 1"):
+            source.load(0, 0)
+
+
 def test_a_flipped_bit_is_found(records, tokenizer, tmp_path):
     copy = tmp_path / "records"
     shutil.copytree(records, copy)
