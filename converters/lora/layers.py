@@ -1,5 +1,6 @@
 """What a LoRA file changes of one weight, by algorithm: pure NumPy, one class each."""
 
+import abc
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -11,7 +12,7 @@ Shape = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layer:
+class Layer(abc.ABC):
     """The change of one weight: ``scalar * alpha / rank`` times a product of small ``parts``.
 
     ``key`` is the weight's PyTorch name in a model of this ``kind``, without a prefix. Without a
@@ -45,9 +46,9 @@ class Layer:
         """What the product of the parts is multiplied by."""
         return self.scalar * (1.0 if self.rank is None else self.alpha / self.rank)
 
+    @abc.abstractmethod
     def product(self) -> np.ndarray:
         """The product of the parts, in float32."""
-        raise NotImplementedError
 
     def delta(self) -> np.ndarray:
         """What is added at scale 1, in float32, of :attr:`shape`."""
