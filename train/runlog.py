@@ -13,8 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import Summary, image
 from tqdm import tqdm
 
 from fact_jax.errors import UserError
@@ -35,25 +38,45 @@ class RunLog:
         library = load_wandb() if wandb else None  # every process would say that it is missing
         self._wandb = library if self._speaks else None
         if self._speaks:
-            run.mkdir(parents=True, exist_ok=True)
-            self._text = self._open.enter_context(open(run / "log.txt", "a"))  # noqa: SIM115
+            with self._writing():
+                run.mkdir(parents=True, exist_ok=True)
+                self._text = self._open.enter_context(open(run / "log.txt", "a"))  # noqa: SIM115
 
     def __enter__(self) -> "RunLog":
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self._open.close()
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Close everything. An error that is already on its way goes first."""
+        try:
+            with self._writing():
+                self._open.close()
+        except UserError:
+            if kind is None:
+                raise
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """UserError for what the system refuses, which names no file where the file is open."""
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write in {self._run}: {error.strerror or error}; start again when that is "
+                "mended, to go on from the newest checkpoint"
+            ) from error
 
     def begin(self, start: int, config: dict[str, Any]) -> None:
         """Open the records of the steps after ``start``; what they said of those is forgotten."""
         if not self._speaks:
             return
         path = self._run / "metrics.jsonl"
-        if junk := drop_lines_past(path, start):
-            self.say(f"warning: {path} had {junk} line(s) that are no metrics; they are left out")
-        self._metrics = self._open.enter_context(open(path, "a"))  # noqa: SIM115
-        board = SummaryWriter(str(self._run / "tensorboard"), purge_step=start + 1)
+        with self._writing():
+            junk = drop_lines_past(path, start)
+            self._metrics = self._open.enter_context(open(path, "a"))  # noqa: SIM115
+            board = Board(self._run / "tensorboard", start)
         self._board = self._open.enter_context(contextlib.closing(board))
+        if junk:
+            self.say(f"warning: {path} had {junk} line(s) that are no metrics; they are left out")
         if has_screen():
             bar = tqdm(initial=start, total=self._steps, unit="step")
             self._bar = self._open.enter_context(contextlib.closing(bar))
@@ -80,8 +103,9 @@ class RunLog:
     def note(self, line: str) -> None:
         """One line for log.txt alone."""
         if self._speaks:
-            self._text.write(line + "\n")
-            self._text.flush()
+            with self._writing():
+                self._text.write(line + "\n")
+                self._text.flush()
 
     def stage(self, what: str) -> contextlib.AbstractContextManager[None]:
         """:func:`stage`, said by the log."""
@@ -111,17 +135,18 @@ class RunLog:
         if not self._speaks or not values:
             return
         begin, row = self._row
-        self._metrics.truncate(begin)
+        with self._writing():
+            self._metrics.truncate(begin)
         self._record(step, row | values, values)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in sorted(values.items()))
         self.say(f"step {step}/{self._steps}  {numbers}")
 
     def _record(self, step: int, row: dict[str, float], new: dict[str, float]) -> None:
         plain = {k: v if math.isfinite(v) else None for k, v in row.items()}
-        self._metrics.write(json.dumps({"step": step, **plain}) + "\n")
-        self._metrics.flush()
-        for name, value in new.items():
-            self._board.add_scalar(name, value, step)
+        with self._writing():
+            self._metrics.write(json.dumps({"step": step, **plain}) + "\n")
+            self._metrics.flush()
+            self._board.scalars(step, new)
         if self._wandb is not None:
             self._wandb.log(new, step=step)
 
@@ -130,9 +155,36 @@ class RunLog:
         for name, picture in pictures.items() if self._speaks else ():
             with atomic_write(self._run / "samples" / f"{name}-{step:08d}.png") as temporary:
                 Image.fromarray(picture).save(temporary, format="PNG")
-            self._board.add_image(name, picture, step, dataformats="HWC")
+            self._board.picture(step, name, picture)
             if self._wandb is not None:
                 self._wandb.log({name: self._wandb.Image(picture)}, step=step)
+
+
+class Board:
+    """TensorBoard's records of the steps after ``start``; those that were there are forgotten.
+
+    Written here and now: tensorboardX' own SummaryWriter has a thread for it, and after an error
+    there (a full disk) whoever adds something waits for ever.
+    """
+
+    def __init__(self, folder: Path, start: int):
+        folder.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(folder / "events"))
+        self._write(step=start + 1, session_log=SessionLog(status=SessionLog.START))
+        self.close = self._events.close
+
+    def scalars(self, step: int, values: dict[str, float]) -> None:
+        """Add one number to each of these curves."""
+        named = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
+        self._write(step=step, summary=Summary(value=named))
+
+    def picture(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+        """Add a picture."""
+        self._write(step=step, summary=image(name, picture, dataformats="HWC"))
+
+    def _write(self, **event: Any) -> None:
+        self._events.write_event(Event(wall_time=time.time(), **event))
+        self._events.flush()
 
 
 @contextlib.contextmanager

@@ -2,7 +2,9 @@
 
 import errno
 import io
+import json
 import math
+import resource
 import sys
 from types import SimpleNamespace
 
@@ -67,6 +69,26 @@ def test_a_terminal_that_is_gone_does_not_end_a_run(tmp_path, monkeypatch):
     with RunLog(tmp_path, steps=9) as log:
         log.say("saved")
     assert (tmp_path / "log.txt").read_text() == "saved\n"
+
+
+@pytest.mark.parametrize("first", ["log.txt", "metrics.jsonl", "tensorboard"])
+def test_where_nothing_more_can_be_written_a_run_ends_in_one_line(first, tmp_path):
+    """And does not wait for ever for TensorBoard's records; which file is full first differs."""
+    (tmp_path / "log.txt").write_text("-" * 3900 * (first == "log.txt"))
+    rest = json.dumps({"step": 0, "rest": "-" * 3900 * (first == "metrics.jsonl")})
+    (tmp_path / "metrics.jsonl").write_text(f"{rest}\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot write in .*: File too large; start again"):
+            with RunLog(tmp_path, steps=9) as log:
+                log.begin(0, {})
+                log.metrics(1, ROW)
+                for _ in range(100):
+                    log.add(1, {"similarity": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert first == "tensorboard" or (tmp_path / first).stat().st_size == 4000
 
 
 def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
