@@ -33,7 +33,7 @@ sys.exit(status)
 def write_source(path: Path, model: str) -> None:
     """A UNet's file with random weights, never in memory as a whole."""
     from benchmarks.random_weights import random_state
-    from converters.writers import write_safetensors
+    from fact_convert.io.writing import write_safetensors
     from fact_jax.models.unet import UNetConfig
 
     state = random_state("unet", getattr(UNetConfig, model)())
@@ -85,8 +85,8 @@ class Watch(threading.Thread):
 
 
 def content(path: Path) -> str:
-    from converters.content import CONTENT
-    from converters.readers import read_safetensors
+    from fact_convert.io.hashing import CONTENT
+    from fact_convert.io.reading import read_safetensors
 
     return read_safetensors(path)[1][CONTENT]
 

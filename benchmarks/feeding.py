@@ -31,8 +31,8 @@ V5E_TERAFLOPS = 197.0
 
 def big_examples(count: int) -> Iterator:
     """Photos of 512 x 512 with detail at every scale, crops of 112 x 112, people of four photos."""
-    from train.data.portraits import encode_mask
-    from train.data.records import Example, encode_png
+    from fact_train.data.portraits import encode_mask
+    from fact_train.data.records import Example, encode_png
 
     rng = np.random.default_rng(0)
     sides = (8, 32, 128, 512)
@@ -60,7 +60,7 @@ def big_examples(count: int) -> Iterator:
 
 def repeat_shards(records: Path, out: Path, times: int) -> None:
     """A data set of ``times`` as many records, whose shards are links to those of ``records``."""
-    from train.data.records import NAME, VERSION, write_index
+    from fact_train.data.records import NAME, VERSION, write_index
 
     old, new = (folder / NAME / VERSION for folder in (records, out))
     new.mkdir(parents=True)
@@ -80,10 +80,10 @@ def repeat_shards(records: Path, out: Path, times: int) -> None:
 
 def measure(records: Path) -> dict[str, float]:
     """Rates and memory of this process, which does nothing but feed."""
-    from converters.tokenizer import read_tokenizer
-    from train.data.feed import GrainSource
-    from train.data.pixels import PixelRows
-    from train.data.records import Records
+    from fact_convert.models.tokenizer import read_tokenizer
+    from fact_train.data.loader import GrainSource
+    from fact_train.data.pixels import PixelRows
+    from fact_train.data.records import Records
 
     tokenizer = read_tokenizer(Path("miniature/base/tokenizer"), 77)
     before = memory()
@@ -114,9 +114,9 @@ def memory() -> float:
 
 def train(records: Path, steps: int, folder: Path) -> dict[str, float]:
     """The miniature's training step, fed from records: how much of the time it waits for them."""
-    from train.config import CheckpointConfig, LogConfig
-    from train.configs.mini import config as mini
-    from train.loop import run
+    from fact_train.config import CheckpointConfig, LogConfig
+    from fact_train.configs.mini import config as mini
+    from fact_train.run.loop import run
 
     options = dataclasses.replace(mini.options, records=str(records))
     config = dataclasses.replace(
@@ -134,8 +134,8 @@ def train(records: Path, steps: int, folder: Path) -> dict[str, float]:
 
 def prepare(folder: Path) -> dict[str, Path]:
     """The data sets: 1,000 and 100,000 miniature records, 200 of full size."""
-    from train.data.portraits import portrait_examples
-    from train.data.records import write_records
+    from fact_train.data.portraits import portrait_examples
+    from fact_train.data.records import write_records
 
     small, large, big = (folder / name for name in ("small", "large", "big"))
     sizes = {"size": 64, "crop_size": 48}

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.inference_jax import unet_config
+from fact_infer.torch.attention_processors import FaceContext, FaceProcessor, installed, text_blocks
+from fact_infer.torch.guidance_hooks import Steering
+from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.fact import Guidance
 from fact_jax.models.vae import VAEConfig
-from fact_jax.schedules import NoiseSchedule
-from infer.torch_processors import FaceContext, FaceProcessor, installed, text_blocks
-from infer.torch_steering import Steering
 
 _UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (

@@ -21,7 +21,7 @@ def _load(folder: Path, dtype: str) -> dict[str, int]:
     import numpy as np
     import torch
 
-    from infer.torch_pipeline import TorchPipeline
+    from fact_infer.torch.pipeline import TorchPipeline
 
     libraries = peak()
     pipeline = TorchPipeline.load(folder / "base", folder / "adapter", dtype=getattr(torch, dtype))

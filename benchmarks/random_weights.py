@@ -5,21 +5,21 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.adapter import describe, write_adapter
-from converters.arrays import Lazy
-from converters.folders import Files, write_pipeline
-from converters.mapping import names_of
-from converters.pipeline import DEFAULT_CLASS, scheduler_config
-from converters.rules import ADAPTER_MARK, RESAMPLER_PREFIX
-from converters.tokenizer import read_tokenizer
-from converters.weights import skeleton
-from converters.writers import write_json, write_safetensors
+from fact_convert.io.lazy_tensor import Lazy
+from fact_convert.io.writing import write_json, write_safetensors
+from fact_convert.mapping import names_of
+from fact_convert.models.adapter import describe, write_adapter
+from fact_convert.models.diffusers_folder import Files, write_pipeline
+from fact_convert.models.pipeline import DEFAULT_CLASS, scheduler_config
+from fact_convert.models.tokenizer import read_tokenizer
+from fact_convert.rules.key_tables import ADAPTER_MARK, RESAMPLER_PREFIX
+from fact_convert.weights import skeleton
+from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.models.clip_text import CLIPTextConfig
 from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
 from fact_jax.models.unet import UNetConfig
 from fact_jax.models.vae import VAEConfig
-from fact_jax.schedules import NoiseSchedule
 
 _MINIATURE = Path("miniature/base")
 

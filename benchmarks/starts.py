@@ -14,15 +14,15 @@ import itertools
 import json
 from pathlib import Path
 
-import infer.evaluate as evaluation
+import fact_infer.evaluation.evaluate as evaluation
+from fact_infer.jax.pipeline import FlaxPipeline
+from fact_infer.request import Settings
 from fact_jax.curriculum import Stage
 from fact_jax.fact import Guidance
-from fact_jax.files import atomic_write
-from infer.flax_pipeline import FlaxPipeline
-from infer.request import Settings
-from train.config import EMAConfig, LogConfig, TrainConfig
-from train.configs.mini import config as mini
-from train.loop import run
+from fact_jax.utils.files import atomic_write
+from fact_train.config import EMAConfig, LogConfig, TrainConfig
+from fact_train.configs.mini import config as mini
+from fact_train.run.loop import run
 
 MINIATURE = Path("miniature")
 STARTS = ("zero_gates", "zero_projections")

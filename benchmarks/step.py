@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from fact_jax.errors import UserError
+from fact_jax.utils.errors import UserError
 
 SIDES = ("ours", "pytorch")
 GB = 1e9

@@ -9,11 +9,11 @@ import numpy as np
 from fact_jax.curriculum import Stage
 from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.sharding import make_mesh
-from train.config import EMAConfig, TrainConfig
-from train.plan.abstract import build
-from train.state import make_optimizer, path_name, place_state
-from train.step import make_train_step
-from train.tasks.adapter import AdapterOptions
+from fact_train.config import EMAConfig, TrainConfig
+from fact_train.engine.state import make_optimizer, path_name, place_state
+from fact_train.engine.step import make_train_step
+from fact_train.plan.abstract_task import build
+from fact_train.tasks.adapter import AdapterOptions
 
 
 def make_config(size, batch: int, remat: str) -> TrainConfig:

@@ -11,10 +11,10 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.step_ours import make_config
-from converters.readers import read_json
+from fact_convert.io.reading import read_json
+from fact_infer.torch.models import Resampler, attend
 from fact_jax.models.clip_text import CLIPTextConfig as TextConfig
 from fact_jax.models.unet import UNetConfig
-from infer.torch_models import Resampler, attend
 
 FAIR_WEIGHT, NO_FACE, NO_TEXT, SHUFFLE = 0.01, 0.1, 0.1, 0.5
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fact_jax.ranges import CountOrZero, NonNegative, Probability, check_fields
+from fact_jax.utils.ranges import CountOrZero, NonNegative, Probability, check_fields
 
 StageText = Literal["caption", "empty_caption", "no_cross_attention"]
 

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from fact_jax.errors import UserError
 from fact_jax.models.adapter import FaceControls
 from fact_jax.models.blocks import AllFaceKeys
 from fact_jax.models.resampler import Resampler
 from fact_jax.models.transface import TransFace
 from fact_jax.models.unet import Residuals, UNet
+from fact_jax.utils.errors import UserError
 
 Model = Callable[[Float[Array, "b h w c"], Array, Int[Array, ""]], Float[Array, "b h w c"]]
 Control = Callable[[Float[Array, "b h w c"], Array, Float[Array, "b n d"]], Residuals]

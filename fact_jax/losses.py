@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from fact_jax.diffusion.noise_schedules import NoiseSchedule, alphas_cumprod
 from fact_jax.face import resize_area
-from fact_jax.schedules import NoiseSchedule, alphas_cumprod
 
 
 def denoising_error(

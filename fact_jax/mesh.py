@@ -3,8 +3,8 @@
 import dataclasses
 from typing import Annotated, Literal
 
-from fact_jax.errors import UserError
-from fact_jax.ranges import Count, Range, check_fields
+from fact_jax.utils.errors import UserError
+from fact_jax.utils.ranges import Count, Range, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Float
 
-from fact_jax.errors import UserError
 from fact_jax.face.mask import area_weights
+from fact_jax.utils.errors import UserError
 
 Regions = Mapping[int, Bool[np.ndarray, "b k _"]]
 """For every resolution, by its number of tokens n: who of k people is drawn in which token."""

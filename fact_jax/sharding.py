@@ -24,8 +24,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
-from fact_jax.errors import UserError
 from fact_jax.mesh import MeshConfig as MeshConfig
+from fact_jax.utils.errors import UserError
 
 PyTree = Any
 AXES = ("data", "fsdp", "tensor")

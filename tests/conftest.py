@@ -9,6 +9,11 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 )
 
+# Child processes import the same packages, installed or not.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    str(Path(__file__).parents[1] / part) for part in ("", "converters", "train", "infer")
+)
+
 import numpy as np
 import pytest
 

@@ -69,12 +69,12 @@ def test_what_follows_a_missing_result_is_done_again(demo, calls, tmp_path):
 
 
 def test_every_command_of_the_demo_is_one_that_the_programs_know(demo):
-    import infer.cli
-    from converters.cli import _parser as convert
-    from train.cli import _parser as train
+    import fact_infer.cli.main
+    from fact_convert.cli.main import _parser as convert
+    from fact_train.cli.main import _parser as train
 
     parsers = {
-        "fact-infer": infer.cli._parser(),
+        "fact-infer": fact_infer.cli.main._parser(),
         "fact-convert": convert(),
         "fact-train": train(),
     }

@@ -1,11 +1,8 @@
 """Photo -> points, head mask, aligned crop: the same code for training and inference."""
 
 from fact_jax.face.align import ARCFACE_TEMPLATE, CROP_SIZE, align_batch, align_face
-from fact_jax.face.draw import draw_face
 from fact_jax.face.images import read_image, read_profile
-from fact_jax.face.mask import area_weights, face_mask, head_mask, resize_area
-from fact_jax.face.photo import PreparedFace, limit_side, prepare_photo
-from fact_jax.face.points import (
+from fact_jax.face.landmarks import (
     ASTRONAUT_POINTS,
     Face,
     can_find_faces,
@@ -14,6 +11,9 @@ from fact_jax.face.points import (
     find_faces,
     read_sidecar,
 )
+from fact_jax.face.mask import area_weights, face_mask, head_mask, resize_area
+from fact_jax.face.photo import PreparedFace, limit_side, prepare_photo
+from fact_jax.face.visualization import draw_face
 
 __all__ = [
     "ARCFACE_TEMPLATE",

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from fact_jax.errors import UserError
+from fact_jax.utils.errors import UserError
 
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 16

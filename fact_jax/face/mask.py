@@ -10,7 +10,6 @@ import numpy as np
 from jaxtyping import Array, Float, Shaped
 from PIL import Image, ImageOps
 
-from fact_jax.errors import UserError
 from fact_jax.face.align import (
     ARCFACE_TEMPLATE,
     invert_affine,
@@ -18,6 +17,7 @@ from fact_jax.face.align import (
     transform_points,
 )
 from fact_jax.face.images import open_image
+from fact_jax.utils.errors import UserError
 
 # Label numbers of CelebAMask-HQ, which the public BiSeNet face-parsing models give: 1 skin,
 # 2 and 3 brows, 4 and 5 eyes, 6 glasses, 7 and 8 ears, 10 nose, 11 mouth, 12 and 13 lips, 17 hair.

@@ -10,8 +10,8 @@ from PIL import Image
 
 from fact_jax.face.align import CROP_SIZE, align_face
 from fact_jax.face.images import read_image
+from fact_jax.face.landmarks import find_face
 from fact_jax.face.mask import head_mask, resize_area
-from fact_jax.face.points import find_face
 
 LONGEST_SIDE = 1000
 

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Real
 
-from fact_jax.errors import UserError
 from fact_jax.models.adapter import PLAIN, FaceAdapter, FaceControls, FaceKeys, Scale
 from fact_jax.models.layers import (
     Attention,
@@ -28,7 +27,8 @@ from fact_jax.models.layers import (
     layer_norm,
     timestep_embedding,
 )
-from fact_jax.models.remat import Remat, call_block
+from fact_jax.ops.remat import Remat, call_block
+from fact_jax.utils.errors import UserError
 
 AllFaceKeys = tuple[tuple[Float[Array, "b m _"], Float[Array, "b m _"]], ...]
 """The adapters' keys and values in call order; each block has a width of its own."""

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fact_jax.errors import UserError
 from fact_jax.models.layers import layer_norm, merge_heads, split_heads
+from fact_jax.utils.errors import UserError
 
 
 def quick_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from fact_jax.errors import UserError
 from fact_jax.models.adapter import Scale
 from fact_jax.models.blocks import DownConfig, Pass, TimeEmbedding, down_blocks, mid_block
 from fact_jax.models.layers import check_peer_config, conv
 from fact_jax.models.unet import Residuals
+from fact_jax.utils.errors import UserError
 
 _SUPPORTED = {
     "controlnet_conditioning_channel_order": ("rgb",),

@@ -8,9 +8,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Real
 
-from fact_jax.attention import attention
-from fact_jax.convolution import convolve
-from fact_jax.errors import UserError
+from fact_jax.ops.attention import attention
+from fact_jax.ops.convolution import convolve
+from fact_jax.utils.errors import UserError
 
 
 def check_peer_config(model: str, config: Mapping, supported: Mapping[str, tuple]) -> None:

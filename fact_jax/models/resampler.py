@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fact_jax.attention import attention
 from fact_jax.models.layers import Identity, check_peer_config, layer_norm, merge_heads, split_heads
-from fact_jax.ranges import Count, check_fields
+from fact_jax.ops.attention import attention
+from fact_jax.utils.ranges import Count, check_fields
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

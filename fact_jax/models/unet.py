@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Real
 
-from fact_jax.errors import UserError
 from fact_jax.models.adapter import FaceControls, Scale
 from fact_jax.models.blocks import (
     AllFaceKeys,
@@ -26,7 +25,8 @@ from fact_jax.models.blocks import (
     mid_block,
 )
 from fact_jax.models.layers import conv, group_norm
-from fact_jax.models.remat import Remat
+from fact_jax.ops.remat import Remat
+from fact_jax.utils.errors import UserError
 
 Residuals = tuple[tuple[Float[Array, "b _ _ _"], ...], Float[Array, "b _ _ _"]]
 """What a ControlNet adds: to each skip in the order of the way down, and to the bottom."""

@@ -1,10 +1,10 @@
 """The procedural portrait world: labelled pictures of made-up people, without limit."""
 
 from fact_jax.portraits.captions import NEUTRAL_CAPTION, VOCABULARY, captions
+from fact_jax.portraits.contact_sheet import contact_sheet
 from fact_jax.portraits.identity import SPLITS, Identity, sample_identity
 from fact_jax.portraits.render import Portrait, render
 from fact_jax.portraits.scene import Scene, sample_scene
-from fact_jax.portraits.sheet import contact_sheet
 from fact_jax.portraits.world import Batch, make_batch, portraits, to_uint8
 
 __all__ = [

@@ -2,14 +2,7 @@
 
 import numpy as np
 
-from fact_jax.portraits.scene import (
-    BACKGROUNDS,
-    EXPRESSIONS,
-    GLASSES,
-    PATTERNS,
-    SHIRTS,
-    Scene,
-)
+from fact_jax.portraits.scene import BACKGROUNDS, EXPRESSIONS, GLASSES, PATTERNS, SHIRTS, Scene
 
 NEUTRAL_CAPTION = "a portrait of a person"
 

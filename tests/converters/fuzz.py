@@ -15,8 +15,15 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["converters", "zipfile", "torch._weights_only_unpickler"]):
-    from converters import cli, formats, pickles, readers, saving, zarr  # noqa: F401
+with atheris.instrument_imports(
+    include=["fact_convert", "zipfile", "torch._weights_only_unpickler"]
+):
+    from fact_convert.cli import main as cli  # noqa: F401
+    from fact_convert.cli import opening as formats  # noqa: F401
+    from fact_convert.cli import saving  # noqa: F401
+    from fact_convert.io import reading as readers  # noqa: F401
+    from fact_convert.io import torch_io as pickles  # noqa: F401
+    from fact_convert.io import zarr_io as zarr  # noqa: F401
     from tests.converters import mutants
 
 SEEDS = {

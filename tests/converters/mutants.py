@@ -96,8 +96,8 @@ def write_seeds(folder: Path) -> None:
     import torch
     from safetensors.numpy import save_file
 
-    from converters.formats import open_weights, save_jax
-    from converters.writers import write_pickle, write_safetensors
+    from fact_convert.cli.opening import open_weights, save_jax
+    from fact_convert.io.writing import write_pickle, write_safetensors
 
     adapter, encoder = _state(_SHAPES, 0), _state(_ENCODER, 1)
     # Without a hash of the content, which would notice everything.
@@ -123,7 +123,7 @@ def _save_packed(folder: Path, weights) -> None:
     import jax
     import orbax.checkpoint as ocp
 
-    from converters.orbax import to_jax
+    from fact_convert.io.orbax_io import to_jax
 
     params = jax.tree.map(lambda a: np.array(a, order="C"), to_jax(weights.states)[0])
     sizes = {"dim": 8, "depth": 1, "dim_head": 8, "heads": 2, "num_queries": 3}
@@ -326,7 +326,7 @@ def _canary() -> Path:
 
 def attempt(path: Path, out: Path, command: str) -> str:
     """Convert a file; "done" or the line that says why not. AssertionError for anything else."""
-    from converters import cli
+    from fact_convert.cli import main as cli
 
     printed, said = io.StringIO(), io.StringIO()
     with redirect_stdout(printed), redirect_stderr(said):

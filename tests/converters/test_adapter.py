@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from converters import attach_adapter, dump_state, load_adapter, load_state, save_adapter
-from converters.readers import read_safetensors
-from converters.weights import parameters
-from converters.writers import write_pickle, write_safetensors
-from fact_jax.errors import UserError
+from fact_convert import attach_adapter, dump_state, load_adapter, load_state, save_adapter
+from fact_convert.io.reading import read_safetensors
+from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.weights import parameters
+from fact_jax.utils.errors import UserError
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 

@@ -9,12 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from converters.arrays import Lazy, contiguous, release, rounded
-from converters.content import content_hash, provenance
-from converters.kinds import CONV, LINEAR, POINTWISE
-from converters.parallel import in_threads
-from converters.readers import read_safetensors
-from converters.writers import write_pickle, write_safetensors
+from fact_convert.io.hashing import content_hash, provenance
+from fact_convert.io.lazy_tensor import Lazy, contiguous, release, rounded
+from fact_convert.io.parallel import in_threads
+from fact_convert.io.reading import read_safetensors
+from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.rules.layer_transforms import CONV, LINEAR, POINTWISE
 
 
 def lazy(array, reads=None):

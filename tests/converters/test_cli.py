@@ -10,10 +10,10 @@ import time
 import numpy as np
 import pytest
 
-from converters.adapter import SIDE_KEY
-from converters.cli import main
-from converters.readers import read_file
-from converters.writers import write_safetensors
+from fact_convert.cli.main import main
+from fact_convert.io.reading import read_file
+from fact_convert.io.writing import write_safetensors
+from fact_convert.models.adapter import SIDE_KEY
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def test_help_is_quick(command):
     for _ in range(3):  # the machine may be busy
         start = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, "-m", "converters.cli", *command, "--help"],
+            [sys.executable, "-m", "fact_convert", *command, "--help"],
             capture_output=True,
             text=True,
             check=True,

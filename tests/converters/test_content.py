@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from converters import load_adapter
-from converters.cli import main
-from converters.content import content_hash
-from converters.formats import open_weights
-from converters.readers import read_file
-from converters.writers import write_pickle, write_safetensors
-from fact_jax.errors import UserError
+from fact_convert import load_adapter
+from fact_convert.cli.main import main
+from fact_convert.cli.opening import open_weights
+from fact_convert.io.hashing import content_hash
+from fact_convert.io.reading import read_file
+from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_jax.utils.errors import UserError
 
 
 def flip(path, place: int) -> None:

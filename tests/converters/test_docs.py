@@ -2,13 +2,13 @@
 
 import dataclasses
 
-from converters import docs
-from converters.kinds import LINEAR
-from converters.rules import TABLES, Ignored, Rule
+from fact_convert import docs
+from fact_convert.rules.key_tables import TABLES, Ignored, Rule
+from fact_convert.rules.layer_transforms import LINEAR
 
 
 def test_the_page_is_fresh():
-    assert docs.PAGE.read_text(encoding="utf-8") == docs.page(), "run python -m converters.docs"
+    assert docs.PAGE.read_text(encoding="utf-8") == docs.page(), "run python -m fact_convert.docs"
 
 
 def test_a_new_rule_shows(monkeypatch):

@@ -5,12 +5,12 @@ import json
 import numpy as np
 import pytest
 
-from converters import dump_state, load_encoder, save_encoder
-from converters.encoder import infer_encoder
-from converters.shapes import encoder_shape
-from converters.writers import write_pickle
-from fact_jax.errors import UserError
+from fact_convert import dump_state, load_encoder, save_encoder
+from fact_convert.io.writing import write_pickle
+from fact_convert.models.face_encoder import infer_encoder
+from fact_convert.models.validation import encoder_shape
 from fact_jax.models.transface import TransFaceConfig
+from fact_jax.utils.errors import UserError
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from converters.adapter import SIDE_KEY
-from converters.cli import main
-from converters.readers import read_file
-from converters.writers import write_pickle, write_safetensors
-from fact_jax.errors import UserError
+from fact_convert.cli.main import main
+from fact_convert.io.reading import read_file
+from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.models.adapter import SIDE_KEY
+from fact_jax.utils.errors import UserError
 
 
 def zeros(*shape):

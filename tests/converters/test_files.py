@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from converters import readers, writers
-from converters.content import content_hash
-from converters.outputs import MANIFEST, whole_folder
-from fact_jax.errors import UserError
+from fact_convert.io import reading as readers
+from fact_convert.io import writing as writers
+from fact_convert.io.hashing import content_hash
+from fact_convert.output_paths import MANIFEST, whole_folder
+from fact_jax.utils.errors import UserError
 
 
 @pytest.fixture

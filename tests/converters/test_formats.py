@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from converters.formats import open_weights
-from converters.pipeline import load_pipeline
-from converters.readers import read_weights
-from fact_jax.errors import UserError
+from fact_convert.cli.opening import open_weights
+from fact_convert.io.reading import read_weights
+from fact_convert.models.pipeline import load_pipeline
+from fact_jax.utils.errors import UserError
 
 STEMS = {
     "unet": "diffusion_pytorch_model",

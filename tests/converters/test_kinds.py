@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from converters import kinds
+from fact_convert.rules import layer_transforms as kinds
 
 
 def turned(kind, leaf, array, ndim=None):

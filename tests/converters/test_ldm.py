@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from converters.cli import main
-from converters.formats import open_weights
-from converters.ldm import (
+from fact_convert.cli.main import main
+from fact_convert.cli.opening import open_weights
+from fact_convert.io.reading import read_file
+from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.models.single_file import (
     IGNORED,
     is_ldm,
     read_ldm,
@@ -18,9 +20,7 @@ from converters.ldm import (
     vae_pairs,
     write_ldm,
 )
-from converters.readers import read_file
-from converters.writers import write_pickle, write_safetensors
-from fact_jax.errors import UserError
+from fact_jax.utils.errors import UserError
 
 UNET = "model.diffusion_model."
 SD15 = {
@@ -162,7 +162,7 @@ def test_a_file_of_a_trainer(original, state, tmp_path, capsys):
 
 
 def test_noise_schedules_are_known_or_asked_for(state, pipeline_folder, tmp_path, capsys):
-    from fact_jax.schedules import NoiseSchedule, alphas_cumprod_numpy
+    from fact_jax.diffusion.noise_schedules import NoiseSchedule, alphas_cumprod_numpy
 
     for schedule, told in ((NoiseSchedule.sd15(), False), (NoiseSchedule.mini(), True)):
         abar = {"alphas_cumprod": alphas_cumprod_numpy(schedule)}

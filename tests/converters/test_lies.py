@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from converters import readers, writers
-from fact_jax.errors import UserError
+from fact_convert.io import reading as readers
+from fact_convert.io import writing as writers
+from fact_jax.utils.errors import UserError
 
 NOTHING = {"dtype": "F32", "shape": [2**62, 0, 2**62], "data_offsets": [0, 0]}
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from converters.about import summary
-from converters.formats import open_weights
-from converters.lora import add_lora, merge, read_lora
-from converters.weights import dump_state, load_state
-from fact_jax.errors import UserError
+from fact_convert.cli.inspection import summary
+from fact_convert.cli.opening import open_weights
+from fact_convert.lora import add_lora, merge, read_lora
+from fact_convert.weights import dump_state, load_state
+from fact_jax.utils.errors import UserError
 from tests.pipelines import pndm_scheduler, small_parts
 
 ATTENTION = "down_blocks.0.attentions.1.transformer_blocks.0.attn2"

@@ -7,13 +7,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from converters.about import summary
-from converters.cli import main
-from converters.formats import open_weights
-from converters.lora import merge, merge_all, read_lora
-from converters.readers import read_file
-from converters.writers import write_safetensors
-from fact_jax.errors import UserError
+from fact_convert.cli.inspection import summary
+from fact_convert.cli.main import main
+from fact_convert.cli.opening import open_weights
+from fact_convert.io.reading import read_file
+from fact_convert.io.writing import write_safetensors
+from fact_convert.lora import merge, merge_all, read_lora
+from fact_jax.utils.errors import UserError
 from tests.pipelines import pndm_scheduler, small_parts
 
 peft = pytest.importorskip("peft")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from converters.lora import merge, read_lora
+from fact_convert.lora import merge, read_lora
 
 LINEAR = "down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k"
 CONV = "mid_block.resnets.0.conv1"

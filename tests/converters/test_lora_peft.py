@@ -6,11 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from converters.about import summary
-from converters.formats import check_known, open_weights
-from converters.lora import merge, merge_all, read_lora
-from converters.readers import read_file
-from fact_jax.errors import UserError
+from fact_convert.cli.inspection import summary
+from fact_convert.cli.opening import check_known, open_weights
+from fact_convert.io.reading import read_file
+from fact_convert.lora import merge, merge_all, read_lora
+from fact_jax.utils.errors import UserError
 from tests.pipelines import small_parts
 
 peft = pytest.importorskip("peft")

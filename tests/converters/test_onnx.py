@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from converters.onnx import write_onnx
-from converters.weights import dump_state, load_state, skeleton
-from fact_jax.errors import UserError
+from fact_convert.io.onnx_export import write_onnx
+from fact_convert.weights import dump_state, load_state, skeleton
 from fact_jax.models.transface import TransFaceConfig
+from fact_jax.utils.errors import UserError
 from tests.quick import quick_jit
 
 onnx = pytest.importorskip("onnx")

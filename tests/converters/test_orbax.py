@@ -9,11 +9,11 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from converters import load_adapter, load_state
-from converters.formats import open_weights, save_jax, save_torch
-from converters.orbax import find_checkpoint, read_checkpoint, to_jax, write_checkpoint
-from converters.zarr import checksum
-from fact_jax.errors import UserError
+from fact_convert import load_adapter, load_state
+from fact_convert.cli.opening import open_weights, save_jax, save_torch
+from fact_convert.io.orbax_io import find_checkpoint, read_checkpoint, to_jax, write_checkpoint
+from fact_convert.io.zarr_io import checksum
+from fact_jax.utils.errors import UserError
 
 
 @pytest.fixture
@@ -117,14 +117,14 @@ def test_a_damaged_checkpoint_is_one_line(run):
 
 
 def test_the_checksum_is_the_trainers():
-    train = pytest.importorskip("train.checksums")
-    from train.state import TrainState
+    from fact_train.engine.state import TrainState
+    from fact_train.run.checksums import checksums
 
     rng = np.random.default_rng(0)
     leaf = jax.numpy.asarray(rng.standard_normal((5, 3)), "float32")
     zero = jax.numpy.zeros((), "int32")
     state = TrainState({"a": leaf}, None, (), zero, zero, zero)
-    assert train.checksums(state)["params/a"] == checksum(np.asarray(leaf))
+    assert checksums(state)["params/a"] == checksum(np.asarray(leaf))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -148,7 +148,7 @@ def test_released_to_jax_and_back(
 
 
 def test_an_encoder_to_jax_and_back(golden, same_bits, tmp_path):
-    from converters.writers import write_safetensors
+    from fact_convert.io.writing import write_safetensors
 
     state, _ = golden("transface", "state.")
     write_safetensors(tmp_path / "x.safetensors", state, {})
@@ -188,7 +188,7 @@ def test_orbax_itself_reads_what_we_write(adapted, tmp_path):
 
 
 def open_weights_of(state, folder):
-    from converters.writers import write_safetensors
+    from fact_convert.io.writing import write_safetensors
 
     write_safetensors(folder / "x.safetensors", state, {})
     return open_weights(folder / "x.safetensors")
@@ -243,7 +243,7 @@ def test_leaves_that_lie_elsewhere(adapted, tmp_path, key):
 
 
 def test_class_centres_are_training_only(golden, tmp_path):
-    from converters.orbax import to_torch
+    from fact_convert.io.orbax_io import to_torch
 
     params, kept = to_jax({"transface": golden("transface", "state.")[0]})
     assert set(params) == {"encoder"}

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from converters.cli import main
-from converters.formats import open_weights
-from converters.readers import read_file
-from fact_jax.files import atomic_write, replace_folder
+from fact_convert.cli.main import main
+from fact_convert.cli.opening import open_weights
+from fact_convert.io.reading import read_file
+from fact_jax.utils.files import atomic_write, replace_folder
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_two_runs_into_one_place(encoder, refused, out, monkeypatch, tmp_path):
         raise RuntimeError
     if out.suffix == ".ckpt":  # asks for nothing in between
         return
-    about = "converters.formats.provenance"
+    about = "fact_convert.cli.opening.provenance"
 
     def other_is_faster(sources):
         out.mkdir()

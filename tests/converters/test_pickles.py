@@ -14,10 +14,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from converters.cli import main
-from converters.readers import read_file, read_pickle
-from converters.writers import write_pickle, write_safetensors
-from fact_jax.errors import UserError
+from fact_convert.cli.main import main
+from fact_convert.io.reading import read_file, read_pickle
+from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_jax.utils.errors import UserError
 
 MODULE = "trainer_that_is_not_here"
 

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from converters import dump_state, load_pipeline, load_state, save_pipeline, tokenize
-from converters.cli import main
-from converters.formats import open_weights
-from converters.weights import parameters
-from fact_jax.errors import UserError
+from fact_convert import dump_state, load_pipeline, load_state, save_pipeline, tokenize
+from fact_convert.cli.main import main
+from fact_convert.cli.opening import open_weights
+from fact_convert.weights import parameters
+from fact_jax.utils.errors import UserError
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from converters.mapping import names_of, place_of
-from converters.rules import TABLES
-from converters.weights import read_config, skeleton
+from fact_convert.mapping import names_of, place_of
+from fact_convert.rules.key_tables import TABLES
+from fact_convert.weights import read_config, skeleton
 
 CONFIGS = {
     "unet": {

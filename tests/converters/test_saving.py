@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from converters import load_encoder
-from converters.adapter import SIDE_KEY
-from converters.cli import main
-from converters.formats import Weights, open_weights, save_jax
-from converters.readers import read_file
-from converters.writers import write_pickle, write_safetensors
+from fact_convert import load_encoder
+from fact_convert.cli.main import main
+from fact_convert.cli.opening import Weights, open_weights, save_jax
+from fact_convert.io.reading import read_file
+from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.models.adapter import SIDE_KEY
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from transformers import CLIPTokenizer
 
-from converters import Tokenizer, tokenize
-from converters.tokenizer import read_tokenizer, write_tokenizer
-from fact_jax.errors import UserError
+from fact_convert import Tokenizer, tokenize
+from fact_convert.models.tokenizer import read_tokenizer, write_tokenizer
+from fact_jax.utils.errors import UserError
 
 PROMPTS = [
     "",

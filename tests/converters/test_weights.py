@@ -12,13 +12,13 @@ import pytest
 import torch
 from flax import nnx
 
-from converters import dump_state, load_state
-from converters.mapping import match_module
-from converters.shapes import check_fits
-from converters.weights import parameters
-from fact_jax.errors import UserError
+from fact_convert import dump_state, load_state
+from fact_convert.mapping import match_module
+from fact_convert.models.validation import check_fits
+from fact_convert.weights import parameters
 from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
+from fact_jax.utils.errors import UserError
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 LN = f"{BLOCK}.attn2.processor.ln.weight"

@@ -11,24 +11,24 @@ import jax
 import numpy as np
 import pytest
 
-from converters import load_adapter, load_pipeline, load_state
-from converters.adapter import SIDE_KEY, infer_resampler, read_adapter
-from converters.cli import main
-from converters.configs import infer_config
-from converters.formats import check_known, open_weights
-from converters.mapping import names_of
-from converters.orbax import to_jax, write_checkpoint
-from converters.readers import read_file
-from converters.rules import RESAMPLER_PREFIX
-from converters.weights import read_config, skeleton
-from converters.writers import write_pickle, write_safetensors
-from fact_jax.errors import UserError
+from fact_convert import load_adapter, load_pipeline, load_state
+from fact_convert.cli.main import main
+from fact_convert.cli.opening import check_known, open_weights
+from fact_convert.io.orbax_io import to_jax, write_checkpoint
+from fact_convert.io.reading import read_file
+from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.mapping import names_of
+from fact_convert.models.adapter import SIDE_KEY, infer_resampler, read_adapter
+from fact_convert.models.inferred_configs import infer_config
+from fact_convert.rules.key_tables import RESAMPLER_PREFIX
+from fact_convert.weights import read_config, skeleton
 from fact_jax.models.clip_text import CLIPTextConfig
 from fact_jax.models.controlnet import ControlNetConfig
 from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
 from fact_jax.models.unet import UNetConfig
 from fact_jax.models.vae import VAEConfig
+from fact_jax.utils.errors import UserError
 
 MINI_NET = ControlNetConfig(
     block_out_channels=(8, 16),
@@ -137,7 +137,7 @@ def test_every_command_checks(peer_state, tmp_path, capsys):
 
 
 def test_a_damaged_pipeline_is_opened_by_none(pipeline_folder, peer_state, tmp_path, capsys):
-    from infer.torch_pipeline import TorchPipeline
+    from fact_infer.torch.pipeline import TorchPipeline
 
     folder = shutil.copytree(pipeline_folder, tmp_path / "base")
     wrong, key = damaged(peer_state("vae")[0], "deleted")

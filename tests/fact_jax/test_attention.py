@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fact_jax import attention as module
-from fact_jax.attention import attention, attention_plain, attention_tiled, attention_together
+from fact_jax.ops import attention as module
+from fact_jax.ops.attention import attention, attention_plain, attention_tiled, attention_together
 from tests.fact_jax.tiny import normal
 
 Q, K, V = normal(1, 2, 10, 3, 4), normal(2, 2, 7, 3, 4), normal(3, 2, 7, 3, 4)

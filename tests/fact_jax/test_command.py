@@ -6,9 +6,9 @@ import importlib.metadata
 import pytest
 
 
-@pytest.mark.parametrize("program", ["converters", "train", "infer"])
+@pytest.mark.parametrize("program", ["fact_convert", "fact_train", "fact_infer"])
 def test_version(program, capsys):
-    main = importlib.import_module(f"{program}.cli").main
+    main = importlib.import_module(f"{program}.cli.main").main
     try:
         status = main(["--version"])
     except SystemExit as stopped:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from fact_jax.convolution import FEW, MANY, WIDE, by_minimal_filtering, convolve
+from fact_jax.ops.convolution import FEW, MANY, WIDE, by_minimal_filtering, convolve
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 

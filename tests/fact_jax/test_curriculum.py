@@ -5,14 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fact_jax.curriculum import (
-    Drop,
-    Stage,
-    draw_drop,
-    draw_neutral,
-    draw_shuffle,
-    stage_values,
-)
+from fact_jax.curriculum import Drop, Stage, draw_drop, draw_neutral, draw_shuffle, stage_values
 
 STAGES = (
     Stage(steps=100),

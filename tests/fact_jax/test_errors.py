@@ -7,9 +7,9 @@ import time
 
 import pytest
 
-from fact_jax import errors
-from fact_jax.errors import UserError, run_program
-from fact_jax.files import atomic_write
+from fact_jax.utils import errors
+from fact_jax.utils.errors import UserError, run_program
+from fact_jax.utils.files import atomic_write
 
 
 def ending(error: BaseException | None):
@@ -45,7 +45,7 @@ def test_what_was_not_foreseen_is_not_hidden():
         run_program(lambda: 1 // 0)
 
 
-PROGRAM = "import sys; from fact_jax.errors import run_program; sys.exit(run_program({}))"
+PROGRAM = "import sys; from fact_jax.utils.errors import run_program; sys.exit(run_program({}))"
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ LOSES = {
 }
 STUCK = """
 import gc, hashlib, signal, sys, time
-from fact_jax.errors import run_program
+from fact_jax.utils.errors import run_program
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 def say(): print("here", flush=True)
 def stuck(*_):

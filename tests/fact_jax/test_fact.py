@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fact_jax.errors import UserError
 from fact_jax.fact import Guidance, combine_photos, guided_model, initial_noise
 from fact_jax.regions import region_masks
+from fact_jax.utils.errors import UserError
 from tests.fact_jax.tiny import FACE_DIM, TEXT_DIM, normal, tiny_unet
 from tests.quick import quick_jit
 

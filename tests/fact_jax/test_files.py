@@ -8,9 +8,9 @@ import threading
 
 import pytest
 
-from fact_jax import files
-from fact_jax.errors import UserError
-from fact_jax.files import atomic_write, create, free_path, recover, replace_folder
+from fact_jax.utils import files
+from fact_jax.utils.errors import UserError
+from fact_jax.utils.files import atomic_write, create, free_path, recover, replace_folder
 
 
 def filled(text: str):

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.losses import arcface_loss, denoising_error, fair_ratio, min_snr_weight, normalize
-from fact_jax.schedules import NoiseSchedule
 from tests.fact_jax.tiny import normal
 
 # Cells of 2 x 2 mask pixels: all face, half face, a quarter face, none.

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from fact_jax.errors import UserError
-from fact_jax.samplers import (
+from fact_jax.diffusion.noise_schedules import NoiseSchedule, alphas_cumprod_numpy, timesteps
+from fact_jax.diffusion.samplers import (
     DIFFUSERS_SCHEDULERS,
     SAMPLERS,
     first_sigma_scale,
@@ -20,7 +20,7 @@ from fact_jax.samplers import (
     num_model_calls,
     sample_ddim,
 )
-from fact_jax.schedules import NoiseSchedule, alphas_cumprod_numpy, timesteps
+from fact_jax.utils.errors import UserError
 
 SHAPE = (2, 3, 5, 4)
 KEY = jax.random.key(7, impl="rbg")  # its draws compile four times faster than threefry's

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from fact_jax.errors import UserError
-from fact_jax.schedules import (
+from fact_jax.diffusion.noise_schedules import (
     NoiseSchedule,
     add_noise,
     alphas_cumprod,
@@ -16,6 +15,7 @@ from fact_jax.schedules import (
     timesteps,
     training_target,
 )
+from fact_jax.utils.errors import UserError
 
 BOTH = pytest.mark.parametrize("schedule", [NoiseSchedule.sd15(), NoiseSchedule.mini()])
 

@@ -10,7 +10,6 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fact_jax.errors import UserError
 from fact_jax.sharding import (
     AXES,
     REPLICATED,
@@ -23,6 +22,7 @@ from fact_jax.sharding import (
     shardings,
     spread,
 )
+from fact_jax.utils.errors import UserError
 
 MESH = AbstractMesh((4, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
 

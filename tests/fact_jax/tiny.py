@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from converters.weights import skeleton
+from fact_convert.weights import skeleton
 from fact_jax.models.unet import UNet, UNetConfig
 
 FACE_DIM = 6

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from infer.provenance import PNG_XMP, SOURCE_TYPES
+from fact_infer.png_metadata import PNG_XMP, SOURCE_TYPES
 from tests.pipelines import save_pipeline, small_parts
 from tests.quick import quick_compilation as quick_compilation
 
@@ -41,8 +41,8 @@ def base_folder(tmp_path_factory) -> Path:
     from diffusers import DDIMScheduler
     from transformers import CLIPTokenizer
 
-    from converters.tokenizer import Tokenizer, write_tokenizer
-    from fact_jax.portraits.tokens import caption_vocabulary
+    from fact_convert.models.tokenizer import Tokenizer, write_tokenizer
+    from fact_jax.portraits.vocabulary import caption_vocabulary
 
     # Threads that wait for each other cost more than such small sums.
     torch.set_num_threads(1)
@@ -88,7 +88,7 @@ def files(base_folder, tmp_path_factory) -> Files:
 @pytest.fixture(scope="module")
 def flax(files):
     """The JAX backend with the face in it."""
-    from infer.flax_pipeline import FlaxPipeline
+    from fact_infer.jax.pipeline import FlaxPipeline
 
     return FlaxPipeline.load(files.base, files.adapter, files.encoder)
 
@@ -96,7 +96,7 @@ def flax(files):
 @pytest.fixture(scope="module")
 def torch(files):
     """Its twin in PyTorch."""
-    from infer.torch_pipeline import TorchPipeline
+    from fact_infer.torch.pipeline import TorchPipeline
 
     return TorchPipeline.load(files.base, files.adapter, files.encoder)
 
@@ -149,11 +149,11 @@ def _write_adapter(path: Path, base_folder: Path) -> None:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from converters.adapter import describe, write_adapter
-    from converters.readers import read_json
+    from fact_convert.io.reading import read_json
+    from fact_convert.models.adapter import describe, write_adapter
+    from fact_infer.torch.attention_processors import FaceProcessor, text_blocks
+    from fact_infer.torch.models import Resampler
     from fact_jax.models.resampler import ResamplerConfig
-    from infer.torch_models import Resampler
-    from infer.torch_processors import FaceProcessor, text_blocks
 
     torch.manual_seed(1)
     config = ResamplerConfig(
@@ -181,9 +181,9 @@ def _write_adapter(path: Path, base_folder: Path) -> None:
 def _write_encoder(folder: Path) -> None:
     import torch
 
-    from converters.writers import write_json, write_safetensors
+    from fact_convert.io.writing import write_json, write_safetensors
+    from fact_infer.torch.models import TransFaceTokens
     from fact_jax.models.transface import TransFaceConfig
-    from infer.torch_models import TransFaceTokens
 
     torch.manual_seed(2)
     state = _amplify(TransFaceTokens(TransFaceConfig(**ENCODER)).state_dict())

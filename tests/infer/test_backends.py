@@ -11,14 +11,14 @@ from diffusers import UNet2DConditionModel
 from torch import bfloat16, manual_seed
 from tqdm import tqdm
 
-from converters.readers import read_json
+from fact_convert.io.reading import read_json
+from fact_infer.jax.pipeline import FlaxPipeline
+from fact_infer.photos import prepare_crops
+from fact_infer.pipeline import generate_batches
+from fact_infer.request import Photo, Request
+from fact_infer.torch.pipeline import TorchPipeline
+from fact_jax.diffusion.samplers import num_model_calls
 from fact_jax.fact import Guidance
-from fact_jax.samplers import num_model_calls
-from infer.flax_pipeline import FlaxPipeline
-from infer.photos import prepare_crops
-from infer.pipeline import generate_batches
-from infer.request import Photo, Request
-from infer.torch_pipeline import TorchPipeline
 from tests.infer.conftest import _write_adapter, difference
 
 # Mean difference of 8-bit pictures; the rest is rounding of the two libraries' sums.

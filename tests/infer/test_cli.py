@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fact_jax.samplers import SAMPLERS
-from infer.base import read_face_files
-from infer.cli import main
-from infer.hub import save_face_files
+from fact_infer.base_model import read_face_files
+from fact_infer.cli.main import main
+from fact_infer.parts import save_face_files
+from fact_jax.diffusion.samplers import SAMPLERS
 from tests.infer.conftest import read_text
 
 
@@ -41,7 +41,7 @@ def replaced(arguments: list[str], option: str, value: str | None) -> list[str]:
 @pytest.mark.parametrize("command", ["", "generate", "face"])
 def test_help_imports_nothing_slow(command):
     code = (
-        "import sys; from infer.cli import main\n"
+        "import sys; from fact_infer.cli.main import main\n"
         "try: main(sys.argv[1:])\n"
         "except SystemExit: pass\n"
         "assert not {'jax', 'numpy', 'torch', 'PIL'} & set(sys.modules), sys.modules.keys()"
@@ -244,8 +244,8 @@ def test_bases_that_cannot_be_used(arguments, files, tmp_path, capsys):
 
 
 def test_adapter_for_another_base(arguments, files, tmp_path, capsys):
-    from converters.adapter import write_adapter
-    from converters.readers import read_file
+    from fact_convert.io.reading import read_file
+    from fact_convert.models.adapter import write_adapter
 
     state, about = read_file(files.adapter)
     kept = {k: np.array(v) for k, v in state.items() if not k.startswith("down_blocks.0.")}

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from fact_infer.cli.main import _parser
+from fact_infer.cli.unused_options import _RULES, without_effect
 from fact_jax.fact import combine_photos
-from infer.cli import _parser
-from infer.cli_effects import _RULES, without_effect
 
 FACE = ["face", "a.png", "--out", "b.png"]
 GENERATE = ["generate", "--base", "b", "--prompt", "p"]

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-import infer.cli_redraw
-from fact_jax.errors import UserError
-from infer.cli import main
+import fact_infer.cli.redraw
+from fact_infer.cli.main import main
+from fact_jax.utils.errors import UserError
 from tests.infer.conftest import POINTS, read_text
 
 
@@ -99,7 +99,7 @@ def test_bad_input_is_one_line(
     command, files, template, steered, options, message, capsys, tmp_path, monkeypatch
 ):
     """All of it before a model is loaded."""
-    monkeypatch.setattr(infer.cli_redraw, "load_drawer", None)
+    monkeypatch.setattr(fact_infer.cli.redraw, "load_drawer", None)
     Image.new("L", (20, 30), "white").save(tmp_path / "small.png")
     Image.new("L", (140, 90)).save(tmp_path / "black.png")
     net = steered[0] / "controlnet"
@@ -157,7 +157,7 @@ def test_an_area_instead_of_the_face(command, template, tmp_path, capsys):
 
 def test_a_box_needs_no_detector(command, template, capsys, monkeypatch, tmp_path):
     (template.parent / "group.points.json").unlink()
-    monkeypatch.setattr("fact_jax.face.points._PACKS", tmp_path / "none")
+    monkeypatch.setattr("fact_jax.face.landmarks._PACKS", tmp_path / "none")
     assert main(command("--box", "20,30,60,80", "--grow", 0, "--soften", 0)) == 0
     out, err = capsys.readouterr()
     assert "no points and no detector: the ellipse in the box is redrawn" in err
@@ -183,7 +183,7 @@ def test_photos_are_of_one_person_in_both_commands(files, command, monkeypatch):
         seen.setdefault(name, []).append([photo.path for photo in photos])
         raise UserError("enough")
 
-    monkeypatch.setattr("infer.photos.prepare_crops", prepared)
+    monkeypatch.setattr("fact_infer.photos.prepare_crops", prepared)
     redraw = command("--photo", files.other_photo)
     generate = ["generate", *redraw[2:], "--prompt", "a woman"]
     for words in (redraw, generate):

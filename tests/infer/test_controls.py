@@ -8,12 +8,12 @@ import pytest
 import torch
 from flax import nnx
 
-from fact_jax.errors import UserError
+from fact_infer.torch.attention_processors import FaceContext, FaceProcessor
+from fact_infer.torch.models import load_strictly
 from fact_jax.fact import Guidance, combine_photos
 from fact_jax.models.adapter import FaceAdapter, FaceControls
 from fact_jax.regions import region_masks
-from infer.torch_models import load_strictly
-from infer.torch_processors import FaceContext, FaceProcessor
+from fact_jax.utils.errors import UserError
 
 DIM, HEADS, FACE_DIM, PEOPLE, TOKENS, CELLS = 8, 2, 6, 2, 3, 10
 
@@ -68,7 +68,7 @@ def test_increments_of_both_backends(twins, controls, several):
 @pytest.fixture(scope="module")
 def fact(files):
     """The tiny pipe with a face in it, and how it draws a prompt with a guidance."""
-    from infer.torch_pipeline import TorchPipeline
+    from fact_infer.torch.pipeline import TorchPipeline
 
     pipeline = TorchPipeline.load(files.base, files.adapter, files.encoder)
     pipeline.pipe.set_progress_bar_config(disable=True)

@@ -5,11 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from fact_jax.errors import UserError
+from fact_infer.evaluation.evaluate import Judgement, People, draw_people, measure, save
+from fact_infer.evaluation.metrics import COLUMNS, SECTIONS
 from fact_jax.portraits import SPLITS
-from fact_jax.portraits.judge import ATTRIBUTES
-from infer.evaluate import Judgement, People, draw_people, measure, save
-from infer.measures import COLUMNS, SECTIONS
+from fact_jax.portraits.metric_networks import ATTRIBUTES
+from fact_jax.utils.errors import UserError
 
 COUNT = 3
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer.figures import (
+from fact_infer.evaluation.figures import (
     Series,
     data_uri,
     difference,

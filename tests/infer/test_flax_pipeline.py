@@ -11,16 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from converters.readers import read_weights
-from converters.writers import write_safetensors
-from fact_jax.errors import UserError
+from fact_convert.io.reading import read_weights
+from fact_convert.io.writing import write_safetensors
+from fact_infer.img2img import Canvas
+from fact_infer.jax import pipeline as flax_pipeline
+from fact_infer.jax.pipeline import FlaxPipeline
+from fact_infer.photos import prepare_crops
+from fact_infer.request import Photo, Settings
+from fact_infer.torch.pipeline import TorchPipeline
 from fact_jax.fact import Guidance
-from infer import flax_pipeline
-from infer.canvas import Canvas
-from infer.flax_pipeline import FlaxPipeline
-from infer.photos import prepare_crops
-from infer.request import Photo, Settings
-from infer.torch_pipeline import TorchPipeline
+from fact_jax.utils.errors import UserError
 from tests.infer.conftest import difference
 
 # Mean difference of 8-bit pictures; the rest is rounding of the two libraries' sums.
@@ -143,8 +143,8 @@ MESH = """
 import os, sys
 import jax, numpy as np
 from fact_jax.fact import Guidance
-from infer.flax_pipeline import FlaxPipeline
-from infer.request import Settings
+from fact_infer.jax.pipeline import FlaxPipeline
+from fact_infer.request import Settings
 from tqdm import tqdm
 assert jax.device_count() == 8
 jax.config.update("jax_disable_most_optimizations", True)

@@ -8,9 +8,9 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from fact_jax.errors import UserError
-from infer.base import read_base, read_face_files
-from infer.hub import find_face_files, save_face_files
+from fact_infer.base_model import read_base, read_face_files
+from fact_infer.parts import find_face_files, save_face_files
+from fact_jax.utils.errors import UserError
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import json
 import numpy as np
 from PIL import Image
 
+from fact_infer.base_model import read_base
+from fact_infer.output_images import describe, parameters, picture_path, save_picture
+from fact_infer.request import Photo, Request
 from fact_jax.fact import Guidance
-from infer.base import read_base
-from infer.images import describe, parameters, picture_path, save_picture
-from infer.request import Photo, Request
 
 IMAGE = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
 

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from infer.measures import (
+from fact_infer.evaluation.metrics import (
     COLUMNS,
     SECTIONS,
     Estimate,

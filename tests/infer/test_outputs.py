@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from infer.cli import main
-from infer.evaluate import FILES, free_folder
-from infer.portraits import write_portraits
+from fact_infer.cli.main import main
+from fact_infer.evaluation.evaluate import FILES, free_folder
+from fact_infer.evaluation.portrait_files import write_portraits
 
 
 def everything(folder) -> dict:
@@ -99,7 +99,7 @@ def test_strange_outputs_are_one_line(own, out, message, tmp_path, monkeypatch, 
 def test_a_full_disk_is_one_line(own, tmp_path):
     """No file may grow past one block: what a disk does that fills up."""
     limit = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))"
-    code = f"{limit}\nimport sys; from infer.cli import main; sys.exit(main(sys.argv[1:]))"
+    code = f"{limit}\nimport fact_infer.__main__"
     command = [sys.executable, "-c", code, "face", str(own), "--out", str(tmp_path / "out.png")]
     before = everything(tmp_path)
     done = subprocess.run(command, capture_output=True, text=True, check=False)

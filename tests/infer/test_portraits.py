@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fact_jax.errors import UserError
+from fact_infer.evaluation.portrait_files import write_portraits
 from fact_jax.face import align_batch, prepare_photo
 from fact_jax.portraits import SPLITS, make_batch
-from infer.portraits import write_portraits
+from fact_jax.utils.errors import UserError
 
 
 def test_files_hold_the_person_the_points_and_the_head(tmp_path):

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fact_infer.guidance import block_strengths, keep_programs, pad_photos, split_guidance
+from fact_infer.torch.unet_calls import strengths
 from fact_jax.fact import Guidance
-from infer.program import block_strengths, keep_programs, pad_photos, split_guidance
-from infer.torch_calls import strengths
 
 BLOCKS = ("down_blocks.0", "mid_block", "up_blocks.0", "up_blocks.1")
 
@@ -101,14 +101,14 @@ def test_where_programs_are_kept(tmp_path, monkeypatch):
 
 # Asked of JAX in processes of their own, in which nothing says beforehand where it shall compute.
 COMMAND_LINE = """
-from infer.cli import main
+from fact_infer.cli.main import main
 base, adapter, encoder, photo = sys.argv[1:]
 main(["generate", "--backend", "torch", "--base", base, "--prompt", "a man", "--steps", "1",
       "--adapter", adapter, "--encoder", encoder, "--photo", photo, "--out", "/proc/none"])
 """
 LIBRARY = """
 from diffusers import StableDiffusionPipeline
-from infer.torch_fact import load_fact
+from fact_infer.torch.adapter import load_fact
 base, adapter, encoder, photo = sys.argv[1:]
 load_fact(StableDiffusionPipeline.from_pretrained(base, safety_checker=None), adapter, encoder)
 """

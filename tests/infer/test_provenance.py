@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fact_jax.errors import UserError
-from infer.images import save_image, save_picture
-from infer.provenance import xmp_packet
+from fact_infer.output_images import save_image, save_picture
+from fact_infer.png_metadata import xmp_packet
+from fact_jax.utils.errors import UserError
 from tests.infer.conftest import read_text
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)

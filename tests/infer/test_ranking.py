@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from converters import load_encoder
-from fact_jax.errors import UserError
+from fact_convert import load_encoder
+from fact_infer.base_model import read_face_files
+from fact_infer.cli.main import main
+from fact_infer.evaluation import ranking
+from fact_infer.evaluation.metrics import cosine
 from fact_jax.face.align import align_face, template_points
+from fact_jax.face.landmarks import Face
 from fact_jax.face.mask import head_mask
-from fact_jax.face.points import Face
-from infer import ranking
-from infer.base import read_face_files
-from infer.cli import main
-from infer.measures import cosine
+from fact_jax.utils.errors import UserError
 from tests.infer.conftest import POINTS, read_text
 
 
@@ -69,7 +69,7 @@ def test_without_a_detector_the_face_is_where_it_lies_in_the_photo(
     files, monkeypatch, tmp_path, capsys
 ):
     """The photo's points are given, 64 x 72; the pictures are 32 x 32."""
-    monkeypatch.setattr("fact_jax.face.points._PACKS", tmp_path / "none")
+    monkeypatch.setattr("fact_jax.face.landmarks._PACKS", tmp_path / "none")
     judged = []
     aligned = ranking.align_face
 

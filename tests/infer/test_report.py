@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fact_jax.errors import UserError
-from infer.cli import main
-from infer.figures import AMPLIFY
-from infer.measures import Estimate
-from infer.report import Sources, read_metrics, write_report
+from fact_infer.cli.main import main
+from fact_infer.evaluation.figures import AMPLIFY
+from fact_infer.evaluation.metrics import Estimate
+from fact_infer.evaluation.report import Sources, read_metrics, write_report
+from fact_jax.utils.errors import UserError
 
 
 class Outline(HTMLParser):

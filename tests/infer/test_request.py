@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from converters import tokenize
-from fact_jax.errors import UserError
+from fact_convert import tokenize
+from fact_infer.base_model import read_base
+from fact_infer.input_images import read_inputs, read_regions
+from fact_infer.pipeline import Drawer
+from fact_infer.request import Photo, Request, Settings
 from fact_jax.fact import Guidance
-from infer.base import read_base
-from infer.inputs import read_inputs, read_regions
-from infer.pipeline import Drawer
-from infer.request import Photo, Request, Settings
+from fact_jax.utils.errors import UserError
 
 
 def photos(*people: int) -> list[Photo]:

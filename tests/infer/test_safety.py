@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from infer.cli import main
+from fact_infer.cli.main import main
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +80,7 @@ def test_no_memory_is_one_line(base_folder, tmp_path, capsys, monkeypatch):
     def full(*files, **options):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes\nand more")
 
-    monkeypatch.setattr("infer.cli_generate.load_drawer", full)
+    monkeypatch.setattr("fact_infer.cli.generate.load_drawer", full)
     assert main(words(base_folder, tmp_path)) == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("error: not enough memory: draw fewer pictures at a time (--batch)")

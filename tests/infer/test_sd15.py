@@ -57,10 +57,10 @@ def models(tmp_path_factory) -> Path:
     from flax import nnx
     from transformers import CLIPTokenizer
 
-    from converters import Tokenizer, save_encoder
-    from converters.tokenizer import write_tokenizer
+    from fact_convert import Tokenizer, save_encoder
+    from fact_convert.models.tokenizer import write_tokenizer
     from fact_jax.models.transface import TransFace, TransFaceConfig
-    from fact_jax.portraits.tokens import caption_vocabulary
+    from fact_jax.portraits.vocabulary import caption_vocabulary
 
     folder = tmp_path_factory.mktemp("sd15")
     torch.manual_seed(0)
@@ -79,7 +79,7 @@ def test_one_training_step_and_one_picture(models, tmp_path):
     run, pictures = tmp_path / "run", tmp_path / "pictures"
     base, encoder = models / "base", models / "encoder"
     program(
-        *["train.cli", "run", ROOT / "tests" / "train" / "sd15.py", "--out", run],
+        *["fact_train", "run", ROOT / "tests" / "train" / "sd15.py", "--out", run],
         *[f"options.base={base}", f"options.encoder={encoder}"],
     )
     (row,) = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
@@ -88,10 +88,19 @@ def test_one_training_step_and_one_picture(models, tmp_path):
     assert row["skipped"] == 0
     assert row["gradient_norm"] > 0
 
-    program("infer.cli", "portraits", "--people", 1, "--out", tmp_path / "photos")
+    program("fact_infer", "portraits", "--people", 1, "--out", tmp_path / "photos")
     (photo,) = (p for p in (tmp_path / "photos").glob("*-0.png"))
     program(
-        *["infer.cli", "generate", "--base", base, "--encoder", encoder, "--photo", photo],
+        *[
+            "fact_infer",
+            "generate",
+            "--base",
+            base,
+            "--encoder",
+            encoder,
+            "--photo",
+            photo,
+        ],
         *["--adapter", run / "export" / "adapter.safetensors", "--prompt", "a portrait"],
         *["--sampler", "ddim", "--steps", 2, "--guidance", 5, "--out", pictures],
     )

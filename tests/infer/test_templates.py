@@ -8,12 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fact_jax.errors import UserError
-from fact_jax.fact import Guidance
-from infer.base import read_base
-from infer.canvas import Canvas
-from infer.request import Settings
-from infer.templates import (
+from fact_infer.base_model import read_base
+from fact_infer.img2img import Canvas
+from fact_infer.request import Settings
+from fact_infer.templates import (
     Job,
     Place,
     Redrawing,
@@ -24,6 +22,8 @@ from infer.templates import (
     square_around,
     widen,
 )
+from fact_jax.fact import Guidance
+from fact_jax.utils.errors import UserError
 
 POINTS = np.array([[24.0, 28.0], [41.0, 27.0], [33.0, 38.0], [26.0, 46.0], [40.0, 45.0]])
 
@@ -212,10 +212,10 @@ def test_what_cannot_be_done_is_said_before_anything_is_drawn(base, template):
 
 
 def test_torch_draws_over_a_canvas(files, base):
-    from fact_jax.samplers import model_calls
-    from infer.photos import prepare_crops
-    from infer.request import Photo
-    from infer.torch_pipeline import TorchPipeline
+    from fact_infer.photos import prepare_crops
+    from fact_infer.request import Photo
+    from fact_infer.torch.pipeline import TorchPipeline
+    from fact_jax.diffusion.samplers import model_calls
 
     torch = TorchPipeline.load(base, files.adapter, files.encoder)
     face = prepare_crops([Photo(path=files.photo)], 32)[0][None]

@@ -10,13 +10,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
-from fact_jax.errors import UserError
+from fact_infer.base_model import check_fit, read_base, read_face_files
+from fact_infer.torch.attention_processors import FaceContext, FaceProcessor, installed, text_blocks
+from fact_infer.torch.models import Resampler, encoder_from, load_strictly
 from fact_jax.fact import Guidance
 from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
-from infer.base import check_fit, read_base, read_face_files
-from infer.torch_models import Resampler, encoder_from, load_strictly
-from infer.torch_processors import FaceContext, FaceProcessor, installed, text_blocks
+from fact_jax.utils.errors import UserError
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -148,8 +148,8 @@ def test_adapter_for_another_base_is_refused_before_weights_are_read(files):
 
 
 def test_unloaded_pipe_is_the_same_pipe(files):
-    from infer.torch_fact import load_fact, unload_fact
-    from infer.torch_pipeline import TorchPipeline
+    from fact_infer.torch.adapter import load_fact, unload_fact
+    from fact_infer.torch.pipeline import TorchPipeline
 
     pipe = TorchPipeline.load(files.base).pipe
     pipe.set_progress_bar_config(disable=True)

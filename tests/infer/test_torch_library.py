@@ -23,13 +23,13 @@ from diffusers import (
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
-from fact_jax.errors import UserError
+from fact_infer.img2img import Canvas
+from fact_infer.request import Settings
+from fact_infer.torch.adapter import FactTorch, load_fact, unload_fact
+from fact_infer.torch.attention_processors import installed
+from fact_infer.torch.pipeline import TorchPipeline
 from fact_jax.fact import Guidance
-from infer.canvas import Canvas
-from infer.request import Settings
-from infer.torch_fact import FactTorch, load_fact, unload_fact
-from infer.torch_pipeline import TorchPipeline
-from infer.torch_processors import installed
+from fact_jax.utils.errors import UserError
 from tests.infer.test_torch_pipes import GUIDANCE, low_rank, people
 
 

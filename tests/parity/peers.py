@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import torch
 
-from converters import load_state
+from fact_convert import load_state
 
 
 def randomize(model: torch.nn.Module, seed: int) -> torch.nn.Module:

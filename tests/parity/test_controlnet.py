@@ -9,9 +9,9 @@ import torch
 from diffusers import ControlNetModel, UNet2DConditionModel
 from flax import nnx
 
-from converters.controlnet import load_controlnet, save_controlnet
-from fact_jax.errors import UserError
+from fact_convert.models.controlnet import load_controlnet, save_controlnet
 from fact_jax.models.controlnet import ControlNetConfig
+from fact_jax.utils.errors import UserError
 from tests.parity.peers import assert_close, channels_last, convert, normal, randomize, to_torch
 from tests.quick import quick_jit
 

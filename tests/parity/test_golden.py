@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from converters import load_state
+from fact_convert import load_state
+from fact_jax.diffusion.noise_schedules import NoiseSchedule
+from fact_jax.diffusion.samplers import SAMPLERS
 from fact_jax.fact import Guidance, encode_face, guided_model, null_face
-from fact_jax.samplers import SAMPLERS
-from fact_jax.schedules import NoiseSchedule
 from tests.parity.peers import assert_close, channels_last
 from tests.quick import quick_jit
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from flax import nnx
 
-from converters.weights import skeleton
+from fact_convert.weights import skeleton
 from fact_jax.models.clip_text import CLIPTextConfig
 from fact_jax.models.controlnet import ControlNetConfig
 from fact_jax.models.resampler import ResamplerConfig

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from train.config import load_config
+from fact_train.config import load_config
 
 TOY = Path(__file__).with_name("toy.py")
 

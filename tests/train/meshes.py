@@ -20,21 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fact_jax.attention import attention_together
-from fact_jax.sharding import (
-    MeshConfig,
-    batch_sharding,
-    global_batch,
-    make_mesh,
-    place,
-    replicated,
-)
+from fact_jax.ops.attention import attention_together
+from fact_jax.sharding import MeshConfig, batch_sharding, global_batch, make_mesh, place, replicated
+from fact_train.config import TrainConfig, override
+from fact_train.engine.state import make_optimizer, path_name, place_state
+from fact_train.engine.step import frozen_shardings, make_train_step
+from fact_train.tasks import make_task
 from tests.fact_jax.tiny import FACE_DIM, TEXT_DIM, normal, tiny_unet
 from tests.train.random_rows import BATCH, config
-from train.config import TrainConfig, override
-from train.state import make_optimizer, path_name, place_state
-from train.step import frozen_shardings, make_train_step
-from train.tasks import make_task
 
 STEPS = 3
 VARIANTS = {

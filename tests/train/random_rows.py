@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from converters import tokenize
+from fact_convert import tokenize
+from fact_train.config import CheckpointConfig, LogConfig, OptimizerConfig
+from fact_train.tasks import TASKS
+from fact_train.tasks.adapter import AdapterTask, PairedRows
 from tests.train.tiny import tiny_config
-from train.config import CheckpointConfig, LogConfig, OptimizerConfig
-from train.tasks import TASKS
-from train.tasks.adapter import AdapterTask, PairedRows
 
 PEOPLE, PHOTOS, BATCH = 12, 3, 16
 

@@ -5,8 +5,8 @@ fact-train run tests/train/sd15.py --out DIR options.base=FOLDER options.encoder
 
 from fact_jax.curriculum import Stage
 from fact_jax.models.resampler import ResamplerConfig
-from train.config import CheckpointConfig, EMAConfig, LogConfig, TrainConfig
-from train.tasks.adapter import AdapterOptions
+from fact_train.config import CheckpointConfig, EMAConfig, LogConfig, TrainConfig
+from fact_train.tasks.adapter import AdapterOptions
 
 config = TrainConfig(
     task="adapter",

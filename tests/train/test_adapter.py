@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from converters import load_adapter, load_pipeline
-from fact_jax.errors import UserError
+from fact_convert import load_adapter, load_pipeline
 from fact_jax.sharding import make_mesh
+from fact_jax.utils.errors import UserError
+from fact_train.engine.partition import paths
+from fact_train.engine.state import make_optimizer, make_state
+from fact_train.engine.step import make_train_step
+from fact_train.run.loop import run
+from fact_train.tasks.adapter import AdapterTask, PairedRows
 from tests.quick import quick_compilation as quick_compilation
 from tests.train.tiny import RESAMPLER, tiny_config, write_tiny_miniature
-from train.loop import run
-from train.partition import paths
-from train.state import make_optimizer, make_state
-from train.step import make_train_step
-from train.tasks.adapter import AdapterTask, PairedRows
 
 
 @pytest.fixture(scope="module")

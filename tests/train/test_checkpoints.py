@@ -17,17 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fact_jax import errors
-from fact_jax.errors import UserError, run_program
+from fact_jax.utils import errors
+from fact_jax.utils.errors import UserError, run_program
+from fact_train.cli.main import main
+from fact_train.config import override
+from fact_train.multihost.collectives import largest
+from fact_train.run.checkpoints import Keep, revision
+from fact_train.run.checksums import checksums, content_hash
+from fact_train.run.loop import run
+from fact_train.run.stop_signals import Stopping
 from tests.train.test_loop import ROOT
 from tests.train.toy import ToyTask
-from train.agree import largest
-from train.checkpoints import Keep, revision
-from train.checksums import checksums, content_hash
-from train.cli import main
-from train.config import override
-from train.loop import run
-from train.stopping import Stopping
 
 
 def kept(keep, steps):
@@ -93,7 +93,7 @@ def test_sums_do_not_depend_on_the_mesh():
     program = """
 import numpy as np, jax
 from jax.sharding import NamedSharding, PartitionSpec as P
-from train.checksums import checksums
+from fact_train.run.checksums import checksums
 array = np.random.default_rng(0).standard_normal((8, 6, 4)).astype(np.float32)
 mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 for spec in (P(), P("a"), P("b", None, "a"), P(("a", "b"))):
@@ -121,7 +121,7 @@ def test_another_base_is_refused(toy_config, tmp_path, monkeypatch):
         def init(self, key):
             return super().init(key)[0], {"shift": np.full((1,), 0.25, np.float32)}
 
-    monkeypatch.setattr("train.loop.make_task", OtherBase)
+    monkeypatch.setattr("fact_train.run.loop.make_task", OtherBase)
     with pytest.raises(UserError, match="trained on another frozen base") as caught:
         run(toy_config, folder)
     assert "\n" not in str(caught.value)
@@ -150,7 +150,7 @@ def test_changed_data_is_said(toy_config, tmp_path, monkeypatch, capsys):
             source.fingerprint = "other"
             return source
 
-    monkeypatch.setattr("train.loop.make_task", OtherData)
+    monkeypatch.setattr("fact_train.run.loop.make_task", OtherData)
     run(override(toy_config, ["steps=6"]), tmp_path / "run")
     assert "warning: the training data changed since" in capsys.readouterr().err
 
@@ -171,7 +171,7 @@ def test_a_disk_that_is_full_for_other_files_is_one_line(
         def export(self, trainable, frozen, directory, step):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("train.loop.make_task", NoRoom)
+    monkeypatch.setattr("fact_train.run.loop.make_task", NoRoom)
     with pytest.raises(UserError, match=r"export of step 7: No space left on device"):
         run(toy_config, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "00000007" / "meta").is_dir()
@@ -179,7 +179,7 @@ def test_a_disk_that_is_full_for_other_files_is_one_line(
     def full(self, line):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("train.runlog.RunLog.note", full)
+    monkeypatch.setattr("fact_train.run.logger.RunLog.note", full)
     assert main(["run", str(toy_file), "--out", str(tmp_path / "other")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: No space left on device")
 
@@ -197,9 +197,17 @@ def test_what_cannot_be_written_in_the_background_ends_the_run(toy_file, tmp_pat
 
     settings = ["options.width=20000", "steps=100000", "checkpoint.every=5", "log.every=1000"]
     done = subprocess.run(
-        [sys.executable, "-m", "train.cli", "run", str(toy_file), "--out", "run", *settings],
+        [
+            sys.executable,
+            "-m",
+            "fact_train",
+            "run",
+            str(toy_file),
+            "--out",
+            "run",
+            *settings,
+        ],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
         preexec_fn=limit,
         capture_output=True,
         text=True,

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.chips import CHIPS, chip_of
+from fact_train.plan.chips import CHIPS, chip_of
 
 
 @pytest.mark.parametrize(

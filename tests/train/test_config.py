@@ -12,9 +12,9 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from fact_jax.curriculum import Stage
-from fact_jax.errors import UserError
-from train.cli import main
-from train.config import TrainConfig, defaults, list_configs, load_config, override, to_json
+from fact_jax.utils.errors import UserError
+from fact_train.cli.main import main
+from fact_train.config import TrainConfig, defaults, list_configs, load_config, override, to_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,7 +240,7 @@ def test_an_experiment_that_is_missing_or_broken_is_one_line(tmp_path):
     with pytest.raises(UserError, match="does not exist"):
         load_config(tmp_path / "nothing.py")
     broken = tmp_path / "broken.py"
-    broken.write_text("from train.config import TrainConfig\nconfig = TrainConfig(tusk='x')\n")
+    broken.write_text("from fact_train.config import TrainConfig\nconfig = TrainConfig(tusk='x')\n")
     with pytest.raises(UserError, match="unexpected keyword argument 'tusk'"):
         load_config(broken)
     broken.write_text("x = 1\n")
@@ -265,7 +265,7 @@ def test_command_line_errors_have_status_2_and_one_line(tmp_path, toy_file, caps
 
 def test_help_and_the_list_import_nothing_heavy():
     program = (
-        "import sys; from train.cli import main; main(['configs'])\n"
+        "import sys; from fact_train.cli.main import main; main(['configs'])\n"
         "try: main(['run', '--help'])\n"
         "except SystemExit: pass\n"
         "assert not {'jax', 'flax', 'numpy', 'orbax'} & set(sys.modules)"
@@ -292,7 +292,7 @@ def test_the_recipe_starts_from_zero_projections_and_ramps_fair_in(name):
     weights = [stage.fair_weight for stage in config.options.stages]
     assert weights == [(0.0, 0.0), (0.0, 0.01), (0.01, 0.01)]
     # The released start, as the docstring of sd15_fact has it.
-    text = importlib.import_module("train.configs.sd15_fact").__doc__
+    text = importlib.import_module("fact_train.configs.sd15_fact").__doc__
     command = shlex.split(text[text.index("fact-train run sd15_fact options.") :].split("\n\n")[0])
     released = override(config, [word for word in command[3:] if word.strip()]).options
     assert released.start == "zero_gates"

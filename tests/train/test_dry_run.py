@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from fact_jax.errors import UserError
-from train.cli import main
-from train.config import override
-from train.dry_run import dry_run
-from train.loop import run
+from fact_jax.utils.errors import UserError
+from fact_train.cli.main import main
+from fact_train.config import override
+from fact_train.run.dry_run import dry_run
+from fact_train.run.loop import run
 
 
 def test_it_takes_the_first_step_and_writes_nothing(

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from fact_jax.errors import UserError
-from fact_jax.files import atomic_write
-from train.cli import main
-from train.config import load_config, override, settings_of_run, to_json
-from train.folder import claim_folder, lock_folder
+from fact_jax.utils.errors import UserError
+from fact_jax.utils.files import atomic_write
+from fact_train.cli.main import main
+from fact_train.config import load_config, override, settings_of_run, to_json
+from fact_train.run.folder import claim_folder, lock_folder
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import random
 import shutil
 import signal
@@ -17,11 +16,11 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from fact_jax.errors import UserError
+from fact_jax.utils.errors import UserError
+from fact_train.config import CheckpointConfig, override
+from fact_train.run.checkpoints import Checkpoints
+from fact_train.run.loop import prefetch, run
 from tests.train.toy import ToyTask
-from train.checkpoints import Checkpoints
-from train.config import CheckpointConfig, override
-from train.loop import prefetch, run
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,12 +35,18 @@ def rows(folder):
 
 
 def start_program(toy_file, folder, *overrides):
-    command = [sys.executable, "-m", "train.cli", "run", str(toy_file), "--out", str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [
+        sys.executable,
+        "-m",
+        "fact_train",
+        "run",
+        str(toy_file),
+        "--out",
+        str(folder),
+    ]
     return subprocess.Popen(
         [*command, *overrides],
         cwd=folder.parent,
-        env=environment,
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -64,8 +69,8 @@ def wait_for_step(folder, step, program, limit=120):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """(folder, outcome) of the toy experiment run through."""
+    from fact_train.config import load_config
     from tests.train.conftest import TOY
-    from train.config import load_config
 
     folder = tmp_path_factory.mktemp("toy") / "run"
     config = override(load_config(TOY)[1], ["log.samples_every=40"])
@@ -73,8 +78,8 @@ def finished(tmp_path_factory):
 
 
 def test_no_samples_if_none_are_wanted(tmp_path):
+    from fact_train.config import load_config
     from tests.train.conftest import TOY
-    from train.config import load_config
 
     run(override(load_config(TOY)[1], ["log.samples_every=none", "steps=3"]), tmp_path / "run")
     assert [row["step"] for row in rows(tmp_path / "run")] == [1, 3]
@@ -126,7 +131,7 @@ def test_a_finished_run_started_again_only_mends_its_export(
     folder, before = finished
     metrics = rows(folder)
     shutil.rmtree(folder / "export")  # as if killed right after the last checkpoint
-    monkeypatch.setattr("train.checkpoints.versions", lambda: {"jax": "0.0"})
+    monkeypatch.setattr("fact_train.run.checkpoints.versions", lambda: {"jax": "0.0"})
     assert_same(run(toy_config, folder).state, before.state)
     assert load_file(folder / "export" / "toy.safetensors")
     assert rows(folder) == metrics
@@ -202,7 +207,7 @@ def test_no_checkpoint_is_written_within_skipped_steps(toy_config, tmp_path, mon
         self.decided = signal.SIGTERM if self.seen == 13 else None
         return self.seen == 13
 
-    monkeypatch.setattr("train.loop.Stopping.decide", decide)
+    monkeypatch.setattr("fact_train.run.loop.Stopping.decide", decide)
     outcome = run(config, tmp_path / "stopped")
     assert outcome.stopped_by == signal.SIGTERM
     assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["00000007"]
@@ -248,7 +253,7 @@ class Watched(ToyTask):
 
 
 def test_pictures_come_after_the_checkpoint_and_may_fail(toy_config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("train.loop.make_task", Watched)
+    monkeypatch.setattr("fact_train.run.loop.make_task", Watched)
     folder = tmp_path / "run"
     settings = ["steps=21", "log.samples_every=7", "ema.decay=0", "checkpoint.best=1"]
     seen = []
@@ -279,7 +284,7 @@ def test_what_is_watched_is_opened_before_the_first_step(toy_config, tmp_path, m
         def open_samples(self):
             raise UserError("no records in /nowhere")
 
-    monkeypatch.setattr("train.loop.make_task", Missing)
+    monkeypatch.setattr("fact_train.run.loop.make_task", Missing)
     with pytest.raises(UserError, match="no records in /nowhere"):
         run(toy_config, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fact_jax.errors import UserError
 from fact_jax.mesh import MeshConfig
 from fact_jax.sharding import make_mesh
+from fact_jax.utils.errors import UserError
+from fact_train.config import TrainConfig
+from fact_train.engine.step import check_batch
 from tests.train.tiny import write_tiny_miniature
-from train.config import TrainConfig
-from train.step import check_batch
 
 ROOT = Path(__file__).parents[2]
 QUICK = ("8x1x1", "1x8x1", "2x2x2", "accumulate")
@@ -155,7 +155,7 @@ CONFIG = TrainConfig(task="toy", steps=1, batch_size=10, options=None)
     ],
 )
 def test_a_batch_that_does_not_divide(monkeypatch, batch, accumulate, message):
-    monkeypatch.setattr("train.step.batch_ways", lambda mesh: 8)
+    monkeypatch.setattr("fact_train.engine.step.batch_ways", lambda mesh: 8)
     config = dataclasses.replace(CONFIG, batch_size=batch, accumulate=accumulate)
     with pytest.raises(UserError, match=message):
         check_batch(config, make_mesh(MeshConfig()))

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from train.chips import CHIPS
-from train.config import override
-from train.loop import run
-from train.meter import Meter, Profile
+from fact_train.config import override
+from fact_train.plan.chips import CHIPS
+from fact_train.run.loop import run
+from fact_train.run.throughput import Meter, Profile
 
 
 @pytest.fixture
 def clock(monkeypatch):
     clock = SimpleNamespace(now=100.0)
-    monkeypatch.setattr("train.meter.time.monotonic", lambda: clock.now)
+    monkeypatch.setattr("fact_train.run.throughput.time.monotonic", lambda: clock.now)
     return clock
 
 
@@ -75,7 +75,7 @@ def test_a_row_begins_where_the_last_one_ended(clock, monkeypatch):
 
 def test_a_run_on_a_known_chip_tells_its_utilisation(toy_config, tmp_path, monkeypatch):
     """Operations by hand: two layers forward, both again for their own kernels, one for inputs."""
-    monkeypatch.setattr("train.meter.chip_of", lambda kind: CHIPS["h100"])
+    monkeypatch.setattr("fact_train.run.throughput.chip_of", lambda kind: CHIPS["h100"])
     run(override(toy_config, ["steps=3", "log.every=1"]), tmp_path / "run")
     batch, width = 8, 16
     flops = 2 * batch * width * (2 + 2 + 1)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.partition import assert_covers, merge, paths, split_by_paths
+from fact_train.engine.partition import assert_covers, merge, paths, split_by_paths
 
 TREE = {"a": {0: {"face": {"alpha": 1}}, 1: {"kernel": 2}}, "face_out": 3, "b": {"face": {"k": 4}}}
 

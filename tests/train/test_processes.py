@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fact_jax.errors import UserError
+from fact_jax.utils.errors import UserError
+from fact_train.multihost.processes import initialize
 from tests.train.tiny import write_tiny_miniature
-from train.distributed import initialize
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = Path(__file__).with_name("random_rows.py")
@@ -57,7 +57,15 @@ def train(tmp_path_factory):
 
     def run(processes, *overrides, devices=1):
         out = tmp_path_factory.mktemp("run")
-        command = ["-m", "train.cli", "run", str(EXPERIMENT), "--out", str(out), *settings]
+        command = [
+            "-m",
+            "fact_train",
+            "run",
+            str(EXPERIMENT),
+            "--out",
+            str(out),
+            *settings,
+        ]
         together = [[]]
         if processes > 1:
             place = ["--coordinator", free_address(), "--processes", str(processes)]
@@ -107,14 +115,15 @@ def test_four_processes_train_as_one(train, alone):
 MEET = """
 import dataclasses, os, signal, sys
 from pathlib import Path
-from fact_jax.errors import UserError
-from train.agree import all_agree
-from train.config import TrainConfig
-from train.distributed import check_alike, check_same, check_shared, initialize, together
-import train.distributed, train.loop
+from fact_jax.utils.errors import UserError
+from fact_train.multihost.collectives import all_agree
+from fact_train.config import TrainConfig
+from fact_train.multihost.processes import check_alike, check_same, check_shared
+from fact_train.multihost.processes import initialize, together
+import fact_train.multihost.processes, fact_train.run.loop
 from fact_jax.sharding import make_mesh
 from tests.train.toy import ToyTask, config as toy
-from train.peers import Peers
+from fact_train.multihost.heartbeat import Peers
 process, folder = int(sys.argv[2]), Path(sys.argv[3])
 initialize(sys.argv[1], 2, process)
 config = TrainConfig(task="toy", steps=1, batch_size=2, options=None)
@@ -124,14 +133,14 @@ class OtherBase(ToyTask):
     def init(self, key):
         trainable, frozen = super().init(key)
         return trainable, {"shift": frozen["shift"] + process}
-train.loop.make_task = OtherBase
+fact_train.run.loop.make_task = OtherBase
 check_shared(folder / "shared" / "run")
-train.distributed._VISIBLE_SECONDS = 0.2
+fact_train.multihost.processes._VISIBLE_SECONDS = 0.2
 for attempt in (
     lambda: check_alike(dataclasses.replace(config, seed=process)),
     lambda: check_same({"base": "abc", "data": f"data-{process}"}, "give the same"),
     lambda: check_shared(folder / f"of-{process}"),
-    lambda: train.loop.prepare(toy, make_mesh(toy.mesh), str, "run"),
+    lambda: fact_train.run.loop.prepare(toy, make_mesh(toy.mesh), str, "run"),
     None,
 ):
     try:
@@ -177,7 +186,7 @@ def test_what_one_process_lacks_is_told_by_all(tmp_path):
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_waiting_in_vain_ends_in_one_line(process):
-    program = "from train.distributed import initialize; import sys\n"
+    program = "from fact_train.multihost.processes import initialize; import sys\n"
     program += "initialize(sys.argv[1], 2, int(sys.argv[2]), arrival_seconds=2)"
     (end,) = finish([start("-c", program, free_address(), str(process))])
     assert end[0] == 2

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from converters import tokenize
+from fact_convert import tokenize
 from fact_jax.curriculum import Drop, Stage
 from fact_jax.losses import min_snr_weight
+from fact_train.engine.state import path_name
+from fact_train.tasks.adapter import AdapterTask
 from tests.train.tiny import tiny_config, write_tiny_miniature
-from train.state import path_name
-from train.tasks.adapter import AdapterTask
 
 NEVER = Drop(face=0.0, text=0.0, both=0.0)
 

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fact_jax.errors import UserError
-from train.runlog import RunLog, average, console_line, drop_lines_past
+from fact_jax.utils.errors import UserError
+from fact_train.run.logger import RunLog, average, console_line, drop_lines_past
 
 ROW = {"loss": 0.5, "skipped": 0.0, "skipped_in_a_row": 0.0, "steps_per_second": 4.0}
 
@@ -118,7 +118,7 @@ def test_weights_and_biases_must_be_there_to_be_told(tmp_path, monkeypatch):
 
 def test_a_stage_is_said_when_it_begins(tmp_path, capsys, monkeypatch):
     now = iter([0.0, 1.0, 10.0, 19.6])
-    monkeypatch.setattr("train.runlog.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("fact_train.run.logger.time.monotonic", lambda: next(now))
     with RunLog(tmp_path, steps=1) as log:
         with log.stage("loading"):
             assert capsys.readouterr().err == "loading ...\n"

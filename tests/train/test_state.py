@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fact_jax.errors import UserError
 from fact_jax.models.adapter import FaceAdapter
 from fact_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.transface import TransFace, TransFaceConfig
-from train.config import EMAConfig, OptimizerConfig
-from train.partition import paths
-from train.state import ema_decay, learning_rate, make_optimizer, make_state, update_ema
+from fact_jax.utils.errors import UserError
+from fact_train.config import EMAConfig, OptimizerConfig
+from fact_train.engine.partition import paths
+from fact_train.engine.state import ema_decay, learning_rate, make_optimizer, make_state, update_ema
 
 
 @pytest.mark.parametrize(

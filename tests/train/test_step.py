@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fact_jax.sharding import make_mesh
-from train.config import EMAConfig, OptimizerConfig, TrainConfig
-from train.state import make_optimizer, make_state
-from train.step import make_train_step
+from fact_train.config import EMAConfig, OptimizerConfig, TrainConfig
+from fact_train.engine.state import make_optimizer, make_state
+from fact_train.engine.step import make_train_step
 
 
 class Linear:

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from fact_train.config import load_config, override
+from fact_train.run.loop import run
 from tests.train.conftest import TOY
 from tests.train.test_loop import assert_same, rows, start_program, wait_for_step
 from tests.train.test_processes import finish, free_address, start
-from train.config import load_config, override
-from train.loop import run
 
 pytestmark = pytest.mark.slow
 KILLS = 20
@@ -51,7 +51,7 @@ def test_killed_twenty_times_is_uninterrupted(tmp_path):
 
 def train(folder, processes, *settings, devices=1):
     """Start the toy on so many processes."""
-    command = ["-m", "train.cli", "run", str(TOY), "--out", str(folder), *settings]
+    command = ["-m", "fact_train", "run", str(TOY), "--out", str(folder), *settings]
     if processes == 1:
         return [start(*command, devices=devices)]
     place = ["--coordinator", free_address(), "--processes", str(processes)]

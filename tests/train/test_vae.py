@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from converters.pipeline import load_part, save_part
-from fact_jax.errors import UserError
+from fact_convert.models.pipeline import load_part, save_part
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
-from train.config import TrainConfig
-from train.partition import merge, paths
-from train.tasks.common import load_vae
-from train.tasks.vae import VAEOptions, VAETask
+from fact_jax.utils.errors import UserError
+from fact_train.config import TrainConfig
+from fact_train.engine.partition import merge, paths
+from fact_train.tasks.common import load_vae
+from fact_train.tasks.vae import VAEOptions, VAETask
 
 TINY = VAEConfig(sample_size=64, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2)
 

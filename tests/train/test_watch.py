@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
-from fact_jax.errors import UserError
 from fact_jax.portraits import SPLITS
+from fact_jax.utils.errors import UserError
+from fact_train.tasks.adapter import AdapterTask
+from fact_train.tasks.validation import PEOPLE, Watch, change, draw_validation
 from tests.train.tiny import tiny_config, write_tiny_miniature
-from train.tasks.adapter import AdapterTask
-from train.tasks.watch import PEOPLE, Watch, change, draw_validation
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_change_by_hand():
 
 
 def test_templates_show_somebody_else_whom_nothing_else_sees(validation):
-    from train.tasks.common import draw_portraits
+    from fact_train.tasks.common import draw_portraits
 
     first = len(SPLITS["test"]) - PEOPLE
     own, other = (draw_portraits("test", PEOPLE, 1, offset=i, size=16, first=first) for i in (0, 1))

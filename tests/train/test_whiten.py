@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from train.tasks.whiten import whitening
+from fact_train.tasks.resampler_init import whitening
 
 
 def faces(people=400, positions=6, dim=24, rank=10):

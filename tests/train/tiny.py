@@ -5,17 +5,17 @@ from pathlib import Path
 
 from flax import nnx
 
-from converters import Pipeline, Tokenizer, save_encoder, save_pipeline
+from fact_convert import Pipeline, Tokenizer, save_encoder, save_pipeline
 from fact_jax.curriculum import Stage
+from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFace, TransFaceConfig
 from fact_jax.models.unet import UNet, UNetConfig
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
-from fact_jax.portraits.tokens import caption_vocabulary
-from fact_jax.schedules import NoiseSchedule
-from train.config import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
-from train.tasks.adapter import AdapterOptions
+from fact_jax.portraits.vocabulary import caption_vocabulary
+from fact_train.config import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from fact_train.tasks.adapter import AdapterOptions
 
 RESAMPLER = ResamplerConfig(
     dim=16, depth=1, dim_head=8, heads=2, num_queries=4, embedding_dim=16, output_dim=12

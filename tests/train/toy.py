@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from train.config import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
-from train.partition import paths
-from train.tasks import TASKS
+from fact_train.config import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
+from fact_train.engine.partition import paths
+from fact_train.tasks import TASKS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

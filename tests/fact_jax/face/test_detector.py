@@ -8,9 +8,9 @@ are always the same around the cell.
 import numpy as np
 import pytest
 
-from fact_jax.face import points as module
+from fact_jax.face import landmarks as module
 from fact_jax.face.align import template_points
-from fact_jax.face.points import detect_faces, find_face
+from fact_jax.face.landmarks import detect_faces, find_face
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("insightface.app")

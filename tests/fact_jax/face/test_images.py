@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from fact_jax.errors import UserError
 from fact_jax.face import images
 from fact_jax.face.images import read_image
+from fact_jax.utils.errors import UserError
 
 
 def gradient(height=20, width=30):

@@ -6,15 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fact_jax.errors import UserError
 from fact_jax.face.align import ARCFACE_TEMPLATE, template_points
-from fact_jax.face.mask import (
-    crop_square,
-    ellipse_mask,
-    head_mask,
-    read_mask,
-    resize_area,
-)
+from fact_jax.face.mask import crop_square, ellipse_mask, head_mask, read_mask, resize_area
+from fact_jax.utils.errors import UserError
 
 SHAPE = (40, 30)
 POINTS = template_points(30)

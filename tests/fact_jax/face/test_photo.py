@@ -6,16 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fact_jax.errors import UserError
-from fact_jax.face.align import (
-    align_face,
-    similarity_transform,
-    template_points,
-    transform_points,
-)
-from fact_jax.face.draw import draw_face
+from fact_jax.face.align import align_face, similarity_transform, template_points, transform_points
+from fact_jax.face.landmarks import ASTRONAUT_POINTS
 from fact_jax.face.photo import limit_side, prepare_photo
-from fact_jax.face.points import ASTRONAUT_POINTS
+from fact_jax.face.visualization import draw_face
+from fact_jax.utils.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +114,7 @@ def test_astronaut_mask_covers_the_head_and_not_the_flag(astronaut):
 
 
 def test_no_points_is_an_error_of_one_line(astronaut, monkeypatch, tmp_path):
-    monkeypatch.setattr("fact_jax.face.points._PACKS", tmp_path)
+    monkeypatch.setattr("fact_jax.face.landmarks._PACKS", tmp_path)
     with pytest.raises(UserError, match=r"no face points for .*astronaut.png"):
         prepare_photo(astronaut)
 

@@ -7,10 +7,10 @@ import types
 import numpy as np
 import pytest
 
-from fact_jax.errors import UserError
-from fact_jax.face import points as module
+from fact_jax.face import landmarks as module
 from fact_jax.face.align import template_points
-from fact_jax.face.points import can_find_faces, detect_faces, find_face, read_sidecar
+from fact_jax.face.landmarks import can_find_faces, detect_faces, find_face, read_sidecar
+from fact_jax.utils.errors import UserError
 
 IMAGE = np.zeros((150, 200, 3), np.uint8)
 IMAGE[..., 0] = 9  # red, to see in which order the detector gets the channels

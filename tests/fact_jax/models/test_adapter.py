@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fact_jax.errors import UserError
 from fact_jax.models.adapter import FaceAdapter, FaceControls
 from fact_jax.regions import region_masks
+from fact_jax.utils.errors import UserError
 from tests.fact_jax.tiny import normal
 
 DIM, HEADS, FACE_DIM, PEOPLE, TOKENS = 8, 2, 6, 2, 3

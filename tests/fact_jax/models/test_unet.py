@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fact_jax.errors import UserError
 from fact_jax.models.adapter import FaceAdapter
-from fact_jax.models.remat import CPU_OPTIONS
 from fact_jax.models.unet import UNet, UNetConfig
+from fact_jax.ops.remat import CPU_OPTIONS
+from fact_jax.utils.errors import UserError
 from tests.fact_jax.tiny import FACE_DIM, TEXT_DIM, normal, tiny_unet
 from tests.quick import quick_jit
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from fact_train.data.portraits import portrait_examples
+from fact_train.data.records import write_records
 from tests.train.tiny import write_tiny_miniature
-from train.data.portraits import portrait_examples
-from train.data.records import write_records
 
 PEOPLE, PHOTOS = 5, 3
 

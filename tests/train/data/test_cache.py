@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from converters import load_encoder, load_pipeline
-from fact_jax.errors import UserError
+from fact_convert import load_encoder, load_pipeline
+from fact_jax.utils.errors import UserError
+from fact_train.cli.main import main
+from fact_train.data.cache import CacheRows, CacheWriter
+from fact_train.data.datasets import open_records
+from fact_train.data.records import data_libraries
+from fact_train.run.loop import run
+from fact_train.tasks.adapter import AdapterTask
+from fact_train.tasks.frozen_encoders import Encoders
 from tests.train.tiny import tiny_config
-from train.cli import main
-from train.data.cache import CacheRows, CacheWriter
-from train.data.records import data_libraries
-from train.data.rows import open_records
-from train.loop import run
-from train.tasks.adapter import AdapterTask
-from train.tasks.encode import Encoders
 
 
 @pytest.fixture(scope="module")

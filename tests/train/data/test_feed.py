@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from converters import tokenize
-from converters.tokenizer import read_tokenizer
-from fact_jax.errors import UserError
+from fact_convert import tokenize
+from fact_convert.models.tokenizer import read_tokenizer
 from fact_jax.face import resize_area
+from fact_jax.utils.errors import UserError
+from fact_train.data.loader import GrainSource, Partners
+from fact_train.data.pixels import PixelRows
+from fact_train.data.records import DamagedError, Records, decode
 from tests.train.data.conftest import PHOTOS
-from train.data.feed import GrainSource, Partners
-from train.data.pixels import PixelRows
-from train.data.records import DamagedError, Records, decode
 
 
 class NumberRows:

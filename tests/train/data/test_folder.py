@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from fact_jax.errors import UserError
 from fact_jax.face import ARCFACE_TEMPLATE, PreparedFace, face_mask, prepare_photo
 from fact_jax.portraits import NEUTRAL_CAPTION
-from train.cli import main
-from train.data.folder import Totals, folder_examples, square_up
-from train.data.records import Records, decode
+from fact_jax.utils.errors import UserError
+from fact_train.cli.main import main
+from fact_train.data.photo_folder import Totals, folder_examples, square_up
+from fact_train.data.records import Records, decode
 
 POINTS = ARCFACE_TEMPLATE / 2 + (40, 10)
 

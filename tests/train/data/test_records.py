@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fact_jax.errors import UserError
-from tests.train.data.conftest import PEOPLE, PHOTOS
-from train.data.records import (
+from fact_jax.utils.errors import UserError
+from fact_train.data.records import (
     Example,
     Records,
     data_libraries,
@@ -21,8 +20,9 @@ from train.data.records import (
     read_row,
     write_records,
 )
-from train.tasks.common import align_portraits, draw_portraits
-from train.tasks.watch import read_validation
+from fact_train.tasks.common import align_portraits, draw_portraits
+from fact_train.tasks.validation import read_validation
+from tests.train.data.conftest import PEOPLE, PHOTOS
 
 SIZE, CROP = 20, 12
 

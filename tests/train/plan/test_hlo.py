@@ -1,7 +1,7 @@
 """Collectives read from short programs in the compiler's own language."""
 # ruff: noqa: E501  (its lines are long)
 
-from train.plan.hlo import Collective, read_collectives, summarize
+from fact_train.plan.hlo import Collective, read_collectives, summarize
 
 SUMS = """HloModule jit_train_step
 

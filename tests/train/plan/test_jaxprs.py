@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from fact_jax.attention import attention_plain, attention_tiled
-from train.plan.jaxprs import count_flops, peak_bytes, trace
+from fact_jax.ops.attention import attention_plain, attention_tiled
+from fact_train.engine.jaxpr_costs import count_flops, peak_bytes, trace
 
 
 def shape(*dims, dtype=jnp.float32):

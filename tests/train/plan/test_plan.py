@@ -7,9 +7,9 @@ import shutil
 import jax
 import pytest
 
-from train.cli import main
-from train.config import load_config, override
-from train.plan.abstract import build
+from fact_train.cli.main import main
+from fact_train.config import load_config, override
+from fact_train.plan.abstract_task import build
 
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,

@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 
-from fact_jax.errors import UserError
-from train.chips import CHIPS
-from train.config import load_config
-from train.plan.program import read_gpu, read_topology
-from train.plan.report import lines_of, make_report, suggestions, verdict
-from train.plan.step_facts import read_overflow
+from fact_jax.utils.errors import UserError
+from fact_train.cli.plan import read_gpu, read_topology
+from fact_train.config import load_config
+from fact_train.plan.chips import CHIPS
+from fact_train.plan.compiled_stats import read_overflow
+from fact_train.plan.report import lines_of, make_report, suggestions, verdict
 
 GB = 1e9
 CONFIG = dataclasses.replace(load_config("mini")[1], batch_size=64, remat="block")

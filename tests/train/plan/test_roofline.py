@@ -2,8 +2,8 @@
 
 import pytest
 
-from train.chips import Chip
-from train.plan.roofline import Work, communication_seconds, compute_seconds, scaling
+from fact_train.plan.chips import Chip
+from fact_train.plan.roofline import Work, communication_seconds, compute_seconds, scaling
 
 CHIP = Chip(
     name="toy",

@@ -1,7 +1,7 @@
 """Memory traffic of short programs by hand."""
 # ruff: noqa: E501  (the compiler's lines are long)
 
-from train.plan.traffic import count_traffic
+from fact_train.plan.hbm_traffic import count_traffic
 
 ENTRY = """%fused.1 (param.2: f32[8,16], param.3: f32[8,16]) -> f32[8,16] {
   %param.2 = f32[8,16]{1,0} parameter(0)

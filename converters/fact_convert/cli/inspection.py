@@ -1,0 +1,205 @@
+"""What weights are, and whether two of them are the same: for ``fact-convert``."""
+
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from fact_convert.cli.opening import Weights, added_tokens, check_whole, step_of, unknown_keys
+from fact_convert.io.hashing import CONTENT, content_hash, file_sums
+from fact_convert.io.reading import State
+from fact_convert.lora import is_lora, read_lora
+from fact_convert.mapping import guess_kind, prefix_of
+from fact_convert.models.validation import bare, check_fits, encoder_shape
+from fact_convert.rules.key_tables import ADAPTER_MARK
+from fact_jax.utils.errors import UserError
+
+_HIDDEN = {"added_tokens", "checksums", "kept", "step", "configs", CONTENT}
+_BASES = {
+    ((320, 640, 1280, 1280), 768): "Stable Diffusion 1.x",
+    ((320, 640, 1280, 1280), 1024): "Stable Diffusion 2.x",
+    ((64, 128), 64): "the miniature",
+}
+"""Families of bases, by the channels of their levels and the width of their text tokens."""
+_ENCODERS = {
+    (256, 12): "TransFace-T",
+    (512, 12): "TransFace-S",
+    (512, 24): "TransFace-B",
+    (768, 24): "TransFace-L",
+}
+_ROWS = 1 << 22
+
+
+def summary(weights: Weights, *, sums: bool = False) -> dict[str, object]:
+    """What ``fact-convert inspect`` says, as plain data.
+
+    ``hash`` does not depend on the format; ``content`` is what a file carries of itself. With
+    ``sums`` also a SHA-256 of every part, as ``hash`` is worked out, and of every weight file.
+    """
+    parts, dtypes, total = {}, set(), 0
+    for part, state in weights.states.items():
+        own = sorted({array.dtype.name for array in state.values()})
+        count = sum(array.size for array in state.values())
+        parts[part] = {"tensors": len(state), "parameters": count, "dtypes": own}
+        repeated = sum(f"{ADAPTER_MARK}ln." in key for key in state)
+        if repeated:
+            parts[part]["copies of the base's norm2"] = repeated
+        dtypes |= set(own)
+        total += count
+    for part in parts if sums else ():
+        own = [(key, array) for key, array in weights.tensors() if key.startswith(f"{part}/")]
+        parts[part]["sha256"] = content_hash(own)
+    found: dict[str, object] = {
+        "path": str(weights.path),
+        "kind": weights.kind,
+        "format": weights.format,
+        "base": base_of(weights),
+        "dtype": " + ".join(sorted(dtypes)),
+        "parameters": total,
+        "parts": parts,
+        "step": step_of(weights),
+        "hash": content_hash(weights.tensors()),
+        "content": weights.metadata.get(CONTENT),
+        "files": file_sums(weights.path) if sums else None,
+        "left out": dict(weights.left_out),
+        "notes": list(weights.notes) or None,
+        "added tokens": [token.content for token in added_tokens(weights)] or None,
+    }
+    unknown = unknown_keys(weights)
+    if set(weights.states) == {"unknown"} and is_lora(weights.states["unknown"]):
+        found |= {"parts": {"lora": parts["unknown"]}, **_about_lora(weights)}
+    elif unknown:
+        strange = "unknown" in weights.states
+        found["unknown keys"] = {
+            f"nearest to {kind}" if strange and kind != "unknown" else kind: keys
+            for kind, keys in unknown.items()
+        }
+        found["difference"] = nearest(weights.states["unknown"]) if strange else None
+    else:
+        try:
+            check_whole(weights)
+        except UserError as err:
+            found["difference"] = str(err)
+    found["metadata"] = {k: v for k, v in weights.metadata.items() if k not in _HIDDEN}
+    return {key: value for key, value in found.items() if value not in (None, {})}
+
+
+def nearest(state: State) -> str:
+    """How a state differs from the kind of model that knows the most of its keys, in one line."""
+    kind, share = guess_kind(state)
+    if kind is None:
+        return "no kind of model here has keys like these"
+    try:
+        check_fits(kind, state)
+    except UserError as err:
+        return f"{share:.0%} of the keys are those of a {kind}; {err}"
+    return f"{share:.0%} of the keys are those of a {kind}"
+
+
+def _about_lora(weights: Weights) -> dict[str, object]:
+    """What a LoRA changes; of one that is not for these bases, why."""
+    try:
+        lora = read_lora(weights.path)
+    except UserError as err:
+        return {"kind": "LoRA", "difference": str(err)}
+    layers = lora.layers
+    widths = {x.shape[1] for x in layers if x.key.endswith(("attn2.to_k.weight", "fc1.weight"))}
+    return {
+        "kind": lora.algorithm,
+        "base": "for Stable Diffusion 1.x" if widths == {768} else None,
+        "layers": {kind: sum(x.kind == kind for x in layers) for kind in ("unet", "clip_text")},
+        "ranks": sorted({layer.rank for layer in layers} - {None}),
+        "alphas": sorted({layer.alpha for layer in layers}),
+    }
+
+
+def base_of(weights: Weights) -> str | None:
+    """The family of base models that these weights are or fit, if it is known."""
+    states = weights.states
+    try:
+        if "unet" in states:
+            return _base_of_unet(states["unet"])
+        if "adapter" in states:
+            return _base_of_adapter(states["adapter"])
+        if "transface" in states:
+            config = encoder_shape(bare("transface", states["transface"]))
+            return _ENCODERS.get((config["embed_dim"], config["depth"]))
+    except (UserError, ValueError, IndexError):
+        return None
+    return None
+
+
+def _base_of_unet(state: State) -> str | None:
+    prefix = prefix_of("unet", state)
+    widths = []
+    while (key := f"{prefix}down_blocks.{len(widths)}.resnets.0.conv1.weight") in state:
+        widths.append(state[key].shape[0])
+    text = next((a.shape[1] for k, a in state.items() if k.endswith("attn2.to_k.weight")), None)
+    name = _BASES.get((tuple(widths), text))
+    first = state.get(f"{prefix}conv_in.weight")
+    inpaint = first is not None and first.shape[1] == 9
+    return f"{name}, inpainting" if name and inpaint else name
+
+
+def _base_of_adapter(state: State) -> str | None:
+    """The block of a level has as many channels as the level."""
+    mark = f"{ADAPTER_MARK}linear.weight"
+    widths: list[int] = []
+    for key in sorted(k for k in state if k.startswith("down_blocks.") and k.endswith(mark)):
+        level = int(key.split(".")[1])
+        widths[level:] = [state[key].shape[0]]
+    for (channels, _), name in _BASES.items():
+        # The last level of Stable Diffusion has no attention.
+        if tuple(widths) in (channels, channels[:-1]):
+            return f"for {name}" if name == "the miniature" else "for Stable Diffusion 1.x"
+    return None
+
+
+def compare(one: Weights, other: Weights, tolerance: float) -> list[str]:
+    """A line for every tensor that only one has or that differs by more than ``tolerance``.
+
+    Precisions may differ: numbers are compared. NaN equals NaN. Raises UserError for weights that
+    are equal but not whole, as everything that writes them does.
+    """
+    first, second = dict(one.tensors()), dict(other.tensors())
+    lines = [f"only in {one.path}: {key}" for key in _only(first, second)]
+    lines += [f"only in {other.path}: {key}" for key in _only(second, first)]
+    for key in first.keys() & second.keys():
+        a, b = first[key], second[key]
+        if a.shape != b.shape:
+            lines.append(f"{key}: {a.shape} against {b.shape}")
+        elif found := _difference(np.asarray(a), np.asarray(b), tolerance):
+            lines.append(f"{key}: largest difference {found[0]:.3g}, {found[1]} of {a.size}")
+    if not lines:  # equal, but are they models?
+        for weights in (one, other):
+            check_whole(weights)
+    return sorted(lines)
+
+
+def _only(own: Mapping[str, object], other: Mapping[str, object]) -> Iterator[str]:
+    """What ``other`` lacks: tensors, or whole parts (what stands before the slash)."""
+    theirs = {key.partition("/")[0] for key in other}
+    parts: dict[str, list[str]] = {}
+    for key in own:
+        if key not in other:
+            parts.setdefault(key.partition("/")[0], []).append(key)
+    for part, keys in parts.items():
+        if part in theirs:
+            yield from keys
+        else:
+            yield f"{part}, {len(keys)} tensors"
+
+
+def _difference(a: np.ndarray, b: np.ndarray, tolerance: float) -> tuple[float, int] | None:
+    """The largest difference and how many are too large, or None; a few rows at a time."""
+    a, b = np.atleast_1d(a), np.atleast_1d(b)
+    count = max(1, _ROWS * len(a) // max(1, a.size))
+    largest, far = 0.0, 0
+    for start in range(0, len(a), count):
+        x, y = (array[start : start + count].astype(np.float64) for array in (a, b))
+        with np.errstate(invalid="ignore"):
+            apart = np.abs(x - y)
+            wrong = ~((apart <= tolerance) | (x == y) | (np.isnan(x) & np.isnan(y)))
+        if wrong.any():
+            far += int(wrong.sum())
+            largest = max(largest, float(np.nanmax(apart[wrong], initial=0)))
+    return (largest, far) if far else None

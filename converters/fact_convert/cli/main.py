@@ -1,0 +1,403 @@
+"""fact-convert: look into weights, move them between PyTorch and JAX, compare them."""
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from fact_jax.utils.command_line import Parser, add_version
+from fact_jax.utils.errors import UserError, listed, printable, run_program
+
+_DTYPES = ("float32", "float16", "bfloat16")
+_SHOWN = 10
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The program; returns the exit status: 0 done, 1 weights differ, 2 bad input."""
+
+    def run() -> int:
+        arguments = _parser().parse_args(argv)
+        return arguments.run(arguments)
+
+    return run_program(run)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="fact-convert", description=__doc__)
+    add_version(parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    inspect = _command(commands, "inspect", _inspect, "say what a file or folder of weights is")
+    inspect.add_argument("source", type=Path, metavar="FILE|DIR")
+    inspect.add_argument(
+        "--sha256", action="store_true", help="sums of every part and of every weight file, too"
+    )
+
+    torch = _command(commands, "to-torch", _to_torch, "write weights as PyTorch code opens them")
+    torch.add_argument("source", type=Path, metavar="SRC")
+    _add_out(torch)
+    _add_adapter(torch)
+
+    jax = _command(commands, "to-jax", _to_jax, "write weights as a checkpoint of JAX arrays")
+    jax.add_argument("source", type=Path, metavar="SRC")
+    jax.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    _add_dtype(jax)
+    _add_head(jax)
+    _add_caution(jax)
+
+    merge = _command(commands, "merge-lora", _merge_lora, "add LoRAs to a base, or take them out")
+    merge.add_argument("source", type=Path, metavar="BASE")
+    merge.add_argument(
+        "lora", type=Path, nargs="+", metavar="LORA", help="of kohya, LyCORIS, diffusers or peft"
+    )
+    _add_out(merge)
+    merge.add_argument(
+        "--scale",
+        type=float,
+        action="append",
+        metavar="S",
+        help="strength (1.0); of several LoRAs one for all, or repeated, one for each in turn",
+    )
+    merge.add_argument("--remove", action="store_true", help="take out what S of them had added")
+
+    text = "write a LoRA in another layout"
+    convert = commands.add_parser("convert-lora", help=text, description=f"{text.capitalize()}.")
+    convert.set_defaults(run=_convert_lora)
+    convert.add_argument("source", type=Path, metavar="SRC")
+    convert.add_argument(
+        "out", type=Path, metavar="OUT", help="a file .safetensors; in peft's layout a folder"
+    )
+    convert.add_argument("--format", choices=("kohya", "diffusers", "peft"), required=True)
+    _add_json(convert)
+    _add_caution(convert)
+
+    extract = _command(
+        commands, "extract", _extract, "write the adapter alone, out of whatever holds one"
+    )
+    extract.add_argument("source", type=Path, metavar="SRC")
+    _add_out(extract)
+    _add_adapter(extract)
+
+    verify = _command(
+        commands, "verify", _verify, "compare the numbers of two files or folders of any format"
+    )
+    verify.add_argument("a", type=Path, metavar="A")
+    verify.add_argument("b", type=Path, metavar="B")
+    verify.add_argument(
+        "--tolerance", type=float, default=0.0, metavar="T", help="largest difference allowed (0)"
+    )
+    return parser
+
+
+def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
+    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    command.set_defaults(run=run)
+    command.add_argument("--variant", metavar="NAME", help="weight files of a variant, as fp16")
+    command.add_argument(
+        "--weights",
+        choices=("ema", "params"),
+        default="ema",
+        help="of what holds both: the running average, or the parameters themselves (ema)",
+    )
+    _add_json(command)
+    return command
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON, for scripts")
+
+
+def _add_out(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "out",
+        type=Path,
+        metavar="OUT",
+        help="a file .safetensors or .ckpt (of an adapter the released layout, of a base the "
+        "original one), .onnx of a face encoder, or a folder as diffusers has",
+    )
+    command.add_argument(
+        "--format",
+        choices=("diffusers", "original", "onnx", "file"),
+        help="what OUT shall be, if not what its ending says; file: tensors as they are called",
+    )
+    _add_dtype(command)
+    command.add_argument(
+        "--config",
+        type=Path,
+        metavar="DIR",
+        help="for a folder: where configurations, tokenizer and scheduler are, if not in SRC",
+    )
+    command.add_argument(
+        "--save-variant",
+        metavar="NAME",
+        help="for a folder: what its files are named after, as fp16",
+    )
+    command.add_argument(
+        "--shard", type=_size, metavar="SIZE", help="for a folder: how large a file may be, as 2GB"
+    )
+    command.add_argument(
+        "--legacy",
+        action="store_true",
+        help="for a folder: pickled .bin files, as before safetensors",
+    )
+    _add_caution(command)
+
+
+def _add_dtype(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dtype", choices=_DTYPES, help="precision to round to (that of SRC)")
+
+
+def _size(text: str) -> int:
+    number = text.upper().removesuffix("B")
+    unit = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
+    with contextlib.suppress(ValueError):
+        size = float(number.rstrip("KMG")) * unit
+        if 1 <= size < 2**63:
+            return int(size)
+    raise argparse.ArgumentTypeError(f"{text!a} is no size, as 2GB is")
+
+
+def _add_caution(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--force",
+        action="store_true",
+        help="replace OUT if it exists; a folder only if fact-convert wrote all that is in it",
+    )
+    command.add_argument(
+        "--dry-run", action="store_true", help="check everything, say what would be written"
+    )
+
+
+def _add_adapter(command: argparse.ArgumentParser) -> None:
+    _add_head(command)
+    command.add_argument(
+        "--base",
+        type=Path,
+        metavar="BASE",
+        help="of an adapter with copies of its base's norm2: leave out those that BASE has too",
+    )
+
+
+def _add_head(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--dim-head",
+        type=int,
+        metavar="N",
+        help="width of a head in the adapter's resampler, if SRC does not say (released: 64)",
+    )
+
+
+def _open(path: Path, arguments: argparse.Namespace):
+    from fact_convert.cli.opening import open_weights
+
+    return open_weights(path, variant=arguments.variant, weights=arguments.weights)
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    from fact_convert.cli.inspection import summary
+
+    about = summary(_open(arguments.source, arguments), sums=arguments.sha256)
+    if arguments.json:
+        print(json.dumps(about, indent=2))
+        return 0
+    for name, value in about.items():
+        if name == "parts":
+            for part, facts in value.items():
+                _say(f"{part + ':':14s}{_sentence(facts)}")
+        elif isinstance(value, dict):
+            _say(f"{name}:")
+            for key, entry in value.items():
+                _say(f"  {key + ':':20s} {_sentence(entry)}")
+        else:
+            _say(f"{name + ':':14s}{_sentence(value)}")
+    return 0
+
+
+def _say(text: str, file=None) -> None:
+    """One line at the terminal, which nothing that a file says can steer."""
+    print(printable(text), file=file)
+
+
+def _sentence(value) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_sentence(entry)}" for key, entry in value.items())
+    if isinstance(value, list):
+        more = f" and {len(value) - _SHOWN:,} more (--json)" if len(value) > _SHOWN else ""
+        return " ".join(map(str, value[:_SHOWN])) + more
+    counted = isinstance(value, int) and not isinstance(value, bool)
+    return f"{value:,}" if counted else str(value)
+
+
+def _to_torch(arguments: argparse.Namespace) -> int:
+    _check_torch_out(arguments, [arguments.source, arguments.base])
+    return _write_adapter(arguments, _open(arguments.source, arguments))
+
+
+def _merge_lora(arguments: argparse.Namespace) -> int:
+    import dataclasses
+
+    from fact_convert.lora import merge_all, read_lora
+
+    scales, count = arguments.scale or [1.0], len(arguments.lora)
+    if len(scales) not in (1, count):
+        raise UserError(f"{len(scales)} --scale for {count} LoRAs: give one, or one for each")
+    scales = scales * count if len(scales) == 1 else scales
+    _check_torch_out(arguments, [arguments.source, *arguments.lora])
+    weights = _open(arguments.source, arguments)
+    loras = [(read_lora(path), scale) for path, scale in zip(arguments.lora, scales, strict=True)]
+    states = merge_all(weights.states, loras, arguments.dtype, remove=arguments.remove)
+    done = "taken out" if arguments.remove else "added"
+    notes = [
+        f"{lora.path}: {lora.algorithm}, {len(lora.layers)} layers {done} at {scale:g}"
+        for lora, scale in loras
+    ]
+    weights = dataclasses.replace(weights, states=states, also=tuple(arguments.lora))
+    return _write(arguments, weights, notes)
+
+
+def _convert_lora(arguments: argparse.Namespace) -> int:
+    from fact_convert.lora import read_lora, save_lora
+
+    folder = arguments.format == "peft" and arguments.out.suffix != ".safetensors"
+    _check_out(arguments, [arguments.source], folder=folder)
+    lora = read_lora(arguments.source)
+    how = {"force": arguments.force, "dry_run": arguments.dry_run}
+    save_lora(lora, arguments.out, arguments.format, **how)
+    kind = f"{lora.algorithm} of {len(lora.layers)} layers"
+    return _done(arguments, kind, arguments.format, [])
+
+
+def _extract(arguments: argparse.Namespace) -> int:
+    from fact_convert.cli.saving import adapter_in
+
+    _check_torch_out(arguments, [arguments.source, arguments.base])
+    return _write_adapter(arguments, adapter_in(_open(arguments.source, arguments)))
+
+
+def _write_adapter(arguments: argparse.Namespace, weights) -> int:
+    """:func:`_write`, without the copies of ``--base``, if these are an adapter's weights."""
+    from fact_convert.cli.saving import without_copies
+
+    base = None if arguments.base is None else _open(arguments.base, arguments)
+    weights, notes = without_copies(weights, base)
+    return _write(arguments, weights, notes, dim_head=arguments.dim_head)
+
+
+def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None = None) -> int:
+    """Write weights as OUT and the options say, with a bar; what was noticed is said at the end."""
+
+    from fact_convert.cli.opening import added_tokens
+    from fact_convert.cli.saving import in_dtype, save
+    from fact_convert.io.reading import stored_as
+    from fact_convert.models.components import left_out
+    from fact_convert.models.diffusers_folder import Files
+
+    tokens = [token.content for token in added_tokens(weights)]
+    if tokens and stored_as(arguments.out) == "pickle":
+        where = "a pickle has no place for the names of"
+        notes = [*notes, f"{where} {len(tokens)} added tokens: {listed(tokens)}"]
+    weights = in_dtype(weights, arguments.dtype)
+    with _bar(arguments, weights) as bar:
+        layout = save(
+            weights,
+            arguments.out,
+            layout=arguments.format,
+            beside=arguments.config,
+            files=Files(
+                variant=arguments.save_variant, shard=arguments.shard, legacy=arguments.legacy
+            ),
+            dim_head=dim_head,
+            force=arguments.force,
+            dry_run=arguments.dry_run,
+            wrote=bar.update,
+        )
+    copied = layout == "diffusers"
+    left = left_out(weights.left_out, weights.path) if copied else weights.left_out
+    return _done(arguments, weights.kind, layout, [*weights.notes, *notes], left)
+
+
+def _to_jax(arguments: argparse.Namespace) -> int:
+    from fact_convert.cli.opening import save_jax
+    from fact_convert.cli.saving import check_numbers, in_dtype
+
+    _check_out(arguments, [arguments.source], folder=True)
+    weights = in_dtype(_open(arguments.source, arguments), arguments.dtype)
+    if arguments.dry_run:
+        check_numbers(weights)
+    with _bar(arguments, weights) as bar:
+        save_jax(
+            weights,
+            arguments.out,
+            arguments.dim_head,
+            force=arguments.force,
+            dry_run=arguments.dry_run,
+            wrote=bar.update,
+        )
+    return _done(arguments, weights.kind, "checkpoint", weights.notes, weights.left_out)
+
+
+def _bar(arguments: argparse.Namespace, weights):
+    from tqdm import tqdm
+
+    from fact_convert.output_paths import check_room
+
+    total = sum(array.nbytes for _, array in weights.tensors())
+    check_room(arguments.out, total)
+    return tqdm(total=total, unit="B", unit_scale=True, disable=None)
+
+
+def _done(
+    arguments: argparse.Namespace,
+    kind: str,
+    layout: str,
+    notes: Sequence[str],
+    left_out: Mapping[str, Sequence[str]] | None = None,
+) -> int:
+    left_out = left_out or {}
+    if arguments.json:
+        about = {"out": str(arguments.out), "kind": kind, "layout": layout}
+        about |= {"written": not arguments.dry_run, "notes": list(notes), "left out": left_out}
+        print(json.dumps(about, indent=2))
+        return 0
+    for reason, keys in left_out.items():
+        _say(f"left out {len(keys)} keys ({listed(keys)}): {reason}", file=sys.stderr)
+    for note in notes:
+        _say(note, file=sys.stderr)
+    would = "would be " if arguments.dry_run else ""
+    _say(f"{arguments.out}: {would}{kind} ({layout})")
+    return 0
+
+
+def _check_torch_out(arguments: argparse.Namespace, inputs: Sequence[Path | None]) -> None:
+    from fact_convert.cli.saving import is_folder
+
+    folder = is_folder(arguments.out, arguments.format)
+    _check_out(arguments, [*inputs, arguments.config], folder=folder)
+
+
+def _check_out(
+    arguments: argparse.Namespace, inputs: Iterable[Path | None], *, folder: bool
+) -> None:
+    """Refuse what OUT must not be before anything is read."""
+    from fact_convert.output_paths import check_output, claim_output
+
+    if not arguments.dry_run:
+        claim_output(arguments.out, force=arguments.force)
+    check_output(arguments.out, inputs, folder=folder, force=arguments.force)
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    from fact_convert.cli.inspection import compare
+
+    differences = compare(
+        _open(arguments.a, arguments), _open(arguments.b, arguments), arguments.tolerance
+    )
+    if arguments.json:
+        print(json.dumps({"same": not differences, "differences": differences}, indent=2))
+        return 1 if differences else 0
+    for line in differences:
+        _say(line)
+    print("different" if differences else "the same numbers")
+    return 1 if differences else 0

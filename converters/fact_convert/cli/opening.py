@@ -1,0 +1,581 @@
+"""Any file or folder of weights, opened without being told what it is: for ``fact-convert``."""
+
+import dataclasses
+import functools
+import json
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fact_convert.io.file_types import FAMILIES_KNOWN, family_of, family_of_class
+from fact_convert.io.hashing import CONTENT, provenance
+from fact_convert.io.lazy_tensor import Lazy
+from fact_convert.io.orbax_io import (
+    find_checkpoint,
+    read_checkpoint,
+    to_jax,
+    to_torch,
+    write_checkpoint,
+)
+from fact_convert.io.reading import (
+    State,
+    json_in,
+    local_folder,
+    part_variants,
+    read_file,
+    read_json,
+    read_weights,
+    stored_as,
+)
+from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.lora import is_lora, lora_files
+from fact_convert.mapping import guess_kind, is_ignored, names_of, place_of, prefix_of
+from fact_convert.models.adapter import (
+    check_adapter,
+    find_resampler_config,
+    read_metadata,
+    split_state,
+    take_side_key,
+    with_side_key,
+    write_adapter,
+)
+from fact_convert.models.diffusers_folder import read_configs, read_scheduler
+from fact_convert.models.inferred_configs import UNTOLD, infer_config
+from fact_convert.models.pipeline import PARTS, pipeline_class, read_schedule_config
+from fact_convert.models.single_file import (
+    PREDICTION,
+    is_ldm,
+    prediction_texts,
+    read_ldm,
+    read_schedule,
+    schedule_tensors,
+    write_ldm,
+)
+from fact_convert.models.tokenizer import AddedToken, read_added_tokens
+from fact_convert.models.validation import check_all, in_shape
+from fact_convert.rules.key_tables import RESAMPLER_PREFIX
+from fact_convert.rules.layer_transforms import POINTWISE
+from fact_convert.weights import read_config
+from fact_jax.diffusion.noise_schedules import NoiseSchedule
+from fact_jax.utils.errors import UserError, listed
+
+ADAPTER_PARTS = {"adapter", "resampler"}
+BASE_PARTS = {"unet", "vae", "clip_text"}
+_KNOWN_PARTS = {*PARTS, "tokenizer", "scheduler"}
+_ADDED = "added_tokens"
+_CONFIGS, _PIPELINE = "configs", "pipeline"
+"""Where our files' metadata has the models' configurations, and the pipeline's class and scheduler.
+"""
+_OWN = {"format", "version", "config", "software", "command", "sources", "step"}
+_OWN |= {"encoder", "not loaded", _ADDED, CONTENT, _CONFIGS, _PIPELINE, PREDICTION}
+"""What files that are written here say of themselves."""
+_BESIDE = "metadata"
+"""Where a checkpoint's ``meta`` keeps what the file that it was made of says beside."""
+_SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Weights:
+    """What was found at a path: flat PyTorch states by kind of model.
+
+    ``format`` is how it is stored. ``metadata`` is what it says of itself: for an adapter file its
+    metadata, for a checkpoint of the trainer its ``meta`` and the step. ``configs`` are the
+    peers' configurations by kind, where it has them; ``scheduler`` is diffusers' configuration of
+    a base's scheduler and ``pipeline_class`` the name of its pipeline, if anything says them.
+    ``left_out`` are keys that carry no weight of these models, by the reason. ``notes`` are lines
+    that a person has to read: what had to be guessed, or is lost, joins them as it is noticed.
+    ``also`` are other files that have gone into the weights.
+    """
+
+    path: Path
+    format: str
+    states: Mapping[str, State]
+    metadata: Mapping[str, object]
+    configs: Mapping[str, Mapping] = dataclasses.field(default_factory=dict)
+    left_out: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
+    scheduler: Mapping | None = None
+    pipeline_class: str | None = None
+    notes: list[str] = dataclasses.field(default_factory=list)
+    also: tuple[Path, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """One word for all of it."""
+        if set(self.states) == ADAPTER_PARTS:
+            return "adapter"
+        return "pipeline" if set(self.states) == BASE_PARTS else " + ".join(self.states)
+
+    def tensors(self) -> Iterator[tuple[str, np.ndarray | Lazy]]:
+        """Every tensor that carries weight, with a name and a shape that all formats share."""
+        for part, state in self.states.items():
+            found = state if part == "unknown" else canonical(part, state, matrices=True)
+            for key, array in found.items():
+                yield f"{part}/{key}", array
+
+
+def canonical(kind: str, state: State, *, matrices: bool = False) -> State:
+    """The state by the names that we write, without a prefix and without what carries no weight.
+
+    With ``matrices``, a weight that files hold as a matrix or as a 1 x 1 convolution is a matrix.
+    """
+    prefix = prefix_of(kind, state)
+    found: State = {}
+    for key, array in state.items():
+        place = place_of(kind, key, prefix)
+        if place is None:
+            if not is_ignored(kind, key, prefix):
+                found[key] = array
+            continue
+        # The second copy of a weight that a file holds has a name of its own.
+        name = key.removeprefix(prefix)
+        if not place.overrides:
+            name = names_of(kind, place.jax, "")[0].torch
+        pointwise = place.leaf is POINTWISE.leaves[0] and array.shape[2:] == (1, 1)
+        if matrices and pointwise and array.ndim == 4:
+            array = array.reshape(array.shape[:2])
+        found[name] = array
+    return found
+
+
+def open_weights(
+    path: str | os.PathLike, *, variant: str | None = None, weights: str = "ema"
+) -> Weights:
+    """Open a diffusers folder, a model folder, a checkpoint of the trainer, or a weight file.
+
+    A diffusers folder may also be a name on the Hub. ``weights`` picks the running average
+    (``ema``) or the parameters (``params``) of a checkpoint. Tensors that no rule knows are kept
+    under the kind ``unknown``. Raises UserError for what is not readable.
+    """
+    weights = _open(Path(path), variant, weights)
+    if not any(weights.states.values()):
+        raise UserError(f"{weights.path}: holds no tensors")
+    return weights
+
+
+def _open(path: Path, variant: str | None, weights: str) -> Weights:
+    if not path.exists() and stored_as(path) is None:
+        path = local_folder(path, _SMALL_FILES, variant)
+    if not path.is_dir():
+        return _open_file(path, weights)
+    if (path / "model_index.json").exists():
+        return _open_pipeline(path, variant)
+    if find_checkpoint(path) is not None:
+        flat, meta = read_checkpoint(path, weights)
+        states = to_torch(flat, meta.get("kept", {}))
+        configs = meta.get("configs")
+        configs = configs if isinstance(configs, Mapping) else {}
+        return Weights(
+            path=path,
+            format="checkpoint",
+            states=states,
+            metadata=meta,
+            configs=configs,
+            **_pipeline_in(meta.get(_PIPELINE)),
+        )
+    for stem, legacy in (("model", "pytorch_model"), 2 * ("diffusion_pytorch_model",)):
+        if any(path.glob(f"{stem}*.safetensors")) or any(path.glob(f"{legacy}*.bin")):
+            state = read_weights(path, stem, variant)
+            _refuse_others(path, state)
+            states = by_kind(state)
+            config = read_json(path / "config.json") if (path / "config.json").exists() else {}
+            configs = {kind: config for kind in states if config}
+            return Weights(
+                path=path, format="folder", states=states, metadata=config, configs=configs
+            )
+    if files := lora_files(path):
+        return _open_lora(path, files)
+    raise UserError(
+        f"{path}: no weights that are known here: no model_index.json, no checkpoint of the "
+        "trainer, no model.safetensors"
+    )
+
+
+def _open_lora(path: Path, files: Sequence[Path]) -> Weights:
+    """A folder that peft or diffusers saved a LoRA in; ``fact_convert.lora`` reads its layers."""
+    states, texts = zip(*map(read_file, files), strict=True)
+    state = {key: array for each in states for key, array in each.items()}
+    text = {key: value for each in texts for key, value in each.items()}
+    return Weights(path=path, format="LoRA folder", states={"unknown": state}, metadata=text)
+
+
+def _open_file(path: Path, weights: str) -> Weights:
+    state, text = read_file(path)
+    stored = "safetensors" if stored_as(path) == "safetensors" else "PyTorch pickle"
+    _refuse_others(path, state)
+    configs, pipeline = (json_in(text, name, path) for name in (_CONFIGS, _PIPELINE))
+    if is_ldm(state):
+        states, left_out = read_ldm(state, weights)
+        pipeline = pipeline or {"scheduler": read_schedule(state, text)}
+        return Weights(
+            path=path,
+            format=f"original layout, {stored}",
+            states=states,
+            metadata=text,
+            configs=configs,
+            left_out=left_out,
+            **_pipeline_in(pipeline),
+        )
+    state, own = take_side_key(state, text, path)
+    states = by_kind(state)
+    own = own | read_metadata(text, path) if ADAPTER_PARTS & set(states) else own
+    return Weights(path=path, format=stored, states=states, metadata=own, configs=configs)
+
+
+def _pipeline_in(said: object) -> dict[str, object]:
+    """What our own metadata says of the pipeline that weights come from, as fields of Weights."""
+    said = said if isinstance(said, Mapping) else {}
+    scheduler, name = said.get("scheduler"), said.get("class")
+    return {
+        "scheduler": scheduler if isinstance(scheduler, Mapping) else None,
+        "pipeline_class": name if isinstance(name, str) else None,
+    }
+
+
+def _pipeline_of(weights: Weights) -> dict[str, object]:
+    """:func:`_pipeline_in`, the other way."""
+    said = {"class": weights.pipeline_class, "scheduler": weights.scheduler}
+    return {name: value for name, value in said.items() if value is not None}
+
+
+def _refuse_others(path: Path, state: State) -> None:
+    if family := family_of(state):
+        raise UserError(f"{path}: this is {family}: {FAMILIES_KNOWN}")
+
+
+def _open_pipeline(path: Path, variant: str | None) -> Weights:
+    index = read_json(path / "model_index.json")
+    if family := family_of_class(index.get("_class_name")):
+        raise UserError(f"{path}: this is {family}: {FAMILIES_KNOWN}")
+    variants, notes = part_variants(path, {part: PARTS[part][1] for part in PARTS}, variant)
+    states = {
+        kind: read_weights(path / part, stem, variants[part])
+        for part, (kind, stem) in PARTS.items()
+    }
+    for kind, state in states.items():
+        _refuse_others(path / kind, state)
+    others = [
+        name
+        for name, said in index.items()
+        if isinstance(said, list) and said[0:1] not in ([None], []) and name not in _KNOWN_PARTS
+    ]
+    return Weights(
+        path=path,
+        format="diffusers",
+        states=states,
+        metadata=index,
+        configs=read_configs(path),
+        **_pipeline_in({"class": index.get("_class_name"), "scheduler": read_scheduler(path)}),
+        left_out={"parts of a pipeline that are no weights of ours": others} if others else {},
+        notes=list(notes),
+    )
+
+
+def by_kind(state: State) -> dict[str, State]:
+    """One file's tensors, by the kind of model that they belong to."""
+    if any(key.startswith(RESAMPLER_PREFIX) for key in state):
+        parts: dict[str, State] = {"adapter": {}, "resampler": {}}
+        for key, array in state.items():
+            part = "resampler" if key.startswith(RESAMPLER_PREFIX) else "adapter"
+            parts[part][key] = array
+        return {part: found for part, found in parts.items() if found}
+    kind, share = guess_kind(state)
+    return {kind if kind and share > 0.5 else "unknown": state}
+
+
+def unknown_keys(weights: Weights) -> dict[str, list[str]]:
+    """For every kind, the keys in it that its rules do not know."""
+    found = {}
+    for kind, state in weights.states.items():
+        best = guess_kind(state)[0] if kind == "unknown" else kind
+        prefix = prefix_of(best, state) if best else ""
+        strange = kind == "unknown" and len(weights.states) > 1
+        keys = [
+            key
+            for key in state
+            if not best
+            or strange
+            or (place_of(best, key, prefix) is None and not is_ignored(best, key, prefix))
+        ]
+        if keys:
+            found["unknown" if strange or not best else best] = keys
+    return found
+
+
+def step_of(weights: Weights) -> int | None:
+    """The step of training at which these weights were, if anything says it."""
+    said = weights.metadata.get("step")
+    if isinstance(said, int) or (isinstance(said, str) and said.isdecimal()):
+        return int(said)
+    folder = find_checkpoint(weights.path) if weights.format == "checkpoint" else None
+    if folder is None or not folder.name.isdecimal():
+        return None
+    # A run that went on from trained weights counts its own steps in its folders' names.
+    before = weights.metadata.get("steps_before", 0)
+    if not isinstance(before, int) or before < 0:
+        raise UserError(f"{weights.path}: its meta says steps_before {before!r:.40}: no number")
+    return int(folder.name) + before
+
+
+def save_torch(
+    weights: Weights,
+    out: Path,
+    dim_head: int | None = None,
+    wrote: Callable[[int], None] | None = None,
+    *,
+    original: bool = False,
+    replace: bool = True,
+    dry_run: bool = False,
+) -> None:
+    """Write one file for PyTorch: ``.safetensors``, or a pickle of ending ``.ckpt`` or ``.pt``.
+
+    An adapter's ``.safetensors`` is our adapter file, its ``.ckpt`` the released one; ``dim_head``
+    is how wide a head of its resampler is, where the source does not say. A whole base is written
+    in the original layout, and parts of one if ``original``. ``wrote`` is called with the number
+    of bytes of every tensor written. Raises UserError for what no rule knows, and without
+    ``replace`` if ``out`` is there already; with ``dry_run`` that is all.
+    """
+    check_known(weights)
+    stored = stored_as(out)
+    if stored is None:
+        raise UserError(f"{out}: a file for PyTorch ends in .safetensors, .ckpt or .pt")
+    if original or weights.kind == "pipeline":
+        state = _original(weights)
+    else:
+        state = {key: array for part in weights.states.values() for key, array in part.items()}
+        if len(state) != sum(map(len, weights.states.values())):
+            raise UserError(f"{weights.path}: holds {weights.kind}, too many models for one file")
+    pickled = stored == "pickle"
+    texts = {}
+    if weights.kind == "adapter":
+        config = _adapter_config(weights, dim_head, guess=not pickled)
+        if pickled and config:
+            resampler = read_config("resampler", config["resampler"])
+            state = with_side_key(state, resampler)
+    else:
+        state, texts = _with_settings(weights, state, pickled)
+    if dry_run:
+        return
+    if pickled:
+        write_pickle(out, state, wrote, replace=replace)
+    elif weights.kind == "adapter":
+        write_adapter(out, state, config, about(weights), wrote, replace=replace)
+    else:
+        texts = {"format": "pt", **texts, **texts_about(weights)}
+        write_safetensors(out, state, texts, wrote, replace=replace)
+
+
+def _with_settings(weights: Weights, state: State, pickled: bool) -> tuple[State, dict[str, str]]:
+    """A file's tensors and metadata with what its source says of its models beside weights.
+
+    A pickle has no metadata: of a base the noise schedule stands in tensors that such files have,
+    and what is lost is noted.
+    """
+    base = "unet" in weights.states and weights.scheduler is not None
+    schedule = read_schedule_config(weights.scheduler) if base else NoiseSchedule.sd15()
+    if not pickled:
+        said = {_CONFIGS: weights.configs, _PIPELINE: _pipeline_of(weights)}
+        texts = {name: json.dumps(value) for name, value in said.items() if value}
+        return state, prediction_texts(schedule) | texts
+    lost = [kind for kind, config in weights.configs.items() if not _is_told(weights, kind, config)]
+    if lost:
+        weights.notes.append(
+            f"{', '.join(lost)}: such a file does not hold the configuration (heads and the like), "
+            "which no tensor tells either: keep it for --config, or write .safetensors"
+        )
+    if base:
+        state = {**state, **schedule_tensors(schedule)}
+    if "unet" in weights.states and weights.pipeline_class is not None:
+        told = pipeline_class(weights.states["unet"], None)
+        if told != weights.pipeline_class:
+            weights.notes.append(f"{weights.pipeline_class}: such a file does not say this class")
+    return state, {}
+
+
+def _is_told(weights: Weights, kind: str, config: Mapping) -> bool:
+    """Whether a model's tensors alone give its own configuration."""
+    try:
+        found, _ = infer_config(kind, weights.states[kind])
+    except UserError:
+        return False
+    names = UNTOLD.get(kind, ("num_heads", "dim_head"))
+    one, other = (read_config(kind, each) for each in (found, config))
+    return all(getattr(one, name, None) == getattr(other, name, None) for name in names)
+
+
+def _original(weights: Weights) -> State:
+    states = {
+        kind: in_shape(kind, state, weights.configs[kind]) if kind in weights.configs else state
+        for kind, state in weights.states.items()
+    }
+    try:
+        return write_ldm({kind: canonical(kind, state) for kind, state in states.items()})
+    except UserError as err:
+        raise UserError(f"{weights.path}: {err}") from err
+
+
+def save_jax(
+    weights: Weights,
+    out: Path,
+    dim_head: int | None = None,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    wrote: Callable[[int], None] | None = None,
+) -> None:
+    """Write a checkpoint folder of JAX arrays, with what :func:`save_torch` needs to go back.
+
+    Raises UserError for what no rule knows; with ``dry_run`` that is all.
+    """
+    check_known(weights)
+    params, kept = to_jax(weights.states)
+    meta: dict[str, object] = {"kept": kept}
+    if beside := _said_beside(weights):
+        meta[_BESIDE] = beside
+    if weights.configs:
+        meta[_CONFIGS] = dict(weights.configs)
+    if pipeline := _pipeline_of(weights):
+        meta[_PIPELINE] = pipeline
+    if weights.kind == "adapter":
+        meta["adapter"] = _adapter_config(weights, dim_head)
+    if not dry_run:
+        everything = functools.partial(_with_origin, weights, meta)
+        write_checkpoint(out, params, everything, force=force, wrote=wrote)
+
+
+def _with_origin(weights: Weights, meta: Mapping[str, object]) -> dict[str, object]:
+    return {**_origin(weights), **meta}
+
+
+def check_known(weights: Weights) -> None:
+    """UserError unless these are whole models that are known here, by tensors and configurations.
+
+    Every way to write goes through here, and what ``load_state`` refuses is refused with the same
+    words. No tensor is read.
+    """
+    if any(is_lora(state) for state in weights.states.values()):
+        raise UserError(
+            f"{weights.path}: is a LoRA, which is no model: merge-lora adds it to a base, "
+            "convert-lora writes it in another layout"
+        )
+    if unknown := unknown_keys(weights):
+        keys = [key for found in unknown.values() for key in found]
+        raise UserError(
+            f"{weights.path}: {len(keys)} unexpected ({listed(keys)}); nearest kind: "
+            f"{', '.join(unknown)}"
+        )
+    if weights.format == "diffusers" and weights.scheduler is None:
+        raise UserError(
+            f"{weights.path}: not a whole diffusers pipeline: it has no scheduler, so that nothing "
+            "says what its UNet predicts; give --config, a folder that has one"
+        )
+    check_whole(weights)
+
+
+def check_whole(weights: Weights) -> None:
+    """:func:`check_known` of the models that are known; other tensors may stand beside them."""
+    states = {kind: state for kind, state in weights.states.items() if kind != "unknown"}
+    try:
+        if "adapter" in states:
+            resampler, blocks = split_state(_in_one(weights, ADAPTER_PARTS), weights.path)
+            check_adapter(resampler, blocks, _said_of_adapter(weights).get("resampler"))
+        if weights.scheduler is not None:
+            read_schedule_config(weights.scheduler)
+    except UserError as err:
+        where = "" if str(err).startswith(str(weights.path)) else f"{weights.path}: "
+        raise UserError(f"{where}{err}") from err
+    rest = {k: s for k, s in states.items() if k not in ADAPTER_PARTS or "adapter" not in states}
+    check_all(weights.path, rest, weights.configs)
+
+
+def _in_one(weights: Weights, parts: Collection[str]) -> State:
+    return {
+        k: a for part, state in weights.states.items() if part in parts for k, a in state.items()
+    }
+
+
+def about(weights: Weights) -> dict[str, object]:
+    """Where weights come from, for the metadata of what is made of them.
+
+    What their own file says beside that (as kohya's ``ss_*``) is kept.
+    """
+    return {**_said_beside(weights), **_origin(weights)}
+
+
+def _origin(weights: Weights) -> dict[str, object]:
+    known = {key: weights.metadata[key] for key in ("encoder",) if key in weights.metadata}
+    if tokens := added_tokens(weights):
+        known[_ADDED] = [dataclasses.asdict(token) for token in tokens]
+    step = step_of(weights)
+    found = {**provenance([weights.path, *weights.also]), **known}
+    return found if step is None else {**found, "step": step}
+
+
+def _said_beside(weights: Weights) -> dict[str, str]:
+    """The texts in the metadata of a weight file that are not those that are written here."""
+    if weights.format in ("diffusers", "folder"):  # whose metadata is a configuration
+        return {}
+    said = weights.metadata
+    if weights.format == "checkpoint":
+        said = said.get(_BESIDE)
+        said = said if isinstance(said, Mapping) else {}
+    return {key: text for key, text in said.items() if isinstance(text, str) and key not in _OWN}
+
+
+def added_tokens(weights: Weights) -> list[AddedToken]:
+    """Tokens beside CLIP's own that the text encoder among these weights has rows for."""
+    if "clip_text" not in weights.states:
+        return []
+    folder = weights.path / "tokenizer"
+    if weights.format == "diffusers":
+        return read_added_tokens(folder) if folder.is_dir() else []
+    said = weights.metadata.get(_ADDED, [])
+    try:
+        said = json.loads(said) if isinstance(said, str) else said
+        return [AddedToken.from_dict(token) for token in said]
+    except (UserError, ValueError, TypeError, RecursionError) as err:
+        raise UserError(f"{weights.path}: metadata {_ADDED!r} is damaged ({err})") from err
+
+
+def texts_about(weights: Weights) -> dict[str, str]:
+    """:func:`about` with texts alone, as safetensors' metadata has to be."""
+    found = about(weights).items()
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found}
+
+
+def _adapter_config(weights: Weights, dim_head: int | None, guess: bool = True) -> dict:
+    """What a file shall say of the adapter's models: what its source says, else the shapes.
+
+    Without ``guess`` it is empty where the heads are not known for certain.
+    """
+    said = _said_of_adapter(weights)
+    metadata = {"config": said} if said else weights.metadata
+    if not said and not guess and dim_head is None and "dim_head" not in metadata:
+        return {}
+    prefix = prefix_of("resampler", weights.states["resampler"])
+    own = {key.removeprefix(prefix): a for key, a in weights.states["resampler"].items()}
+    try:
+        found, note = find_resampler_config(own, metadata, dim_head)
+        config = read_config("resampler", found, own)
+    except UserError as err:
+        raise UserError(f"{weights.path}: {err}") from err
+    weights.notes.extend([note] if note else [])
+    return {**said, "resampler": config.to_dict()}
+
+
+def _said_of_adapter(weights: Weights) -> dict[str, object]:
+    """What an adapter's source says of the models that it belongs to; it may be nothing."""
+    config = weights.metadata.get("config")
+    config = config if isinstance(config, Mapping) else {}
+    for said in (weights.metadata.get("adapter"), config, _trained_with(config)):
+        if isinstance(said, Mapping) and isinstance(said.get("resampler"), Mapping):
+            return {key: said[key] for key in ("unet", "resampler") if key in said}
+    return {}
+
+
+def _trained_with(config: Mapping[str, object]) -> dict[str, object]:
+    """The resampler in the trainer's settings, which it stores by dotted names."""
+    mark = "options.resampler."
+    found = {k.removeprefix(mark): value for k, value in config.items() if k.startswith(mark)}
+    return {"resampler": found} if found else {}

@@ -1,0 +1,107 @@
+"""Names for what weights hold and where they came from: for the metadata of files."""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fact_convert.io.lazy_tensor import Lazy, fetch, release
+from fact_convert.io.parallel import in_threads
+from fact_jax.utils.command_line import version_of
+from fact_jax.utils.errors import UserError
+
+CONTENT = "content"
+"""Where a file's metadata says what it holds: the :func:`content_hash` of its tensors."""
+_HASH = re.compile(r"[0-9a-f]{64}")
+_BLOCK = 1 << 25
+
+
+def content_hash(tensors: Iterable[tuple[str, np.ndarray | Lazy]]) -> str:
+    """SHA-256 over names, dtypes, shapes and numbers; their order and the file do not matter."""
+    named = list(tensors)
+
+    def line(entry: tuple[str, np.ndarray | Lazy]) -> str:
+        array = np.asarray(entry[1])
+        text = describe(entry[0], array, digest(array))
+        release(array)
+        return text
+
+    return hash_of(in_threads(line, named, lambda entry: fetch(entry[1])))
+
+
+def check_content(
+    path: str | os.PathLike, state: Mapping[str, np.ndarray], metadata: Mapping[str, str]
+) -> None:
+    """UserError if a file's tensors are not those whose hash its metadata carries.
+
+    A few are read at a time. Files of other programs carry none, and are not read.
+    """
+    said = metadata.get(CONTENT, "")
+    if _HASH.fullmatch(said) and content_hash(state.items()) != said:
+        raise UserError(
+            f"{path}: damaged, or changed by another program: its tensors are not those that were "
+            "written (metadata 'content')"
+        )
+
+
+def digest(array: np.ndarray) -> str:
+    """SHA-256 of an array's numbers in C order."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    return hashlib.sha256(flat.data).hexdigest()
+
+
+def describe(name: str, array: np.ndarray | Lazy, numbers: str) -> str:
+    """One tensor's line in the list that :func:`hash_of` takes; ``numbers`` is its digest."""
+    return f"{name} {array.dtype.name} {list(array.shape)} {numbers}\n"
+
+
+def hash_of(lines: Iterable[str]) -> str:
+    """The content hash of tensors that are described line by line."""
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+
+
+def file_sums(source: str | os.PathLike) -> dict[str, str]:
+    """The SHA-256 of a weight file, or by their names of those in a folder, as sha256sum has it."""
+    source = Path(source)
+    files = _files(source)
+    names = [source.name if f == source else f.relative_to(source).as_posix() for f in files]
+    return dict(zip(names, in_threads(_hash_file, files), strict=True))
+
+
+def provenance(sources: Sequence[str | os.PathLike]) -> dict[str, str]:
+    """What weights were made of, for a file's metadata: the program, and hashes of the sources.
+
+    Of a folder the SHA-256 of every weight file; of a training checkpoint that of its ``meta``,
+    which holds the sum of every tensor. No name or path is in it: equal sources give equal texts.
+    """
+    files = [file for source in sources for file in _files(Path(source))]
+    hashes = list(in_threads(_hash_file, files))
+    return {"software": f"fact-jax {version_of()}", "sources": json.dumps(hashes)}
+
+
+def _files(source: Path) -> list[Path]:
+    from fact_convert.io.orbax_io import find_checkpoint
+
+    if source.is_file():
+        return [source]
+    checkpoint = find_checkpoint(source)
+    if checkpoint is not None:
+        meta = checkpoint / "meta" / "metadata"
+        return [meta] if meta.is_file() else []
+    return sorted([*source.rglob("*.safetensors"), *source.rglob("*.bin")])
+
+
+def _hash_file(path: Path) -> str:
+    size = path.stat().st_size
+    if not size:
+        return hashlib.sha256().hexdigest()
+    data, found = np.memmap(path, np.uint8, "r"), hashlib.sha256()
+    for begin in range(0, size, _BLOCK):
+        fetch(data[begin : begin + 2 * _BLOCK])  # the next one is on its way while this is hashed
+        found.update(data[begin : begin + _BLOCK].data)
+        release(data)
+    return found.hexdigest()

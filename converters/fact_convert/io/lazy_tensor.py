@@ -1,0 +1,138 @@
+"""Arrays that are not in memory: read when wanted, turned to another layout tensor by tensor."""
+
+import mmap
+from collections.abc import Callable
+
+import numpy as np
+
+from fact_jax.utils.errors import UserError
+
+
+class Lazy:
+    """Stands for an array that is read, or computed, every time it is wanted.
+
+    What only moves axes, and ``astype``, gives a ``Lazy`` again; ``np.asarray`` and everything
+    else that arrays can do reads it. ``source`` is what it is made of, if that is one array.
+    """
+
+    def __init__(
+        self,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        read: Callable[[], np.ndarray],
+        source: "np.ndarray | Lazy | None" = None,
+    ):
+        self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
+        self.ndim, self.source = len(self.shape), source
+
+    @property
+    def size(self) -> int:
+        return int(np.prod(self.shape, dtype=object))
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    @property
+    def T(self) -> "Lazy":  # noqa: N802  (numpy's name)
+        return self._viewed(lambda array: array.T)
+
+    def transpose(self, *axes) -> "Lazy":
+        return self._viewed(lambda array: array.transpose(*axes))
+
+    def reshape(self, *shape) -> "Lazy":
+        return self._viewed(lambda array: array.reshape(*shape))
+
+    def __getitem__(self, index) -> "Lazy":
+        return self._viewed(lambda array: array[index])
+
+    def astype(self, dtype) -> "Lazy":
+        return Lazy(self.shape, dtype, lambda: np.asarray(self).astype(dtype), self)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype=None, copy=None) -> np.ndarray:
+        array = self._read()
+        if array.shape != self.shape or array.dtype != self.dtype:
+            raise ValueError(f"{array.dtype} {array.shape}, not {self.dtype} {self.shape}")
+        return array if dtype is None else array.astype(dtype, copy=False)
+
+    def __getattr__(self, name: str):
+        # Protocols that hand out a pointer would outlive the array that they point into.
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(np.asarray(self), name)
+
+    def _viewed(self, view: Callable[[np.ndarray], np.ndarray]) -> "Lazy":
+        shape = view(np.broadcast_to(np.int8(0), self.shape)).shape
+        return Lazy(shape, self.dtype, lambda: view(np.asarray(self)), self)
+
+
+def rounded(array: np.ndarray | Lazy, dtype: np.dtype, name: str) -> np.ndarray | Lazy:
+    """``array`` in another precision, computed when wanted; then :func:`check_range` applies."""
+    if array.dtype == dtype:
+        return array
+
+    def read() -> np.ndarray:
+        wide = np.asarray(array)
+        with np.errstate(over="ignore"):
+            return check_range(wide.astype(dtype), wide, name)
+
+    return Lazy(array.shape, dtype, read, array)
+
+
+def check_range(narrow: np.ndarray, wide: np.ndarray | Lazy, name: str) -> np.ndarray:
+    """``narrow``, if no number became infinite when ``wide`` was rounded to it; else UserError."""
+    if narrow.dtype != wide.dtype and np.isinf(narrow).any():
+        wide = np.asarray(wide)
+        lost = np.abs(wide[np.isinf(narrow) & np.isfinite(wide)].astype(np.float64))
+        if lost.size:
+            hint = {"float16": "bfloat16", "bfloat16": "float32"}.get(narrow.dtype.name, "float64")
+            raise UserError(
+                f"{name}: {lost.size} numbers, up to {lost.max():.4g}, are too large for "
+                f"{narrow.dtype.name}; {hint} holds them"
+            )
+    return narrow
+
+
+def contiguous(
+    view: np.ndarray | Lazy, dtype: np.dtype | None = None, out: np.ndarray | None = None
+) -> np.ndarray:
+    """A copy in C order, in ``out`` if it is given.
+
+    By slices that fit the cache: half the time of one at once.
+    """
+    view = np.asarray(view)
+    out = np.empty(view.shape, dtype or view.dtype) if out is None else out
+    if view.ndim < 2 or view.flags.c_contiguous:
+        out[...] = view
+        return out
+    axis = 2 if view.ndim == 4 and view.shape[2] > view.shape[1] else 1  # the inputs of a layer
+    for start in range(0, view.shape[axis], 16):
+        part = (slice(None),) * axis + (slice(start, start + 16),)
+        out[part] = view[part]
+    return out
+
+
+def fetch(array: np.ndarray | Lazy) -> None:
+    """Have the disk read an array of a mapped file at once, not page by page as it is used."""
+    while isinstance(array, Lazy):
+        array = array.source
+    _advise(array, mmap.MADV_WILLNEED)
+
+
+def release(array: np.ndarray) -> None:
+    """Let go of the memory of an array of a mapped file: what is wanted again is read again."""
+    _advise(array, mmap.MADV_DONTNEED)
+
+
+def _advise(array: np.ndarray | None, advice: int) -> None:
+    base = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and array.nbytes:
+        low, high = np.lib.array_utils.byte_bounds(array)
+        origin = np.frombuffer(base, np.uint8).ctypes.data
+        begin = (low - origin) // mmap.PAGESIZE * mmap.PAGESIZE
+        base.madvise(advice, begin, high - origin - begin)

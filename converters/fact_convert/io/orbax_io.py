@@ -1,0 +1,171 @@
+"""Checkpoints of ``train/``: nested JAX arrays in Orbax folders, to flat PyTorch states and back.
+
+A checkpoint is a folder with the items ``state`` (a dict with ``params`` and perhaps ``ema``, each
+nested as the modules are) and ``meta`` (JSON).
+"""
+
+import concurrent.futures
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fact_convert.io.reading import DTYPES, State, read_json
+from fact_convert.io.writing import write_json
+from fact_convert.io.zarr_io import read_tree, write_tree
+from fact_convert.mapping import Difference, is_ignored, names_of, place_of, prefix_of
+from fact_convert.output_paths import whole_folder
+from fact_convert.rules.key_tables import RESAMPLER_PREFIX, TABLES
+from fact_jax.utils.errors import UserError
+
+_HEADS = {
+    "adapter": "adapter",
+    "resampler": "resampler",
+    "unet": "unet",
+    "clip_text": "text_encoder",
+    "vae": "vae",
+    "transface": "encoder",
+    "controlnet": "controlnet",
+}
+"""What each kind is called in ``params`` where several are trained together."""
+_BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
+_TRAINING_ONLY = {"centres"}
+"""What is trained beside a model and thrown away: the class centres of the encoder's loss."""
+
+
+def find_checkpoint(path: str | os.PathLike) -> Path | None:
+    """The checkpoint that a folder is or holds: of a run or a folder of steps the newest."""
+    path = Path(path)
+    for folder in (path, path / "checkpoints"):
+        if (folder / "state" / "_METADATA").exists():
+            return folder
+        if folder.is_dir():
+            steps = [step for step in folder.iterdir() if step.name.isdecimal()]
+            whole = [step for step in steps if (step / "state" / "_METADATA").exists()]
+            if whole:
+                return max(whole, key=lambda step: int(step.name))
+    return None
+
+
+def read_checkpoint(path: str | os.PathLike, weights: str = "ema") -> tuple[State, dict]:
+    """A checkpoint's parameters as flat dotted paths in the JAX layout, and its ``meta``.
+
+    ``weights`` is ``ema`` (the running average, or the parameters where there is none) or
+    ``params``. Each tensor is read when it is wanted, and compared with the sum that ``meta`` has
+    of it. Raises UserError for a folder that is damaged or holds no parameters.
+    """
+    folder = find_checkpoint(path)
+    if folder is None:
+        raise UserError(f"{path}: no whole checkpoint in it")
+    meta = folder / "meta" / "metadata"
+    about = read_json(meta) if meta.exists() else {}
+    flat = read_tree(folder / "state", weights, about.get("checksums"))
+    if not flat:
+        raise UserError(f"{folder}: holds no parameters")
+    return flat, about
+
+
+def to_torch(flat: State, kept: Mapping[str, Mapping] | None = None) -> dict[str, State]:
+    """Parameters by dotted path -> flat PyTorch states by kind, with the names that files have.
+
+    ``kept`` are the tensors that :func:`to_jax` put aside. Raises one UserError with every path
+    that no rule knows, and one if something put aside has the name of a weight.
+    """
+    difference = Difference()
+    states: dict[str, State] = {}
+    for kind, part in _by_kind(flat).items():
+        state = states[kind] = {}
+        for path, array in part.items():
+            if names := names_of(kind, path, _prefix(kind)):
+                leaf = names[0].leaf
+                state[names[0].torch] = leaf.to_torch(array, array.ndim)
+            else:
+                difference.unexpected.append(path)
+    difference.raise_if_any("the checkpoint's parameters are not known here")
+    try:
+        for kind, aside in (kept or {}).items():
+            prefixes = {prefix_of(kind, aside), *TABLES[kind].prefixes}
+            for key, (dtype, values) in aside.items():
+                if any(place_of(kind, key, prefix) for prefix in prefixes):
+                    raise UserError(
+                        f"what the checkpoint put aside has the name of a weight: {key}"
+                    )
+                states[kind][key] = np.array(values, _BY_NAME[dtype])
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as err:
+        raise UserError(f"what the checkpoint put aside is damaged ({err!r})") from err
+    return states
+
+
+def _by_kind(flat: State) -> dict[str, State]:
+    heads: dict[str, State] = {}
+    for path, array in flat.items():
+        head, _, rest = path.partition(".")
+        if head not in _TRAINING_ONLY:
+            heads.setdefault(head, {})[rest] = array
+    kinds = {head: kind for kind, head in _HEADS.items()}
+    if set(heads) <= set(kinds):
+        return {kinds[head]: part for head, part in heads.items()}
+    # One model, not under a name of its own: the kind that knows the most of its paths.
+    known = {kind: sum(bool(names_of(kind, path, "")) for path in flat) for kind in TABLES}
+    return {max(known, key=known.get): flat}
+
+
+def _prefix(kind: str) -> str:
+    return RESAMPLER_PREFIX if kind == "resampler" else TABLES[kind].prefixes[0]
+
+
+def to_jax(states: Mapping[str, State]) -> tuple[dict, dict[str, dict]]:
+    """Flat PyTorch states by kind (as :func:`to_torch` gives them) -> nested ``params``.
+
+    Also gives what carries no weight and has no place in them, as data for JSON. Raises one
+    UserError with every key that no rule knows.
+    """
+    difference = Difference()
+    params: dict = {}
+    kept: dict[str, dict] = {}
+    for kind, state in states.items():
+        prefix = prefix_of(kind, state)
+        for key, array in state.items():
+            place = place_of(kind, key, prefix)
+            if place is None and is_ignored(kind, key, prefix):
+                kept.setdefault(kind, {})[key] = (array.dtype.name, array.tolist())
+                continue
+            if place is None:
+                difference.unexpected.append(key)
+                continue
+            *parents, last = (_HEADS[kind], *place.jax.split("."))
+            node = params
+            for name in parents:
+                node = node.setdefault(name, {})
+            node[last] = place.leaf.to_jax(array, array.ndim)
+    difference.raise_if_any("these weights are not known here")
+    return params, kept
+
+
+def write_checkpoint(
+    path: str | os.PathLike,
+    params: Mapping,
+    meta: Mapping | Callable[[], Mapping],
+    *,
+    force: bool = False,
+    wrote: Callable[[int], None] | None = None,
+) -> None:
+    """Write a checkpoint folder that :func:`read_checkpoint` reads, whole or not at all.
+
+    ``meta`` may be a function, which is called while the tensors are written: hashing their file
+    takes as long. ``wrote`` is called with the number of bytes of every tensor.
+    """
+    with (
+        whole_folder(path, force=force) as folder,
+        concurrent.futures.ThreadPoolExecutor(1) as beside,
+    ):
+        about = beside.submit(meta if callable(meta) else lambda: meta)
+        sums = write_tree(folder / "state", {"params": params, "ema": None}, wrote)
+        write_json(folder / "meta" / "metadata", {**about.result(), "checksums": sums})
+        handlers = "orbax.checkpoint._src.handlers"
+        items = {
+            "state": f"{handlers}.standard_checkpoint_handler.StandardCheckpointHandler",
+            "meta": f"{handlers}.json_checkpoint_handler.JsonCheckpointHandler",
+        }
+        write_json(folder / "_CHECKPOINT_METADATA", {"item_handlers": items})

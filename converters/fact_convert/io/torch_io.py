@@ -1,0 +1,316 @@
+"""Files that ``torch.save`` wrote, through the loader that runs no code.
+
+The pickle in such a file says where each tensor's numbers lie. The archive around it is checked
+first, so that nothing is unpacked; and afterwards every tensor is compared with the archive, since
+the loader believes the pickle. Trainers store objects of their own classes beside the tensors:
+these are never imported, what stands for them only holds what the file says.
+"""
+
+import os
+import re
+import struct
+import sys
+import warnings
+import zipfile
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fact_convert.io.file_types import FAMILIES_KNOWN, family_of
+from fact_convert.io.lazy_tensor import release
+from fact_convert.io.parallel import in_threads
+from fact_convert.io.safetensors_io import DTYPES, State, check_file, check_names
+from fact_jax.utils.errors import UserError, listed
+
+_PICKLE_LIMIT = 16 * 2**20
+_BLOCK = 2**25
+_LOCAL = struct.Struct("<4s22xHH")
+_DATA_MODULES = {"argparse", "collections", "copyreg", "datetime", "decimal", "enum", "fractions"}
+_DATA_MODULES |= {"functools", "pathlib", "types", "typing", "uuid"}
+_DATA_TYPES = {"bool", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object"}
+_DATA_TYPES |= {"range", "set", "slice", "str", "tuple", "type"}
+"""Of Python's own names those that trainers' files hold; the others have no business in one."""
+_OLD_MODULES = {"__builtin__", "commands"}
+"""Python 2's names of modules, which pickles use: ``commands`` is subprocess."""
+_FOLDER = 0x10
+"""In DOS' attributes. PyTorch, unless it maps a file, gives such a record any numbers at all."""
+
+
+def read_pickle(path: str | os.PathLike) -> State:
+    """A flat state from a pickled PyTorch file: the whole of it, or its ``state_dict``.
+
+    Tensors are memory maps, except in files from before PyTorch 1.6.
+    """
+    return read_pickled(path)[0]
+
+
+def read_pickled(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
+    """:func:`read_pickle` with what the file says beside: ``step``, of a trainer's checkpoint.
+
+    ``not loaded`` are the classes of the objects beside the tensors.
+    """
+    path = Path(path)
+    check_file(path)
+    with open(path, "rb") as handle:
+        zipped = handle.read(4) == b"PK\x03\x04"
+    records = _records(path) if zipped else {}
+    held, replaced = _load(path, mmap=zipped)
+    if not isinstance(held, dict) or not held:
+        raise UserError(f"{path}: holds no dictionary of tensors but a {type(held).__name__}")
+    tensors = dict(_tensors(held, {}))
+    step = held.get("global_step")
+    texts = {"step": str(step)} if type(step) is int else {}
+    texts |= {"not loaded": listed(replaced)} if replaced else {}
+    inner = held.get("state_dict")
+    state = inner if isinstance(inner, dict) and inner else held
+    wrong = [k for k, v in state.items() if not (isinstance(k, str) and id(v) in tensors)]
+    if wrong:
+        texts = {key: value for key, value in state.items() if isinstance(key, str)}
+        if family := family_of(texts):
+            raise UserError(f"{path}: this is {family}: {FAMILIES_KNOWN}")
+        names = (ascii(key) if isinstance(key, str) else type(key).__name__ for key in wrong)
+        raise UserError(f"{path}: not a flat dictionary of tensors: {listed(names)}")
+    check_names(path, state)
+    dtypes = {key: _dtype(path, key, tensor) for key, tensor in state.items()}
+    data = np.memmap(path, np.uint8, "r")
+    # A tensor may show its numbers many times over; two models may share some.
+    claimed = sum(tensor.numel() * dtypes[key].itemsize for key, tensor in state.items())
+    if claimed > 2 * data.size:
+        raise UserError(f"{path}: claims {claimed} bytes of numbers in its {data.size}")
+    places = _places(path, tensors, records) if zipped else {}
+    try:
+        arrays = {key: _array(held, dtypes[key], places, data) for key, held in state.items()}
+    except (TypeError, ValueError, RuntimeError) as err:
+        raise _damaged(path, err) from err
+    return arrays, texts
+
+
+def _load(path: Path, *, mmap: bool) -> tuple[object, list[str]]:
+    """What the file holds, and the classes that only stand-ins were made of."""
+    try:
+        import torch
+    except ImportError as err:
+        raise UserError(
+            f"{path}: reading {path.suffix} files needs PyTorch: pip install 'fact-jax[torch]'"
+        ) from err
+    import pickle
+
+    def load() -> object:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of pickles of other versions, which work
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+
+    names: list[str] = []
+    try:
+        try:
+            return load(), []
+        except pickle.UnpicklingError:
+            names = _unknown_classes(path) if mmap else []
+            if not names:
+                raise
+        try:
+            with torch.serialization.safe_globals(_stand_ins(names, _Held)):
+                return load(), names
+        except pickle.UnpicklingError:  # some of them are dictionaries
+            with torch.serialization.safe_globals(_stand_ins(names, _HeldItems)):
+                return load(), names
+    except pickle.UnpicklingError as err:
+        reason = re.search(r"(Unsupported \w+|Unsupported global: GLOBAL \S+|GLOBAL \S+)", str(err))
+        named = listed(names) or (reason[0].removeprefix("Unsupported global: ") if reason else "")
+        raise UserError(
+            f"{path}: refused, since it holds more than tensors and could run code"
+            f"{f' ({named})' if named else ''}; ask for it as safetensors"
+        ) from err
+    except UserError:
+        raise
+    except Exception as err:  # a damaged file fails anywhere in the loader, with anything
+        raise _damaged(path, err) from err
+
+
+class _Held:
+    """Stands for an object of a class that is not imported: holds what the file gives, no more."""
+
+    def __new__(cls, *args):
+        self = super().__new__(cls)
+        self.held = [args]
+        return self
+
+    def __init__(self, *args):
+        pass
+
+    def __setstate__(self, state):
+        self.held.append(state)
+
+
+class _HeldItems:
+    """The same for dictionaries' classes: the loader puts items into its own sort alone."""
+
+    def __new__(cls, *args):
+        return OrderedDict(held=args)
+
+
+def _stand_ins(names: list[str], kind: type) -> list[tuple[type, str]]:
+    # numpy's types, and partial functions, are given a state that no dictionary has.
+    kinds = {name: _Held if name.startswith(("numpy.", "functools.")) else kind for name in names}
+    return [(type(name, (base,), {}), name) for name, base in kinds.items()]
+
+
+def _unknown_classes(path: Path) -> list[str]:
+    """The classes in a file that PyTorch does not load. UserError if one of them could run code."""
+    try:
+        names = sorted(_torch().serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # what it cannot read, the loader refuses and says why
+        return []
+    for name in names:
+        module, _, inner = name.partition(".")
+        plain = module in _DATA_MODULES or (module == "builtins" and inner in _DATA_TYPES)
+        if module in {*sys.stdlib_module_names, *_OLD_MODULES} and not plain:
+            raise UserError(
+                f"{path}: refused, since it holds more than tensors and could run code ({name}); "
+                "ask for it as safetensors"
+            )
+    return names
+
+
+def _damaged(path: Path, err: Exception | str) -> UserError:
+    line = str(err).strip().splitlines()
+    reason = ascii(line[0])[1:-1] if line else type(err).__name__
+    return UserError(f"{path}: not a whole PyTorch file ({reason[:300]})")
+
+
+def _records(path: Path) -> dict[int, int]:
+    """Where each record of numbers begins and how long it is. UserError for a packed archive."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+            raise UserError(f"{path}: is a TorchScript program, not weights")
+        if sum(entry.file_size for entry in entries) > size:
+            raise UserError(f"{path}: refused, it would unpack to more than its {size} bytes")
+        records, places = {}, {}
+        with open(path, "rb") as handle:
+            for entry in entries:
+                plain = entry.compress_type == zipfile.ZIP_STORED and not entry.flag_bits & 1
+                if not plain or entry.compress_size != entry.file_size:
+                    raise UserError(f"{path}: refused, it is packed as PyTorch never does")
+                if entry.external_attr & _FOLDER:
+                    raise UserError(f"{path}: refused, {entry.filename!a} is marked as a folder")
+                handle.seek(entry.header_offset)
+                mark, name, extra = _LOCAL.unpack(handle.read(_LOCAL.size))
+                begin = entry.header_offset + _LOCAL.size + name + extra
+                if mark != b"PK\x03\x04" or begin + entry.file_size > size:
+                    raise _damaged(path, f"{entry.filename} is cut off")
+                places[begin] = entry
+                if entry.filename.endswith(".pkl") and entry.file_size > _PICKLE_LIMIT:
+                    raise UserError(f"{path}: a pickle of {entry.file_size} bytes is too much")
+                if entry.filename.endswith("/byteorder"):
+                    handle.seek(begin)
+                    if (order := handle.read(min(entry.file_size, 8))) != b"little":
+                        raise UserError(f"{path}: its byte order is {order!r}, not 'little'")
+                if "/data/" in entry.filename and entry.file_size:
+                    records[begin] = entry.file_size
+        _check_sums(path, places)
+    except UserError:
+        raise
+    except Exception as err:  # a damaged archive fails anywhere, with anything
+        raise _damaged(path, err) from err
+    return records
+
+
+def _check_sums(path: Path, places: Mapping[int, zipfile.ZipInfo]) -> None:
+    """UserError if a record, by where it begins, is not what its checksum says."""
+    data = np.memmap(path, np.uint8, "r")
+
+    def differs(begin: int) -> bool:
+        end, found = begin + places[begin].file_size, 0
+        for start in range(begin, end, _BLOCK):
+            block = data[start : min(start + _BLOCK, end)]
+            found = zlib.crc32(block, found)
+            release(block)
+        return found != places[begin].CRC
+
+    # PyTorch writes zeros if it is told not to work out any sums.
+    summed = [begin for begin, entry in places.items() if entry.CRC]
+    for begin, wrong in zip(summed, in_threads(differs, summed), strict=True):
+        if wrong:
+            raise _damaged(path, f"{places[begin].filename} is not what was written")
+
+
+def _tensors(held: object, seen: dict[int, object]) -> Iterator[tuple[int, object]]:
+    """Every tensor in nested dictionaries and lists, once, by its identity."""
+    import torch
+
+    rest = [held]
+    while rest:
+        value = rest.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if torch.is_tensor(value):
+            yield id(value), value
+        elif isinstance(value, dict):
+            rest += [*value.values(), *getattr(value, "__dict__", {}).values()]
+        elif isinstance(value, list | tuple | set):
+            rest += value
+        elif isinstance(value, _Held):
+            rest += value.held
+
+
+def _places(path: Path, tensors: dict, records: dict[int, int]) -> dict[int, int]:
+    """Where in the file each storage lies, by its address. UserError unless all fit the records.
+
+    The loader maps the file, and takes where a storage begins from the archive but how long it is
+    from the pickle.
+    """
+    storages = {}
+    for tensor in tensors.values():
+        if tensor.layout == _torch().strided and tensor.device.type == "cpu":
+            storage = tensor.untyped_storage()
+            if storage.nbytes():
+                storages[storage.data_ptr()] = storage.nbytes()
+    found, known = sorted(storages.items()), sorted(records.items())
+    shift = found[0][0] - known[0][0] if found and known else 0
+    if [(address - shift, size) for address, size in found] != known:
+        raise _damaged(path, "its pickle and its records do not agree")
+    return {address: address - shift for address in storages}
+
+
+def _dtype(path: Path, key: str, tensor) -> np.dtype:
+    """What sort of numbers a tensor holds. UserError unless they lie plainly in memory."""
+    dtype = _dtypes().get(tensor.dtype)
+    if dtype is None or tensor.layout != _torch().strided or tensor.device.type != "cpu":
+        raise UserError(f"{path}: {key} is {tensor.dtype}, {tensor.layout}, on {tensor.device}")
+    if tensor.is_neg() or tensor.is_conj():
+        raise UserError(f"{path}: {key} is stored with its sign turned")
+    return dtype
+
+
+def _array(tensor, dtype: np.dtype, places: dict[int, int], data: np.ndarray) -> np.ndarray:
+    if not tensor.numel():
+        return np.zeros(tensor.shape, dtype)
+    address = tensor.untyped_storage().data_ptr()
+    if address in places:
+        begin = places[address] + tensor.storage_offset() * dtype.itemsize
+        strides = [step * dtype.itemsize for step in tensor.stride()]
+        return np.ndarray(tensor.shape, dtype, data, begin, strides)
+    tensor = tensor.detach()
+    if dtype.isbuiltin == 1:
+        return tensor.numpy()
+    plain = {1: _torch().uint8, 2: _torch().int16}[dtype.itemsize]  # numpy has no such numbers
+    return tensor.contiguous().view(plain).numpy().view(dtype)
+
+
+def _torch():
+    import torch
+
+    return torch
+
+
+def _dtypes() -> dict:
+    torch = _torch()
+    names = {dtype.name: dtype for dtype in DTYPES.values()}
+    return {getattr(torch, name): dtype for name, dtype in names.items() if hasattr(torch, name)}

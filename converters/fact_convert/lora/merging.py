@@ -1,0 +1,138 @@
+"""LoRAs merged into a base's weights and taken out again."""
+
+import dataclasses
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fact_convert.io.lazy_tensor import Lazy
+from fact_convert.io.reading import State
+from fact_convert.lora.layers import Layer, bare
+from fact_convert.lora.reading import Lora
+from fact_convert.mapping import Difference, place_of, prefix_of
+from fact_convert.rules.key_tables import TABLES
+from fact_convert.weights import dump_some, kind_of
+from fact_jax.utils.errors import UserError
+
+
+def merge(
+    states: Mapping[str, State], lora: Lora, scale: float = 1.0, dtype: str | None = None
+) -> dict[str, dict[str, np.ndarray | Lazy]]:
+    """:func:`merge_all` of one LoRA."""
+    return merge_all(states, [(lora, scale)], dtype)
+
+
+def merge_all(
+    states: Mapping[str, State],
+    loras: Sequence[tuple[Lora, float]],
+    dtype: str | None = None,
+    *,
+    remove: bool = False,
+) -> dict[str, dict[str, np.ndarray | Lazy]]:
+    """A base's states by kind with each LoRA added times its scale, each tensor when it is read.
+
+    Sums are taken in float32 and rounded once, to ``dtype`` or to the base's own. What DoRA
+    scales depends on the base without the others, and on their order, as in peft; its scale
+    multiplies the low-rank part, as there. ``remove`` takes the LoRAs out again, but for the
+    rounding of the base's precision. Raises one UserError with every layer that the base does not
+    have or has in another shape, for DoRA that is to be removed, and for a scale that is not
+    finite; a tensor that is not finite with the LoRAs in it raises one when it is read.
+    """
+    changes: dict[tuple[str, str], list[tuple[Layer, float]]] = defaultdict(list)
+    prefixes = {kind: prefix_of(kind, state) for kind, state in states.items() if kind in TABLES}
+    for lora, scale in loras:
+        _check(lora, scale, remove)
+        difference = Difference()
+        for layer in lora.layers:
+            key = prefixes.get(layer.kind, "") + layer.key
+            base = states.get(layer.kind, {}).get(key)
+            if base is None:
+                difference.missing.append(f"{layer.kind}/{layer.key}")
+            elif not layer.fits(base.shape):
+                difference.misshapen.append(_misshapen(layer, key, base.shape))
+            else:
+                changes[layer.kind, key].append((layer, -scale if remove else scale))
+        difference.raise_if_any(f"{lora.path}: the {lora.algorithm} does not fit this base")
+    merged = {kind: dict(state) for kind, state in states.items()}
+    for (kind, key), layers in changes.items():
+        merged[kind][key] = _changed(key, merged[kind][key], layers, dtype)
+    return merged
+
+
+def _check(lora: Lora, scale: float, remove: bool) -> None:
+    if not math.isfinite(scale):
+        raise UserError(f"{lora.path}: a scale of {scale} is no number to multiply it by")
+    if remove and (dora := [x.key for x in lora.layers if x.magnitude is not None]):
+        raise UserError(
+            f"{lora.path}: is DoRA ({dora[0]}), which also rescaled the base's weights: it cannot "
+            "be taken out again"
+        )
+
+
+def _misshapen(layer: Layer, key: str, base: tuple[int, ...]) -> str:
+    if layer.magnitude is None or layer.magnitude.shape == base[layer.axis : layer.axis + 1]:
+        return f"{layer.kind}/{key}: is {layer.shape}, wanted {bare(base)}"
+    count = base[layer.axis : layer.axis + 1]
+    return f"{layer.kind}/{key}: {layer.magnitude.size} magnitudes, wanted {count}"
+
+
+def _changed(
+    key: str, base: np.ndarray | Lazy, layers: Sequence[tuple[Layer, float]], dtype: str | None
+) -> Lazy:
+    target = np.dtype(dtype or base.dtype)
+
+    def read() -> np.ndarray:
+        stored = np.asarray(base)
+        before = stored.astype(np.result_type(stored.dtype, np.float32))
+        merged = before
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            for layer, scale in layers:
+                merged = layer.apply(merged, before, scale)
+            merged = merged.astype(target)
+        if not np.isfinite(merged).all():
+            raise UserError(f"{key}: with the LoRA in it, it is no longer finite in {target}")
+        return merged
+
+    return Lazy(base.shape, target, read)
+
+
+def merge_model(
+    kind: str, state: State, loras: Sequence[tuple[Lora, float]], dtype: str | None = None
+) -> dict[str, np.ndarray | Lazy]:
+    """One model's state with its part of the LoRAs, as :func:`merge_all` adds them."""
+    return merge_all({kind: state}, [(only(lora, kind), scale) for lora, scale in loras], dtype)[
+        kind
+    ]
+
+
+def add_lora(module: nnx.Module, lora: Lora, scale: float = 1.0) -> nnx.Module:
+    """A UNet or a text encoder with its part of the LoRA added, as :func:`merge` adds it.
+
+    ``module`` stays as it is, and what the LoRA leaves alone is shared. Raises one UserError with
+    every layer that the module does not have or has in another shape.
+    """
+    kind = kind_of(module)
+    touched = {layer.key for layer in only(lora, kind).layers}
+    prefixes = TABLES[kind].prefixes
+    state = dump_some(module, lambda key: any(key.removeprefix(p) in touched for p in prefixes))
+    graph, values = nnx.split(module)
+    flat = dict(nnx.to_flat_state(values))
+    paths = {".".join(map(str, path)): path for path in flat}
+    prefix = prefix_of(kind, state)
+    for key, array in merge_model(kind, state, [(lora, scale)]).items():
+        place = place_of(kind, key, prefix)
+        held = flat[paths[place.jax]]
+        value = held.get_value()
+        turned = place.leaf.to_jax(np.asarray(array), value.ndim)
+        flat[paths[place.jax]] = held.replace(jnp.asarray(turned, value.dtype))
+    return nnx.merge(graph, nnx.from_flat_state(list(flat.items())))
+
+
+def only(lora: Lora, kind: str) -> Lora:
+    """The part of a LoRA that changes one kind of model."""
+    layers = tuple(layer for layer in lora.layers if layer.kind == kind)
+    return dataclasses.replace(lora, layers=layers)

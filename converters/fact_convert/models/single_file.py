@@ -1,0 +1,370 @@
+"""Stable Diffusion 1.x in one file, in the layout of the code that it was first trained with (LDM).
+
+The tensors are those of a diffusers folder under other names. Which index stands for which block
+follows from the model's size, so the names are spelled out for each size, as pairs that are read
+in both directions.
+"""
+
+import dataclasses
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from fact_convert.io.lazy_tensor import Lazy
+from fact_convert.io.reading import State
+from fact_convert.mapping import is_ignored, place_of, table
+from fact_convert.rules.key_tables import Ignored
+from fact_jax.diffusion.noise_schedules import BETA_SCHEDULES, NoiseSchedule, alphas_cumprod_numpy
+from fact_jax.utils.errors import UserError, listed
+
+PREFIXES = {
+    "unet": "model.diffusion_model.",
+    "vae": "first_stage_model.",
+    "clip_text": "cond_stage_model.transformer.",
+    "controlnet": "control_model.",
+}
+"""What stands before the keys of each model, by its kind."""
+UNET_ENDS = (
+    ("time_embed.0", "time_embedding.linear_1"),
+    ("time_embed.2", "time_embedding.linear_2"),
+    ("input_blocks.0.0", "conv_in"),
+    ("out.0", "conv_norm_out"),
+    ("out.2", "conv_out"),
+)
+UNET_RESNET = (
+    ("in_layers.0", "norm1"),
+    ("in_layers.2", "conv1"),
+    ("emb_layers.1", "time_emb_proj"),
+    ("out_layers.0", "norm2"),
+    ("out_layers.3", "conv2"),
+    ("skip_connection", "conv_shortcut"),
+)
+VAE_ENDS = tuple(
+    pair
+    for side in ("encoder", "decoder")
+    for pair in (
+        (f"{side}.conv_in", f"{side}.conv_in"),
+        (f"{side}.conv_out", f"{side}.conv_out"),
+        (f"{side}.norm_out", f"{side}.conv_norm_out"),
+    )
+) + (("quant_conv", "quant_conv"), ("post_quant_conv", "post_quant_conv"))
+VAE_RESNET = (
+    *((name, name) for name in ("norm1", "conv1", "norm2", "conv2")),
+    ("nin_shortcut", "conv_shortcut"),
+)
+VAE_ATTENTION = (
+    ("norm", "group_norm"),
+    ("q", "to_q"),
+    ("k", "to_k"),
+    ("v", "to_v"),
+    ("proj_out", "to_out.0"),
+)
+_NO_PICTURES = "the half of CLIP that compares texts with pictures, which drawing does not use"
+IGNORED = (
+    *(
+        Ignored(key, "the noise schedule, which its settings give")
+        for key in (
+            *("betas", "alphas_cumprod", "alphas_cumprod_prev"),
+            *("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod"),
+            *("log_one_minus_alphas_cumprod", "sqrt_recip_alphas_cumprod"),
+            *("sqrt_recipm1_alphas_cumprod", "posterior_variance"),
+            *("posterior_log_variance_clipped", "posterior_mean_coef1", "posterior_mean_coef2"),
+        )
+    ),
+    Ignored("v_pred", "what the UNet predicts, which its scheduler's settings say"),
+    Ignored("lvlb_weights", "what the steps counted in the training loss"),
+    Ignored("logvar", "what the steps counted in the training loss"),
+    Ignored("model_ema.decay", "a setting of the running average"),
+    Ignored("model_ema.num_updates", "a counter of the running average"),
+    Ignored("first_stage_model.loss.*", "critics of the VAE's training"),
+    Ignored("loss.*", "critics of the VAE's training"),
+    Ignored("cond_stage_model.transformer.text_projection.weight", _NO_PICTURES),
+    Ignored("cond_stage_model.text_projection.weight", _NO_PICTURES),
+    Ignored("cond_stage_model.logit_scale", _NO_PICTURES),
+)
+"""Keys that may stand in such a file and carry no weight of our models: left out, with a line."""
+EMA = "model_ema."
+PREDICTION = "modelspec.prediction_type"
+"""Where a file's metadata says what its UNet predicts, as other programs write it too."""
+_MOST_STEPS = 100_000
+_TEXT_WORDS = ("embeddings", "encoder", "final_layer_norm")
+OTHER_NOISE = "a noise schedule that is NOT one of those known here: give --config with its own"
+_RAW, _AVERAGED = "the running average is taken instead", "the running average of the parameters"
+
+
+def is_ldm(keys: Iterable[str]) -> bool:
+    """Whether a file of these keys is in this layout: a whole base, or one of its models alone."""
+    keys = set(keys)
+    return _bare_kind(keys) is not None or any(
+        key.startswith(tuple(PREFIXES.values())) for key in keys
+    )
+
+
+def _bare_kind(keys: Iterable[str]) -> str | None:
+    """The kind of a model that is shared alone, without a prefix."""
+    if "encoder.mid.block_1.norm1.weight" in keys:
+        return "vae"
+    if "input_blocks.0.0.weight" in keys:
+        return "controlnet" if "zero_convs.0.0.weight" in keys else "unet"
+    return None
+
+
+def read_ldm(state: State, weights: str) -> tuple[dict[str, State], dict[str, list[str]]]:
+    """The models in such a file by kind, with diffusers' names, and what was left out, by reason.
+
+    ``weights`` is ``ema`` (running averages, where there are any) or ``params``. Keys that no rule
+    knows are kept under the kind ``unknown``.
+    """
+    left: dict[str, list[str]] = defaultdict(list)
+    raw = _averaged(state, weights, left)
+    parts: dict[str, State] = defaultdict(dict)
+    bare_kind = _bare_kind(raw)
+    for key, array in raw.items():
+        if reason := _why_ignored(key):
+            odd = key == "alphas_cumprod" and _schedule_of(array) is None
+            left[OTHER_NOISE if odd else reason].append(key)
+            continue
+        kind = next((kind for kind, start in PREFIXES.items() if key.startswith(start)), None)
+        parts[kind or bare_kind or "unknown"][key] = array
+    unknown = parts.pop("unknown", {})
+    states: dict[str, State] = {kind: {} for kind in PREFIXES if kind in parts}
+    for kind, found in states.items():
+        bare = {key.removeprefix(PREFIXES[kind]): key for key in parts[kind]}
+        names = _Names(kind, bare)
+        for short, key in bare.items():
+            name = names.to_diffusers(short)
+            if name is None or name in found or not _is_known(kind, name):
+                unknown[key] = parts[kind][key]
+            else:
+                found[name] = _as_matrix(kind, name, parts[kind][key])
+    return {**states, **({"unknown": unknown} if unknown else {})}, dict(left)
+
+
+def write_ldm(states: Mapping[str, State]) -> State:
+    """One flat state in this layout. UserError for kinds and keys that have no name in it."""
+    flat: State = {}
+    odd = []
+    for kind, state in states.items():
+        names = _Names(kind, state) if kind in PREFIXES else None
+        for key, array in state.items():
+            name = names and names.to_ldm(key)
+            if name is None or PREFIXES[kind] + name in flat:
+                odd.append(key)
+            else:
+                flat[PREFIXES[kind] + name] = _as_convolution(kind, key, array)
+    if odd:
+        raise UserError(f"{len(odd)} tensors have no place in the original layout ({listed(odd)})")
+    return flat
+
+
+def _averaged(state: State, weights: str, left: dict[str, list[str]]) -> State:
+    """The state without its running averages: put in their parameters' places, or left out."""
+    averages = {k: a for k, a in state.items() if k.startswith(EMA) and not _why_ignored(k)}
+    plain = {key: array for key, array in state.items() if key not in averages}
+    if not averages:
+        return plain
+    # An average is called as its parameter is, without the first word and without dots.
+    partners = {
+        key: EMA + key.removeprefix("model.").replace(".", "")
+        for key in plain
+        if key.startswith(PREFIXES["unet"]) or _bare_kind(plain) is not None
+    }
+    for key, average in partners.items():
+        if average in averages:
+            left[_RAW if weights == "ema" else _AVERAGED].append(
+                key if weights == "ema" else average
+            )
+            plain[key] = averages[average] if weights == "ema" else plain[key]
+    orphans = set(averages) - set(partners.values())
+    return plain | {key: array for key, array in averages.items() if key in orphans}
+
+
+def read_schedule(state: State, text: Mapping[str, str]) -> dict | None:
+    """The scheduler's settings that a file in this layout tells; None if it is the usual one.
+
+    What the UNet predicts stands in the metadata (``modelspec.prediction_type``) or in the key
+    ``v_pred`` that other programs know too; the noise in ``alphas_cumprod``.
+    """
+    schedule = NoiseSchedule.sd15()
+    if "alphas_cumprod" in state:
+        schedule = _schedule_of(state["alphas_cumprod"]) or schedule
+    said = text.get(PREDICTION, "epsilon")
+    if "v_pred" in state or said in ("v", "v_prediction"):
+        schedule = dataclasses.replace(schedule, prediction_type="v_prediction")
+    return None if schedule == NoiseSchedule.sd15() else schedule.to_dict()
+
+
+def schedule_tensors(schedule: NoiseSchedule) -> State:
+    """Keys for a file in this layout that tell how its schedule differs from the usual one."""
+    usual, abar = (alphas_cumprod_numpy(each) for each in (NoiseSchedule.sd15(), schedule))
+    found: State = {} if np.array_equal(abar, usual) else {"alphas_cumprod": abar}
+    if schedule.prediction_type == "v_prediction":
+        found["v_pred"] = np.zeros(0, np.float32)
+    return found
+
+
+def prediction_texts(schedule: NoiseSchedule) -> dict[str, str]:
+    """What the UNet predicts, for a file's metadata, if it is not the noise as usual."""
+    return {PREDICTION: "v"} if schedule.prediction_type != "epsilon" else {}
+
+
+def _schedule_of(abar: np.ndarray | Lazy) -> NoiseSchedule | None:
+    """The schedule that has this cumulative product, to the precision of its own rounding."""
+    held = np.asarray(abar).astype(np.float64)
+    if held.ndim != 1 or not 2 <= held.size <= _MOST_STEPS or not (held > 0).all():
+        return None
+    usual = NoiseSchedule.sd15()
+    ends = [1 - held[0], 1 - held[-1] / held[-2]]
+    start, end = (float(f"{value:.3g}") for value in ends)
+    for kind in BETA_SCHEDULES if 0 < start < 1 and 0 < end < 1 else ():
+        found = dataclasses.replace(
+            usual,
+            num_train_timesteps=held.size,
+            beta_schedule=kind,
+            beta_start=start,
+            beta_end=end,
+        )
+        if np.allclose(alphas_cumprod_numpy(found), held, rtol=1e-2, atol=0):
+            return found
+    return None
+
+
+def _is_known(kind: str, name: str) -> bool:
+    prefix = table(kind).prefixes[0]
+    return place_of(kind, name, prefix) is not None or is_ignored(kind, name, prefix)
+
+
+def _why_ignored(key: str) -> str | None:
+    return next((entry.reason for entry in IGNORED if fnmatchcase(key, entry.torch)), None)
+
+
+class _Names:
+    """The two names of every layer of one model of this size."""
+
+    def __init__(self, kind: str, keys: Iterable[str]):
+        self._text = kind == "clip_text"
+        pairs = {"unet": unet_pairs, "vae": vae_pairs, "controlnet": controlnet_pairs}.get(kind)
+        found = pairs(set(keys)) if pairs else []
+        self._down = dict(found)
+        self._up = {ours: ldm for ldm, ours in found}
+
+    def to_diffusers(self, key: str) -> str | None:
+        return _text_name(key) if self._text else _replaced(key, self._down)
+
+    def to_ldm(self, key: str) -> str | None:
+        return _text_name(key) if self._text else _replaced(key, self._up)
+
+
+def _text_name(key: str) -> str | None:
+    """CLIP's text model has one naming; some files of either layout lack its first word."""
+    bare = key.removeprefix("text_model.")
+    return f"text_model.{bare}" if bare.split(".")[0] in _TEXT_WORDS else None
+
+
+def _replaced(key: str, names: Mapping[str, str]) -> str | None:
+    """The key with its longest known beginning in the other layout."""
+    parts = key.split(".")
+    for end in range(len(parts), -1, -1):
+        start = ".".join(parts[:end])
+        if start in names:
+            return ".".join(filter(None, (names[start], *parts[end:])))
+    return None
+
+
+def unet_pairs(keys: set[str]) -> list[tuple[str, str]]:
+    """The layers of a UNet in both layouts; its size is read from the keys of either."""
+    levels = _count(keys, r"down_blocks\.(\d+)\.")
+    layers = _count(keys, r"down_blocks\.0\.resnets\.(\d+)\.")
+    if not levels:
+        ends = [int(m[1]) for key in keys if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.", key))]
+        total = _count(keys, r"input_blocks\.(\d+)\.")
+        layers = min(ends, default=total) - 1
+        levels = total // (layers + 1) if layers > 0 else 0
+    pairs = list(UNET_ENDS)
+    for i in range(levels if levels * layers < len(keys) else 0):
+        for j in range(layers):
+            n = 1 + i * (layers + 1) + j
+            pairs += _join(f"input_blocks.{n}.0", f"down_blocks.{i}.resnets.{j}", UNET_RESNET)
+            pairs.append((f"input_blocks.{n}.1", f"down_blocks.{i}.attentions.{j}"))
+        n = (i + 1) * (layers + 1)
+        pairs.append((f"input_blocks.{n}.0.op", f"down_blocks.{i}.downsamplers.0.conv"))
+        first = i * (layers + 1)
+        witnesses = {
+            f"output_blocks.{first}.1.norm.weight",
+            f"up_blocks.{i}.attentions.0.norm.weight",
+        }
+        attended = not witnesses.isdisjoint(keys)
+        for j in range(layers + 1):
+            n = first + j
+            pairs += _join(f"output_blocks.{n}.0", f"up_blocks.{i}.resnets.{j}", UNET_RESNET)
+            if attended:
+                pairs.append((f"output_blocks.{n}.1", f"up_blocks.{i}.attentions.{j}"))
+        place = f"output_blocks.{first + layers}.{1 + attended}.conv"
+        pairs.append((place, f"up_blocks.{i}.upsamplers.0.conv"))
+    pairs += _join("middle_block.0", "mid_block.resnets.0", UNET_RESNET)
+    pairs.append(("middle_block.1", "mid_block.attentions.0"))
+    return pairs + _join("middle_block.2", "mid_block.resnets.1", UNET_RESNET)
+
+
+def controlnet_pairs(keys: set[str]) -> list[tuple[str, str]]:
+    """The layers of a ControlNet: a UNet's way down, and convolutions of its own."""
+    hint, ours = "input_hint_block", "controlnet_cond_embedding"
+    # Activations stand between the convolutions, so these have even numbers.
+    hints = _count(keys, rf"{hint}\.(\d+)\.") // 2 - 1
+    blocks = max(hints, _count(keys, rf"{ours}\.blocks\.(\d+)\."))
+    skips = _count(keys, r"(?:zero_convs|controlnet_down_blocks)\.(\d+)\.")
+    return [
+        *unet_pairs(keys),
+        (f"{hint}.0", f"{ours}.conv_in"),
+        *((f"{hint}.{2 * i + 2}", f"{ours}.blocks.{i}") for i in range(blocks)),
+        (f"{hint}.{2 * blocks + 2}", f"{ours}.conv_out"),
+        *((f"zero_convs.{i}.0", f"controlnet_down_blocks.{i}") for i in range(skips)),
+        ("middle_block_out.0", "controlnet_mid_block"),
+    ]
+
+
+def vae_pairs(keys: set[str]) -> list[tuple[str, str]]:
+    """The layers of a VAE in both layouts; the decoder's levels are counted from the other end."""
+    pairs = list(VAE_ENDS)
+    for side, way in (("encoder", "down"), ("decoder", "up")):
+        levels = _count(keys, rf"{side}\.{way}(?:_blocks)?\.(\d+)\.")
+        layers = _count(keys, rf"{side}\.{way}(?:_blocks)?\.\d+\.(?:block|resnets)\.(\d+)\.")
+        for i in range(levels if levels * layers < len(keys) else 0):
+            ldm = f"{side}.{way}.{i if way == 'down' else levels - 1 - i}"
+            ours = f"{side}.{way}_blocks.{i}"
+            for j in range(layers):
+                pairs += _join(f"{ldm}.block.{j}", f"{ours}.resnets.{j}", VAE_RESNET)
+            pairs.append((f"{ldm}.{way}sample.conv", f"{ours}.{way}samplers.0.conv"))
+        middle = f"{side}.mid_block"
+        pairs += _join(f"{side}.mid.block_1", f"{middle}.resnets.0", VAE_RESNET)
+        pairs += _join(f"{side}.mid.block_2", f"{middle}.resnets.1", VAE_RESNET)
+        pairs += _join(f"{side}.mid.attn_1", f"{middle}.attentions.0", VAE_ATTENTION)
+    return pairs
+
+
+def _as_matrix(kind: str, key: str, array: np.ndarray | Lazy) -> np.ndarray | Lazy:
+    """The VAE's attention is held as 1 x 1 convolutions here, as matrices in diffusers."""
+    pointwise = array.ndim == 4 and array.shape[2:] == (1, 1)
+    return array.reshape(array.shape[:2]) if pointwise and _is_pixel(kind, key) else array
+
+
+def _as_convolution(kind: str, key: str, array: np.ndarray | Lazy) -> np.ndarray | Lazy:
+    matrix = array.ndim == 2
+    return array.reshape(*array.shape, 1, 1) if matrix and _is_pixel(kind, key) else array
+
+
+def _is_pixel(kind: str, key: str) -> bool:
+    return kind == "vae" and ".attentions." in key
+
+
+def _join(ldm: str, ours: str, layers: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    return [(f"{ldm}.{a}", f"{ours}.{b}") for a, b in layers]
+
+
+def _count(keys: Iterable[str], pattern: str) -> int:
+    """One more than the largest number that stands there; sizes that no model has are 0."""
+    found = [int(m[1]) for key in keys if (m := re.match(pattern, key)) and len(m[1]) < 4]
+    return max(found, default=-1) + 1

@@ -1,0 +1,14 @@
+"""Portraits of a person under any prompt: by PyTorch's diffusers, or by JAX.
+
+Names are imported on first use, so that JAX alone is enough for its side.
+"""
+
+__all__ = ["load_fact", "unload_fact"]
+
+
+def __getattr__(name: str):
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fact_infer.torch import adapter
+
+    return getattr(adapter, name)

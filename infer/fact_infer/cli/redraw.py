@@ -1,0 +1,267 @@
+"""``fact-infer redraw``: its options, and what it calls."""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from fact_infer.cli.generate import (
+    add_files,
+    add_models,
+    add_photo_options,
+    add_sampling,
+    drawing_files,
+    load_drawer,
+    load_safety_checker,
+    read_photos,
+    warn_of_cut_prompts,
+)
+from fact_infer.cli.guidance_options import (
+    add_base_options,
+    add_control_scale,
+    add_person_option,
+    add_steering_options,
+    check_control,
+    read_guidance,
+)
+from fact_jax.utils.errors import UserError
+
+_HOW = ("strength", "control_scale", "fill", "grow", "soften")
+_WHERE = ("face", "box", "area")
+
+
+def add_redraw(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "redraw",
+        help="put people into the faces of template photos",
+        description="Redraw faces of template photos as other people, by masked image-to-image. "
+        "Outside a face's soft mask every pixel stays the template's own. The photos are of one "
+        "person, unless --person says otherwise. --face, --box or --area says where a person is "
+        "put, once for each; without them a single person takes the place of every face, and "
+        "several take the faces from the left.",
+    )
+    command.set_defaults(run=_redraw)
+    command.add_argument("templates", nargs="+", type=Path, metavar="TEMPLATE")
+    models = command.add_argument_group("models")
+    add_models(models)
+    add_base_options(models)
+    group = command.add_argument_group("people")
+    add_photo_options(group, several=True)
+    add_person_option(group, "whose photo it is, if they are of several people")
+    _add_places(group)
+    add_steering_options(command.add_argument_group("face"))
+    _add_picture_options(command.add_argument_group("picture"))
+
+
+def _add_places(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--face",
+        type=int,
+        action="append",
+        metavar="N",
+        help="the template's face for the person, from 0 at the left; once for each person",
+    )
+    group.add_argument(
+        "--box",
+        action="append",
+        metavar="L,T,R,B",
+        help="a box around that face instead, in pixels; once for each person. Where there are "
+        "neither points beside the template nor a detector, the ellipse in it is redrawn",
+    )
+    group.add_argument(
+        "--area",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a grey mask instead, as large as the template and white where the person's face is "
+        "drawn; once for each person",
+    )
+
+
+def _add_picture_options(group: argparse._ActionsContainer) -> None:
+    group.add_argument("--prompt", default="a portrait of a person", metavar="TEXT")
+    add_sampling(group)
+    group.add_argument(
+        "--control",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="what the ControlNet looks at (a pose, edges), as large as the template; once for "
+        "each template",
+    )
+    add_control_scale(group)
+    for name, default, text in (
+        ("strength", 0.6, "share of the steps that are drawn anew"),
+        ("fill", 0.7, "share of the redrawn square's side that the face takes"),
+        ("grow", 0.1, "how far the mask is widened, in shares of the face"),
+        ("soften", 0.15, "over how much it then fades out"),
+    ):
+        group.add_argument(
+            f"--{name}", type=float, default=default, metavar="X", help=f"{text} ({default})"
+        )
+    add_files(group, "redrawn")
+
+
+def _redraw(arguments: argparse.Namespace) -> None:
+    people = _people(arguments)
+
+    from tqdm import tqdm
+
+    from fact_infer.base_model import check_controlnet, read_base, read_face_files
+    from fact_infer.output_images import check_folder, picture_path, recorded, save_image
+    from fact_infer.parts import find_face_files
+    from fact_infer.photos import prepare_crops
+    from fact_infer.request import Settings
+    from fact_infer.templates import Redrawing, check_jobs, redraw_templates
+
+    settings = Settings(
+        negative=arguments.negative,
+        sampler=arguments.sampler,
+        steps=arguments.steps,
+        guidance=read_guidance(arguments),
+    )
+    how = Redrawing(**{name: getattr(arguments, name) for name in _HOW})
+    check_folder(arguments.out)
+    base = read_base(arguments.base)
+    base.check(settings)
+    if arguments.controlnet:
+        check_controlnet(base, arguments.controlnet)
+    warn_of_cut_prompts(base, [arguments.prompt, arguments.negative])
+    face = read_face_files(*find_face_files(arguments.adapter, arguments.encoder))
+    prepared = [prepare_crops(photos, face.encoder_config.img_size) for photos in people]
+    notes = [note for _, found in prepared for note in found]
+    jobs = _jobs(arguments, [crops for crops, _ in prepared], notes)
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    check_jobs(base, jobs, settings, how, arguments.batch)
+    more = {"loras": arguments.lora, "controlnet": arguments.controlnet}
+    check_safety = load_safety_checker(base, arguments.safety_checker)
+    drawer = load_drawer(arguments.backend, arguments.precision, base, face, **more)
+    total = sum(len(job.places) for job in jobs)
+    with tqdm(total=len(jobs), desc=f"redrawing {total} faces", disable=None) as bar:
+        pictures = redraw_templates(drawer, jobs, settings, how, batch=arguments.batch)
+        for job, path, picture in zip(jobs, arguments.templates, pictures, strict=True):
+            out = picture_path(arguments.out, f"{path.stem}-redrawn", f".{arguments.format}")
+            text = recorded(_values(arguments, settings, job))
+            part = "compositeWithTrainedAlgorithmicMedia"
+            (picture,) = check_safety(picture[None])
+            out = save_image(picture, out, text, part, job.template.profile)
+            bar.update()
+            tqdm.write(str(out))
+
+
+def _people(arguments: argparse.Namespace) -> list[list]:
+    """The photos of each person; UserError where options do not go together."""
+    from fact_infer.request import by_person
+
+    if not (arguments.adapter and arguments.photo):
+        raise UserError("--adapter and at least one --photo are needed")
+    check_control(arguments)
+    if arguments.control and len(arguments.control) != len(arguments.templates):
+        raise UserError("give --control once for each template, in their order")
+    people = by_person(read_photos(arguments))
+    chosen = [getattr(arguments, name) for name in _WHERE if getattr(arguments, name)]
+    if len(chosen) > 1 or any(len(places) != len(people) for places in chosen):
+        raise UserError(
+            "give --face, --box or --area once for each person, in their order, or none of them "
+            f"(people: {len(people)}; --person with each --photo says whose it is)"
+        )
+    return people
+
+
+def _jobs(arguments: argparse.Namespace, people: list, notes: list[str]) -> list:
+    """What is to be done with each template; lines for the user are added to ``notes``."""
+    from fact_infer.templates import Job, find_template, read_template
+    from fact_jax.face import can_find_faces, read_image
+    from fact_jax.face.mask import read_mask
+
+    areas = [read_mask(file) for file in arguments.area]
+    controls = [read_image(file) for file in arguments.control] or [None] * len(arguments.templates)
+    jobs = []
+    for path, control in zip(arguments.templates, controls, strict=True):
+        if areas:
+            template = read_template(path)
+        elif arguments.box and not can_find_faces(path, arguments.detector):
+            template = read_template(path)
+            notes.append(f"{path}: no points and no detector: the ellipse in the box is redrawn")
+        else:
+            template, note = find_template(path, pack=arguments.detector)
+            notes += [note] if note else []
+        jobs.append(
+            Job(
+                template=template,
+                places=_places(template, people, areas, arguments),
+                prompt=arguments.prompt,
+                seed=arguments.seed,
+                control=control,
+            )
+        )
+    return jobs
+
+
+def _places(template, people: list, areas: list, arguments: argparse.Namespace) -> tuple:
+    """Where in a template each person is put."""
+    from fact_infer.templates import Place
+    from fact_jax.face.mask import box_mask
+
+    boxes = [_box(text) for text in arguments.box or ()]
+    if boxes and not template.faces:
+        shape = template.image.shape[:2]
+        areas = [box_mask(shape, box) for box in boxes]
+        for text, area in zip(arguments.box, areas, strict=True):
+            if area.sum() < 1.0:
+                raise UserError(
+                    f"--box {text} lies outside of {template.name}, "
+                    f"which is {shape[1]} x {shape[0]}"
+                )
+    if areas:
+        return tuple(Place(crops=c, mask=area) for c, area in zip(people, areas, strict=True))
+    if arguments.face:
+        indices = arguments.face
+    elif arguments.box:
+        indices = [template.face_in(box) for box in boxes]
+    elif len(people) == 1:
+        indices = range(len(template.faces))
+        people = people * len(indices)
+    else:
+        indices = range(len(people))
+    if len(set(indices)) < len(indices):
+        raise UserError(f"{template.name}: two people are meant for the same face")
+    return tuple(Place(crops=c, index=i) for c, i in zip(people, indices, strict=True))
+
+
+def _box(text: str) -> list[float]:
+    try:
+        left, top, right, bottom = map(float, text.split(","))
+    except ValueError:
+        left = top = right = bottom = 0.0
+    if not (-math.inf < left < right < math.inf and -math.inf < top < bottom < math.inf):
+        raise UserError(f"--box {text}: expected left,top,right,bottom in pixels")
+    return [left, top, right, bottom]
+
+
+def _values(arguments: argparse.Namespace, settings, job) -> dict[str, Any]:
+    """Everything that a picture was made from, ready for JSON."""
+    from fact_infer.output_images import steering
+
+    photos = [path.name for path in arguments.photo]
+    values = {
+        "prompt": arguments.prompt,
+        "negative": arguments.negative,
+        "template": job.template.name,
+        **{name: getattr(arguments, name) for name in ("seed", "sampler", "steps", "guidance")},
+        **{name: getattr(arguments, name) for name in _HOW},
+        "face": {"photos": photos, **steering(settings.guidance)},
+        "person": arguments.person or [0] * len(photos),
+        "base": arguments.base,
+        **drawing_files(arguments),
+    }
+    places = [(name, place) for name in _WHERE for place in getattr(arguments, name) or ()]
+    named = {
+        "where": [f"{k} {v.name if isinstance(v, Path) else v}" for k, v in places],
+        "control": [path.name for path in arguments.control],
+    }
+    return values | {name: given for name, given in named.items() if given}

@@ -1,0 +1,96 @@
+"""Candidates in the order of how much they look like the person, and all of them on one sheet."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from fact_convert.models.face_encoder import load_encoder
+from fact_infer.base_model import FaceFiles
+from fact_infer.evaluation.metrics import cosine
+from fact_jax.face.align import align_face
+from fact_jax.face.landmarks import DEFAULT_PACK, detect_faces, find_pack, local_pack
+from fact_jax.face.mask import head_mask
+
+_GAP, _LINE = 6, 18
+_WIDEST = 65_000
+_INK = (38, 42, 52)
+
+
+class Ranking:
+    """Compares pictures with a person's photos by the face encoder's own identity embedding.
+
+    The adapter was trained on what this encoder sees: the order is good for choosing among
+    candidates, its numbers are no independent measure of likeness. ``pack`` is the insightface
+    model pack that finds the pictures' faces, by default buffalo_l where it is installed. Without
+    one a face is taken to lie at ``points``, in shares of a picture's width and height; UserError
+    if there are none either.
+    """
+
+    def __init__(
+        self,
+        face: FaceFiles,
+        crops: UInt8[np.ndarray, "p s s 3"],
+        pack: str | Path | None = None,
+        points: Float[np.ndarray, "5 2"] | None = None,
+    ):
+        self._size, self._points = crops.shape[1], points
+        self._pack = local_pack(pack) if points is not None else find_pack(pack or DEFAULT_PACK)
+        graph, state = nnx.split(load_encoder(face.encoder, config=face.encoder_config))
+        self._embed = jax.jit(lambda images: nnx.merge(graph, state)(images)[1])
+        own = self._embeddings(crops)
+        own /= np.linalg.norm(own, axis=-1, keepdims=True)
+        self._wanted = own.mean(0)
+
+    def similarity(self, picture: UInt8[np.ndarray, "h w 3"]) -> float | None:
+        """Cosine of the picture's largest face with the photos; None where no face is found."""
+        points = self._find(picture)
+        if points is None:
+            return None
+        mask, _ = head_mask(picture.shape, points)
+        crop = align_face(picture, points, self._size, mask)
+        return float(cosine(self._embeddings(crop[None])[0], self._wanted))
+
+    def _find(self, picture: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "5 2"] | None:
+        if self._pack is None:
+            height, width, _ = picture.shape
+            return self._points * (width, height)
+        faces = detect_faces(picture, self._pack)
+        if not faces:
+            return None
+        return max(faces, key=lambda face: np.prod(face.box[2:] - face.box[:2])).points
+
+    def _embeddings(self, crops: UInt8[np.ndarray, "b s s 3"]) -> Float[np.ndarray, "b k"]:
+        return np.array(self._embed(jnp.asarray(crops, jnp.float32) / 127.5 - 1))
+
+
+def best_first(similarities: Sequence[float | None]) -> list[int]:
+    """Indices from the most similar to the least; pictures without a face come last."""
+    return sorted(
+        range(len(similarities)),
+        key=lambda i: -np.inf if similarities[i] is None else similarities[i],
+        reverse=True,
+    )
+
+
+def labelled_sheet(
+    pictures: Sequence[UInt8[np.ndarray, "h w 3"]], labels: Sequence[str], columns: int
+) -> UInt8[np.ndarray, "H W 3"]:
+    """All pictures on white, row by row, each over its label; no wider than a JPEG can be."""
+    height, width, _ = pictures[0].shape
+    columns = max(1, min(columns, _WIDEST // (width + _GAP)))
+    rows = -(-len(pictures) // columns)
+    size = (columns * (width + _GAP) + _GAP, rows * (height + _LINE + _GAP) + _GAP)
+    sheet = Image.new("RGB", size, "white")
+    brush, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
+        left = _GAP + i % columns * (width + _GAP)
+        top = _GAP + i // columns * (height + _LINE + _GAP)
+        sheet.paste(Image.fromarray(picture), (left, top))
+        brush.text((left, top + height + 2), label, fill=_INK, font=font)
+    return np.asarray(sheet)

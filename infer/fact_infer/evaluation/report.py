@@ -1,0 +1,300 @@
+"""A training, its evaluation and its pictures as one HTML file and one grid."""
+
+import dataclasses
+import html
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fact_convert.io.reading import read_file
+from fact_convert.models.adapter import read_metadata
+from fact_infer.evaluation.evaluate import sentence
+from fact_infer.evaluation.figures import (
+    AMPLIFY,
+    Series,
+    data_uri,
+    difference,
+    enlarge,
+    grid_picture,
+    svg_curves,
+)
+from fact_infer.evaluation.metrics import COLUMNS, Estimate, table
+from fact_jax.face import ASTRONAUT_POINTS, draw_face, prepare_photo, read_image
+from fact_jax.utils.errors import UserError
+from fact_jax.utils.files import create
+
+GRID_PEOPLE = 6
+_BEFORE, _NOW = "#a9b1c0", "#2f6fdb"
+_CHARTS = {
+    "loss/mse": "Denoising error (mean squared)",
+    "loss/fair": "FAIR: the adapter's increment outside the head, relative",
+    "curriculum/shuffle": "Curriculum: how often the photo is another one of the person",
+    "curriculum/fair_weight": "Curriculum: weight of FAIR in the loss",
+}
+_STYLE = """
+body { font: 16px/1.55 system-ui, sans-serif; color: #262a34; background: #f6f7f9; margin: 0; }
+main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1 { font-size: 1.9rem; margin: 0 0 .25rem; }
+h2 { font-size: 1.2rem; margin: 0 0 .6rem; }
+section { background: #fff; border: 1px solid #e3e6ec; border-radius: 12px;
+  padding: 1.25rem 1.4rem; margin-top: 1.25rem; }
+p { margin: .4rem 0; } .quiet { color: #6b7280; font-size: .9rem; }
+img { max-width: 100%; border-radius: 6px; }
+figure { margin: 0; } figcaption { color: #6b7280; font-size: .85rem; max-width: 17rem; }
+.row { display: flex; flex-wrap: wrap; gap: 1.1rem; align-items: flex-start; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #eef0f4; }
+th:first-child, td:first-child { text-align: left; }
+tbody th { padding-top: 1rem; font-size: .9rem; color: #6b7280; font-weight: 600; }
+svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; fill: #6b7280; }
+svg .title { font-size: 13px; font-weight: 600; fill: #262a34; }
+svg .rule { stroke: #e8ebf0; } svg .end { text-anchor: end; } svg .mid { text-anchor: middle; }
+svg path { fill: none; } svg .raw { opacity: .3; } svg .mean { stroke-width: 2; }
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What a report is made of; ``fact-infer report --help`` says what each is."""
+
+    training: Path
+    evaluation: Path
+    before: Path | None = None
+    flax: Path | None = None
+    torch: Path | None = None
+    stages: Path | None = None
+    photo: Path | None = None
+    points: Path | None = None
+
+
+def write_report(sources: Sources, out: Path) -> list[Path]:
+    """Write ``grid.png`` and ``report.html``; gives their paths. UserError names what is absent.
+
+    Names that are taken get a number.
+    """
+    evaluation = _read_json(sources.evaluation / "evaluation.json")
+    grid, captions = _grid(sources.evaluation / "pictures.npz")
+    sections = [
+        ("People whom nothing was trained on", _grid_section(grid, captions, evaluation)),
+        ("Measured", _table_section(evaluation)),
+        ("Training", _training_section(sources)),
+        ("The same request in JAX and in PyTorch", _backends_section(sources.flax, sources.torch)),
+        ("From a photo to what the face encoder sees", _face_section(sources)),
+        ("What each stage took", _stages_section(sources.stages)),
+    ]
+    picture, page = Image.fromarray(grid), _page(sections)
+    return [
+        create(out / "grid.png", lambda path: picture.save(path, format="PNG", optimize=True)),
+        create(out / "report.html", lambda path: path.write_text(page, encoding="utf-8")),
+    ]
+
+
+def _page(sections: list[tuple[str, str]]) -> str:
+    body = "\n".join(
+        f"<section><h2>{html.escape(title)}</h2>\n{text}</section>"
+        for title, text in sections
+        if text
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width"><title>FACT-JAX report</title>'
+        f"<style>{_STYLE}</style></head>\n<body><main><h1>FACT-JAX: a face adapter, from training "
+        "to picture</h1>\n<p>A face adapter (FACT, arXiv 2410.12312) on the miniature base model, "
+        "in a world of drawn portraits: one photo in, the same person in a new picture out.</p>\n"
+        f"{body}\n</main></body></html>\n"
+    )
+
+
+def _grid(path: Path) -> tuple[np.ndarray, dict[int, str]]:
+    """The grid of the first people, and by their numbers what the pictures were to show."""
+    try:
+        with np.load(path) as held:
+            names = ("ids", "captions", "reference", "base", "fact")
+            arrays = {name: held[name][:GRID_PEOPLE] for name in names}
+    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path}: not the pictures of `fact-infer evaluate` ({error}): run it again"
+        ) from None
+    columns = {
+        "reference photo": arrays["reference"],
+        "base model": arrays["base"],
+        "FACT": arrays["fact"],
+        f"difference x {AMPLIFY}": difference(arrays["fact"], arrays["base"]),
+    }
+    captions = dict(zip(arrays["ids"].tolist(), arrays["captions"].tolist(), strict=True))
+    return grid_picture(columns, [f"person\n{number}" for number in captions]), captions
+
+
+def _grid_section(grid: np.ndarray, captions: dict[int, str], evaluation: dict[str, Any]) -> str:
+    lines = "".join(f"<br>{number}: {html.escape(text)}" for number, text in captions.items())
+    return (
+        f'{_image(grid, "grid")}<p class="quiet">The first {len(captions)} of '
+        f"{evaluation['people']} people, not chosen. Base model and FACT draw the same caption "
+        "from the same noise; FACT sees the reference photo too. The caption says nothing of the "
+        f"person. The difference of the two is shown {AMPLIFY} times as strong as it is. "
+        f"The captions:{lines}</p>"
+    )
+
+
+def _table_section(evaluation: dict[str, Any]) -> str:
+    measures = {k: Estimate.from_dict(v) for k, v in evaluation["measures"].items()}
+    lines = []
+    for title, rows in table(measures):
+        lines.append(f'<tr><th colspan="{len(COLUMNS) + 1}">{html.escape(title)}</th></tr>')
+        for label, cells in rows:
+            tds = "".join(f"<td>{html.escape(text)}</td>" for text in cells)
+            lines.append(f"<tr><td>{html.escape(label)}</td>{tds}</tr>")
+    head = "".join(f"<th>{name}</th>" for name in ("", *COLUMNS.values()))
+    notes = "".join(f"<p class='quiet'>{html.escape(note)}</p>" for note in evaluation["notes"])
+    return (
+        f"<p>{html.escape(sentence(evaluation))}</p><table><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table>{notes}"
+    )
+
+
+def _training_section(sources: Sources) -> str:
+    rows = read_metrics(sources.training / "metrics.jsonl")
+    config = _read_json(sources.training / "config.json")
+    last = rows[-1]["step"] if rows else 0
+    weights = config.get("options.weights")
+    origin = f"It went on from {weights}{_step_of(weights)}." if weights else "It began at nothing."
+    text = (
+        f"<p>{last:,} steps of {config['batch_size']} portraits, {config.get('options.people')} "
+        f"people. {html.escape(origin)}</p>"
+    )
+    before = read_metrics(sources.before) if weights and sources.before else []
+    shift = before[-1]["step"] if before else 0
+    charts = []
+    for name, title in _CHARTS.items():
+        series = [
+            _series("the run it went on from", _BEFORE, before, name, 0),
+            _series("this run" if before else "", _NOW, rows, name, shift),
+        ]
+        charts.append(svg_curves(title, series))
+    return f'{text}<div class="charts">{"".join(charts)}</div>'
+
+
+def _step_of(adapter: str) -> str:
+    path = Path(adapter)
+    if not path.is_file():
+        return ""
+    _, said = read_file(path)
+    step = read_metadata(said, path).get("step")
+    return f", trained for {step:,} steps before" if isinstance(step, int) else ""
+
+
+def _series(label: str, colour: str, rows: list[dict], name: str, shift: int) -> Series:
+    found = [(row["step"] + shift, row[name]) for row in rows if row.get(name) is not None]
+    return Series(label, colour, [x for x, _ in found], [y for _, y in found])
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl; a half-written last line is left out."""
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; it is written by `fact-train run`") from None
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def _backends_section(flax: Path | None, torch: Path | None) -> str:
+    if flax is None or torch is None:
+        return ""
+    shown, largest, total, count = [], 0, 0.0, 0
+    for name, one, other in _pairs(flax, torch):
+        apart = np.abs(one.astype(np.int32) - other.astype(np.int32))
+        largest, total, count = max(largest, int(apart.max())), total + apart.mean(), count + 1
+        both = np.concatenate([one, other], axis=1)
+        shown.append(_figure(enlarge(both, 2), f"{name}: JAX left, PyTorch right"))
+    return (
+        f"<p>Pictures drawn by both backends from the same noise ({count}): they differ by at "
+        f"most {largest} of 255 levels, by {total / count:.4f} on average.</p>"
+        f'<div class="row">{"".join(shown)}</div>'
+    )
+
+
+def _pairs(flax: Path, torch: Path) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """The pictures of two folders that have the same names."""
+    names = sorted(path.relative_to(flax) for path in flax.rglob("*.png"))
+    if not names:
+        raise UserError(f"{flax}: no pictures in it; `fact-infer generate` writes them")
+    for name in names:
+        one, other = read_image(flax / name), read_image(torch / name)
+        if one.shape != other.shape:
+            raise UserError(f"{flax / name} and {torch / name} are not of one size")
+        yield str(name.with_suffix("")), one, other
+
+
+def _face_section(sources: Sources) -> str:
+    if sources.photo is None:
+        what = "scikit-image's astronaut photo"
+        with tempfile.TemporaryDirectory() as folder:
+            found = prepare_photo(_astronaut(Path(folder)), points_file=ASTRONAUT_POINTS)
+            notes = [note.replace(f"{folder}{os.sep}", "") for note in found.notes]
+    else:
+        what = "The photo"
+        found = prepare_photo(sources.photo, points_file=sources.points)
+        notes = found.notes
+    marked = draw_face(found.image, found.points, found.mask)
+    return (
+        f'<div class="row">{_figure(marked, f"{what} with five points and head mask", 300)}'
+        f"{_figure(enlarge(found.crop, 2), 'The aligned crop, 112 x 112, background blanked')}"
+        f'</div><p class="quiet">{html.escape("; ".join(notes))}</p>'
+    )
+
+
+def _astronaut(folder: Path) -> Path:
+    try:
+        from skimage.data import astronaut
+    except ImportError:
+        raise UserError(
+            "the report's example photo comes with scikit-image: pip install scikit-image, "
+            "or give --photo and --points"
+        ) from None
+    Image.fromarray(astronaut()).save(folder / "astronaut.png")
+    return folder / "astronaut.png"
+
+
+def _stages_section(path: Path | None) -> str:
+    if path is None:
+        return ""
+    seconds = {name: stage["seconds"] for name, stage in _read_json(path).items()}
+    seconds["together, without this report"] = sum(seconds.values())
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td><td>{value:.0f} s</td></tr>"
+        for name, value in seconds.items()
+    )
+    return f"<table><tbody>{rows}</tbody></table>"
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def _image(pixels: np.ndarray, name: str, width: int | None = None) -> str:
+    size = f' width="{width}"' if width else ""
+    return f'<img src="{data_uri(pixels)}" alt="{html.escape(name)}"{size}>'
+
+
+def _figure(pixels: np.ndarray, caption: str, width: int | None = None) -> str:
+    text = html.escape(caption)
+    return f"<figure>{_image(pixels, caption, width)}<figcaption>{text}</figcaption></figure>"

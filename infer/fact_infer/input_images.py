@@ -1,0 +1,95 @@
+"""The pictures that a request gives to draw over or to be steered by, read and fitted."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Shaped
+from PIL import Image, ImageOps
+
+from fact_infer.base_model import Base
+from fact_infer.img2img import Canvas
+from fact_infer.request import Request
+from fact_jax.face import read_image
+from fact_jax.face.mask import read_mask
+from fact_jax.regions import region_masks
+from fact_jax.utils.errors import UserError
+
+Note = Callable[[str], None]
+
+
+def read_inputs(
+    request: Request, base: Base, batch: int, note: Note = lambda line: None
+) -> dict[str, Any]:
+    """What ``Drawer.draw`` takes of a request beside prompts and people, for ``batch`` pictures.
+
+    Files of another size than the pictures are fitted (:func:`fit`); ``note`` is told which.
+    Raises UserError for a file that cannot be used.
+    """
+    size, found = base.picture_size(request), {}
+    regions = read_regions(request.regions, size, note)
+    if regions is not None:
+        found["regions"] = regions[None]
+        # Said now if a person has no place.
+        region_masks(found["regions"], base.latent_size(request), len(base.unet.block_out_channels))
+    if request.image is not None:
+        found["canvas"] = _read_canvas(request, base, batch, note)
+        found["canvas"].start(request.steps)
+    if request.control is not None:
+        control = read_image(request.control)
+        found["control"] = fit(control, size, request.control, note)[None]
+        found["control_scale"] = request.control_scale
+    return found
+
+
+def read_regions(
+    files: Sequence[Path], size: tuple[int, int], note: Note = lambda line: None
+) -> Float[np.ndarray, "k h w"] | None:
+    """Where each person is drawn, masks in [0, 1] fitted to ``size``; None without any."""
+    masks = [fit(read_mask(file), size, file, note) for file in files]
+    return np.stack(masks) if masks else None
+
+
+def fit(
+    pixels: Shaped[np.ndarray, "h w *c"], size: tuple[int, int], path: Path, note: Note
+) -> Shaped[np.ndarray, "height width *c"]:
+    """A picture (uint8) or a mask (float32) scaled to cover (height, width), both ends cut alike.
+
+    ``path`` is where it comes from, for the note; what has this size already stays as it is.
+    """
+    height, width = pixels.shape[:2]
+    if (height, width) == size:
+        return pixels
+    cut = "" if _same_shape((height, width), size) else " and cut"
+    note(f"{path} is {width} x {height}: scaled{cut} to {size[1]} x {size[0]}, as what is drawn")
+    # Lanczos sharpens, which would lead a mask out of [0, 1].
+    sharp = pixels.dtype == np.uint8
+    how = Image.Resampling.LANCZOS if sharp else Image.Resampling.BILINEAR
+    return np.asarray(ImageOps.fit(Image.fromarray(pixels), size[::-1], how))
+
+
+def _same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether sides are to each other alike, up to a rounded pixel of the smaller picture."""
+    (h, w), (height, width) = sorted((one[:2], other[:2]))
+    return abs(h * width - w * height) <= max(height, width)
+
+
+def _read_canvas(request: Request, base: Base, batch: int, note: Note) -> Canvas:
+    size, image = base.picture_size(request), read_image(request.image)
+    images = np.repeat(fit(image, size, request.image, note)[None], batch, axis=0)
+    if request.image_mask is None:
+        return Canvas.whole(images, request.strength, base)
+    mask = read_mask(request.image_mask)
+    if mask.shape != size and not _same_shape(mask.shape, image.shape):
+        raise UserError(
+            f"the mask {request.image_mask} is {mask.shape[1]} x {mask.shape[0]}, {request.image} "
+            f"is {image.shape[1]} x {image.shape[0]}: they must have the same shape"
+        )
+    mask = fit(mask, size, request.image_mask, note)
+    if not mask.any():
+        raise UserError(
+            f"the mask {request.image_mask} is black: it must be white where {request.image} is to "
+            "be drawn anew"
+        )
+    return Canvas.masked(images, np.repeat(mask[None], batch, axis=0), request.strength, base)

@@ -1,0 +1,146 @@
+"""Pictures as PNG or JPEG files that say how they were made."""
+
+import dataclasses
+import json
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from fact_infer import png_metadata as provenance
+from fact_infer.base_model import Base
+from fact_infer.request import Request
+from fact_jax.fact import Guidance
+from fact_jax.utils.errors import UserError
+from fact_jax.utils.files import create
+
+_NAME_LENGTH = 60
+_NAME_BYTES = 200
+"""File systems take 255, of which a number, a suffix and a temporary name need some."""
+
+
+def parameters(
+    request: Request, prompt: str, seed: int, base: Base, **files: object
+) -> dict[str, Any]:
+    """Everything that one picture of a request was made from, ready for JSON.
+
+    ``files`` name what the request does not hold: adapter, encoder, backend, precision.
+    """
+    height, width = (side * base.vae.downscale for side in base.latent_size(request))
+    faced = {"guidance": request.guidance.text}
+    if request.photos:
+        photos = [photo.path.name for photo in request.photos]
+        faced["face"] = {"photos": photos, **steering(request.guidance)}
+    if request.regions:
+        faced["regions"] = [path.name for path in request.regions]
+    if request.image:
+        faced |= {"image": request.image.name, "strength": request.strength}
+    if request.image_mask:
+        faced["image mask"] = request.image_mask.name
+    if request.control:
+        faced |= {"control": request.control.name, "control scale": request.control_scale}
+    return {
+        "prompt": prompt,
+        "negative": request.negative,
+        "seed": seed,
+        "sampler": request.sampler,
+        "steps": request.steps,
+        "height": height,
+        "width": width,
+        **faced,
+        "base": base.name,
+        **{name: value if value is None else str(value) for name, value in files.items()},
+    }
+
+
+def steering(guidance: Guidance) -> dict[str, Any]:
+    """The face's part of a guidance as JSON holds it, without what is switched off."""
+    fields = {k: v for k, v in dataclasses.asdict(guidance).items() if k != "text"}
+    used = {k: v for k, v in fields.items() if not (v is None or v is False or v == ())}
+    return json.loads(json.dumps(used))
+
+
+def describe(values: Mapping[str, Any]) -> str:
+    """The same for a person: the prompts on lines of their own, the rest as ``name: value``."""
+    lines = [str(values["prompt"])]
+    if values["negative"]:
+        lines.append(f"Negative prompt: {values['negative']}")
+    rest = {k: v for k, v in values.items() if k not in ("prompt", "negative") and v is not None}
+    rest |= {f"face {k}": v for k, v in rest.pop("face", {}).items() if v is not None}
+    return "\n".join([*lines, ", ".join(f"{k}: {_plain(v)}" for k, v in rest.items())])
+
+
+def _plain(value: object) -> str:
+    return " + ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def save_picture(
+    image: UInt8[np.ndarray, "h w 3"],
+    folder: str | os.PathLike,
+    values: Mapping[str, Any],
+    *,
+    suffix: str = ".png",
+    source: provenance.Source = "trainedAlgorithmicMedia",
+) -> Path:
+    """Write a picture to ``folder`` under its prompt and seed, and return its path.
+
+    A name that is taken gets a number: nothing is ever overwritten. The file's text holds
+    ``parameters`` for people and ``fact_jax`` as JSON.
+    """
+    words = re.sub(r"[^\w]+", "-", str(values["prompt"]).lower()).strip("-")[:_NAME_LENGTH]
+    name = f"{words.rstrip('-') or 'picture'}-seed{values['seed']}"
+    return save_image(image, picture_path(folder, name, suffix), recorded(values), source)
+
+
+def recorded(values: Mapping[str, Any]) -> dict[str, str]:
+    """The texts of a file: ``parameters`` for people, ``fact_jax`` as JSON."""
+    return {"parameters": describe(values), "fact_jax": json.dumps(values, ensure_ascii=False)}
+
+
+def save_image(
+    image: UInt8[np.ndarray, "h w 3"],
+    path: str | os.PathLike,
+    text: Mapping[str, str],
+    source: provenance.Source | None = "trainedAlgorithmicMedia",
+    profile: bytes | None = None,
+) -> Path:
+    """Write a new ``.png``, ``.jpg`` or ``.jpeg`` with text metadata; gives the path that it got.
+
+    A name that is taken gets a number (``fact_jax.utils.files.create``). ``source`` marks it as
+    drawn by a model (IPTC Digital Source Type); None leaves the mark out. ``profile`` is the ICC
+    profile in which its colours are meant; None: sRGB.
+    """
+    writers = {".png": provenance.save_png, ".jpg": provenance.save_jpeg}
+    writers[".jpeg"] = writers[".jpg"]
+    suffix = Path(path).suffix.lower()
+    if suffix not in writers:
+        raise UserError(f"{path}: a picture's name ends in {', '.join(writers)}")
+    picture = Image.fromarray(image)
+    picture.info["icc_profile"] = profile
+    return create(path, lambda temporary: writers[suffix](picture, temporary, text, source))
+
+
+def picture_path(folder: str | os.PathLike, name: str, suffix: str) -> Path:
+    """Where a picture of that name goes; a long name is cut."""
+    return Path(folder) / (name.encode()[:_NAME_BYTES].decode(errors="ignore") + suffix)
+
+
+def check_folder(folder: str | os.PathLike) -> None:
+    """Raises UserError unless files could be written to ``folder``, which need not be there."""
+    there = Path(folder).absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(f"{folder}: {there} is not a folder")
+    try:
+        # What permissions do not tell: /proc, a read-only file system, a full one.
+        with tempfile.NamedTemporaryFile(dir=there, prefix=".fact-infer."):
+            pass
+    except OSError as error:
+        raise UserError(f"{folder}: no file can be written in {there}: {error.strerror}") from None

@@ -1,0 +1,39 @@
+"""Photos of one person to aligned crops, by the same code as in training."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from PIL import Image
+
+from fact_infer.request import Photo
+from fact_jax.face import PreparedFace, draw_face, prepare_photo
+
+
+def prepare(photo: Photo, size: int) -> PreparedFace:
+    """One photo's face, its crop ``size`` pixels a side."""
+    return prepare_photo(
+        photo.path,
+        points_file=photo.points,
+        mask_file=photo.mask,
+        parsing=photo.parsing,
+        pack=photo.pack,
+        index=photo.index,
+        crop_size=size,
+    )
+
+
+def prepare_crops(
+    photos: Sequence[Photo], size: int
+) -> tuple[UInt8[np.ndarray, "p s s 3"], list[str]]:
+    """The crops of all photos, and the lines that the user should see about them."""
+    faces = [prepare(photo, size) for photo in photos]
+    return np.stack([face.crop for face in faces]), [note for face in faces for note in face.notes]
+
+
+def show(face: PreparedFace) -> UInt8[np.ndarray, "h w 3"]:
+    """The photo with points and mask, and beside it the crop, as high as the photo."""
+    drawn = draw_face(face.image, face.points, face.mask)
+    side = len(drawn)
+    crop = Image.fromarray(face.crop).resize((side, side), Image.Resampling.BICUBIC)
+    return np.concatenate([drawn, np.asarray(crop)], axis=1)

@@ -1,0 +1,358 @@
+"""Templates: faces in a photo redrawn as somebody else's, everything else left as it is.
+
+For each face a square around it is cut out, brought to the base's size, redrawn inside a soft mask
+by masked image-to-image, and blended back. Where the mask is 0 the photo's bytes stay untouched.
+The photo keeps its size, whatever that is.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
+from PIL import Image
+from scipy.ndimage import distance_transform_edt
+from tqdm import tqdm
+
+from fact_infer.base_model import Base
+from fact_infer.img2img import Canvas, blend, check_strength, first_step, touched_cells
+from fact_infer.pipeline import BATCH, Drawer
+from fact_infer.request import MAX_SCALE, Settings, check_prompt, check_range, check_seed
+from fact_jax.face import Face, face_mask, find_faces, read_image, read_profile
+from fact_jax.utils.errors import UserError
+
+Square = tuple[int, int, int]
+"""Left, top and side in pixels; it may reach over the photo's edges."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Template:
+    """A photo and all faces in it, from left to right; ``profile`` is its colours' ICC profile."""
+
+    name: str
+    image: UInt8[np.ndarray, "h w 3"]
+    faces: tuple[Face, ...] = ()
+    profile: bytes | None = None
+
+    def check_face(self, index: int) -> None:
+        """UserError if there is no face of this number."""
+        if not 0 <= index < len(self.faces):
+            raise UserError(
+                f"no face {index} in {self.name}: {len(self.faces)} found, counted from 0 at the "
+                "left"
+            )
+
+    def face_in(self, box: Sequence[float]) -> int:
+        """The number of the face that a box (left, top, right, bottom) is around."""
+        shares = [_overlap(face.box, box) for face in self.faces]
+        if max(shares, default=0.0) <= 0.0:
+            found = "; ".join(", ".join(f"{v:.0f}" for v in face.box) for face in self.faces)
+            raise UserError(
+                f"no face of {self.name} lies in the box {', '.join(f'{v:g}' for v in box)} "
+                f"(left, top, right, bottom); there are faces at {found or 'no place'}"
+            )
+        return int(np.argmax(shares))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where in a template a person (aligned crops) is put: a face's number, or a mask (h, w).
+
+    A mask, in [0, 1], is redrawn as it is; of a face what its points tell is.
+    """
+
+    crops: UInt8[np.ndarray, "p s s 3"]
+    index: int | None = None
+    mask: Float[np.ndarray, "h w"] | None = None
+
+    def __post_init__(self):
+        if (self.index is None) == (self.mask is None):
+            raise UserError("a person's place is either the number of a face or a mask")
+
+    def __str__(self) -> str:
+        return "the mask" if self.index is None else f"the mask of face {self.index}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """One picture to make of a template.
+
+    ``control`` is what a ControlNet looks at (the template's pose, its edges), as large.
+    """
+
+    template: Template
+    places: tuple[Place, ...]
+    prompt: str
+    seed: int = 0
+    control: UInt8[np.ndarray, "h w 3"] | None = None
+
+    def __post_init__(self):
+        if self.control is not None:
+            self._check_size("control picture", self.control)
+        check_seed(self.seed)
+        check_prompt(self.prompt)
+        for place in self.places:
+            if place.index is not None:
+                self.template.check_face(place.index)
+            else:
+                self._check_size("mask", place.mask)
+
+    def _check_size(self, what: str, image: np.ndarray) -> None:
+        height, width = self.template.image.shape[:2]
+        if image.shape[:2] != (height, width):
+            raise UserError(
+                f"the {what} for {self.template.name} is {image.shape[1]} x {image.shape[0]}, the "
+                f"template is {width} x {height}: they must be of one size"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Redrawing:
+    """How faces of templates are redrawn.
+
+    ``strength``: of image-to-image. ``control_scale``: how much a ControlNet steers. ``fill``: the
+    share of the square's side that the mask takes. ``grow`` and ``soften``: the mask is widened by
+    the one and fades out over the other, both in shares of the face's size (the root of its mask's
+    area).
+    """
+
+    strength: float = 0.6
+    control_scale: float = 1.0
+    fill: float = 0.7
+    grow: float = 0.1
+    soften: float = 0.15
+
+    def __post_init__(self):
+        check_strength(self.strength)
+        check_range("control scale", self.control_scale, 0.0, MAX_SCALE)
+        for name, low in (("fill", 0.1), ("grow", 0.0), ("soften", 0.0)):
+            check_range(name, getattr(self, name), low, 1.0)
+
+
+def find_template(
+    path: str | os.PathLike, *, pack: str | os.PathLike | None = None
+) -> tuple[Template, str]:
+    """Read a template and find its faces; and a note for the user ("" if there is none)."""
+    template = read_template(path)
+    faces, note = find_faces(path, template.image, pack=pack)
+    return dataclasses.replace(template, faces=tuple(faces)), note
+
+
+def read_template(path: str | os.PathLike) -> Template:
+    """A template of which no faces are looked for, which masks do not need."""
+    return Template(name=Path(path).name, image=read_image(path), profile=read_profile(path))
+
+
+def check_jobs(
+    base: Base, jobs: Sequence[Job], settings: Settings, how: Redrawing, batch: int
+) -> Settings:
+    """What ``redraw_templates`` cannot do is said, as UserError; gives the settings of a square.
+
+    Needs no model: it can be called before one is loaded.
+    """
+    places = [(job, place) for job in jobs for place in job.places]
+    photos = {len(place.crops) for _, place in places}
+    if not places or len(photos) > 1 or batch < 1:
+        raise UserError(
+            "templates need at least one face, a batch of at least one, and the same number of "
+            f"photos of every person; got {len(places)} faces, a batch of {batch}, "
+            f"{' or '.join(map(str, sorted(photos)))} photos"
+        )
+    if len({job.control is None for job, _ in places}) > 1:
+        raise UserError("a ControlNet needs a control picture of every template")
+    settings = _square_settings(base, settings)
+    base.check(settings)
+    first_step(how.strength, settings.steps)
+    for job, place in places:
+        _mask(job, place)
+    return settings
+
+
+def redraw_templates(
+    drawer: Drawer,
+    jobs: Sequence[Job],
+    settings: Settings,
+    how: Redrawing,
+    *,
+    batch: int = BATCH,
+    bar: tqdm | None = None,
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
+    """The templates of all jobs with their faces redrawn, one after another, in their own sizes.
+
+    ``batch`` squares are drawn at a time, of whatever templates they are. All people need the same
+    number of photos, and all jobs a control picture or none. What cannot be done is said, as
+    UserError, before anything is drawn.
+    """
+    settings = check_jobs(drawer.base, jobs, settings, how, batch)
+    return _redraw(drawer, jobs, settings, how, batch, bar)
+
+
+def _redraw(drawer, jobs, settings, how, batch, bar) -> Iterator[np.ndarray]:
+    places = [(number, place) for number, job in enumerate(jobs) for place in job.places]
+    batch, done, images = min(batch, len(places)), 0, {}
+    for start in range(0, len(places), batch):
+        part = places[start : start + batch]
+        cuts = [_cut(drawer.base, jobs[number], place, settings, how) for number, place in part]
+        # The last batch is filled up: another shape would be compiled anew.
+        drawn = _draw(drawer, cuts + cuts[-1:] * (batch - len(cuts)), settings, how, bar)
+        for (number, _), cut, pixels in zip(part, cuts, drawn, strict=False):
+            image = images.get(number, jobs[number].template.image)
+            images[number] = paste(image, pixels, cut.mask, cut.square)
+        following = places[start + batch :]
+        ready = following[0][0] if following else len(jobs)
+        for number in range(done, ready):
+            yield images.pop(number, jobs[number].template.image)
+        done = ready
+
+
+def _draw(
+    drawer: Drawer, cuts: Sequence["_Cut"], settings: Settings, how: Redrawing, bar: tqdm | None
+) -> UInt8[np.ndarray, "b side side 3"]:
+    control = {}
+    if cuts[0].control is not None:
+        control["control"] = np.stack([cut.control for cut in cuts])
+        control["control_scale"] = how.control_scale
+    return drawer.draw(
+        [cut.job.prompt for cut in cuts],
+        [cut.job.seed for cut in cuts],
+        np.stack([cut.place.crops for cut in cuts]),
+        settings,
+        canvas=Canvas(
+            images=np.stack([cut.pixels for cut in cuts]),
+            cells=np.stack([cut.cells for cut in cuts]),
+            strength=how.strength,
+        ),
+        **control,
+        bar=bar,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Cut:
+    """One face's square: what is drawn over, and where it belongs."""
+
+    job: Job
+    place: Place
+    square: Square
+    mask: Float[np.ndarray, "s s"]
+    pixels: UInt8[np.ndarray, "side side 3"]
+    cells: Bool[np.ndarray, "rows rows"]
+    control: UInt8[np.ndarray, "side side 3"] | None
+
+
+def _square_settings(base: Base, settings: Settings) -> Settings:
+    own = base.unet.sample_size * base.vae.downscale
+    side = settings.height or settings.width or own
+    if (settings.height or side) != (settings.width or side):
+        raise UserError(
+            f"faces of templates are drawn in squares, got {settings.width} x {settings.height}"
+        )
+    return dataclasses.replace(settings.settings(), height=side, width=side)
+
+
+def _cut(base: Base, job: Job, place: Place, settings: Settings, how: Redrawing) -> _Cut:
+    image, mask = job.template.image, _mask(job, place)
+    size = float(np.sqrt(mask.sum()))
+    mask = widen(mask, how.grow * size, how.soften * size)
+    square = square_around(mask, how.fill)
+    mask = cut_square(mask, square, mode="constant")
+    drawn_size = settings.height, settings.height
+
+    def seen(image: np.ndarray) -> np.ndarray:
+        cut = Image.fromarray(cut_square(image, square, mode="edge"))
+        return np.asarray(cut.resize(drawn_size, Image.Resampling.LANCZOS))
+
+    inside = np.asarray(Image.fromarray(mask).resize(drawn_size, Image.Resampling.BOX))
+    return _Cut(
+        job=job,
+        place=place,
+        square=square,
+        mask=mask,
+        pixels=seen(image),
+        cells=touched_cells(inside, base.vae.downscale),
+        control=None if job.control is None else seen(job.control),
+    )
+
+
+def _mask(job: Job, place: Place) -> Float[np.ndarray, "h w"]:
+    """What is redrawn before it is widened; UserError if it is nothing."""
+    mask, template = place.mask, job.template
+    if mask is None:
+        whole = np.ones(template.image.shape[:2], np.float32)
+        mask = face_mask(whole, template.faces[place.index].points)
+    if mask.sum() < 1.0:
+        raise UserError(f"{template.name}: {place} is empty")
+    return mask
+
+
+def square_around(mask: Float[np.ndarray, "h w"], fill: float) -> Square:
+    """The square whose side the mask's longer extent fills by that share, around its middle."""
+    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
+    extent = max(rows[-1] - rows[0], columns[-1] - columns[0]) + 1
+    side = int(np.ceil(extent / fill))
+    middle = (columns[0] + columns[-1] + 1) / 2, (rows[0] + rows[-1] + 1) / 2
+    left, top = (int(np.floor(m - side / 2)) for m in middle)
+    return left, top, side
+
+
+def cut_square(image: np.ndarray, square: Square, *, mode: str) -> np.ndarray:
+    """What a square shows; where it reaches over the edges, by ``np.pad``'s ``mode``."""
+    left, top, side = square
+    height, width = image.shape[:2]
+    over = (
+        (max(0, -top), max(0, top + side - height)),
+        (max(0, -left), max(0, left + side - width)),
+    )
+    part = image[max(0, top) : top + side, max(0, left) : left + side]
+    return np.pad(part, over + ((0, 0),) * (image.ndim - 2), mode=mode)
+
+
+def paste(
+    image: UInt8[np.ndarray, "h w 3"],
+    drawn: UInt8[np.ndarray, "r r 3"],
+    mask: Float[np.ndarray, "s s"],
+    square: Square,
+) -> UInt8[np.ndarray, "h w 3"]:
+    """The image with a square drawn in it, blended by its mask; untouched where that is 0."""
+    left, top, side = square
+    height, width = image.shape[:2]
+    rows = slice(max(0, top), min(height, top + side))
+    columns = slice(max(0, left), min(width, left + side))
+    own = np.s_[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left]
+    new = np.asarray(Image.fromarray(drawn).resize((side, side), Image.Resampling.LANCZOS))
+    out = image.copy()
+    out[rows, columns] = blend(image[rows, columns], new[own], mask[own])
+    return out
+
+
+def widen(mask: Float[np.ndarray, "h w"], grow: float, soften: float) -> Float[np.ndarray, "h w"]:
+    """The mask, ``grow`` pixels wider, and ``soften`` pixels more in which it fades to 0.
+
+    Its edge is where it is 1/2; what is greyer outside of that stays.
+    """
+    reach = int(np.ceil(grow + soften)) + 1
+    inside = mask >= 0.5
+    rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
+    if not len(rows):
+        return mask
+    near = (
+        slice(max(0, rows[0] - reach), rows[-1] + reach + 1),
+        slice(max(0, columns[0] - reach), columns[-1] + reach + 1),
+    )
+    away = distance_transform_edt(~inside[near])
+    faded = np.clip(1.0 - np.maximum(away - grow, 0.0) / max(soften, 1e-6), 0.0, 1.0)
+    out = mask.copy()
+    out[near] = np.maximum(out[near], faded)
+    return out
+
+
+def _overlap(box: Sequence[float], other: Sequence[float]) -> float:
+    """The area that two boxes share, over the area that they cover together."""
+    width = min(box[2], other[2]) - max(box[0], other[0])
+    height = min(box[3], other[3]) - max(box[1], other[1])
+    if width <= 0 or height <= 0:
+        return 0.0
+    areas = [(b[2] - b[0]) * (b[3] - b[1]) for b in (box, other)]
+    return width * height / (sum(areas) - width * height)

@@ -1,0 +1,138 @@
+"""`fact-train records` and `fact-train cache`: what they take, and what they call."""
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from fact_jax.utils.errors import UserError
+
+_SPLITS = ("base", "encoder", "adapter", "judge", "test")
+
+
+def add_records(commands: argparse._SubParsersAction) -> None:
+    """The command ``records``."""
+    records = commands.add_parser(
+        "records",
+        help="write photos as records to train on",
+        description="Write photos, masks, crops, points and captions as a tensorflow_datasets "
+        "folder of array_record shards.",
+    )
+    sources = records.add_subparsers(dest="source", required=True)
+    portraits = sources.add_parser(
+        "portraits",
+        help="made-up people",
+        description="Write portraits of made-up people.",
+    )
+    portraits.add_argument("--people", type=_count, required=True, metavar="N")
+    portraits.add_argument("--photos", type=_count, default=4, metavar="M", help="of each (4)")
+    portraits.add_argument(
+        "--split", choices=_SPLITS, default="adapter", help="which people (adapter)"
+    )
+    _add_common(portraits, size=64, crop=48)
+    folder = sources.add_parser(
+        "folder",
+        help="your own photos, a folder a person",
+        description="Write the photos SRC/PERSON/NAME.jpg (or png, webp, bmp, tif, avif, and heic "
+        "where pillow-heif is installed), their colours in sRGB. Beside each: "
+        "NAME.points.json or NAME.json with the five points, unless a face detector is installed; "
+        "NAME.mask.png, the grey head mask, and NAME.txt, the caption, if there are any.",
+    )
+    folder.add_argument("folder", type=Path, metavar="SRC")
+    _add_common(folder, size=512, crop=112)
+
+
+def _add_common(parser: argparse.ArgumentParser, size: int, crop: int) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    parser.add_argument("--size", type=_count, default=size, help=f"side of the photos ({size})")
+    parser.add_argument("--crop", type=_count, default=crop, help=f"side of the crops ({crop})")
+    parser.add_argument("--force", action="store_true", help="replace DIR if it is there")
+
+
+def add_cache(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    """The command ``cache``, but for the experiment that it takes."""
+    cache = commands.add_parser(
+        "cache",
+        help="encode an experiment's records once, instead of in every step",
+        description="Encode the records of an experiment (options.records): latents, text and face "
+        "tokens. Started again it goes on; train with options.cache=DIR.",
+    )
+    cache.add_argument("--out", type=Path, required=True, metavar="DIR", help="the cache's folder")
+    cache.add_argument(
+        "--shard",
+        type=_share,
+        default=(0, 1),
+        metavar="i/n",
+        help="this process's share of the shards, i from 0 to n - 1, where several write at once",
+    )
+    return cache
+
+
+def write(arguments: argparse.Namespace) -> int:
+    """Do `records`."""
+    from fact_train.data.photo_folder import Totals, folder_examples
+    from fact_train.data.records import write_records
+
+    totals = Totals()
+    sizes = {"size": arguments.size, "crop_size": arguments.crop}
+    if arguments.source == "portraits":
+        from fact_train.data.portraits import portrait_examples
+
+        examples = portrait_examples(arguments.split, arguments.people, arguments.photos, **sizes)
+    else:
+        examples = folder_examples(arguments.folder, warn=_warn, totals=totals, **sizes)
+    try:
+        photos, people = write_records(examples, arguments.out, force=arguments.force, **sizes)
+        print(f"{arguments.out}: {photos} photos of {people} people")
+    finally:
+        for line in totals.lines():
+            print(line)
+    return 0
+
+
+def cache(name: str, overrides: Sequence[str], out: Path, share: tuple[int, int]) -> int:
+    """Do `cache`."""
+    from fact_train.config import load_config, override
+
+    config = override(load_config(name)[1], overrides)
+    records = getattr(config.options, "records", None)
+    if records is None:
+        raise UserError(
+            f"the experiment {name} has no records to encode: set options.records to a folder "
+            "that `fact-train records` wrote"
+        )
+
+    from fact_convert import load_encoder, load_pipeline
+    from fact_train.data.cache import CacheWriter
+    from fact_train.data.datasets import open_records
+    from fact_train.tasks.frozen_encoders import Encoders
+
+    pipeline, encoder = load_pipeline(config.options.base), load_encoder(config.options.encoder)
+    writer = CacheWriter(
+        open_records(records, pipeline, encoder),
+        Encoders(pipeline, encoder),
+        pipeline.tokenizer,
+        out,
+        cells=pipeline.unet.config.sample_size,
+    )
+    if writer.write(share, print):
+        print(f"{out}: all {len(writer.paths)} shards are there; train with options.cache={out}")
+    return 0
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
+    return int(text)
+
+
+def _share(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not int(found[1]) < int(found[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form i/n with i from 0 to n - 1")
+    return int(found[1]), int(found[2])

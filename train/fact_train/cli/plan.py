@@ -1,0 +1,63 @@
+"""The command `fact-train plan`."""
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Sequence
+
+from fact_jax.utils.errors import UserError
+from fact_train.config import load_config, override
+from fact_train.plan.chips import CHIPS, Chip, per_device
+from fact_train.plan.compilation import Request, facts_of
+from fact_train.plan.report import lines_of, make_report
+
+
+def plan(
+    name: str,
+    overrides: Sequence[str],
+    *,
+    topology: str | None,
+    gpu: str | None,
+    global_batch: int | None,
+    as_json: bool,
+) -> int:
+    """Print the plan; 0 if the step fits, 1 if it does not."""
+    chip, chips = read_topology(topology) if topology else read_gpu(gpu or "")
+    if global_batch is not None:
+        overrides = [*overrides, f"batch_size={global_batch}"]
+    config = override(load_config(name)[1], overrides)
+    facts = facts_of(
+        Request(config=name, overrides=tuple(overrides), topology=topology, chips=chips)
+    )
+    about = {"config": name, "overrides": list(overrides)}
+    report = about | make_report(config, chip, chips, facts)
+    print(json.dumps(report, indent=1) if as_json else "\n".join(lines_of(report)))
+    return 0 if report["memory"]["fits"] else 1
+
+
+def read_topology(text: str) -> tuple[Chip, int]:
+    """``v5e:16x16`` -> the chip and how many; of chips that JAX shows as several, their parts."""
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
+    if match is None:
+        raise UserError(f"--topology {text}: expected a TPU and its shape, as v5e:16x16")
+    chip, count = _chip(match[1], "TPU"), math.prod(map(int, match[2].split("x")))
+    return per_device(chip), count * chip.devices
+
+
+def read_gpu(text: str) -> tuple[Chip, int]:
+    """``h100:64`` -> the chip, and how many (8 if it does not say)."""
+    match = re.fullmatch(r"(\w+)(?::([1-9]\d*))?", text)
+    if match is None:
+        raise UserError(f"--gpu {text}: expected a GPU and how many, as h100:64")
+    return _chip(match[1], "NVIDIA"), int(match[2] or 8)
+
+
+def _chip(name: str, maker: str) -> Chip:
+    known = [chip.name for chip in CHIPS.values() if chip.kinds[0].startswith(maker)]
+    if name.lower() not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"no data on a chip {name!r} (known: {', '.join(known)}); the nearest is {near!r}"
+        )
+    return CHIPS[name.lower()]

@@ -1,0 +1,16 @@
+"""The miniature's decoder, trained on by itself once its encoder and the latents are settled.
+
+fact-train run mini_decoder --out runs/mini_decoder options.decoder_of=runs/mini_vae/export/vae
+"""
+
+from dataclasses import replace
+
+from fact_train.configs.mini_vae import config as mini_vae
+
+config = replace(
+    mini_vae,
+    steps=1200,
+    optimizer=replace(mini_vae.optimizer, learning_rate=1e-3),
+    ema=replace(mini_vae.ema, decay=0.999),
+    options=replace(mini_vae.options, decoder_of="miniature/base/vae"),
+)

@@ -1,0 +1,20 @@
+"""The miniature's autoencoder: 64 x 64 portraits to 8 x 8 x 16 latents.
+
+fact-train run mini_vae --out runs/mini_vae
+"""
+
+from fact_train.config import CheckpointConfig, EMAConfig, LogConfig, OptimizerConfig, TrainConfig
+from fact_train.tasks.vae import VAEOptions
+
+config = TrainConfig(
+    task="vae",
+    steps=1600,
+    batch_size=16,
+    optimizer=OptimizerConfig(
+        learning_rate=2e-3, weight_decay=1e-4, warmup_steps=50, schedule="cosine"
+    ),
+    ema=EMAConfig(decay=0.995),
+    checkpoint=CheckpointConfig(every=400),
+    log=LogConfig(every=20, samples_every=400),
+    options=VAEOptions(),
+)

@@ -1,0 +1,228 @@
+"""Records encoded once: VAE moments, text hidden states, face tokens and masks, in shards.
+
+A shard is there whole or not at all. So writing goes on where it was interrupted, and several
+processes can each write their share; whoever finds all shards written adds what makes the folder
+a tensorflow_datasets data set.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Int
+
+from fact_convert import Tokenizer
+from fact_jax.face.images import one_line
+from fact_jax.utils.errors import UserError
+from fact_jax.utils.files import atomic_write
+from fact_train.data.pixels import PixelRows
+from fact_train.data.records import (
+    Records,
+    data_libraries,
+    open_folder,
+    read_identities,
+    read_row,
+    write_index,
+)
+from fact_train.tasks.frozen_encoders import Encoders
+
+NAME, VERSION = "face_cache", "1.0.0"
+FACTS = "cache.json"
+ROWS_PER_SHARD = 512
+_ROWS_PER_DEVICE = 8
+_REGIONS = ("face", "head")
+_DESCRIPTION = """\
+Records of faces for training FACT (arXiv 2410.12312), encoded once: `mean` and `log_variance` of
+the unscaled latents, `text` (hidden states of the caption), `tokens` of the aligned face, and
+`face_mask` and `head_mask` averaged to the latents' cells; all float32. `cache.json` tells of which
+records and by which weights.
+"""
+
+
+class CacheRows:
+    """Rows of a cache; ``region`` ("head" or "face") says which mask."""
+
+    def __init__(self, folder: str | Path, region: str):
+        self.folder, self.fingerprint, self._source = open_folder(folder, NAME, VERSION)
+        self._mask = f"{region}_mask"
+        self.identities: Int[np.ndarray, " n"] = read_identities(self.folder, len(self._source))
+        self._facts = _read_facts(self.folder)
+
+    def load(self, number: int, partner: int) -> dict[str, np.ndarray]:
+        own = read_row(self._source, number, self.folder)
+        other = own if partner == number else read_row(self._source, partner, self.folder)
+        names = ("mean", "log_variance", "text", "tokens")
+        sample = {name: own[name] for name in names}
+        return {**sample, "mask": own[self._mask], "partner": other["tokens"]}
+
+    def check(self, encoders: Encoders, records: Records | None) -> None:
+        """UserError unless the cache was made by these weights, and of these records if given."""
+        wanted = {"weights": encoders.digest()}
+        if records is not None:
+            wanted["records"] = records.fingerprint
+        _compare(self.folder, self._facts, wanted)
+
+
+class CacheWriter:
+    """Encodes records and writes them as shards into ``out``; ``cells`` is a side of the latents.
+
+    Raises UserError if ``out`` holds a cache of other records or by other weights.
+    """
+
+    def __init__(
+        self,
+        records: Records,
+        encoders: Encoders,
+        tokenizer: Tokenizer,
+        out: Path,
+        *,
+        cells: int,
+        rows_per_shard: int = ROWS_PER_SHARD,
+    ):
+        self._tfds = data_libraries().tfds
+        self._records, self._encoders = records, encoders
+        self._rows = PixelRows(records, tokenizer, region="head", cells=cells)
+        self.folder = out / NAME / VERSION
+        self._per_shard, self._count = rows_per_shard, len(records)
+        self._facts = {
+            "records": records.fingerprint,
+            "weights": encoders.digest(),
+            "rows_per_shard": rows_per_shard,
+        }
+        shards = -(-self._count // rows_per_shard)
+        self.paths = [
+            self.folder / f"{NAME}-train.array_record-{shard:05d}-of-{shards:05d}"
+            for shard in range(shards)
+        ]
+        # Whole batches go over all devices of this process.
+        mesh = Mesh(np.asarray(jax.local_devices()), "data")
+        self._split = NamedSharding(mesh, PartitionSpec("data"))
+        self._frozen = jax.device_put(encoders.arrays, NamedSharding(mesh, PartitionSpec()))
+        self._at_once = _ROWS_PER_DEVICE * mesh.size
+        self._encode = jax.jit(self._encode_samples)
+
+    def write(self, share: tuple[int, int], say: Callable[[str], None]) -> bool:
+        """Write those of shards ``i``, ``i + n``, ... that are not there; True when all are."""
+        self._claim()
+        first, step = share
+        for shard in range(first, len(self.paths), step):
+            if not self.paths[shard].exists():
+                self._write_shard(shard)
+                say(f"{self.paths[shard].name} written")
+        missing = sum(not path.exists() for path in self.paths)
+        if missing:
+            say(f"{missing} of {len(self.paths)} shards are still to be written")
+        else:
+            self._complete()
+        return not missing
+
+    def _claim(self) -> None:
+        if (self.folder / FACTS).exists():
+            _compare(self.folder, _read_facts(self.folder), self._facts)
+            return
+        with atomic_write(self.folder / FACTS) as temporary:
+            temporary.write_text(json.dumps(self._facts, indent=1) + "\n")
+
+    def _write_shard(self, shard: int) -> None:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        path = self.paths[shard]
+        for leftover in self.folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
+            leftover.unlink()
+        features = self._features()
+        serializer = self._tfds.core.example_serializer.ExampleSerializer(
+            features.get_serialized_info()
+        )
+        first = shard * self._per_shard
+        numbers = range(first, min(first + self._per_shard, self._count))
+        with atomic_write(path) as temporary:
+            writer = ArrayRecordWriter(str(temporary), "group_size:1")
+            for row in self._encoded(numbers):
+                writer.write(serializer.serialize_example(features.encode_example(row)))
+            writer.close()
+
+    def _encoded(self, numbers: range) -> Iterator[dict[str, np.ndarray]]:
+        """Rows with every feature, encoded in batches of one shape."""
+        for first in range(0, len(numbers), self._at_once):
+            some = numbers[first : first + self._at_once]
+            rows = [self._records[number] for number in some]
+            samples = [self._rows.sample(*pair) for pair in zip(some, rows, strict=True)]
+            samples += samples[-1:] * (self._at_once - len(some))
+            batch = {name: np.stack([one[name] for one in samples]) for name in samples[0]}
+            batch = jax.device_put(batch, self._split)
+            encoded = jax.tree.map(np.asarray, self._encode(self._frozen, batch))
+            for i, (number, row) in enumerate(zip(some, rows, strict=True)):
+                masks = {f"{name}_mask": self._rows.mask(number, row, name) for name in _REGIONS}
+                yield {name: array[i] for name, array in encoded.items()} | masks
+
+    def _encode_samples(self, frozen, batch):
+        mean, log_variance = self._encoders.moments(frozen, batch["images"])
+        return {
+            "mean": mean,
+            "log_variance": log_variance,
+            "text": self._encoders.text(frozen, batch["ids"]),
+            "tokens": self._encoders.tokens(frozen, batch["crops"]),
+        }
+
+    def _features(self):
+        row = next(self._encoded(range(1)))
+        kinds = self._tfds.features
+        return kinds.FeaturesDict(
+            {
+                # As raw bytes: lists of numbers are slow to read.
+                name: kinds.Tensor(
+                    shape=value.shape, dtype=np.float32, encoding=kinds.Encoding.BYTES
+                )
+                for name, value in row.items()
+            }
+        )
+
+    def _complete(self) -> None:
+        """Write the files about the whole; of several processes all write the same."""
+        core, starts = self._tfds.core, range(0, self._count, self._per_shard)
+        split = core.SplitInfo(
+            name="train",
+            shard_lengths=[min(self._per_shard, self._count - start) for start in starts],
+            num_bytes=sum(path.stat().st_size for path in self.paths),
+        )
+        with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=self.folder) as temporary:
+            whole = Path(temporary)
+            info = core.DatasetInfo(
+                builder=core.dataset_info.DatasetIdentity(
+                    name=NAME,
+                    version=core.Version(VERSION),
+                    data_dir=temporary,
+                    module_name=__name__,
+                ),
+                features=self._features(),
+                description=_DESCRIPTION,
+                disable_shuffling=True,
+            )
+            info.set_file_format("array_record")
+            info.set_splits(core.splits.SplitDict([split]))
+            info.write_to_directory(whole)
+            write_index(whole, self._records.identities, self.paths)
+            # A folder with features.json is taken for whole, so that comes last.
+            for path in sorted(whole.iterdir(), key=lambda path: path.name == "features.json"):
+                os.replace(path, self.folder / path.name)
+
+
+def _read_facts(folder: Path) -> dict:
+    try:
+        return json.loads((folder / FACTS).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / FACTS} cannot be read: {one_line(error)}") from error
+
+
+def _compare(folder: Path, found: dict, wanted: dict) -> None:
+    differing = [key for key in wanted if found.get(key) != wanted[key]]
+    if differing:
+        raise UserError(
+            f"{folder} is a cache with other {' and '.join(differing)}: write it again, into "
+            "another folder, with `fact-train cache`"
+        )

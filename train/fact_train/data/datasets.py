@@ -1,0 +1,40 @@
+"""The stored samples that an experiment names: records, or a cache of them."""
+
+from fact_convert import Pipeline
+from fact_jax.models.transface import TransFace
+from fact_jax.utils.errors import UserError
+from fact_train.data.cache import CacheRows
+from fact_train.data.loader import Rows
+from fact_train.data.pixels import PixelRows
+from fact_train.data.records import Records
+from fact_train.tasks.frozen_encoders import Encoders
+
+
+def open_records(folder: str, pipeline: Pipeline, encoder: TransFace) -> Records:
+    """Records of the sizes that the base and the face encoder take; UserError for others."""
+    records = Records(folder)
+    size = pipeline.unet.config.sample_size * pipeline.vae.config.downscale
+    wanted = {
+        "--size": (records.size, size),
+        "--crop": (records.crop_size, encoder.config.img_size),
+    }
+    wrong = [f"{name} {need} (it is {has})" for name, (has, need) in wanted.items() if has != need]
+    if wrong:
+        raise UserError(
+            f"{folder} does not fit the base and the face encoder: write the records with "
+            f"{' and '.join(wrong)}"
+        )
+    return records
+
+
+def open_rows(options, pipeline: Pipeline, encoder: TransFace, encoders: Encoders) -> Rows:
+    """Rows of ``options.cache`` if it is given, else of ``options.records``."""
+    records = None
+    if options.records is not None:
+        records = open_records(options.records, pipeline, encoder)
+    if options.cache is not None:
+        rows = CacheRows(options.cache, options.region)
+        rows.check(encoders, records)
+        return rows
+    cells = pipeline.unet.config.sample_size
+    return PixelRows(records, pipeline.tokenizer, region=options.region, cells=cells)

@@ -1,0 +1,45 @@
+"""Records as what the training step encodes itself: pictures, crops and token ids."""
+
+import numpy as np
+from jaxtyping import Float
+
+from fact_convert import Tokenizer, tokenize
+from fact_train.data.records import Records
+
+
+class PixelRows:
+    """Rows with ``images``, ``crops`` and ``partner_crops`` in 0..255, ``ids``, and ``mask``.
+
+    ``region`` ("head" or "face") says which mask; it is averaged to ``cells`` x ``cells``, which
+    divide the photo's size.
+    """
+
+    def __init__(self, records: Records, tokenizer: Tokenizer, *, region: str, cells: int):
+        self._records, self._tokenizer = records, tokenizer
+        self._region, self._cells = region, cells
+        self.identities, self.fingerprint = records.identities, records.fingerprint
+
+    def load(self, number: int, partner: int) -> dict[str, np.ndarray]:
+        row = self._records[number]
+        other = row if partner == number else self._records[partner]
+        return {
+            **self.sample(number, row),
+            "mask": self.mask(number, row, self._region),
+            "partner_crops": self._records.picture(partner, other, "crop"),
+        }
+
+    def sample(self, number: int, row: dict) -> dict[str, np.ndarray]:
+        """What a record itself gives, but for the mask."""
+        return {
+            "images": self._records.picture(number, row, "photo"),
+            "crops": self._records.picture(number, row, "crop"),
+            "ids": tokenize(self._tokenizer, [self._records.caption(number, row)])[0][0],
+        }
+
+    def mask(self, number: int, row: dict, region: str) -> Float[np.ndarray, "h w"]:
+        """A mask in [0, 1], each cell the mean of what it covers."""
+        pixels = self._records.picture(number, row, f"{region}_mask")
+        # Not by matrices: their own threads would fight with those that decode.
+        side = len(pixels) // self._cells
+        parts = pixels.reshape(self._cells, side, self._cells, side)
+        return parts.mean((1, 3), dtype=np.float32) / np.float32(255.0)

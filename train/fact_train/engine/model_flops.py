@@ -1,0 +1,36 @@
+"""What a step must compute, whatever is computed twice to save memory."""
+
+import contextlib
+import copy
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from fact_jax.ops import attention
+from fact_train.engine.jaxpr_costs import count_flops, trace
+from fact_train.engine.step import TrainStep
+
+
+def model_flops(step: TrainStep, state: Any, frozen: Any, batch: Any) -> int:
+    """Operations of one step on all devices, without recomputed blocks and tiles of attention.
+
+    Arrays or ShapeDtypeStructs will do. ValueError if the step has a loop of no known length.
+    """
+    config = dataclasses.replace(step.config, remat="none")
+    task = copy.copy(step.task)
+    task.config = config
+    plain = TrainStep(task, step.optimizer, config, step.mesh)
+    with _plain_attention():
+        return count_flops(trace(plain.compute, state, frozen, batch))
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """No tiles, which are computed again in the backward pass."""
+    limit = attention.KEPT_MATRIX_LIMIT
+    attention.KEPT_MATRIX_LIMIT = math.inf
+    try:
+        yield
+    finally:
+        attention.KEPT_MATRIX_LIMIT = limit

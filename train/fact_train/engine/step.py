@@ -1,0 +1,191 @@
+"""The one training step: ``train_step(state, frozen, batch) -> (state, metrics)``."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from fact_jax.ops.remat import CPU_OPTIONS
+from fact_jax.sharding import (
+    BATCH_AXES,
+    REPLICATED,
+    SPLIT,
+    batch_sharding,
+    batch_ways,
+    replicated,
+    shardings,
+    spread,
+)
+from fact_jax.utils.errors import UserError
+from fact_train.config import TrainConfig
+from fact_train.engine.state import (
+    TrainState,
+    all_finite,
+    learning_rate,
+    state_shardings,
+    update_ema,
+)
+from fact_train.engine.task import Task
+
+PyTree = Any
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    task: Task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
+) -> "TrainStep":
+    """The compiled step of a task on a mesh; the state given to it is donated.
+
+    ``optimizer`` gives the direction (:func:`fact_train.engine.state.make_optimizer`), the step
+    applies the learning rate. If the loss, a gradient or a new value is not finite, everything
+    stays as it is. The loss is written on the global batch, which the compiler splits. UserError
+    if the batch cannot be.
+    """
+    check_batch(config, mesh)
+    return TrainStep(task, optimizer, config, mesh)
+
+
+def check_batch(config: TrainConfig, mesh: Mesh) -> None:
+    """UserError if the batch does not come out even over devices and microbatches."""
+    ways, parts = batch_ways(mesh), config.accumulate
+    if config.batch_size % ways:
+        raise UserError(
+            f"batch {config.batch_size} does not divide over data x fsdp = {ways}: "
+            f"batch_size={-(-config.batch_size // ways) * ways} would"
+        )
+    if config.batch_size % (ways * parts):
+        raise UserError(
+            f"batch {config.batch_size} does not divide into accumulate = {parts} microbatches "
+            f"over data x fsdp = {ways}: batch_size must be a multiple of {ways * parts}"
+        )
+
+
+def frozen_shardings(frozen: PyTree, config: TrainConfig, mesh: Mesh) -> PyTree:
+    """Where the frozen parameters lie: whole everywhere, or split as ``mesh.base`` says."""
+    return shardings(frozen, SPLIT if config.mesh.base == "fsdp" else REPLICATED, mesh)
+
+
+class TrainStep:
+    """The step, compiled at its first call; ``lower`` takes ShapeDtypeStructs as well."""
+
+    def __init__(self, task, optimizer, config, mesh):
+        self.task: Task = task
+        self.optimizer: optax.GradientTransformation = optimizer
+        self.config: TrainConfig = config
+        self.mesh: Mesh = mesh
+        self._jitted: Any = None
+
+    def __call__(self, state: TrainState, frozen: PyTree, batch: Batch):
+        return self._compiled(state, frozen)(state, frozen, batch)
+
+    def lower(self, state: TrainState, frozen: PyTree, batch: Batch) -> jax.stages.Lowered:
+        """The program for arguments of these shapes."""
+        return self._compiled(state, frozen).lower(state, frozen, batch)
+
+    def _compiled(self, state: TrainState, frozen: PyTree):
+        if self._jitted is None:
+            placed = state_shardings(state, self.mesh)
+            given = (placed, frozen_shardings(frozen, self.config, self.mesh))
+            on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+            self._jitted = jax.jit(
+                self.compute,
+                donate_argnums=0,
+                in_shardings=(*given, batch_sharding(self.mesh)),
+                out_shardings=(placed, replicated(self.mesh)),
+                compiler_options=CPU_OPTIONS if on_cpu else None,
+            )
+        return self._jitted
+
+    def compute(self, state: TrainState, frozen: PyTree, batch: Batch):
+        """What the compiled program computes."""
+        config = self.config
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        keys = jax.random.split(key, config.batch_size)
+        # Masters that are split over `fsdp` are gathered here, once, and not wherever they are
+        # used, in the forward pass, its recomputation and the backward pass.
+        working = jax.lax.with_sharding_constraint(
+            cast(state.params, config.precision), shardings(state.params, REPLICATED, self.mesh)
+        )
+        frozen = cast(frozen, config.precision)
+        gradient, loss, metrics = self._gradient(working, frozen, batch, state.step, keys)
+        aux = metrics.pop("aux", None)
+        norm = optax.global_norm(gradient)
+        rate = learning_rate(config.optimizer, config.steps, state.step)
+        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+        if hasattr(self.task, "state_update"):
+            params = self.task.state_update(params, aux)
+        ema = update_ema(config.ema, state.ema, params, state.step)
+        moved, kept = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+        # A norm is finite only if every gradient is. All three run over all devices, so that all
+        # of them decide alike.
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & all_finite(moved)
+        params, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(good, a, b), moved, kept)
+        bad = (~good).astype(jnp.int32)
+        state = TrainState(
+            params=params,
+            ema=ema,
+            opt_state=opt_state,
+            step=state.step + 1,
+            skipped=state.skipped + bad,
+            skipped_in_a_row=(state.skipped_in_a_row + 1) * bad,
+        )
+        metrics |= {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
+        metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
+        return state, metrics
+
+    def _gradient(self, working, frozen, batch, step, keys):
+        """(float32 gradient, loss, metrics) of the batch, in microbatches if so configured."""
+        # Each device needs only that part of the gradient whose update it works out.
+        placed = spread(working, shardings(working, SPLIT, self.mesh))
+
+        def loss_of(params, batch, keys):
+            loss, metrics = self.task.loss(params, frozen, batch, step=step, keys=keys)
+            return loss.astype(jnp.float32), dict(metrics)
+
+        def one(batch, keys):
+            (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+                working, batch, keys
+            )
+            gradient = cast(gradient, "float32")
+            return jax.lax.with_sharding_constraint(gradient, placed), loss, metrics
+
+        parts = self.config.accumulate
+        if parts == 1:
+            return one(batch, keys)
+
+        def add(total, microbatch):
+            gradient, loss, metrics = one(*microbatch)
+            return jax.tree.map(jnp.add, total, gradient), (loss, metrics)
+
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), working)
+        zeros = jax.lax.with_sharding_constraint(zeros, placed)
+        microbatches = jax.tree.map(lambda leaf: self._split(leaf, parts), (batch, keys))
+        total, (losses, metrics) = jax.lax.scan(add, zeros, microbatches)
+        gradient = jax.tree.map(lambda leaf: leaf / parts, total)
+        return gradient, losses.mean(), jax.tree.map(_mean, metrics)
+
+    def _split(self, leaf: jax.Array, parts: int) -> jax.Array:
+        """(b, ...) to (parts, b / parts, ...), each device keeping the rows that it has."""
+        leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
+        sharding = NamedSharding(self.mesh, P(None, BATCH_AXES))
+        return jax.lax.with_sharding_constraint(leaf, sharding)
+
+
+def _mean(values: jax.Array) -> jax.Array:
+    """Over microbatches; what is counted in whole numbers is the same in each."""
+    return values.mean(0) if jnp.issubdtype(values.dtype, jnp.floating) else values[0]
+
+
+def cast(tree: PyTree, precision: str) -> PyTree:
+    """Floating leaves in the precision of the computation."""
+    dtype = jnp.dtype(precision)
+
+    def one(leaf):
+        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    return jax.tree.map(one, tree)

@@ -1,0 +1,184 @@
+"""Several processes that train as one: how they find each other, and how they fail together."""
+
+import hashlib
+import json
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fact_jax.utils.errors import UserError, describe_os_error
+from fact_train.config import TrainConfig, to_json
+
+ARRIVAL_SECONDS = 300
+# Long enough for the slowest to leave, short enough that a failed run does not hold a pod.
+LEAVING_SECONDS = 30
+_MESSAGE_BYTES = 1000
+_host: str | None = None
+# A network file system may show a new file a moment later.
+_VISIBLE_SECONDS = 5
+
+
+def initialize(
+    coordinator: str | None,
+    processes: int | None,
+    process: int | None,
+    arrival_seconds: int = ARRIVAL_SECONDS,
+) -> None:
+    """Join the other processes of the run. Must come before anything touches a device.
+
+    ``coordinator`` is the ``host:port`` on which process 0 listens; or ``auto``, and TPU metadata,
+    SLURM, Kubernetes or Open MPI say who takes part; or None for a process alone. UserError if the
+    three do not fit together. The program ends with status 2 if not all processes arrive in time.
+    """
+    if coordinator is None:
+        if processes is not None or process is not None:
+            raise UserError("--processes and --process need --coordinator host:port")
+        return
+    settings = {
+        "initialization_timeout": 10 * arrival_seconds,
+        "shutdown_timeout_seconds": LEAVING_SECONDS,
+    }
+    if coordinator == "auto":
+        if processes is not None or process is not None:
+            raise UserError("--coordinator auto finds --processes and --process by itself")
+    else:
+        global _host
+        _check(coordinator, processes, process)
+        _host = coordinator.rpartition(":")[0].strip("[]")
+        settings |= {"num_processes": processes, "process_id": process}
+        settings |= {"coordinator_address": coordinator, "cluster_detection_method": "deactivate"}
+    # JAX itself ends the program with a stack trace of its own if others do not come.
+    late = threading.Timer(arrival_seconds, _give_up, (coordinator, processes, process))
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(**settings)
+    except (RuntimeError, ValueError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f"--coordinator {coordinator}: {reason}; auto is for TPU pods, SLURM, Kubernetes and "
+            "Open MPI, elsewhere give --coordinator host:port --processes N --process I"
+        ) from error
+    finally:
+        late.cancel()
+
+
+def _give_up(coordinator: str, processes: int | None, process: int | None) -> None:
+    who = "the processes" if process is None else f"process {process}: its {processes} processes"
+    print(
+        f"error: {who} did not all meet at {coordinator}; start them all within a few minutes, "
+        "numbered from 0, with the same --coordinator and --processes",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(2)
+
+
+def _check(coordinator: str, processes: int | None, process: int | None) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"--coordinator {coordinator}: expected host:port or auto")
+    if processes is None or process is None:
+        raise UserError("--coordinator host:port needs --processes N and --process I")
+    if not 0 <= process < processes:
+        raise UserError(
+            f"--process {process} of --processes {processes}: they are numbered 0 to N - 1"
+        )
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """If what is done in here is refused on one process, all raise that UserError."""
+    refused = None
+    try:
+        yield
+    except UserError as error:
+        refused = error
+    said = gather(str(refused or ""))
+    if refused is not None:
+        raise refused
+    for process, message in enumerate(said):
+        if message:
+            raise UserError(f"process {process} of {len(said)}: {message}")
+
+
+def check_alike(config: TrainConfig) -> None:
+    """UserError if the processes of this run were given different settings."""
+    own = json.dumps(to_json(config), sort_keys=True)
+    digests = gather(hashlib.sha256(own.encode()).hexdigest())
+    other = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
+    if other:
+        raise UserError(
+            f"process {', '.join(other)} of {len(digests)} was given other settings than process 0"
+        )
+
+
+def check_same(digests: dict[str, str], advice: str) -> None:
+    """UserError if two processes differ in one of these digests (name of the thing -> digest)."""
+    for name, digest in digests.items():
+        found = [text.split(maxsplit=1) for text in gather(f"{digest or '-'} {host_name()}")]
+        other = [i for i, (theirs, _) in enumerate(found) if theirs != found[0][0]]
+        if other:
+            which = ", ".join(f"{i} ({found[i][1]}, {found[i][0][:12]})" for i in other)
+            raise UserError(
+                f"process {which} of {len(found)} has another {name} than process 0 "
+                f"({found[0][1]}, {found[0][0][:12]}): {advice}"
+            )
+
+
+def check_shared(folder: Path) -> None:
+    """UserError if ``folder``, which is made if need be, is not one and the same on all hosts."""
+    if jax.process_count() == 1:
+        return
+    path = folder / f".shared-{gather(secrets.token_hex(8))[0]}"
+    with together():
+        try:
+            if jax.process_index() == 0:
+                folder.mkdir(parents=True, exist_ok=True)
+                path.touch()
+        except OSError as error:
+            raise UserError(f"--out {describe_os_error(error)}") from error
+    until = time.monotonic() + _VISIBLE_SECONDS
+    while not (seen := path.exists()) and time.monotonic() < until:
+        time.sleep(0.1)
+    said = gather("" if seen else f"({host_name()}, {folder.absolute()})")
+    if jax.process_index() == 0:
+        with suppress(OSError):
+            path.unlink()
+    without = [f"{process} {text}" for process, text in enumerate(said) if text]
+    if without:
+        raise UserError(
+            f"process {', '.join(without)} of {len(said)} does not see the folder that process 0 "
+            "writes: give an --out that all hosts share"
+        )
+
+
+def coordinator_host() -> str | None:
+    """Where process 0 was said to be; None if it was found automatically."""
+    return _host
+
+
+def host_name() -> str:
+    """The name of this host, as it calls itself."""
+    return socket.gethostname() or "unknown"
+
+
+def gather(text: str) -> list[str]:
+    """What every process says, in their order."""
+    if jax.process_count() == 1:
+        return [text]
+    row = np.zeros(_MESSAGE_BYTES, np.uint8)
+    data = text.encode()[:_MESSAGE_BYTES]
+    row[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(row)).reshape(-1, _MESSAGE_BYTES)
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]

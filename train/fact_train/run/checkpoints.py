@@ -1,0 +1,347 @@
+"""Checkpoints of a run: saved in the background, verified when read."""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import logging
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from fact_jax.utils.errors import UserError
+from fact_jax.utils.files import atomic_write
+from fact_train.config import CheckpointConfig
+from fact_train.engine.state import TrainState
+from fact_train.multihost.collectives import all_agree
+from fact_train.run.checksums import checksums
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class About:
+    """What a checkpoint says of its run beside the weights.
+
+    ``frozen`` is the content hash of what is not trained and not saved, ``data`` the fingerprint of
+    the training data (None where the source has none); the position in it is the step.
+    ``steps_before`` counts the steps of the run whose weights this one started from.
+    """
+
+    config: dict[str, Any]
+    frozen: str
+    data: str | None
+    steps_before: int = 0
+
+
+class Checkpoints:
+    """The ``checkpoints`` folder of one run. Use as a context manager.
+
+    Every process of a run calls the same methods in the same order.
+    """
+
+    def __init__(self, run: Path, *, keep: CheckpointConfig, about: About):
+        _hush_orbax()
+        self.folder = (run / "checkpoints").resolve()
+        self._ratings = self.folder.with_name("scores.json")
+        self._aside = self.folder.with_name("checkpoints-unreadable")
+        self._about = about
+        self._saving: int | None = None
+        self._keep = Keep(latest=keep.keep, every=keep.keep_every, best=keep.best)
+        self._manager = ocp.CheckpointManager(
+            self.folder,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=self._keep,
+                step_format_fixed_length=8,
+                cleanup_tmp_directories=True,
+                enable_async_checkpointing=True,
+            ),
+        )
+        rated = self._read_ratings()
+        for step in self._manager.all_steps():
+            self._keep.score(step, rated.get(str(step), self._meta_or_nothing(step).get("score")))
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        """Wait until everything is on disk. An error that is already on its way goes first."""
+        try:
+            with self._one_line():
+                self._manager.wait_until_finished()
+                self._manager.close()
+        except UserError:
+            if kind is None:
+                raise
+
+    def save(self, state: TrainState, score: float | None = None) -> None:
+        """Start writing a checkpoint; returns once the state has been copied.
+
+        Of two checkpoints the one with the higher ``score`` is better. UserError if there is no
+        room for it, or if the one before could not be written.
+        """
+        step = int(state.step)
+        self._check_space(step, sum(leaf.nbytes for leaf in jax.tree.leaves(state)))
+        meta = dataclasses.asdict(self._about) | {
+            "versions": versions(),
+            "revision": revision(),
+            "processes": jax.process_count(),
+            "score": score,
+            "checksums": checksums(state),
+        }
+        items = {
+            "state": ocp.args.StandardSave(state._asdict()),
+            "meta": ocp.args.JsonSave(meta),
+        }
+        self._keep.score(step, score)
+        with self._one_line():
+            # Waits for the one before, whose failure comes out here if it was not seen yet.
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._saving = step
+
+    def rate(self, step: int, score: float | None) -> None:
+        """Say how good a saved checkpoint is, when that is known only afterwards."""
+        self._keep.score(step, score)
+        if score is None or jax.process_index() != 0:
+            return
+        rated = self._read_ratings() | {str(step): score}
+        there = {str(step) for step in self.steps()}
+        with atomic_write(self._ratings) as temporary:
+            temporary.write_text(json.dumps({s: v for s, v in rated.items() if s in there}))
+
+    def _read_ratings(self) -> dict[str, float]:
+        try:
+            found = json.loads(self._ratings.read_text())
+            return {step: float(score) for step, score in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            return {}  # then the best are those that are found from here on
+
+    def failure(self) -> UserError | None:
+        """Why the checkpoint that is being written in the background cannot be."""
+        try:
+            with self._one_line():
+                self._manager.check_for_errors()
+        except UserError as error:
+            return error
+        return None
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def restore(self, template: TrainState, warn: Callable[[str], None]) -> TrainState | None:
+        """The newest state that can be read and is what was written, or None in a fresh run.
+
+        It comes with the shardings of ``template``, whatever mesh and processes wrote it.
+        Unreadable ones that are newer are moved aside, each with a line to ``warn``. UserError if
+        the run was trained on another base, or if none can be read.
+        """
+        unreadable = []
+        for step in reversed(self.steps()):
+            found, reason = self._read(step, template)
+            if found is None:
+                warn(f"warning: checkpoint {step} cannot be read ({reason}); trying the one before")
+                unreadable.append(step)
+                continue
+            state, meta = found
+            self._move_aside(unreadable)
+            changed = [name for name, v in versions().items() if meta["versions"].get(name) != v]
+            same_batch = meta["config"]["batch_size"] == self._about.config["batch_size"]
+            if same_batch and meta.get("data") != self._about.data:
+                changed.append("the training data")
+            if changed:
+                warn(f"warning: {', '.join(changed)} changed since: bits may differ from here on")
+            return state
+        if unreadable:
+            raise UserError(
+                f"none of the checkpoints in {self.folder} can be read; "
+                "move that folder away to start from the beginning"
+            )
+        return None
+
+    def _read(
+        self, step: int, template: TrainState
+    ) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
+        """(state and meta, "") or (None, why not), the same on every process."""
+        folder = self.folder / f"{step:08d}"
+        state, reason = None, "another process could not"
+        try:
+            meta = json.loads((folder / "meta" / "metadata").read_text())
+            written = dict(meta["checksums"])
+            _ = dict(meta["versions"]), meta["config"]["batch_size"]
+        except Exception as error:
+            reason = first_line(error)
+        else:
+            self._check_base(step, meta)
+            stored = _stored_like(template, written)
+            try:
+                state = TrainState(**_restore(folder / "state", stored._asdict()))
+            except Exception as error:  # Orbax's errors for a damaged folder have no common type
+                reason = first_line(error)
+        if not all_agree(state is not None):
+            return None, reason
+        found = checksums(state)
+        for name in sorted(written.keys() | found.keys()):
+            if written.get(name) != found.get(name):
+                return None, f"{name} is not what was written"
+        return (_with_ema_of(template, state), meta), ""
+
+    def _check_base(self, step: int, meta: dict[str, Any]) -> None:
+        base = meta.get("frozen", self._about.frozen)
+        if base != self._about.frozen:
+            raise UserError(
+                f"checkpoint {step} in {self.folder} was trained on another frozen base "
+                f"(content {base[:12]}, here {self._about.frozen[:12]}): "
+                "give the same base files to resume it, or another --out"
+            )
+
+    def _meta_or_nothing(self, step: int) -> dict[str, Any]:
+        try:
+            return dict(json.loads((self.folder / f"{step:08d}/meta/metadata").read_text()))
+        except (OSError, ValueError, TypeError):
+            return {}
+
+    def _check_space(self, step: int, needed: int) -> None:
+        # Checked before, not found out after: with half a checkpoint on it the disk is full.
+        free = shutil.disk_usage(self.folder).free
+        if not all_agree(free >= needed):
+            raise UserError(
+                f"no room for the checkpoint of step {step}: it needs {needed / 1e9:.3g} GB, the "
+                f"disk of {self.folder} has {free / 1e9:.3g} GB left; free some or lower "
+                "checkpoint.keep, then start again to go on from the one before"
+            )
+
+    @contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:  # from the saving thread, of any type
+            raise UserError(
+                f"the checkpoint of step {self._saving} could not be written in {self.folder} "
+                f"({first_line(error)}); the ones before it are whole"
+            ) from error
+
+    def _move_aside(self, steps: list[int]) -> None:
+        # Their names must be free again when the run comes to these steps a second time.
+        for step in steps if jax.process_index() == 0 else []:
+            source = self.folder / f"{step:08d}"
+            target = self._aside / source.name
+            while target.exists():
+                target = target.with_name(f"{target.name}-again")
+            target.parent.mkdir(exist_ok=True)
+            source.rename(target)
+        if steps:
+            all_agree(True)
+            self._manager.reload()
+
+
+class Keep:
+    """Which checkpoints stay: the newest, those of every so many steps, and the best."""
+
+    def __init__(self, *, latest: int, every: int = 0, best: int = 0):
+        self._latest, self._every, self._best = latest, every, best
+        self._scores: dict[int, float] = {}
+
+    def score(self, step: int, value: float | None) -> None:
+        """Remember how good a checkpoint is; without a score it is none of the best."""
+        if value is not None:
+            self._scores[step] = value
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """Orbax asks this of all checkpoints, the one being written included."""
+        steps = sorted(info.step for info in checkpoints)
+        scored = [step for step in steps if step in self._scores]
+        best = sorted(scored, key=lambda step: (self._scores[step], step))
+        kept = {*steps[-self._latest :], *best[len(best) - min(self._best, len(best)) :]}
+        kept |= {step for step in steps if self._every and step % self._every == 0}
+        return [info.step in kept for info in checkpoints]
+
+
+def versions() -> dict[str, str]:
+    """What the run's bits depend on."""
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    return found | {"python": platform.python_version(), "backend": jax.default_backend()}
+
+
+def revision() -> str | None:
+    """The git revision of this program, with "+" if files differ from it; None outside git."""
+    here = Path(__file__).parents[1]
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    # A package that lies in someone else's repository is not of that revision.
+    if commit is None or git("ls-files", "--error-unmatch", __file__) is None:
+        return None
+    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
+
+
+def _stored_like(template: TrainState, names: Iterable[str]) -> TrainState:
+    """``template`` with a running average if, and only if, the checkpoint has one."""
+    if not any(name.startswith("ema/") for name in names):
+        return template._replace(ema=None)
+    return template if template.ema is not None else template._replace(ema=template.params)
+
+
+def _with_ema_of(template: TrainState, state: TrainState) -> TrainState:
+    """A running average that is switched on on the way starts from the weights."""
+    if template.ema is None:
+        return state._replace(ema=None)
+    if state.ema is not None:
+        return state
+    placed = jax.tree.map(lambda leaf: leaf.sharding, template.ema)
+    copy = jax.jit(lambda params: jax.tree.map(jnp.copy, params), out_shardings=placed)
+    return state._replace(ema=copy(state.params))
+
+
+def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
+    # The manager's own way waits for all processes, for ever if one of them finds a damage.
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+    handler = ocp.StandardCheckpointHandler()
+    try:
+        return handler.restore(folder, args=ocp.args.StandardRestore(abstract))
+    finally:
+        handler.close()
+
+
+@functools.cache
+def _hush_orbax() -> None:
+    """Keep quiet about what follows from a failure that we tell in one line ourselves.
+
+    After one leaf has failed, Orbax closes its event loop: TensorStore's threads find it closed
+    (each prints a traceback through ``sys.unraisablehook``), and nobody asks for the errors of the
+    other leaves (which asyncio logs).
+    """
+    former = sys.unraisablehook
+
+    def hook(unraisable):
+        if str(unraisable.exc_value) != "Event loop is closed":
+            former(unraisable)
+
+    sys.unraisablehook = hook
+    logging.getLogger("asyncio").addFilter(
+        lambda record: "exception was never retrieved" not in record.getMessage()
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says first, at most 200 characters."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

@@ -1,0 +1,169 @@
+"""A run's folder: whose it is, and what it says of its making."""
+
+import contextlib
+import datetime
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fact_jax.utils.errors import UserError, listed
+from fact_jax.utils.files import atomic_write
+from fact_train.config import TrainConfig, settings_of_run, to_json
+from fact_train.run.checkpoints import revision, versions
+
+# How a step is computed and recorded, and for how long, but not what it is.
+MAY_CHANGE = ("steps", "log.", "checkpoint.", "mesh.", "accumulate", "remat")
+# What a person may turn down when a run diverges. Curriculum and data stay at their step.
+MAY_CHANGE += ("optimizer.learning_rate", "optimizer.warmup_steps", "ema.", "batch_size")
+
+
+def claim_folder(config: TrainConfig, folder: Path) -> list[str]:
+    """Make the folder this run's own; UserError if it was trained with another configuration.
+
+    Returns the settings that are others now and may be, as ``key old -> new``. A setting that is
+    younger than the run in the folder had its default there.
+    """
+    path = folder / "config.json"
+    new = to_json(config)
+    changes = {}
+    if any(folder.glob("checkpoints/*")):
+        old = settings_of_run(config, _former_config(folder))
+        changes = {
+            key: f"{key} {old.get(key, 'absent')} -> {new.get(key, 'absent')}"
+            for key in sorted(old.keys() | new.keys())
+            if old.get(key, ...) != new.get(key, ...)
+        }
+        differing = [text for key, text in changes.items() if not key.startswith(MAY_CHANGE)]
+        if differing:
+            raise UserError(
+                f"{folder} holds a run with another configuration ({'; '.join(differing)}); "
+                "give the same values to resume it, or another --out"
+            )
+    _write(path, new)
+    return list(changes.values())
+
+
+def _former_config(folder: Path) -> dict[str, Any]:
+    """What the run in the folder was configured as; its checkpoints say it too."""
+    metas = sorted(folder.glob("checkpoints/*/meta/metadata"), reverse=True)
+    why = "is missing"
+    for path in (folder / "config.json", *metas):
+        try:
+            found = json.loads(path.read_text())
+            found = found["config"] if path in metas else found
+            if isinstance(found, dict) and "task" in found:
+                return found
+            why = "is no configuration"
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            why = f"cannot be read ({type(error).__name__})"
+    raise UserError(
+        f"{folder / 'config.json'} {why}, and no checkpoint beside it says how it was trained: "
+        "bring it back to resume the run, or give another --out"
+    )
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """Path below the folder -> SHA-256 of the file, of all files in it."""
+    found = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        found[path.relative_to(folder).as_posix()] = digest
+    return found
+
+
+def check_export(folder: Path, step: int) -> str:
+    """What is wrong with the exported files of this step; nothing if they are as written."""
+    try:
+        about = json.loads((folder / "training.json").read_text())
+        written = about.get("files", {})
+        if about["step"] != step:
+            return f"is of step {about['step']}"
+    except FileNotFoundError:
+        return "is not there"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return "training.json cannot be read"
+    if not isinstance(written, dict) or not written:
+        return "training.json does not say what was written"
+    found = file_hashes(folder)
+    wrong = [name for name in written if found.get(name) != written[name]]
+    return f"{listed(wrong)} not as written" if wrong else ""
+
+
+@contextlib.contextmanager
+def lock_folder(folder: Path) -> Iterator[list[str]]:
+    """Keep other runs out of the folder; UserError if one is using it. Gives warnings.
+
+    The lock is the system's, on the file ``.lock``: it goes with the process that has it, however
+    that ends, and a network file system (NFS, Lustre) passes it on to other hosts.
+    """
+    if jax.process_index() != 0:
+        yield []
+        return
+    warnings = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+")  # noqa: SIM115
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    with file:
+        try:
+            # Unlike flock's, it is not inherited by forked data workers, which may outlive the run.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                who = file.read(200).strip()
+                raise UserError(
+                    f"another run is using {folder} ({who or 'it does not say which'}): "
+                    "wait for it or stop it, or give another --out"
+                ) from error
+            # Some network file systems know no locks.
+            warnings = [f"{folder} cannot be locked ({error.strerror}): start only one run in it"]
+        file.truncate(0)
+        file.write(f"host {socket.gethostname()}, process {os.getpid()}, since {now()}\n")
+        file.flush()
+        yield warnings
+
+
+def describe_start(folder: Path, command: str) -> None:
+    """Write ``environment.json``: what this start of the run is made of, and where it runs."""
+    devices = jax.devices()
+    about = {
+        "started": now(),
+        "command": command,
+        "revision": revision(),
+        "versions": versions(),
+        "processes": jax.process_count(),
+        "devices": {"count": len(devices), "kind": devices[0].device_kind},
+    }
+    _write(folder / "environment.json", about)
+
+
+def now() -> str:
+    """The local time, with its offset."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _write(path: Path, values: dict) -> None:
+    if jax.process_index() != 0:
+        return
+    try:
+        with atomic_write(path) as temporary:
+            temporary.write_text(json.dumps(values, indent=1) + "\n")
+    except OSError as error:
+        raise _unwritable(path.parent, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write in {folder}: {error.strerror}; choose another --out")

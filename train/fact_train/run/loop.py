@@ -1,0 +1,388 @@
+"""One loop for every task: prepare, resume, step, log, save, stop when asked."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+import json
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from fact_jax.sharding import global_batch, local_copy, make_mesh, place, rows_of_process
+from fact_jax.utils.errors import UserError
+from fact_jax.utils.files import replace_folder, require_local
+from fact_train.config import TrainConfig, to_json
+from fact_train.engine.model_flops import model_flops
+from fact_train.engine.state import TrainState, make_optimizer, place_state
+from fact_train.engine.step import TrainStep, cast, check_batch, frozen_shardings, make_train_step
+from fact_train.engine.task import PyTree, Source, Task
+from fact_train.multihost.collectives import all_agree
+from fact_train.multihost.heartbeat import Peers
+from fact_train.multihost.processes import check_alike, check_same, check_shared, gather, together
+from fact_train.run.checkpoints import About, Checkpoints, first_line, revision, versions
+from fact_train.run.checksums import content_hash
+from fact_train.run.folder import (
+    check_export,
+    claim_folder,
+    describe_start,
+    file_hashes,
+    lock_folder,
+    now,
+)
+from fact_train.run.logger import RunLog, average, stage
+from fact_train.run.stop_signals import Stopping
+from fact_train.run.throughput import Meter, Profile
+from fact_train.tasks import make_task
+
+MAX_SKIPPED_IN_A_ROW = 10
+# fold_in numbers that no step ever reaches.
+INIT_KEY, SAMPLE_KEY = 2**32 - 1, 2**32 - 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a run came to; ``stopped_by`` is the signal that ended it early."""
+
+    state: TrainState
+    frozen: PyTree
+    stopped_by: int | None
+
+
+def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
+    """Train, or go on with what ``folder`` holds of this very run.
+
+    On several processes, each of them calls this. UserError if another run is using the folder.
+    """
+    require_local(folder)
+    check_alike(config)
+    mesh = make_mesh(config.mesh)
+    check_batch(config, mesh)
+    with Peers(), contextlib.ExitStack() as held:
+        check_shared(folder)
+        with together():
+            unlocked = held.enter_context(lock_folder(folder))
+            changes = claim_folder(config, folder)
+        log = held.enter_context(RunLog(folder, steps=config.steps, wandb=config.log.wandb))
+        log.note(f"{now()}  {command or 'fact_train.run.loop.run'}")
+        for warning in unlocked:
+            log.say(f"warning: {warning}")
+        describe_start(folder, command)
+        ready = prepare(config, mesh, log.say, str(folder))
+        return _train(config, folder, ready, mesh, changes, log)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a run starts with; ``content`` is the hash of the frozen parameters as they were read.
+
+    ``state`` is that of step 0.
+    """
+
+    task: Task
+    frozen: PyTree
+    content: str
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    source: Source
+
+
+def prepare(config: TrainConfig, mesh: Mesh, say: Callable[[str], None], name: str) -> Prepared:
+    """Load models and data, and put them where the mesh wants them. Writes nothing."""
+    with stage(say, f"{name}: loading what the {config.task} task starts from"):
+        with together():
+            task, root = make_task(config), jax.random.key(config.seed)
+            params, frozen = task.init(jax.random.fold_in(root, INIT_KEY))
+        frozen = jax.tree.map(jax.numpy.asarray, frozen)
+        content = content_hash(frozen)
+        frozen = cast(frozen, config.precision)
+        frozen = place(frozen, frozen_shardings(frozen, config, mesh))
+        if jax.process_count() > 1:
+            # What a process holds a copy of is never compared again.
+            digests = {"frozen base": content, "start of what is trained": content_hash(params)}
+            check_same(digests, "give all hosts the same files and versions")
+        optimizer = make_optimizer(config.optimizer)
+        state = place_state(params, optimizer, config.ema, mesh)
+        del params
+    with stage(say, "preparing the training data"), together():
+        source = task.source()
+        if config.log.samples_every is not None and hasattr(task, "open_samples"):
+            task.open_samples()
+    data = getattr(source, "fingerprint", None)
+    check_same({"training data": data}, "give all hosts the same records")
+    return Prepared(
+        task=task,
+        frozen=frozen,
+        content=content,
+        optimizer=optimizer,
+        state=state,
+        source=source,
+    )
+
+
+def _train(
+    config: TrainConfig, folder: Path, ready: Prepared, mesh: Mesh, changes: list[str], log: RunLog
+) -> Outcome:
+    """From the newest checkpoint, or from step 0, to the end or to a signal."""
+    about = About(
+        config=to_json(config),
+        frozen=ready.content,
+        data=getattr(ready.source, "fingerprint", None),
+        steps_before=getattr(ready.task, "steps_before", 0),
+    )
+    with Checkpoints(folder, keep=config.checkpoint, about=about) as checkpoints:
+        state = checkpoints.restore(ready.state, log.say) or ready.state
+        start = int(state.step)
+        log.say(f"{sizes(state, ready.frozen)}, {'resuming at' if start else 'from'} step {start}")
+        for change in changes:
+            log.say(f"{change} from step {start} on")
+        log.begin(start, about.config)
+        loop = _Loop(config, folder, ready.task, ready.frozen, checkpoints, log)
+        loop.repair_export(state)
+        train_step = make_train_step(ready.task, ready.optimizer, config, mesh)
+        with Stopping() as stopping:
+            state = loop.train(train_step, ready.source, state, stopping)
+    all_agree(True)  # nobody leaves while another still writes
+    stopped = stopping.decided if int(state.step) < config.steps else None
+    saved = f", saved in {folder}" if not int(state.skipped_in_a_row) else ""
+    log.say(f"{'stopped' if stopped else 'done'} at step {int(state.step)}{saved}")
+    return Outcome(state=state, frozen=ready.frozen, stopped_by=stopped)
+
+
+class _Loop:
+    """What stays the same from step to step, and what is waiting to be told."""
+
+    def __init__(self, config, folder, task, frozen, checkpoints, log):
+        self.config: TrainConfig = config
+        self.folder: Path = folder
+        self.task: Task = task
+        self.frozen: PyTree = frozen
+        self.checkpoints: Checkpoints = checkpoints
+        self.log: RunLog = log
+        self.key = jax.random.fold_in(jax.random.key(config.seed), SAMPLE_KEY)
+        self.meter = Meter(config.batch_size)
+        self.rows: list[dict[str, jax.Array]] = []
+        self.losses: list[jax.Array] = []  # since the last checkpoint
+
+    def train(self, train_step, source: Source, state: TrainState, stopping: Stopping):
+        """Step until the end or a signal; the number of a step alone decides what is due."""
+        config, start = self.config, int(state.step)
+        in_flight: collections.deque = collections.deque()
+        profile = Profile(self.folder / "profile", config.log.profile_steps)
+        mesh = train_step.mesh
+        rows = rows_of_process(mesh, config.batch_size)
+        to_devices = functools.partial(global_batch, mesh, config.batch_size, rows)
+        batches = source.batches(start, rows)
+        compiled = None
+        with prefetch(batches, to_devices, start, config.steps) as ready:
+            for step, batch in self.meter.waits(ready):
+                if compiled is None:
+                    compiled = self._compile(train_step, state, batch)
+                profile.before(step)
+                state, metrics = compiled(state, self.frozen, batch)
+                in_flight.append(metrics["skipped_in_a_row"])
+                # Reading a value from two steps ago keeps the queue short and the device busy.
+                if len(in_flight) > 2:
+                    self._check(step - 2, int(in_flight.popleft()))
+                stop = stopping.decide(self.checkpoints.failure())
+                if profile.after(step, metrics, last=stop or step == config.steps):
+                    self.log.say(f"profiler trace up to step {step}: {self.folder / 'profile'}")
+                self._record(step, state, metrics, stop)
+                if stop:
+                    break
+        return state
+
+    def _compile(self, train_step: TrainStep, state: TrainState, batch: dict[str, jax.Array]):
+        with self.log.stage("compiling the training step"):
+            compiled = train_step.lower(state, self.frozen, batch).compile()
+            flops = None
+            if self.meter.peak:
+                with contextlib.suppress(ValueError):  # a loop of unknown length
+                    flops = model_flops(train_step, state, self.frozen, batch)
+        self.meter.begin(flops)
+        return compiled
+
+    def _record(self, step: int, state: TrainState, metrics: dict[str, jax.Array], stop: bool):
+        """Whatever is due after a step: a row of the log, a checkpoint, and only then pictures."""
+        config = self.config
+        self.rows.append(metrics)
+        self.losses.append(metrics["loss"])
+        self.meter.step()
+        self.log.advance()
+        last, every = stop or step == config.steps, config.log.samples_every
+        watch = every is not None and (step == config.steps or (not stop and _due(step, every)))
+        if step == 1 or last or watch or _due(step, config.log.every):
+            self.log.metrics(step, average(jax.device_get(self.rows)) | self.meter.row())
+            self.rows.clear()
+        saved = False
+        if last or _due(step, config.checkpoint.every):
+            saved = self._save(step, state, int(metrics["skipped_in_a_row"]), stop)
+        if watch:
+            jax.block_until_ready(metrics)
+            with self.meter.aside():
+                seen = self._watch(step, state)
+            if saved and self._watched:
+                self.checkpoints.rate(step, seen.get(self._watched))
+
+    def _watch(self, step: int, state: TrainState) -> dict[str, float]:
+        """Keep the task's pictures; its numbers join the step's row. A failure is a warning."""
+        weights, numbers, failure = self._local(state), {}, ""
+        try:
+            found = self.task.samples(*weights, self.key)
+            numbers = {name: float(value) for name, value in found.items() if np.ndim(value) == 0}
+            self.log.pictures(step, {k: v for k, v in found.items() if k not in numbers})
+            self.log.add(step, numbers)
+        except Exception as error:  # of any type: nothing of the training depends on it
+            failure = f"{type(error).__name__}: {first_line(error)}"
+        for process, reason in enumerate(gather(failure)):
+            if reason:
+                where = f" on process {process}" if jax.process_count() > 1 else ""
+                self.log.say(
+                    f"warning: no sample pictures of step {step}{where} ({reason}); "
+                    "the training goes on"
+                )
+                return {}
+        return numbers
+
+    @property
+    def _watched(self) -> str | None:
+        """The number by which the best checkpoints are known; None if that is the loss."""
+        return getattr(self.task, "score", None) if self.config.log.samples_every else None
+
+    def _score(self) -> float | None:
+        """How good a checkpoint is by its loss: the higher the better, None if that is unknown."""
+        if self._watched:
+            return None
+        losses = np.asarray(jax.device_get(self.losses), np.float64)
+        losses = losses[np.isfinite(losses)]
+        return -float(losses.mean()) if len(losses) else None
+
+    def _save(self, step: int, state: TrainState, in_a_row: int, stop: bool) -> bool:
+        """A checkpoint, and beside it the files that inference opens; whether it was written.
+
+        It is not while steps are skipped: the weights may be the reason.
+        """
+        if not in_a_row:
+            self.checkpoints.save(state, self._score())
+            self.export(state)
+            self.losses.clear()
+            return True
+        if step == self.config.steps:
+            raise self._not_finite(step, in_a_row)
+        end = "; nothing was saved, the run goes on from the checkpoint before" if stop else ""
+        self.log.say(
+            f"no checkpoint at step {step}: the last {in_a_row} updates were skipped, "
+            f"because something was not finite{end}"
+        )
+        return False
+
+    def export(self, state: TrainState) -> None:
+        """Write ``export`` whole or not at all."""
+        step, (weights, frozen) = int(state.step), self._local(state)
+        target = self.folder / "export"
+        about = {"step": step, "config": to_json(self.config), "versions": versions()}
+        about["revision"] = revision()
+        with together():
+            if jax.process_index() != 0:
+                return
+            try:
+                with replace_folder(target) as folder:
+                    self.task.export(weights, frozen, folder, step)
+                    about["files"] = file_hashes(folder)
+                    (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+            except OSError as error:
+                raise UserError(f"{target} of step {step}: {error.strerror or error}") from error
+
+    def repair_export(self, state: TrainState) -> None:
+        """Bring ``export`` to the restored step.
+
+        It differs if the run was killed between the two, or if somebody else changed it.
+        """
+        if not (step := int(state.step)):
+            return
+        with together():
+            why = check_export(self.folder / "export", step) if jax.process_index() == 0 else ""
+        if not all_agree(not why):
+            self.log.say(f"export: {why}; written again from checkpoint {step}")
+            self.export(state)
+
+    def _local(self, state: TrainState) -> tuple[PyTree, PyTree]:
+        """The weights to look at and the frozen ones, whole on one device of each process."""
+        return local_copy(state.params if state.ema is None else state.ema), local_copy(self.frozen)
+
+    def _check(self, step: int, in_a_row: int) -> None:
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            raise self._not_finite(step, in_a_row)
+
+    def _not_finite(self, step: int, in_a_row: int) -> UserError:
+        saved, last_good = self.checkpoints.steps(), step - in_a_row
+        advice = "start again with a lower optimizer.learning_rate"
+        if saved:
+            advice += f", which goes on from checkpoint {saved[-1]} of {self.folder}"
+        if saved and saved[-1] == last_good:
+            advice += (
+                "; if that ends alike, its weights are the reason: move it away to go on from "
+                f"{f'checkpoint {saved[-2]}' if len(saved) > 1 else 'the beginning'}"
+            )
+        return UserError(
+            f"loss, gradient or new weights were not finite {in_a_row} times in a row, "
+            f"up to step {step}; {advice}"
+        )
+
+
+@contextlib.contextmanager
+def prefetch(
+    batches: Iterator[dict[str, np.ndarray]],
+    to_devices: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
+    start: int,
+    stop: int,
+    depth: int = 2,
+) -> Iterator[Iterator]:
+    """(step, its batch on the devices) for start < step <= stop, made by a thread."""
+    ready: queue.Queue[Any] = queue.Queue(depth)
+    closing = threading.Event()
+
+    def put(item: Any) -> None:
+        while not closing.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(item, timeout=0.1)
+
+    def work() -> None:
+        try:
+            for step in range(start, stop):
+                if closing.is_set():
+                    return
+                put((step + 1, to_devices(next(batches))))
+            put(None)
+        except BaseException as error:
+            put(error)
+
+    def consume() -> Iterator[tuple[int, dict[str, jax.Array]]]:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    thread = threading.Thread(target=work, name="data", daemon=True)
+    thread.start()
+    try:
+        yield consume()
+    finally:
+        closing.set()
+        thread.join()
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def sizes(state: TrainState, frozen: PyTree) -> str:
+    count = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, frozen)]
+    return f"{count[0]:,} parameters trained, {count[1]:,} frozen, on {jax.default_backend()}"

@@ -1,0 +1,92 @@
+"""How fast a run is: measured between two rows of its log."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+
+from fact_train.plan.chips import chip_of
+
+T = TypeVar("T")
+
+
+class Meter:
+    """Counts steps, the time they take, and the part of it spent waiting for data."""
+
+    def __init__(self, batch_size: int):
+        chip, devices = chip_of(jax.devices()[0].device_kind), jax.device_count()
+        self._chips = devices / (chip.devices if chip else 1)
+        # None for a chip that is not in the table: a share of it would have to be invented.
+        self.peak = chip.peak * self._chips if chip else None
+        self._flops: float | None = None
+        self._batch_size = batch_size
+        self._restart()
+
+    def begin(self, flops: float | None) -> None:
+        """Count from here. ``flops``: of one step on all chips together, None if unknown."""
+        self._flops = flops
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began, self._steps, self._waited, self._aside = time.monotonic(), 0, 0.0, 0.0
+
+    def step(self) -> None:
+        """One more step was started."""
+        self._steps += 1
+
+    def waits(self, batches: Iterator[T]) -> Iterator[T]:
+        """The batches; what passes until one is there is time spent waiting."""
+        while True:
+            began = time.monotonic()
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            self._waited += time.monotonic() - began
+            yield batch
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What happens in here is no training: it does not count."""
+        began = time.monotonic()
+        yield
+        self._aside += time.monotonic() - began
+
+    def row(self) -> dict[str, float]:
+        """The speeds since the last row; ``mfu`` (model FLOPs utilisation) on known chips only."""
+        spent = max(time.monotonic() - self._began - self._aside, 1e-9)
+        per_second = self._steps / spent
+        values = {
+            "steps_per_second": per_second,
+            "speed/samples_per_second_per_chip": per_second * self._batch_size / self._chips,
+            "speed/data_wait": self._waited / spent,
+        }
+        if self.peak and self._flops:
+            values["speed/mfu"] = per_second * self._flops / self.peak
+        self._restart()
+        return values
+
+
+class Profile:
+    """A profiler trace of the steps from the first to the last one; (0, 0) asks for none."""
+
+    def __init__(self, folder: Path, steps: tuple[int, int]):
+        self._folder, self._steps, self._on = folder, steps, False
+
+    def before(self, step: int) -> None:
+        """Call before a step is started."""
+        if step == self._steps[0] and jax.process_index() == 0:
+            jax.profiler.start_trace(str(self._folder))
+            self._on = True
+
+    def after(self, step: int, result: Any, *, last: bool) -> bool:
+        """Call after a step was started; True if its trace was written now."""
+        if not self._on or not (last or step == self._steps[1]):
+            return False
+        jax.block_until_ready(result)
+        jax.profiler.stop_trace()
+        self._on = False
+        return True

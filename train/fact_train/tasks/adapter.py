@@ -1,0 +1,404 @@
+"""Train FACT: the resampler and the face adapters, on a frozen base and a frozen encoder.
+
+L = MSE + lambda FAIR, with drop, shuffle and a curriculum (arXiv 2410.12312).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from fact_convert import (
+    Pipeline,
+    attach_adapter,
+    load_adapter,
+    load_encoder,
+    load_pipeline,
+    save_adapter,
+    tokenize,
+)
+from fact_convert.weights import skeleton
+from fact_jax.curriculum import Drop, Stage, draw_drop, draw_neutral, draw_shuffle, stage_values
+from fact_jax.diffusion.noise_schedules import add_noise, offset_noise, training_target
+from fact_jax.face import resize_area
+from fact_jax.losses import denoising_error, fair_ratio, min_snr_weight
+from fact_jax.models.adapter import FaceAdapter
+from fact_jax.models.resampler import Resampler, ResamplerConfig
+from fact_jax.models.transface import TransFace
+from fact_jax.models.unet import UNet
+from fact_jax.utils.errors import UserError
+from fact_jax.utils.ranges import Length, Name, NonNegative, Positive, Probability, check_fields
+from fact_train.config import TrainConfig
+from fact_train.data.datasets import open_rows
+from fact_train.data.loader import GrainSource, Rows
+from fact_train.data.records import DamagedError
+from fact_train.engine.partition import assert_covers, merge, paths, split_by_paths
+from fact_train.tasks.common import (
+    Photos,
+    ShuffledRows,
+    Split,
+    align_portraits,
+    draw_crops,
+    draw_normal,
+    draw_portraits,
+    draw_timesteps,
+    encode_images,
+    in_chunks,
+    people_of,
+    split,
+    split_keys,
+    to_signed,
+)
+from fact_train.tasks.frozen_encoders import Encoders
+from fact_train.tasks.resampler_init import whitening
+from fact_train.tasks.validation import SCORE, Validation, Watch, draw_validation, read_validation
+
+MINI_RESAMPLER = ResamplerConfig.mini()
+WHITENED_ON = 256  # people
+DEFAULT_DROP = Drop()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """What is trained on what, and how.
+
+    ``start`` is how the adapter begins as exactly nothing: ``zero_gates`` as released, or
+    ``zero_projections``, whose gates stand at ``gate`` and whose two output projections are zero.
+    ``region`` is where FAIR lets the adapter work; ``face_weight`` is that region's extra weight
+    in the error. With ``weights``, an adapter file, training goes on from its adapters and its
+    resampler instead.
+
+    ``min_snr`` is the gamma of Min-SNR weighting (arXiv 2303.09556 takes 5; 0: every timestep
+    weighs the same), ``noise_offset`` how much a picture's mean is noised beside its cells (0.05 is
+    usual), ``neutral`` the probability of ``neutral_caption`` in place of a sample's own.
+
+    Photos are drawn from the portrait world, ``people`` x ``photos`` of them, or come from the
+    folder ``records`` and are encoded in every step, or from the folder ``cache``, which holds
+    them encoded (``fact-train cache``). Pictures to watch are of people of the portrait world, or
+    of the records in the folder ``watch``.
+    """
+
+    base: Name = "miniature/base"
+    encoder: Name = "miniature/encoder"
+    resampler: ResamplerConfig = MINI_RESAMPLER
+    people: people_of("adapter") = 2000
+    photos: Photos = 4
+    records: Name | None = None
+    cache: Name | None = None
+    watch: Name | None = None
+    stages: Annotated[tuple[Stage, ...], Length(1)]
+    drop: Drop = DEFAULT_DROP
+    start: Literal["zero_gates", "zero_projections"] = "zero_projections"
+    gate: Positive = 1.0
+    weights: Name | None = None
+    region: Literal["head", "face"] = "head"
+    face_weight: NonNegative = 0.0
+    min_snr: NonNegative = 0.0
+    noise_offset: NonNegative = 0.0
+    neutral: Probability = 0.0
+    neutral_caption: Name = "a portrait of a person"
+
+    def __post_init__(self):
+        check_fields(self)
+        drawn = self.records is None and self.cache is None
+        if drawn and self.photos == 1 and any(max(stage.shuffle) for stage in self.stages):
+            raise ValueError(
+                "photos must be at least 2 where a stage shuffles: with 1 there is no other photo "
+                "of the person"
+            )
+
+
+class AdapterTask:
+    """The adapter of every block and the resampler learn; everything else stays bit for bit."""
+
+    score = SCORE
+    options: AdapterOptions
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.options = config.options
+        self.pipeline, self.encoder = self._load()
+        self._check_widths()
+        self.encoders = Encoders(self.pipeline, self.encoder)
+        rngs = nnx.Rngs(config.seed)
+        self.face_dim = self.options.resampler.output_dim
+        unet_config = dataclasses.replace(self.pipeline.unet.config, face_dim=self.face_dim)
+        self.graph, shapes = skeleton("unet", unet_config)
+        self.steps_before = 0
+        if self.options.weights is None:
+            self.adapters = new_adapters(self.pipeline.unet, self.options, rngs)
+            self.base = split(self.pipeline.unet).arrays
+            resampler = self._new_resampler(rngs)
+        else:
+            self.adapters, self.base, resampler, self.steps_before = read_adapters(
+                self.pipeline.unet, self.options
+            )
+        trained, frozen = ({name for name, _ in paths(t)} for t in (self.adapters, self.base))
+        assert_covers({name.replace(".", "/") for name in shapes}, trained, frozen)
+        self.resampler = split(resampler)
+        self.size = self.pipeline.unet.config.sample_size * self.pipeline.vae.config.downscale
+
+    def _load(self) -> tuple[Pipeline, TransFace]:
+        """Everything that stays frozen."""
+        return load_pipeline(self.options.base), load_encoder(self.options.encoder)
+
+    def _new_resampler(self, rngs: nnx.Rngs) -> Resampler:
+        """A resampler that starts on whitened tokens."""
+        resampler = Resampler(self.options.resampler, rngs=rngs)
+        matrix, bias = whitening(self.some_tokens())
+        kernel = resampler.proj_in.kernel[...]
+        resampler.proj_in.kernel[...], resampler.proj_in.bias[...] = matrix @ kernel, bias @ kernel
+        return resampler
+
+    def some_tokens(self) -> Float[np.ndarray, "n t d"]:
+        """Face tokens of a few hundred of the photos."""
+        if self.rows is None:
+            crops = draw_crops("adapter", WHITENED_ON, 1, self.encoder.config.img_size)
+            return encode_tokens(self.encoder, crops)
+        # One photo of each person, as far as there are so many and they can be read.
+        _, first = np.unique(self.rows.identities, return_index=True)
+        some = []
+        for row in first[:WHITENED_ON]:
+            with contextlib.suppress(DamagedError):  # the data source tells of it
+                some.append(self.rows.load(int(row), int(row)))
+        if not some:
+            raise UserError("none of the records' first photos can be read: write them again")
+        if self.options.cache is not None:
+            return np.stack([row["tokens"] for row in some])
+        return encode_tokens(self.encoder, np.stack([row["crops"] for row in some]))
+
+    @functools.cached_property
+    def rows(self) -> Rows | None:
+        """The stored samples; None for the portrait world."""
+        if self.options.records is None and self.options.cache is None:
+            return None
+        return open_rows(self.options, self.pipeline, self.encoder, self.encoders)
+
+    def _check_widths(self):
+        resampler, encoder = self.options.resampler, self.encoder.config
+        text = self.pipeline.unet.config.cross_attention_dim
+        if (resampler.embedding_dim, resampler.output_dim) != (encoder.embed_dim, text):
+            raise UserError(
+                f"options.resampler goes from {resampler.embedding_dim} to {resampler.output_dim}, "
+                f"but {self.options.encoder} gives {encoder.embed_dim} and {self.options.base} "
+                f"takes {text}: set options.resampler.embedding_dim and .output_dim to these"
+            )
+
+    def unet(self, adapters: dict, base: dict) -> UNet:
+        """The adapted UNet from its two parts."""
+        return nnx.merge(self.graph, merge(base, adapters))
+
+    def init(self, key):
+        trainable = {"resampler": self.resampler.arrays, "adapter": self.adapters}
+        # The text encoder is always there: for what a caption is dropped to.
+        names = ["text_encoder"]
+        if self.options.records is not None and self.options.cache is None:
+            names += ["vae", "encoder"]
+        return trainable, {
+            "unet": self.base,
+            **{name: self.encoders.arrays[name] for name in names},
+        }
+
+    def source(self):
+        options = self.options
+        if self.rows is not None:
+            return GrainSource(self.rows, self.config.batch_size, self.config.seed)
+        batch = draw_portraits("adapter", options.people, options.photos, size=self.size)
+        latents = encode_images(self.pipeline.vae, batch.images)
+        crops = align_portraits(batch, self.encoder.config.img_size)
+        mask = getattr(batch.portrait, f"{options.region}_mask")
+        arrays = {
+            "latents": latents,
+            "ids": tokenize(self.pipeline.tokenizer, batch.captions)[0],
+            "mask": np.asarray(resize_area(mask, latents.shape[1:3]), np.float32),
+            "tokens": encode_tokens(self.encoder, crops).astype(np.float16),
+        }
+        return PairedRows(arrays, self.config.batch_size, self.config.seed, options.photos)
+
+    def loss(self, trainable, frozen, batch, *, step, keys):
+        options, schedule = self.options, self.pipeline.schedule
+        shuffle_keys, drop_keys, noise_keys, time_keys, latent_keys, more = split_keys(keys, 6)
+        neutral_keys, offset_keys = split_keys(more, 2)
+        stage = stage_values(options.stages, step)
+        shuffled = draw_shuffle(shuffle_keys, stage.shuffle)
+        no_face, no_text = draw_drop(drop_keys, options.drop)
+        no_text |= stage.text == 0
+        # Only where a stage has it: any other curriculum compiles to a step without the switch.
+        switched = any(one.text == "no_cross_attention" for one in options.stages)
+        attended = stage.cross_attention > 0 if switched else None
+        neutral = draw_neutral(neutral_keys, options.neutral)
+        dtype = trainable["resampler"]["latents"].dtype
+        batch = self.encoders.encode_batch(frozen, batch, shuffled, latent_keys)
+        # The null condition is the resampler of all-zero tokens.
+        tokens = jnp.where(no_face[:, None, None], 0, batch["tokens"]).astype(dtype)
+        text = self._captions(frozen, batch["text"], neutral, no_text).astype(dtype)
+        face = self.resampler.module(trainable["resampler"])(tokens)
+
+        latents = batch["latents"]
+        noise = draw_normal(noise_keys, latents.shape[1:])
+        if options.noise_offset:
+            shift = draw_normal(offset_keys, latents.shape[-1:])
+            noise = offset_noise(noise, shift, options.noise_offset)
+        t = draw_timesteps(time_keys, schedule.num_train_timesteps)
+        noisy = add_noise(schedule, latents, noise, t).astype(dtype)
+        unet = self.unet(trainable["adapter"], frozen["unet"])
+        ratio = functools.partial(fair_ratio, mask=batch["mask"])
+        output, ratios = unet(
+            noisy,
+            t,
+            text,
+            face=face,
+            on_increment=ratio,
+            remat=self.config.remat,
+            text_attention=attended,
+        )
+
+        target = training_target(schedule, latents, noise, t)
+        weight = 1.0 + options.face_weight * batch["mask"]
+        if options.min_snr:
+            weight *= min_snr_weight(schedule, t, options.min_snr)[:, None, None]
+        error = denoising_error(output, target, weight)
+        fair = jnp.stack(ratios).mean()
+        metrics = {
+            "loss/mse": denoising_error(output, target),
+            "loss/fair": fair,
+            "curriculum/shuffle": stage.shuffle,
+            "curriculum/fair_weight": stage.fair_weight,
+            "curriculum/text": stage.text,
+            "curriculum/cross_attention": stage.cross_attention,
+            **by_block(unet, ratios),
+        }
+        return error + stage.fair_weight * fair, metrics
+
+    def _captions(self, frozen, text, neutral, no_text):
+        """Hidden states of the captions, some of them replaced by the neutral or the empty one."""
+        if self.options.neutral:
+            ids = tokenize(self.pipeline.tokenizer, [self.options.neutral_caption])[0]
+            states = self.encoders.text(frozen, jnp.asarray(ids))
+            text = jnp.where(neutral[:, None, None], states, text)
+        empty = self.encoders.text(frozen, jnp.asarray(self._empty_prompt()))
+        return jnp.where(no_text[:, None, None], empty, text)
+
+    def _empty_prompt(self) -> Int[np.ndarray, "1 n"]:
+        return tokenize(self.pipeline.tokenizer, [""])[0]
+
+    def samples(self, trainable, frozen, key):
+        """Grids of people who are not trained on, and how well they are met (``tasks.watch``)."""
+        return self._watch(trainable, frozen, key)
+
+    def open_samples(self) -> None:
+        """Read what is watched; UserError if that cannot be."""
+        _ = self._validation
+
+    @functools.cached_property
+    def _validation(self) -> Validation:
+        if self.options.watch is not None:
+            return read_validation(self.options.watch, self.pipeline, self.encoder)
+        return draw_validation(self.size, self.encoder.config.img_size)
+
+    @functools.cached_property
+    def _watch(self) -> Watch:
+        return Watch(self, self._validation)
+
+    def export(self, trainable, frozen, directory: Path, step: int) -> None:
+        """``adapter.safetensors``; its ``step`` counts the steps before this run too."""
+        unet = self.unet(trainable["adapter"], frozen["unet"])
+        resampler = self.resampler.module(trainable["resampler"])
+        metadata = {"step": self.steps_before + step, **self._origin(step)}
+        save_adapter(unet, resampler, directory / "adapter.safetensors", metadata)
+
+    def _origin(self, step: int) -> dict[str, object]:
+        """What the file says of a warm start: this run's own steps, and what it went on from."""
+        if self.options.weights is None:
+            return {}
+        before = {"file": self.options.weights, "step": self.steps_before}
+        return {"run_step": step, "started_from": before}
+
+
+@dataclasses.dataclass(frozen=True)
+class PairedRows(ShuffledRows):
+    """Rows with, beside each, the face tokens of another photo of the same person.
+
+    Rows stand person after person, ``photos`` of each.
+    """
+
+    photos: int
+
+    def batch(self, step: int, rows: Int[np.ndarray, " r"]) -> dict[str, np.ndarray]:
+        own = self.rows(step)
+        # From 1, but for an only photo, which stands beside itself.
+        first = min(1, self.photos - 1)
+        hop = np.random.default_rng([self.seed, step, 1]).integers(first, self.photos, len(own))
+        partner = own - own % self.photos + (own % self.photos + hop) % self.photos
+        return {**super().batch(step, rows), "partner": self.arrays["tokens"][partner[rows]]}
+
+
+def new_adapters(unet: UNet, options: AdapterOptions, rngs: nnx.Rngs) -> dict:
+    """Arrays of fresh adapters for every transformer block, nested by their paths in the UNet.
+
+    Whatever ``options.start``, they add exactly nothing before the first update.
+    """
+    tree: dict = {}
+    for path, block in unet.transformer_blocks():
+        dim, heads = block.norm1.num_features, block.attn1.heads
+        adapter = FaceAdapter(dim, heads, options.resampler.output_dim, rngs=rngs)
+        if options.start == "zero_projections":
+            adapter.alpha_attn[...] = adapter.alpha_dense[...] = jnp.asarray(options.gate)
+            for layer in (adapter.attn.to_out[0], adapter.ff.net[2]):
+                layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
+        node = tree
+        for part in path.split("."):
+            node = node.setdefault(int(part) if part.isdigit() else part, {})
+        node["face"] = split(adapter).arrays
+    return tree
+
+
+def read_adapters(unet: UNet, options: AdapterOptions) -> tuple[dict, dict, Resampler, int]:
+    """From ``options.weights``: arrays of the adapters, of the base, the resampler, and its step.
+
+    A file that does not say after how many steps it was written counts as none.
+    """
+    adapter = load_adapter(options.weights)
+    if adapter.resampler.config != options.resampler:
+        raise UserError(
+            f"{options.weights} has a resampler of another size ({adapter.resampler.config}) than "
+            f"options.resampler ({options.resampler}): set options.resampler to it"
+        )
+    adapted = split(attach_adapter(unet, adapter)).arrays
+    step = adapter.metadata.get("step")
+    step = step if isinstance(step, int) else 0
+    return *split_by_paths(adapted, ["(^|/)face/"]), adapter.resampler, step
+
+
+def encode_tokens(encoder: TransFace, crops: np.ndarray) -> Float[np.ndarray, "n t d"]:
+    """Face tokens of aligned uint8 crops, in chunks."""
+    parts: Split = split(encoder)
+
+    @jax.jit
+    def encode(batch):
+        return parts.module(parts.arrays).tokens(to_signed(batch))
+
+    return in_chunks(encode, crops)
+
+
+def by_block(unet: UNet, ratios: Sequence[Float[Array, " b"]]) -> dict[str, Float[Array, ""]]:
+    """FAIR and gates of each adapted block, and how far the gates are open on average."""
+    metrics, gates = {}, {"attn": [], "dense": []}
+    for (path, block), ratio in zip(unet.transformer_blocks(), ratios, strict=True):
+        name = re.sub("_blocks?|[.]attentions|[.]transformer", "", path)
+        metrics[f"block/fair/{name}"] = ratio.mean()
+        for which, found in gates.items():
+            alpha = getattr(block.face, f"alpha_{which}")[...].astype(jnp.float32)
+            metrics[f"block/alpha_{which}/{name}"] = alpha
+            found.append(jnp.abs(jnp.tanh(alpha)))
+    opened = {f"gate/{which}": jnp.stack(found).mean() for which, found in gates.items()}
+    return metrics | opened

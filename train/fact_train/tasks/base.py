@@ -1,0 +1,127 @@
+"""Train the miniature's base model: text to portrait, knowing nothing of who people are."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fact_convert import Pipeline, Tokenizer, save_pipeline, tokenize
+from fact_jax.diffusion.noise_schedules import NoiseSchedule, add_noise, training_target
+from fact_jax.diffusion.samplers import sample_ddim
+from fact_jax.face import resize_area
+from fact_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from fact_jax.models.unet import UNet, UNetConfig
+from fact_jax.portraits import SPLITS, captions, contact_sheet, sample_scene
+from fact_jax.portraits.vocabulary import caption_vocabulary
+from fact_jax.utils.ranges import Name, NonNegative, Probability, check_fields
+from fact_train.config import TrainConfig
+from fact_train.tasks.common import (
+    Photos,
+    ShuffledRows,
+    draw_normal,
+    draw_portraits,
+    draw_timesteps,
+    encode_images,
+    load_vae,
+    people_of,
+    split,
+    split_keys,
+    to_picture,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BaseOptions:
+    """``vae`` is a folder as the vae task exports it; ``head_weight`` weighs the head up."""
+
+    vae: Name = "miniature/base/vae"
+    people: people_of("base") = 5000
+    photos: Photos = 4
+    drop_text: Probability = 0.1
+    head_weight: NonNegative = 1.0
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+class BaseTask:
+    """UNet and text encoder together, on latents of a frozen autoencoder."""
+
+    options: BaseOptions
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.options = config.options
+        self.schedule = NoiseSchedule.mini()
+        vocab, merges = caption_vocabulary()
+        text = CLIPTextConfig.mini(len(vocab))
+        self.tokenizer = Tokenizer(
+            vocab=vocab, merges=merges, model_max_length=text.max_position_embeddings
+        )
+        self.vae = load_vae(self.options.vae)
+        rngs = nnx.Rngs(config.seed)
+        self.unet = split(UNet(UNetConfig.mini(), rngs=rngs))
+        self.text_encoder = split(CLIPTextModel(text, rngs=rngs))
+
+    def init(self, key):
+        return {"unet": self.unet.arrays, "text_encoder": self.text_encoder.arrays}, {}
+
+    def source(self):
+        batch = draw_portraits("base", self.options.people, self.options.photos)
+        latents = encode_images(self.vae, batch.images)
+        ids, _ = tokenize(self.tokenizer, batch.captions)
+        head = np.asarray(resize_area(batch.portrait.head_mask, latents.shape[1:3]))
+        arrays = {"latents": latents, "ids": ids, "head": head.astype(np.float32)}
+        return ShuffledRows(arrays, self.config.batch_size, self.config.seed)
+
+    def loss(self, trainable, frozen, batch, *, step, keys):
+        noise_keys, time_keys, drop_keys = split_keys(keys, 3)
+        latents = batch["latents"]
+        noise = draw_normal(noise_keys, latents.shape[1:])
+        t = draw_timesteps(time_keys, self.schedule.num_train_timesteps)
+        dropped = jax.vmap(lambda key: jax.random.bernoulli(key, self.options.drop_text))(drop_keys)
+        ids = jnp.where(dropped[:, None], self._empty_prompt(), batch["ids"])
+        text = self.text_encoder.module(trainable["text_encoder"])(ids)
+        noisy = add_noise(self.schedule, latents, noise, t)
+        output = self.unet.module(trainable["unet"])(noisy, t, text, remat=self.config.remat)
+        error = (output - training_target(self.schedule, latents, noise, t)) ** 2
+        weighted = error * (1.0 + self.options.head_weight * batch["head"][..., None])
+        return weighted.mean(), {"loss/mse": error.mean()}
+
+    def _empty_prompt(self):
+        return jnp.asarray(tokenize(self.tokenizer, [""])[0])
+
+    def samples(self, trainable, frozen, key):
+        prompts = captions(sample_scene(jnp.arange(16) + SPLITS["test"][0] * 1000))
+        ids = tokenize(self.tokenizer, [*prompts, *[""] * len(prompts)])[0]
+        images = jax.jit(self._sample)(trainable, jnp.asarray(ids), key)
+        return {"portraits": contact_sheet(to_picture(images), 8)}
+
+    def _sample(self, trainable, ids, key, steps: int = 30, guidance: float = 3.0):
+        text = self.text_encoder.module(trainable["text_encoder"])(ids)
+        unet = self.unet.module(trainable["unet"])
+        count = len(ids) // 2
+
+        def model(x, t, i):
+            both = unet(jnp.concatenate([x, x]), jnp.full((2 * count,), t), text)
+            wanted, empty = jnp.split(both, 2)
+            return empty + guidance * (wanted - empty)
+
+        size = unet.config.sample_size
+        noise = jax.random.normal(key, (count, size, size, unet.config.in_channels))
+        latents = sample_ddim(model, noise, self.schedule, steps=steps)
+        return self.vae.decode(latents / self.vae.config.scaling_factor)
+
+    def export(self, trainable, frozen, directory: Path, step: int) -> None:
+        """Write ``base/``, a diffusers pipeline folder."""
+        pipeline = Pipeline(
+            unet=self.unet.module(trainable["unet"]),
+            vae=self.vae,
+            text_encoder=self.text_encoder.module(trainable["text_encoder"]),
+            tokenizer=self.tokenizer,
+            schedule=self.schedule,
+        )
+        save_pipeline(pipeline, directory / "base")

@@ -1,0 +1,76 @@
+"""Train the miniature's TransFace with ArcFace on people of the ``encoder`` split."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from fact_convert import save_encoder
+from fact_jax.losses import arcface_loss
+from fact_jax.models.transface import TransFace, TransFaceConfig
+from fact_jax.utils.ranges import check_fields
+from fact_train.config import TrainConfig
+from fact_train.tasks.common import (
+    Photos,
+    ShuffledRows,
+    draw_crops,
+    overlay,
+    people_of,
+    split,
+    to_signed,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncoderOptions:
+    """How many people are told apart, from how many photos of each."""
+
+    people: people_of("encoder", at_least=2) = 2000
+    photos: Photos = 10
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+class EncoderTask:
+    """Tell people apart by their aligned crops (additive angular margin)."""
+
+    options: EncoderOptions
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.options = config.options
+        self.encoder = split(TransFace(TransFaceConfig.mini(), rngs=nnx.Rngs(config.seed)))
+
+    def init(self, key):
+        size = TransFaceConfig.mini().num_classes
+        centres = 0.01 * jax.random.normal(key, (size, self.options.people))
+        return {"encoder": self.encoder.arrays, "centres": centres}, {}
+
+    def source(self):
+        crops = draw_crops(
+            "encoder", self.options.people, self.options.photos, TransFaceConfig.mini().img_size
+        )
+        labels = np.repeat(np.arange(self.options.people, dtype=np.int32), self.options.photos)
+        arrays = {"crops": crops, "labels": labels}
+        return ShuffledRows(arrays, self.config.batch_size, self.config.seed)
+
+    def loss(self, trainable, frozen, batch, *, step, keys):
+        encoder = self.encoder.module(trainable["encoder"])
+        encoder.train()
+        _, embeddings = encoder(to_signed(batch["crops"]))
+        loss, accuracy = arcface_loss(embeddings, trainable["centres"], batch["labels"])
+        statistics = nnx.to_pure_dict(nnx.state(encoder, nnx.BatchStat))
+        return loss, {"accuracy": accuracy, "aux": statistics}
+
+    def state_update(self, trainable, statistics):
+        """Put the batch normalisations' running statistics beside the learned weights."""
+        return {**trainable, "encoder": overlay(trainable["encoder"], statistics)}
+
+    def samples(self, trainable, frozen, key):
+        return {}
+
+    def export(self, trainable, frozen, directory: Path, step: int) -> None:
+        save_encoder(self.encoder.module(trainable["encoder"]), directory / "encoder")

@@ -1,0 +1,108 @@
+"""Train the miniature's AutoencoderKL on portraits of the ``base`` split.
+
+Later its decoder can be trained on by itself: the latents, and all that was trained on them, stay
+valid.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from fact_convert.models.pipeline import save_part
+from fact_jax.models.vae import AutoencoderKL, VAEConfig
+from fact_jax.portraits import contact_sheet
+from fact_jax.utils.ranges import Name, NonNegative, check_fields
+from fact_train.config import TrainConfig
+from fact_train.engine.partition import merge, split_by_paths
+from fact_train.tasks.common import (
+    Photos,
+    ShuffledRows,
+    draw_normal,
+    draw_portraits,
+    load_vae,
+    overlay,
+    people_of,
+    split,
+    to_picture,
+    to_signed,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VAEOptions:
+    """``head_weight`` is the extra weight of the head's pixels; ``kl_weight`` is a latent's.
+
+    With ``decoder_of``, a VAE's folder, its encoder stays bit for bit and its decoder learns on.
+    """
+
+    people: people_of("base") = 6000
+    photos: Photos = 2
+    kl_weight: NonNegative = 1e-3
+    head_weight: NonNegative = 2.0
+    decoder_of: Name | None = None
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+class VAETask:
+    """Reconstruct portraits: absolute and squared error, the head weighted, and a little KL."""
+
+    options: VAEOptions
+
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.options = config.options
+        if self.options.decoder_of is None:
+            self.vae = split(AutoencoderKL(VAEConfig.mini(), rngs=nnx.Rngs(config.seed)))
+        else:
+            self.vae = split(load_vae(self.options.decoder_of))
+
+    def init(self, key):
+        if self.options.decoder_of is None:
+            return self.vae.arrays, {}
+        return split_by_paths(self.vae.arrays, ["^decoder/", "^post_quant_conv/"])
+
+    def source(self):
+        batch = draw_portraits("base", self.options.people, self.options.photos)
+        masks = np.rint(batch.portrait.head_mask * 255).astype(np.uint8)
+        arrays = {"images": batch.images, "head": masks}
+        return ShuffledRows(arrays, self.config.batch_size, self.config.seed)
+
+    def loss(self, trainable, frozen, batch, *, step, keys):
+        vae = self.vae.module(merge(frozen, trainable))
+        images = to_signed(batch["images"])
+        mean, log_variance = vae.encode(images)
+        latents = mean + jnp.exp(0.5 * log_variance) * draw_normal(keys, mean.shape[1:])
+        error = vae.decode(latents) - images
+        weight = 1.0 + self.options.head_weight * batch["head"][..., None] / 255.0
+        absolute = (weight * jnp.abs(error)).mean()
+        square = (weight * error**2).mean()
+        kl = 0.5 * (mean**2 + jnp.exp(log_variance) - 1.0 - log_variance).mean()
+        psnr = -10 * jnp.log10((error**2).mean() / 4)
+        metrics = {"loss/absolute": absolute, "loss/square": square, "loss/kl": kl, "psnr": psnr}
+        return absolute + square + self.options.kl_weight * kl, metrics
+
+    def samples(self, trainable, frozen, key):
+        images = draw_portraits("test", 8, 1).images
+        decoded = jax.jit(self._round_trip)(merge(frozen, trainable), jnp.asarray(images))
+        pairs = np.concatenate([images, to_picture(decoded)])
+        return {"reconstruction": contact_sheet(pairs, 8)}
+
+    def _round_trip(self, arrays, images):
+        vae = self.vae.module(arrays)
+        return vae.decode(vae.encode(to_signed(images))[0])
+
+    def export(self, trainable, frozen, directory: Path, step: int) -> None:
+        """Write ``vae/`` as diffusers has it, scaled to latents of unit variance."""
+        # What is frozen goes out as it was read: the step may hold it in half precision.
+        vae = self.vae.module(overlay(self.vae.arrays, trainable))
+        if self.options.decoder_of is None:
+            images = to_signed(jnp.asarray(draw_portraits("base", 256, 1).images))
+            deviation = float(jax.jit(lambda x: vae.encode(x)[0].std())(images))
+            vae.config = dataclasses.replace(vae.config, scaling_factor=round(1 / deviation, 5))
+        save_part(vae, directory / "vae", "diffusion_pytorch_model")

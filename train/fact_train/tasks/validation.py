@@ -1,0 +1,198 @@
+"""What a person watches while the adapter learns: the same photos, captions and noise every time.
+
+Two grids. In the first, pictures are drawn from noise: the reference photo, the base, FACT. In the
+second, portraits of other people (templates) are half noised and drawn again with the reference's
+face. There the place of the face is known without any detector, so numbers are taken there:
+similarity of who is seen to the reference, by the face encoder's own embedding, for FACT and for
+the base; and how much FACT changes inside and outside the head, against the base.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, UInt8
+
+from fact_convert import tokenize
+from fact_jax.diffusion.samplers import noise_latents_for_start, sample_ddim
+from fact_jax.face import align_batch
+from fact_jax.fact import Guidance, encode_face, guided_model, null_face
+from fact_jax.losses import normalize
+from fact_jax.portraits import SPLITS, contact_sheet
+from fact_jax.utils.errors import UserError
+from fact_train.data.datasets import open_records
+from fact_train.data.records import PICTURES, DamagedError, Records
+from fact_train.tasks.common import align_portraits, draw_portraits, split, to_picture, to_signed
+
+PEOPLE = 8
+STEPS = 25
+# Enough noise to take the face away, little enough to leave it in its place.
+TEMPLATE_START = 10
+SCORE = "watch/similarity"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Validation:
+    """Row i: a person's photo and crop, and a template that shows somebody else."""
+
+    photos: UInt8[np.ndarray, "n h w 3"]
+    crops: UInt8[np.ndarray, "n s s 3"]
+    templates: UInt8[np.ndarray, "n h w 3"]
+    points: Float[np.ndarray, "n 5 2"]
+    masks: Float[np.ndarray, "n h w"]
+    captions: list[str]
+
+
+def draw_validation(size: int, crop_size: int) -> Validation:
+    """Made-up people from the end of the test split; evaluation takes those from its beginning."""
+    first = len(SPLITS["test"]) - PEOPLE
+    photos, others = (
+        draw_portraits("test", PEOPLE, 1, offset=offset, size=size, first=first)
+        for offset in (0, 1)
+    )
+    return Validation(
+        photos=photos.images,
+        crops=align_portraits(photos, crop_size),
+        templates=_next(others.images),
+        points=_next(others.portrait.points),
+        masks=_next(others.portrait.head_mask),
+        captions=[*others.captions[1:], others.captions[0]],
+    )
+
+
+def read_validation(folder: str, pipeline: Any, encoder: Any) -> Validation:
+    """The first people of a folder of records; UserError if there are fewer than two."""
+    records = open_records(folder, pipeline, encoder)
+    _, first = np.unique(records.identities, return_index=True)
+    pairs = []
+    for i in sorted(first):
+        # A person's last photo, which is another one where there are two.
+        last = np.flatnonzero(records.identities == records.identities[i])[-1]
+        with contextlib.suppress(DamagedError):
+            pairs.append([_read(records, int(number)) for number in (i, last)])
+        if len(pairs) == PEOPLE:
+            break
+    if len(pairs) < 2:
+        raise UserError(f"{folder}: watching takes readable photos of at least two people")
+    photos, others = zip(*pairs, strict=True)
+
+    def pictures(rows: Sequence[dict], name: str) -> np.ndarray:
+        return np.stack([row[name] for row in rows])
+
+    captions = [row["caption"] for row in others]
+    return Validation(
+        photos=pictures(photos, "photo"),
+        crops=pictures(photos, "crop"),
+        templates=_next(pictures(others, "photo")),
+        points=_next(np.stack([row["points"] for row in others])),
+        masks=_next(pictures(others, "head_mask").astype(np.float32) / 255.0),
+        captions=[*captions[1:], captions[0]],
+    )
+
+
+def _read(records: Records, number: int) -> dict[str, Any]:
+    row = records[number]
+    pictures = {name: records.picture(number, row, name) for name in PICTURES}
+    return {**row, **pictures, "caption": records.caption(number, row)}
+
+
+class Watch:
+    """Draws and measures; ``task`` is the adapter task."""
+
+    def __init__(self, task: Any, validation: Validation):
+        self._task, self._validation = task, validation
+        self._vae, self._encoder = split(task.pipeline.vae), split(task.encoder)
+        self._models = {"vae": self._vae.arrays, "encoder": self._encoder.arrays}
+        prompts = tokenize(task.pipeline.tokenizer, [*validation.captions, ""])[0]
+        self._inputs = {
+            "ids": jnp.asarray(prompts),
+            "crops": jnp.asarray(to_signed(validation.crops)),
+            "templates": jnp.asarray(to_signed(validation.templates)),
+        }
+        self._draw = jax.jit(self._drawn, static_argnames="start")
+        self._embed = jax.jit(self._embedded)
+        self._wanted = self._identities(validation.crops)
+
+    def __call__(self, trainable, frozen, key) -> dict[str, np.ndarray | float]:
+        """Both grids, and the numbers under ``watch/``."""
+        given = self._validation
+        weights = (trainable, frozen, self._models, self._inputs, key)
+        made = {
+            start: [to_picture(self._draw(*weights, scale, start=start)) for scale in (0.0, 1.0)]
+            for start in (0, TEMPLATE_START)
+        }
+        count, (base, fact) = len(given.photos), made[TEMPLATE_START]
+        drawn, swapped = [given.photos, *made[0]], [given.templates, base, fact]
+        inside, outside = change(base, fact, given.masks)
+        return {
+            "reference-base-fact": contact_sheet(np.concatenate(drawn), count),
+            "template-base-fact": contact_sheet(np.concatenate(swapped), count),
+            SCORE: self._similarity(fact),
+            f"{SCORE}_base": self._similarity(base),
+            "watch/inside_change": inside,
+            "watch/outside_change": outside,
+        }
+
+    def _similarity(self, pictures: UInt8[np.ndarray, "n h w 3"]) -> float:
+        given = self._validation
+        crops = align_batch(pictures, given.points, given.masks, given.crops.shape[1])
+        return float((self._identities(crops) * self._wanted).sum(-1).mean())
+
+    def _identities(self, crops: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n k"]:
+        return np.asarray(self._embed(self._models, to_signed(crops)))
+
+    def _embedded(self, models, crops):
+        encoder = self._encoder.module(models["encoder"])
+        return normalize(encoder(crops)[1].astype(jnp.float32))
+
+    def _drawn(self, trainable, frozen, models, inputs, key, scale, start: int):
+        task = self._task
+        vae = self._vae.module(models["vae"])
+        resampler = task.resampler.module(trainable["resampler"])
+        unet = task.unet(trainable["adapter"], frozen["unet"])
+        states = task.encoders.text(frozen, inputs["ids"])
+        text, empty = states[:-1], states[-1:]
+        face = encode_face(
+            self._encoder.module(models["encoder"]), resampler, inputs["crops"][:, None]
+        )
+        model = guided_model(
+            unet,
+            text=text,
+            negative_text=jnp.broadcast_to(empty, text.shape),
+            face=face,
+            no_face=null_face(resampler, task.encoder.config.tokens),
+            guidance=Guidance(text=3.0, face_scale=scale),
+            steps=STEPS,
+        )
+        config, schedule = unet.config, task.pipeline.schedule
+        noise = jax.random.normal(
+            key, (len(text), config.sample_size, config.sample_size, config.in_channels)
+        )
+        factor = vae.config.scaling_factor
+        if start:
+            # One at a time: at full size the autoencoder needs more memory than the UNet.
+            clean = jax.lax.map(lambda x: vae.encode(x[None])[0][0], inputs["templates"]) * factor
+            noise = noise_latents_for_start(schedule, "ddim", clean, noise, STEPS, start)
+        latents = sample_ddim(model, noise, schedule, steps=STEPS, start=start)
+        return jax.lax.map(lambda z: vae.decode(z[None])[0], latents / factor)
+
+
+def change(
+    a: UInt8[np.ndarray, "n h w 3"],
+    b: UInt8[np.ndarray, "n h w 3"],
+    masks: Float[np.ndarray, "n h w"],
+) -> tuple[float, float]:
+    """Mean absolute difference inside and outside the masks, as a part of full scale."""
+    difference = np.abs(a.astype(np.float64) - b.astype(np.float64)).mean(-1) / 255
+    return tuple(
+        float((difference * part).sum() / max(part.sum(), 1e-9)) for part in (masks, 1.0 - masks)
+    )
+
+
+def _next(rows: Array | Int[np.ndarray, "..."]) -> np.ndarray:
+    """Every row in the place of the one before it, the first in the last place."""
+    return np.roll(np.asarray(rows), -1, axis=0)
