@@ -77,15 +77,19 @@ def test_where_nothing_more_can_be_written_a_run_ends_in_one_line(first, tmp_pat
     (tmp_path / "log.txt").write_text("-" * 3900 * (first == "log.txt"))
     rest = json.dumps({"step": 0, "rest": "-" * 3900 * (first == "metrics.jsonl")})
     (tmp_path / "metrics.jsonl").write_text(f"{rest}\n")
+
+    def write():
+        with RunLog(tmp_path, steps=9) as log:
+            log.begin(0, {})
+            log.metrics(1, ROW)
+            for _ in range(100):
+                log.add(1, {"similarity": 0.5})
+
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
     try:
         with pytest.raises(UserError, match=r"cannot write in .*: File too large; start again"):
-            with RunLog(tmp_path, steps=9) as log:
-                log.begin(0, {})
-                log.metrics(1, ROW)
-                for _ in range(100):
-                    log.add(1, {"similarity": 0.5})
+            write()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert first == "tensorboard" or (tmp_path / first).stat().st_size == 4000
