@@ -82,13 +82,13 @@ def measure(records: Path) -> dict[str, float]:
     """Rates and memory of this process, which does nothing but feed."""
     from fact_convert.models.tokenizer import read_tokenizer
     from fact_train.data.loader import GrainSource
-    from fact_train.data.pixels import PixelRows
+    from fact_train.data.pixel_dataset import PixelDataset
     from fact_train.data.records import Records
 
     tokenizer = read_tokenizer(Path("miniature/base/tokenizer"), 77)
     before = memory()
     stored = Records(records)
-    rows = PixelRows(stored, tokenizer, region="head", cells=stored.size // 8)
+    rows = PixelDataset(stored, tokenizer, region="head", cells=stored.size // 8)
     batches = GrainSource(rows, BATCH, 0).batches(0, np.arange(BATCH))
     next(batches)
     began, cpu = time.perf_counter(), time.process_time()

@@ -111,9 +111,9 @@ def _matrix_rules(fsdp: str | None) -> Rules:
     )
 
 
-REPLICATED: Rules = _matrix_rules(None)
+REPLICATED_RULES: Rules = _matrix_rules(None)
 """Whole on every device but for what ``tensor`` splits."""
-SPLIT: Rules = _matrix_rules("fsdp")
+FSDP_RULES: Rules = _matrix_rules("fsdp")
 """The same, and every matrix over ``fsdp``."""
 
 
@@ -138,7 +138,7 @@ def shardings(tree: PyTree, rules: Rules, mesh: Mesh | AbstractMesh) -> PyTree:
     return jax.tree_util.tree_map_with_path(one, tree)
 
 
-def spread(tree: PyTree, placed: PyTree) -> PyTree:
+def zero1_shardings(tree: PyTree, placed: PyTree) -> PyTree:
     """The shardings ``placed`` with each matrix split further, over all axes it does not use yet.
 
     This is for what is only ever used element by element. The longest dimension that comes out
@@ -162,7 +162,7 @@ def spread(tree: PyTree, placed: PyTree) -> PyTree:
     return jax.tree.map(one, tree, placed)
 
 
-def place(tree: PyTree, placed: PyTree) -> PyTree:
+def shard(tree: PyTree, placed: PyTree) -> PyTree:
     """Host arrays, the same on every process, onto the devices; no process sends to another."""
 
     def one(leaf: Any, sharding: NamedSharding) -> jax.Array:

@@ -12,15 +12,15 @@ from jax.sharding import PartitionSpec as P
 
 from fact_jax.sharding import (
     AXES,
-    REPLICATED,
-    SPLIT,
+    FSDP_RULES,
+    REPLICATED_RULES,
     MeshConfig,
     arrange_devices,
     global_batch,
     make_mesh,
     rows_of_process,
     shardings,
-    spread,
+    zero1_shardings,
 )
 from fact_jax.utils.errors import UserError
 
@@ -91,7 +91,7 @@ def test_rules_by_hand():
     }
     whole, split = (
         jax.tree.map(lambda s: tuple(s.spec), shardings(tree, rules, MESH))
-        for rules in (REPLICATED, SPLIT)
+        for rules in (REPLICATED_RULES, FSDP_RULES)
     )
     assert split["attn"]["to_q"] == {"kernel": ("fsdp", "tensor"), "bias": ("tensor",)}
     assert split["attn"]["to_out"][0] == {"kernel": ("tensor", "fsdp"), "bias": (None,)}
@@ -107,7 +107,7 @@ def test_rules_by_hand():
 
 def test_an_axis_that_does_not_divide_is_left_out():
     tree = {"to_q": shapes(kernel=(12, 7)), "to_k": shapes(kernel=(5, 8))}
-    placed = shardings(tree, SPLIT, MESH)
+    placed = shardings(tree, FSDP_RULES, MESH)
     assert placed["to_q"]["kernel"].spec == P("fsdp", None)
     assert placed["to_k"]["kernel"].spec == P(None, "tensor")
 
@@ -132,7 +132,7 @@ def test_the_first_rule_found_wins():
 )
 def test_spreading_over_the_axes_that_are_free(shape, spec, expected):
     leaf, placed = jax.ShapeDtypeStruct(shape, jnp.float32), NamedSharding(MESH, P(*spec))
-    assert spread(leaf, placed).spec == P(*expected)
+    assert zero1_shardings(leaf, placed).spec == P(*expected)
 
 
 def test_one_device_needs_all_rows_and_gets_them_back():

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from fact_jax.ops.attention import attention_together
-from fact_jax.sharding import MeshConfig, batch_sharding, global_batch, make_mesh, place, replicated
+from fact_jax.sharding import MeshConfig, batch_sharding, global_batch, make_mesh, replicated, shard
 from fact_train.config import TrainConfig, override
 from fact_train.engine.state import make_optimizer, path_name, place_state
 from fact_train.engine.step import frozen_shardings, make_train_step
@@ -58,7 +58,7 @@ class Trainer:
         self.task.config = config
         optimizer = make_optimizer(config.optimizer)
         state = place_state(self.params, optimizer, config.ema, mesh)
-        frozen = place(self.frozen, frozen_shardings(self.frozen, config, mesh))
+        frozen = shard(self.frozen, frozen_shardings(self.frozen, config, mesh))
         batches = [global_batch(mesh, BATCH, self.rows, batch) for batch in self.batches]
         step = make_train_step(self.task, optimizer, config, mesh)
         compiled = step.lower(state, frozen, batches[0]).compile()

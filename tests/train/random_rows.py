@@ -11,7 +11,7 @@ import numpy as np
 from fact_convert import tokenize
 from fact_train.config import CheckpointConfig, LogConfig, OptimizerConfig
 from fact_train.tasks import TASKS
-from fact_train.tasks.adapter import AdapterTask, PairedRows
+from fact_train.tasks.adapter import AdapterTask, PairedArrays
 from tests.train.tiny import tiny_config
 
 PEOPLE, PHOTOS, BATCH = 12, 3, 16
@@ -36,7 +36,7 @@ class RandomRowsTask(AdapterTask):
         }
 
     def source(self):
-        return PairedRows(self._arrays(), self.config.batch_size, self.config.seed, PHOTOS)
+        return PairedArrays(self._arrays(), self.config.batch_size, self.config.seed, PHOTOS)
 
     def samples(self, trainable, frozen, key):
         return {}

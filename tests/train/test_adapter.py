@@ -17,7 +17,7 @@ from fact_train.engine.partition import paths
 from fact_train.engine.state import make_optimizer, make_state
 from fact_train.engine.step import make_train_step
 from fact_train.run.loop import run
-from fact_train.tasks.adapter import AdapterTask, PairedRows
+from fact_train.tasks.adapter import AdapterTask, PairedArrays
 from tests.quick import quick_compilation as quick_compilation
 from tests.train.tiny import RESAMPLER, tiny_config, write_tiny_miniature
 
@@ -118,7 +118,7 @@ def test_a_resampler_of_the_wrong_width_is_refused(folder):
 def test_partners_are_other_photos_of_the_same_person():
     photos, people = 3, 7
     tokens = np.arange(photos * people, dtype=np.float32)[:, None]
-    source = PairedRows({"tokens": tokens}, batch_size=5, seed=3, photos=photos)
+    source = PairedArrays({"tokens": tokens}, batch_size=5, seed=3, photos=photos)
     seen = set()
     for step in range(60):
         batch = source.batch(step, np.arange(5))
@@ -133,13 +133,13 @@ def test_partners_are_other_photos_of_the_same_person():
 
 def test_an_only_photo_is_its_own_partner():
     tokens = np.arange(4, dtype=np.float32)[:, None]
-    source = PairedRows({"tokens": tokens}, batch_size=4, seed=3, photos=1)
+    source = PairedArrays({"tokens": tokens}, batch_size=4, seed=3, photos=1)
     batch = source.batch(0, np.arange(4))
     np.testing.assert_array_equal(batch["partner"], batch["tokens"])
 
 
 def test_every_epoch_visits_every_row_once():
-    source = PairedRows({"tokens": np.arange(12)[:, None]}, batch_size=4, seed=0, photos=3)
+    source = PairedArrays({"tokens": np.arange(12)[:, None]}, batch_size=4, seed=0, photos=3)
     first, second = (
         np.concatenate([source.rows(step) for step in range(3 * epoch, 3 * epoch + 3)])
         for epoch in (0, 1)

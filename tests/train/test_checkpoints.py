@@ -25,7 +25,7 @@ from fact_train.multihost.collectives import largest
 from fact_train.run.checkpoints import Keep, revision
 from fact_train.run.checksums import checksums, content_hash
 from fact_train.run.loop import run
-from fact_train.run.stop_signals import Stopping
+from fact_train.run.signal_handler import SignalHandler
 from tests.train.test_loop import ROOT
 from tests.train.toy import ToyTask
 
@@ -179,7 +179,7 @@ def test_a_disk_that_is_full_for_other_files_is_one_line(
     def full(self, line):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fact_train.run.logger.RunLog.note", full)
+    monkeypatch.setattr("fact_train.run.logger.RunLogger.note", full)
     assert main(["run", str(toy_file), "--out", str(tmp_path / "other")]) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: No space left on device")
 
@@ -220,7 +220,7 @@ def test_what_cannot_be_written_in_the_background_ends_the_run(toy_file, tmp_pat
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_is_heard_after_the_step(number, capfd):
     before = signal.getsignal(number)
-    with Stopping() as stopping:
+    with SignalHandler() as stopping:
         assert not stopping.decide(None)
         signal.raise_signal(number)
         assert stopping.decide(None)
@@ -234,7 +234,7 @@ def test_a_program_is_not_ended_before_its_checkpoint(number):
     """Whoever watches for signals that Python loses finds this one taken care of."""
 
     def save():
-        with Stopping() as stopping:
+        with SignalHandler() as stopping:
             signal.raise_signal(number)
             time.sleep(0.3)
             return int(stopping.decide(None))
@@ -246,7 +246,7 @@ def test_a_second_signal_acts_at_once(monkeypatch):
     monkeypatch.setattr(errors, "_leave_at_once", lambda status: None)
 
     def save():
-        with Stopping():
+        with SignalHandler():
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(signal.SIGTERM)
             time.sleep(60)
@@ -257,7 +257,7 @@ def test_a_second_signal_acts_at_once(monkeypatch):
 def test_a_signal_that_is_ignored_stays_so():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Stopping() as stopping:
+        with SignalHandler() as stopping:
             signal.raise_signal(signal.SIGHUP)
             assert not stopping.decide(None)
     finally:
@@ -265,7 +265,7 @@ def test_a_signal_that_is_ignored_stays_so():
 
 
 def test_a_failed_checkpoint_is_told_to_all():
-    with Stopping() as stopping, pytest.raises(UserError, match="disk"):
+    with SignalHandler() as stopping, pytest.raises(UserError, match="disk"):
         stopping.decide(UserError("disk"))
 
 

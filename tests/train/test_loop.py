@@ -207,7 +207,7 @@ def test_no_checkpoint_is_written_within_skipped_steps(toy_config, tmp_path, mon
         self.decided = signal.SIGTERM if self.seen == 13 else None
         return self.seen == 13
 
-    monkeypatch.setattr("fact_train.run.loop.Stopping.decide", decide)
+    monkeypatch.setattr("fact_train.run.loop.SignalHandler.decide", decide)
     outcome = run(config, tmp_path / "stopped")
     assert outcome.stopped_by == signal.SIGTERM
     assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["00000007"]

@@ -9,7 +9,7 @@ import pytest
 from fact_train.config import override
 from fact_train.plan.chips import CHIPS
 from fact_train.run.loop import run
-from fact_train.run.throughput import Meter, Profile
+from fact_train.run.throughput import Profile, ThroughputMeter
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def train(meter, clock):
 
 def test_speeds_on_a_known_chip(clock, monkeypatch):
     pretend(monkeypatch, "TPU v5 lite", 4)
-    row = train(Meter(batch_size=32), clock)
+    row = train(ThroughputMeter(batch_size=32), clock)
     assert row["steps_per_second"] == pytest.approx(4 / 10)
     assert row["speed/samples_per_second_per_chip"] == pytest.approx(4 * 32 / 10 / 4)
     assert row["speed/data_wait"] == pytest.approx(0.2)
@@ -53,18 +53,18 @@ def test_speeds_on_a_known_chip(clock, monkeypatch):
 
 def test_two_devices_of_a_chip_are_one_chip(clock, monkeypatch):
     pretend(monkeypatch, "TPU7x", 4)
-    row = train(Meter(batch_size=32), clock)
+    row = train(ThroughputMeter(batch_size=32), clock)
     assert row["speed/samples_per_second_per_chip"] == pytest.approx(4 * 32 / 10 / 2)
 
 
 def test_no_utilisation_where_no_peak_is_known(clock, monkeypatch):
     pretend(monkeypatch, "cpu", 1)
-    assert "speed/mfu" not in train(Meter(batch_size=32), clock)
+    assert "speed/mfu" not in train(ThroughputMeter(batch_size=32), clock)
 
 
 def test_a_row_begins_where_the_last_one_ended(clock, monkeypatch):
     pretend(monkeypatch, "cpu", 1)
-    meter = Meter(batch_size=1)
+    meter = ThroughputMeter(batch_size=1)
     train(meter, clock)
     meter.step()
     clock.now += 5.0

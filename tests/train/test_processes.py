@@ -66,11 +66,11 @@ def train(tmp_path_factory):
             str(out),
             *settings,
         ]
-        together = [[]]
+        arguments = [[]]
         if processes > 1:
             place = ["--coordinator", free_address(), "--processes", str(processes)]
-            together = [[*place, "--process", str(i)] for i in range(processes)]
-        programs = [start(*command, *more, *overrides, devices=devices) for more in together]
+            arguments = [[*place, "--process", str(i)] for i in range(processes)]
+        programs = [start(*command, *more, *overrides, devices=devices) for more in arguments]
         ends = finish(programs)
         assert [status for status, _, _ in ends] == [0] * processes, ends
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -116,10 +116,10 @@ MEET = """
 import dataclasses, os, signal, sys
 from pathlib import Path
 from fact_jax.utils.errors import UserError
-from fact_train.multihost.collectives import all_agree
+from fact_train.multihost.collectives import process_all
 from fact_train.config import TrainConfig
 from fact_train.multihost.processes import check_alike, check_same, check_shared
-from fact_train.multihost.processes import initialize, together
+from fact_train.multihost.processes import initialize, raise_on_all_processes
 import fact_train.multihost.processes, fact_train.run.loop
 from fact_jax.sharding import make_mesh
 from tests.train.toy import ToyTask, config as toy
@@ -144,7 +144,7 @@ for attempt in (
     None,
 ):
     try:
-        with together():
+        with raise_on_all_processes():
             if attempt:
                 attempt()
             elif process == 1:
@@ -154,7 +154,7 @@ for attempt in (
 with Peers():
     if process == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    all_agree(True)
+    process_all(True)
 """
 
 

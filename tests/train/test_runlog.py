@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fact_jax.utils.errors import UserError
-from fact_train.run.logger import RunLog, average, console_line, drop_lines_past
+from fact_train.run.logger import RunLogger, average, console_line, drop_lines_past
 
 ROW = {"loss": 0.5, "skipped": 0.0, "skipped_in_a_row": 0.0, "steps_per_second": 4.0}
 
@@ -54,7 +54,7 @@ def test_junk_in_the_metrics_is_left_out_and_counted(tmp_path, capsys):
     path.write_bytes(
         b'{"step": 2}\n3\n[1]\n{"loss": 1}\n{"step": "x"}\n\xff\xfe\n{"step": 3}\n{"st'
     )
-    with RunLog(tmp_path, steps=9) as log:
+    with RunLogger(tmp_path, steps=9) as log:
         log.begin(3, {})
     assert path.read_text() == '{"step": 2}\n{"step": 3}\n'
     assert "metrics.jsonl had 5 line(s) that are no metrics" in capsys.readouterr().err
@@ -66,7 +66,7 @@ def test_a_terminal_that_is_gone_does_not_end_a_run(tmp_path, monkeypatch):
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(sys, "stderr", Gone())
-    with RunLog(tmp_path, steps=9) as log:
+    with RunLogger(tmp_path, steps=9) as log:
         log.say("saved")
     assert (tmp_path / "log.txt").read_text() == "saved\n"
 
@@ -79,7 +79,7 @@ def test_where_nothing_more_can_be_written_a_run_ends_in_one_line(first, tmp_pat
     (tmp_path / "metrics.jsonl").write_text(f"{rest}\n")
 
     def write():
-        with RunLog(tmp_path, steps=9) as log:
+        with RunLogger(tmp_path, steps=9) as log:
             log.begin(0, {})
             log.metrics(1, ROW)
             for _ in range(100):
@@ -105,7 +105,7 @@ def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
     )
     monkeypatch.setitem(sys.modules, "wandb", library)
     for start in (0, 5):  # the second time it goes on
-        with RunLog(tmp_path / "run", steps=10, wandb=True) as log:
+        with RunLogger(tmp_path / "run", steps=10, wandb=True) as log:
             log.begin(start, {"steps": 10})
             log.metrics(start + 5, ROW)
             log.pictures(start + 5, {"grid": np.zeros((2, 3, 3), np.uint8)})
@@ -117,13 +117,13 @@ def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
 def test_weights_and_biases_must_be_there_to_be_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match="pip install wandb"):
-        RunLog(tmp_path, steps=1, wandb=True)
+        RunLogger(tmp_path, steps=1, wandb=True)
 
 
 def test_a_stage_is_said_when_it_begins(tmp_path, capsys, monkeypatch):
     now = iter([0.0, 1.0, 10.0, 19.6])
     monkeypatch.setattr("fact_train.run.logger.time.monotonic", lambda: next(now))
-    with RunLog(tmp_path, steps=1) as log:
+    with RunLogger(tmp_path, steps=1) as log:
         with log.stage("loading"):
             assert capsys.readouterr().err == "loading ...\n"
         with log.stage("compiling"):

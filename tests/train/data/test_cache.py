@@ -11,19 +11,19 @@ import pytest
 from fact_convert import load_encoder, load_pipeline
 from fact_jax.utils.errors import UserError
 from fact_train.cli.main import main
-from fact_train.data.cache import CacheRows, CacheWriter
+from fact_train.data.cached_dataset import CachedDataset, CacheWriter
 from fact_train.data.datasets import open_records
 from fact_train.data.records import data_libraries
 from fact_train.run.loop import run
 from fact_train.tasks.adapter import AdapterTask
-from fact_train.tasks.frozen_encoders import Encoders
+from fact_train.tasks.frozen_encoders import FrozenEncoders
 from tests.train.tiny import tiny_config
 
 
 @pytest.fixture(scope="module")
 def parts(miniature, records):
     pipeline, encoder = load_pipeline(miniature / "base"), load_encoder(miniature / "encoder")
-    return open_records(records, pipeline, encoder), Encoders(pipeline, encoder), pipeline
+    return open_records(records, pipeline, encoder), FrozenEncoders(pipeline, encoder), pipeline
 
 
 def writer(parts, out) -> CacheWriter:
@@ -67,7 +67,7 @@ def test_interrupted_and_resumed_is_bit_identical(parts, cache, tmp_path):
     # What a process leaves that was killed within a shard.
     (found[0].parent / f".{found[0].name.replace('00000-of', '00002-of')}.12ab.tmp").touch()
     with pytest.raises(UserError, match="holds no whole data set"):
-        CacheRows(out, "head")
+        CachedDataset(out, "head")
     assert writer(parts, out).write((0, 1), quiet)
     assert found[0].stat().st_mtime_ns == before
     assert contents(out) == contents(cache)
@@ -157,11 +157,11 @@ def test_a_cache_of_something_else_is_refused(parts, cache, records, miniature, 
     with pytest.raises(UserError, match="is a cache with other records"):
         writer((other, *parts[1:]), cache).write((0, 1), quiet)
     changed = jax.tree.map(lambda a: a + 1, parts[1].arrays["vae"])
-    encoders = Encoders(parts[2], load_encoder(miniature / "encoder"))
+    encoders = FrozenEncoders(parts[2], load_encoder(miniature / "encoder"))
     encoders.arrays["vae"] = changed
     with pytest.raises(UserError, match="is a cache with other weights"):
-        CacheRows(cache, "head").check(encoders, None)
-    CacheRows(cache, "head").check(parts[1], parts[0])
+        CachedDataset(cache, "head").check(encoders, None)
+    CachedDataset(cache, "head").check(parts[1], parts[0])
 
 
 def test_records_of_another_size_are_refused(parts, records, miniature):

@@ -11,8 +11,8 @@ from fact_convert import tokenize
 from fact_convert.models.tokenizer import read_tokenizer
 from fact_jax.face import resize_area
 from fact_jax.utils.errors import UserError
-from fact_train.data.loader import GrainSource, Partners
-from fact_train.data.pixels import PixelRows
+from fact_train.data.loader import GrainSource, SameIdentityPairs
+from fact_train.data.pixel_dataset import PixelDataset
 from fact_train.data.records import DamagedError, Records, decode
 from tests.train.data.conftest import PHOTOS
 
@@ -90,7 +90,7 @@ def test_partners_are_the_same_person_on_all_its_other_photos(source):
 
 def test_partners_are_equally_likely():
     rng = np.random.default_rng(0)
-    partners = Partners(np.asarray([5, 9, 5, 5, 9]))
+    partners = SameIdentityPairs(np.asarray([5, 9, 5, 5, 9]))
     drawn = [partners.draw(2, rng) for _ in range(600)]
     assert set(drawn) == {0, 3}
     assert 250 < drawn.count(0) < 350
@@ -117,7 +117,7 @@ def tokenizer(miniature):
 
 def test_records_arrive_decoded_beside_their_partners(records, tokenizer):
     stored = Records(records)
-    source = GrainSource(PixelRows(stored, tokenizer, region="face", cells=8), BATCH, seed=0)
+    source = GrainSource(PixelDataset(stored, tokenizer, region="face", cells=8), BATCH, seed=0)
     batch = next(source.batches(2, np.arange(BATCH)))
     shapes = {name: (value.shape, value.dtype.name) for name, value in batch.items()}
     assert shapes == {
@@ -202,7 +202,7 @@ def test_a_flipped_bit_is_found(records, tokenizer, tmp_path):
     data = bytearray(shard.read_bytes())
     data[10_000] ^= 1  # one bit of what the 15 small records fill at the beginning
     shard.write_bytes(data)
-    rows = PixelRows(Records(copy), tokenizer, region="head", cells=8)
+    rows = PixelDataset(Records(copy), tokenizer, region="head", cells=8)
     said = {}
     for number in range(len(rows.identities)):
         try:

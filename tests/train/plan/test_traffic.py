@@ -1,7 +1,7 @@
 """Memory traffic of short programs by hand."""
 # ruff: noqa: E501  (the compiler's lines are long)
 
-from fact_train.plan.hbm_traffic import count_traffic
+from fact_train.plan.hbm_traffic import hbm_bytes
 
 ENTRY = """%fused.1 (param.2: f32[8,16], param.3: f32[8,16]) -> f32[8,16] {
   %param.2 = f32[8,16]{1,0} parameter(0)
@@ -62,18 +62,18 @@ ENTRY %main.27 (p.28: f32[6,4]) -> (s32[], f32[6,4], f32[6,4]) {
 
 def test_a_fusion_is_one_instruction():
     """Two operands in and a result out, twice; 512 B each. Nothing inside of a fusion counts."""
-    assert count_traffic(ENTRY) == 6 * 512
+    assert hbm_bytes(ENTRY) == 6 * 512
 
 
 def test_what_stays_on_the_chip_is_free():
     """The fusion's result, written and read once, in the chip's own memory."""
     near = ENTRY.replace("%fusion.10 = f32[8,16]{1,0:T(8,128)}", "%fusion.10 = f32[8,16]{1,0:S(1)}")
-    assert count_traffic(near) == 4 * 512
+    assert hbm_bytes(near) == 4 * 512
 
 
 def test_loop_reads_and_writes_slices():
     """Six rounds: a row of 16 B read, one written into its place, and a counter compared (8 B)."""
-    assert count_traffic(LOOP) == 6 * (16 + 16) + 6 * 8
+    assert hbm_bytes(LOOP) == 6 * (16 + 16) + 6 * 8
 
 
 def test_fetching_ahead_counts_once():
@@ -83,7 +83,7 @@ def test_fetching_ahead_counts_once():
   ROOT %copy-done.4 = f32[64]{0:S(1)} copy-done(%copy-start.3)
 }
 """
-    assert count_traffic(text) == 256
+    assert hbm_bytes(text) == 256
 
 
 def test_fetching_a_slice_ahead_reads_the_slice():
@@ -94,9 +94,9 @@ def test_fetching_a_slice_ahead_reads_the_slice():
   ROOT %slice-done.8 = f32[1,3,256,128]{3,2,1,0:T(8,128)S(1)} slice-done(%slice-start.8)
 }
 """
-    assert count_traffic(text) == 393216
+    assert hbm_bytes(text) == 393216
     far = text.replace("T(8,128)S(1)", "T(8,128)")
-    assert count_traffic(far) == 2 * 393216
+    assert hbm_bytes(far) == 2 * 393216
 
 
 def test_a_slice_reads_no_more_than_itself():
@@ -106,7 +106,7 @@ def test_a_slice_reads_no_more_than_itself():
   ROOT %slice.3 = f32[2,4]{1,0} slice(%p.2), slice={[0:2], [0:4]}
 }
 """
-    assert count_traffic(alone) == 2 * 32
+    assert hbm_bytes(alone) == 2 * 32
     fused = """%fused.1 (param.2: f32[64,4]) -> f32[2,4] {
   %param.2 = f32[64,4]{1,0} parameter(0)
   %slice.3 = f32[2,4]{1,0} slice(%param.2), slice={[0:2], [0:4]}
@@ -118,7 +118,7 @@ ENTRY %main.5 (p.6: f32[64,4]) -> f32[2,4] {
   ROOT %fusion.7 = f32[2,4]{1,0} fusion(%p.6), kind=kLoop, calls=%fused.1
 }
 """
-    assert count_traffic(fused) == 2 * 32
+    assert hbm_bytes(fused) == 2 * 32
 
 
 def test_what_a_collective_starts_with_is_no_result():
@@ -129,7 +129,7 @@ def test_what_a_collective_starts_with_is_no_result():
   ROOT %done.4 = f32[16]{0} all-gather-done(%start.3)
 }
 """
-    assert count_traffic(text) == 4 * (8 + 16)
+    assert hbm_bytes(text) == 4 * (8 + 16)
 
 
 def test_slices_in_a_fusion_of_a_fusion():
@@ -149,4 +149,4 @@ ENTRY %main.45 (p.46: f32[6,4], i.47: s32[]) -> f32[4] {
   ROOT %fusion.49 = f32[4]{0} fusion(%p.46, %i.47), kind=kOutput, calls=%product.40
 }
 """
-    assert count_traffic(inner + outer) == 16 + 16
+    assert hbm_bytes(inner + outer) == 16 + 16

@@ -104,14 +104,14 @@ def cache(name: str, overrides: Sequence[str], out: Path, share: tuple[int, int]
         )
 
     from fact_convert import load_encoder, load_pipeline
-    from fact_train.data.cache import CacheWriter
+    from fact_train.data.cached_dataset import CacheWriter
     from fact_train.data.datasets import open_records
-    from fact_train.tasks.frozen_encoders import Encoders
+    from fact_train.tasks.frozen_encoders import FrozenEncoders
 
     pipeline, encoder = load_pipeline(config.options.base), load_encoder(config.options.encoder)
     writer = CacheWriter(
         open_records(records, pipeline, encoder),
-        Encoders(pipeline, encoder),
+        FrozenEncoders(pipeline, encoder),
         pipeline.tokenizer,
         out,
         cells=pipeline.unet.config.sample_size,

@@ -3,11 +3,11 @@
 from fact_convert import Pipeline
 from fact_jax.models.transface import TransFace
 from fact_jax.utils.errors import UserError
-from fact_train.data.cache import CacheRows
-from fact_train.data.loader import Rows
-from fact_train.data.pixels import PixelRows
+from fact_train.data.cached_dataset import CachedDataset
+from fact_train.data.loader import Dataset
+from fact_train.data.pixel_dataset import PixelDataset
 from fact_train.data.records import Records
-from fact_train.tasks.frozen_encoders import Encoders
+from fact_train.tasks.frozen_encoders import FrozenEncoders
 
 
 def open_records(folder: str, pipeline: Pipeline, encoder: TransFace) -> Records:
@@ -27,14 +27,14 @@ def open_records(folder: str, pipeline: Pipeline, encoder: TransFace) -> Records
     return records
 
 
-def open_rows(options, pipeline: Pipeline, encoder: TransFace, encoders: Encoders) -> Rows:
+def open_rows(options, pipeline: Pipeline, encoder: TransFace, encoders: FrozenEncoders) -> Dataset:
     """Rows of ``options.cache`` if it is given, else of ``options.records``."""
     records = None
     if options.records is not None:
         records = open_records(options.records, pipeline, encoder)
     if options.cache is not None:
-        rows = CacheRows(options.cache, options.region)
+        rows = CachedDataset(options.cache, options.region)
         rows.check(encoders, records)
         return rows
     cells = pipeline.unet.config.sample_size
-    return PixelRows(records, pipeline.tokenizer, region=options.region, cells=cells)
+    return PixelDataset(records, pipeline.tokenizer, region=options.region, cells=cells)

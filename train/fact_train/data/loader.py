@@ -25,7 +25,7 @@ _PARTNERS_TRIED = 8
 _LOG = logging.getLogger(__name__)
 
 
-class Rows(Protocol):
+class Dataset(Protocol):
     """Samples by number. ``fingerprint`` tells one data set from another."""
 
     identities: Int[np.ndarray, " n"]
@@ -38,7 +38,7 @@ class Rows(Protocol):
         """
 
 
-class Partners:
+class SameIdentityPairs:
     """For every row another photo of the same person; for an only photo itself."""
 
     def __init__(self, identities: Int[np.ndarray, " n"]):
@@ -93,13 +93,13 @@ class GrainSource:
     ones follows from the seed and the place alone, and all other places keep theirs.
     """
 
-    def __init__(self, rows: Rows, batch_size: int, seed: int):
+    def __init__(self, rows: Dataset, batch_size: int, seed: int):
         if not 0 <= seed < 2**32:
             raise UserError(f"seed={seed}: the shuffle takes a seed from 0 to {2**32 - 1}")
         self._grain = data_libraries().grain
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
         self._count = len(rows.identities)
-        self._partners = Partners(rows.identities)
+        self._partners = SameIdentityPairs(rows.identities)
         self._damaged = Damaged(self._count)
         self._order = self._grain.MapDataset.range(self._count).seed(seed).shuffle().repeat()
         text = f"{rows.fingerprint} {self._count} {batch_size} {seed}"

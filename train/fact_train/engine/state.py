@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from fact_jax.sharding import SPLIT, place, shardings, spread
+from fact_jax.sharding import FSDP_RULES, shard, shardings, zero1_shardings
 from fact_jax.utils.errors import UserError
 from fact_train.config import EMAConfig, OptimizerConfig
 
@@ -51,9 +51,10 @@ def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
 
     The optimizer's trees end in the same paths as the parameters, and so follow their rules.
     """
-    placed = shardings(state, SPLIT, mesh)
+    placed = shardings(state, FSDP_RULES, mesh)
     return placed._replace(
-        ema=spread(state.ema, placed.ema), opt_state=spread(state.opt_state, placed.opt_state)
+        ema=zero1_shardings(state.ema, placed.ema),
+        opt_state=zero1_shardings(state.opt_state, placed.opt_state),
     )
 
 
@@ -66,7 +67,7 @@ def place_state(
         return make_state(params, optimizer, ema)
 
     placed = state_shardings(jax.eval_shape(make, params), mesh)
-    return jax.jit(make, out_shardings=placed)(place(params, placed.params))
+    return jax.jit(make, out_shardings=placed)(shard(params, placed.params))
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -11,13 +11,13 @@ from jax.sharding import PartitionSpec as P
 from fact_jax.ops.remat import CPU_OPTIONS
 from fact_jax.sharding import (
     BATCH_AXES,
-    REPLICATED,
-    SPLIT,
+    FSDP_RULES,
+    REPLICATED_RULES,
     batch_sharding,
     batch_ways,
     replicated,
     shardings,
-    spread,
+    zero1_shardings,
 )
 from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig
@@ -66,7 +66,7 @@ def check_batch(config: TrainConfig, mesh: Mesh) -> None:
 
 def frozen_shardings(frozen: PyTree, config: TrainConfig, mesh: Mesh) -> PyTree:
     """Where the frozen parameters lie: whole everywhere, or split as ``mesh.base`` says."""
-    return shardings(frozen, SPLIT if config.mesh.base == "fsdp" else REPLICATED, mesh)
+    return shardings(frozen, FSDP_RULES if config.mesh.base == "fsdp" else REPLICATED_RULES, mesh)
 
 
 class TrainStep:
@@ -108,7 +108,8 @@ class TrainStep:
         # Masters that are split over `fsdp` are gathered here, once, and not wherever they are
         # used, in the forward pass, its recomputation and the backward pass.
         working = jax.lax.with_sharding_constraint(
-            cast(state.params, config.precision), shardings(state.params, REPLICATED, self.mesh)
+            cast(state.params, config.precision),
+            shardings(state.params, REPLICATED_RULES, self.mesh),
         )
         frozen = cast(frozen, config.precision)
         gradient, loss, metrics = self._gradient(working, frozen, batch, state.step, keys)
@@ -141,7 +142,7 @@ class TrainStep:
     def _gradient(self, working, frozen, batch, step, keys):
         """(float32 gradient, loss, metrics) of the batch, in microbatches if so configured."""
         # Each device needs only that part of the gradient whose update it works out.
-        placed = spread(working, shardings(working, SPLIT, self.mesh))
+        placed = zero1_shardings(working, shardings(working, FSDP_RULES, self.mesh))
 
         def loss_of(params, batch, keys):
             loss, metrics = self.task.loss(params, frozen, batch, step=step, keys=keys)

@@ -9,14 +9,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
-def all_agree(yes: bool) -> bool:
+def process_all(yes: bool) -> bool:
     """Do all processes say yes? Every process must ask; waits for all of them."""
     if jax.process_count() == 1:
         return yes
     return bool(multihost_utils.process_allgather(np.asarray(yes)).all())
 
 
-def largest(value: int) -> jax.Array:
+def process_max(value: int) -> jax.Array:
     """The largest of all processes' values, on the devices: nobody waits until it is read.
 
     Every process must call it at the same place between the same computations.

@@ -17,8 +17,8 @@ import time
 import jax
 
 from fact_jax.utils.errors import UserError, printable
-from fact_train.multihost.collectives import all_agree
-from fact_train.multihost.processes import coordinator_host, gather, host_name
+from fact_train.multihost.collectives import process_all
+from fact_train.multihost.processes import coordinator_host, host_name, process_gather
 
 _CONNECT_SECONDS = 10
 # For a main thread that fails alike to end by itself, with what it has to say.
@@ -44,7 +44,7 @@ class Peers:
         if self._count > 1:
             with contextlib.suppress(OSError):  # then it is as JAX has it
                 self._connect()
-            if all_agree(len(self._connections) == (1 if self._index else self._count - 1)):
+            if process_all(len(self._connections) == (1 if self._index else self._count - 1)):
                 threading.Thread(target=self._listen, name="peers", daemon=True).start()
             else:
                 self._close()
@@ -74,7 +74,9 @@ class Peers:
         if self._index == 0:
             listener = socket.create_server(("", 0), backlog=self._count)
         port = listener.getsockname()[1] if listener else 0
-        said = gather(f"{host_name()} {coordinator_host() or host_name()} {port} {_token()}")
+        said = process_gather(
+            f"{host_name()} {coordinator_host() or host_name()} {port} {_token()}"
+        )
         self._hosts = [text.split()[0] for text in said]
         own, given, port, token = said[0].split()
         hello = f"{token} "

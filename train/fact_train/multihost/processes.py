@@ -97,14 +97,14 @@ def _check(coordinator: str, processes: int | None, process: int | None) -> None
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_processes() -> Iterator[None]:
     """If what is done in here is refused on one process, all raise that UserError."""
     refused = None
     try:
         yield
     except UserError as error:
         refused = error
-    said = gather(str(refused or ""))
+    said = process_gather(str(refused or ""))
     if refused is not None:
         raise refused
     for process, message in enumerate(said):
@@ -115,7 +115,7 @@ def together() -> Iterator[None]:
 def check_alike(config: TrainConfig) -> None:
     """UserError if the processes of this run were given different settings."""
     own = json.dumps(to_json(config), sort_keys=True)
-    digests = gather(hashlib.sha256(own.encode()).hexdigest())
+    digests = process_gather(hashlib.sha256(own.encode()).hexdigest())
     other = [str(i) for i, digest in enumerate(digests) if digest != digests[0]]
     if other:
         raise UserError(
@@ -126,7 +126,9 @@ def check_alike(config: TrainConfig) -> None:
 def check_same(digests: dict[str, str], advice: str) -> None:
     """UserError if two processes differ in one of these digests (name of the thing -> digest)."""
     for name, digest in digests.items():
-        found = [text.split(maxsplit=1) for text in gather(f"{digest or '-'} {host_name()}")]
+        found = [
+            text.split(maxsplit=1) for text in process_gather(f"{digest or '-'} {host_name()}")
+        ]
         other = [i for i, (theirs, _) in enumerate(found) if theirs != found[0][0]]
         if other:
             which = ", ".join(f"{i} ({found[i][1]}, {found[i][0][:12]})" for i in other)
@@ -140,8 +142,8 @@ def check_shared(folder: Path) -> None:
     """UserError if ``folder``, which is made if need be, is not one and the same on all hosts."""
     if jax.process_count() == 1:
         return
-    path = folder / f".shared-{gather(secrets.token_hex(8))[0]}"
-    with together():
+    path = folder / f".shared-{process_gather(secrets.token_hex(8))[0]}"
+    with raise_on_all_processes():
         try:
             if jax.process_index() == 0:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -151,7 +153,7 @@ def check_shared(folder: Path) -> None:
     until = time.monotonic() + _VISIBLE_SECONDS
     while not (seen := path.exists()) and time.monotonic() < until:
         time.sleep(0.1)
-    said = gather("" if seen else f"({host_name()}, {folder.absolute()})")
+    said = process_gather("" if seen else f"({host_name()}, {folder.absolute()})")
     if jax.process_index() == 0:
         with suppress(OSError):
             path.unlink()
@@ -173,7 +175,7 @@ def host_name() -> str:
     return socket.gethostname() or "unknown"
 
 
-def gather(text: str) -> list[str]:
+def process_gather(text: str) -> list[str]:
     """What every process says, in their order."""
     if jax.process_count() == 1:
         return [text]

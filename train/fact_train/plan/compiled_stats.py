@@ -19,7 +19,7 @@ from fact_train.engine.model_flops import model_flops
 from fact_train.engine.state import make_optimizer, state_shardings
 from fact_train.engine.step import TrainStep, check_batch, frozen_shardings, make_train_step
 from fact_train.plan.abstract_task import Abstract, batch_shapes, build
-from fact_train.plan.hbm_traffic import count_traffic
+from fact_train.plan.hbm_traffic import hbm_bytes
 from fact_train.plan.hlo import read_collectives, summarize
 
 PyTree = Any
@@ -54,7 +54,7 @@ def compiled_facts(config: TrainConfig, topology: str) -> Facts:
         facts["used"] = memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
         facts["usable"] = None
         text = compiled.as_text()
-        facts["accessed"] = count_traffic(text)
+        facts["accessed"] = hbm_bytes(text)
         facts["collectives"] = summarize(read_collectives(text))
     facts["bytes"]["temporary"] = facts["used"] - sum(facts["bytes"].values())
     return facts | {"seconds": time.monotonic() - start}

@@ -49,7 +49,7 @@ class _Instruction:
         return sum(self.arrays)
 
 
-def count_traffic(text: str) -> int:
+def hbm_bytes(text: str) -> int:
     """Bytes read from and written to a chip's main memory in one run of the program."""
     return _Program(text).traffic()
 

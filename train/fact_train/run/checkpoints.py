@@ -22,7 +22,7 @@ from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
 from fact_train.config import CheckpointConfig
 from fact_train.engine.state import TrainState
-from fact_train.multihost.collectives import all_agree
+from fact_train.multihost.collectives import process_all
 from fact_train.run.checksums import checksums
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -187,7 +187,7 @@ class Checkpoints:
                 state = TrainState(**_restore(folder / "state", stored._asdict()))
             except Exception as error:  # Orbax's errors for a damaged folder have no common type
                 reason = first_line(error)
-        if not all_agree(state is not None):
+        if not process_all(state is not None):
             return None, reason
         found = checksums(state)
         for name in sorted(written.keys() | found.keys()):
@@ -213,7 +213,7 @@ class Checkpoints:
     def _check_space(self, step: int, needed: int) -> None:
         # Checked before, not found out after: with half a checkpoint on it the disk is full.
         free = shutil.disk_usage(self.folder).free
-        if not all_agree(free >= needed):
+        if not process_all(free >= needed):
             raise UserError(
                 f"no room for the checkpoint of step {step}: it needs {needed / 1e9:.3g} GB, the "
                 f"disk of {self.folder} has {free / 1e9:.3g} GB left; free some or lower "
@@ -242,7 +242,7 @@ class Checkpoints:
             target.parent.mkdir(exist_ok=True)
             source.rename(target)
         if steps:
-            all_agree(True)
+            process_all(True)
             self._manager.reload()
 
 

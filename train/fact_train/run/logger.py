@@ -24,7 +24,7 @@ from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
 
 
-class RunLog:
+class RunLogger:
     """The records of one run in its folder, written by one process. Use as a context manager.
 
     It speaks from the start; ``begin`` opens the records when the step to go on from is known.
@@ -42,7 +42,7 @@ class RunLog:
                 run.mkdir(parents=True, exist_ok=True)
                 self._text = self._open.enter_context(open(run / "log.txt", "a"))  # noqa: SIM115
 
-    def __enter__(self) -> "RunLog":
+    def __enter__(self) -> "RunLogger":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from fact_jax.sharding import global_batch, local_copy, make_mesh, place, rows_of_process
+from fact_jax.sharding import global_batch, local_copy, make_mesh, rows_of_process, shard
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import replace_folder, require_local
 from fact_train.config import TrainConfig, to_json
@@ -24,9 +24,15 @@ from fact_train.engine.model_flops import model_flops
 from fact_train.engine.state import TrainState, make_optimizer, place_state
 from fact_train.engine.step import TrainStep, cast, check_batch, frozen_shardings, make_train_step
 from fact_train.engine.task import PyTree, Source, Task
-from fact_train.multihost.collectives import all_agree
+from fact_train.multihost.collectives import process_all
 from fact_train.multihost.heartbeat import Peers
-from fact_train.multihost.processes import check_alike, check_same, check_shared, gather, together
+from fact_train.multihost.processes import (
+    check_alike,
+    check_same,
+    check_shared,
+    process_gather,
+    raise_on_all_processes,
+)
 from fact_train.run.checkpoints import About, Checkpoints, first_line, revision, versions
 from fact_train.run.checksums import content_hash
 from fact_train.run.folder import (
@@ -37,9 +43,9 @@ from fact_train.run.folder import (
     lock_folder,
     now,
 )
-from fact_train.run.logger import RunLog, average, stage
-from fact_train.run.stop_signals import Stopping
-from fact_train.run.throughput import Meter, Profile
+from fact_train.run.logger import RunLogger, average, stage
+from fact_train.run.signal_handler import SignalHandler
+from fact_train.run.throughput import Profile, ThroughputMeter
 from fact_train.tasks import make_task
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -67,10 +73,10 @@ def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
     check_batch(config, mesh)
     with Peers(), contextlib.ExitStack() as held:
         check_shared(folder)
-        with together():
+        with raise_on_all_processes():
             unlocked = held.enter_context(lock_folder(folder))
             changes = claim_folder(config, folder)
-        log = held.enter_context(RunLog(folder, steps=config.steps, wandb=config.log.wandb))
+        log = held.enter_context(RunLogger(folder, steps=config.steps, wandb=config.log.wandb))
         log.note(f"{now()}  {command or 'fact_train.run.loop.run'}")
         for warning in unlocked:
             log.say(f"warning: {warning}")
@@ -97,13 +103,13 @@ class Prepared:
 def prepare(config: TrainConfig, mesh: Mesh, say: Callable[[str], None], name: str) -> Prepared:
     """Load models and data, and put them where the mesh wants them. Writes nothing."""
     with stage(say, f"{name}: loading what the {config.task} task starts from"):
-        with together():
+        with raise_on_all_processes():
             task, root = make_task(config), jax.random.key(config.seed)
             params, frozen = task.init(jax.random.fold_in(root, INIT_KEY))
         frozen = jax.tree.map(jax.numpy.asarray, frozen)
         content = content_hash(frozen)
         frozen = cast(frozen, config.precision)
-        frozen = place(frozen, frozen_shardings(frozen, config, mesh))
+        frozen = shard(frozen, frozen_shardings(frozen, config, mesh))
         if jax.process_count() > 1:
             # What a process holds a copy of is never compared again.
             digests = {"frozen base": content, "start of what is trained": content_hash(params)}
@@ -111,7 +117,7 @@ def prepare(config: TrainConfig, mesh: Mesh, say: Callable[[str], None], name: s
         optimizer = make_optimizer(config.optimizer)
         state = place_state(params, optimizer, config.ema, mesh)
         del params
-    with stage(say, "preparing the training data"), together():
+    with stage(say, "preparing the training data"), raise_on_all_processes():
         source = task.source()
         if config.log.samples_every is not None and hasattr(task, "open_samples"):
             task.open_samples()
@@ -128,7 +134,12 @@ def prepare(config: TrainConfig, mesh: Mesh, say: Callable[[str], None], name: s
 
 
 def _train(
-    config: TrainConfig, folder: Path, ready: Prepared, mesh: Mesh, changes: list[str], log: RunLog
+    config: TrainConfig,
+    folder: Path,
+    ready: Prepared,
+    mesh: Mesh,
+    changes: list[str],
+    log: RunLogger,
 ) -> Outcome:
     """From the newest checkpoint, or from step 0, to the end or to a signal."""
     about = About(
@@ -147,9 +158,9 @@ def _train(
         loop = _Loop(config, folder, ready.task, ready.frozen, checkpoints, log)
         loop.repair_export(state)
         train_step = make_train_step(ready.task, ready.optimizer, config, mesh)
-        with Stopping() as stopping:
+        with SignalHandler() as stopping:
             state = loop.train(train_step, ready.source, state, stopping)
-    all_agree(True)  # nobody leaves while another still writes
+    process_all(True)  # nobody leaves while another still writes
     stopped = stopping.decided if int(state.step) < config.steps else None
     saved = f", saved in {folder}" if not int(state.skipped_in_a_row) else ""
     log.say(f"{'stopped' if stopped else 'done'} at step {int(state.step)}{saved}")
@@ -165,13 +176,13 @@ class _Loop:
         self.task: Task = task
         self.frozen: PyTree = frozen
         self.checkpoints: Checkpoints = checkpoints
-        self.log: RunLog = log
+        self.log: RunLogger = log
         self.key = jax.random.fold_in(jax.random.key(config.seed), SAMPLE_KEY)
-        self.meter = Meter(config.batch_size)
+        self.meter = ThroughputMeter(config.batch_size)
         self.rows: list[dict[str, jax.Array]] = []
         self.losses: list[jax.Array] = []  # since the last checkpoint
 
-    def train(self, train_step, source: Source, state: TrainState, stopping: Stopping):
+    def train(self, train_step, source: Source, state: TrainState, stopping: SignalHandler):
         """Step until the end or a signal; the number of a step alone decides what is due."""
         config, start = self.config, int(state.step)
         in_flight: collections.deque = collections.deque()
@@ -241,7 +252,7 @@ class _Loop:
             self.log.add(step, numbers)
         except Exception as error:  # of any type: nothing of the training depends on it
             failure = f"{type(error).__name__}: {first_line(error)}"
-        for process, reason in enumerate(gather(failure)):
+        for process, reason in enumerate(process_gather(failure)):
             if reason:
                 where = f" on process {process}" if jax.process_count() > 1 else ""
                 self.log.say(
@@ -289,7 +300,7 @@ class _Loop:
         target = self.folder / "export"
         about = {"step": step, "config": to_json(self.config), "versions": versions()}
         about["revision"] = revision()
-        with together():
+        with raise_on_all_processes():
             if jax.process_index() != 0:
                 return
             try:
@@ -307,9 +318,9 @@ class _Loop:
         """
         if not (step := int(state.step)):
             return
-        with together():
+        with raise_on_all_processes():
             why = check_export(self.folder / "export", step) if jax.process_index() == 0 else ""
-        if not all_agree(not why):
+        if not process_all(not why):
             self.log.say(f"export: {why}; written again from checkpoint {step}")
             self.export(state)
 

@@ -13,7 +13,7 @@ from fact_train.plan.chips import chip_of
 T = TypeVar("T")
 
 
-class Meter:
+class ThroughputMeter:
     """Counts steps, the time they take, and the part of it spent waiting for data."""
 
     def __init__(self, batch_size: int):

@@ -39,12 +39,12 @@ from fact_jax.utils.errors import UserError
 from fact_jax.utils.ranges import Length, Name, NonNegative, Positive, Probability, check_fields
 from fact_train.config import TrainConfig
 from fact_train.data.datasets import open_rows
-from fact_train.data.loader import GrainSource, Rows
+from fact_train.data.loader import Dataset, GrainSource
 from fact_train.data.records import DamagedError
 from fact_train.engine.partition import assert_covers, merge, paths, split_by_paths
 from fact_train.tasks.common import (
     Photos,
-    ShuffledRows,
+    ShuffledArrays,
     Split,
     align_portraits,
     draw_crops,
@@ -58,9 +58,15 @@ from fact_train.tasks.common import (
     split_keys,
     to_signed,
 )
-from fact_train.tasks.frozen_encoders import Encoders
+from fact_train.tasks.frozen_encoders import FrozenEncoders
 from fact_train.tasks.resampler_init import whitening
-from fact_train.tasks.validation import SCORE, Validation, Watch, draw_validation, read_validation
+from fact_train.tasks.validation import (
+    SCORE,
+    Validation,
+    ValidationCallback,
+    draw_validation,
+    read_validation,
+)
 
 MINI_RESAMPLER = ResamplerConfig.mini()
 WHITENED_ON = 256  # people
@@ -128,7 +134,7 @@ class AdapterTask:
         self.options = config.options
         self.pipeline, self.encoder = self._load()
         self._check_widths()
-        self.encoders = Encoders(self.pipeline, self.encoder)
+        self.encoders = FrozenEncoders(self.pipeline, self.encoder)
         rngs = nnx.Rngs(config.seed)
         self.face_dim = self.options.resampler.output_dim
         unet_config = dataclasses.replace(self.pipeline.unet.config, face_dim=self.face_dim)
@@ -177,7 +183,7 @@ class AdapterTask:
         return encode_tokens(self.encoder, np.stack([row["crops"] for row in some]))
 
     @functools.cached_property
-    def rows(self) -> Rows | None:
+    def rows(self) -> Dataset | None:
         """The stored samples; None for the portrait world."""
         if self.options.records is None and self.options.cache is None:
             return None
@@ -222,7 +228,7 @@ class AdapterTask:
             "mask": np.asarray(resize_area(mask, latents.shape[1:3]), np.float32),
             "tokens": encode_tokens(self.encoder, crops).astype(np.float16),
         }
-        return PairedRows(arrays, self.config.batch_size, self.config.seed, options.photos)
+        return PairedArrays(arrays, self.config.batch_size, self.config.seed, options.photos)
 
     def loss(self, trainable, frozen, batch, *, step, keys):
         options, schedule = self.options, self.pipeline.schedule
@@ -306,8 +312,8 @@ class AdapterTask:
         return draw_validation(self.size, self.encoder.config.img_size)
 
     @functools.cached_property
-    def _watch(self) -> Watch:
-        return Watch(self, self._validation)
+    def _watch(self) -> ValidationCallback:
+        return ValidationCallback(self, self._validation)
 
     def export(self, trainable, frozen, directory: Path, step: int) -> None:
         """``adapter.safetensors``; its ``step`` counts the steps before this run too."""
@@ -325,7 +331,7 @@ class AdapterTask:
 
 
 @dataclasses.dataclass(frozen=True)
-class PairedRows(ShuffledRows):
+class PairedArrays(ShuffledArrays):
     """Rows with, beside each, the face tokens of another photo of the same person.
 
     Rows stand person after person, ``photos`` of each.

@@ -20,7 +20,7 @@ from fact_jax.utils.ranges import Name, NonNegative, Probability, check_fields
 from fact_train.config import TrainConfig
 from fact_train.tasks.common import (
     Photos,
-    ShuffledRows,
+    ShuffledArrays,
     draw_normal,
     draw_portraits,
     draw_timesteps,
@@ -75,7 +75,7 @@ class BaseTask:
         ids, _ = tokenize(self.tokenizer, batch.captions)
         head = np.asarray(resize_area(batch.portrait.head_mask, latents.shape[1:3]))
         arrays = {"latents": latents, "ids": ids, "head": head.astype(np.float32)}
-        return ShuffledRows(arrays, self.config.batch_size, self.config.seed)
+        return ShuffledArrays(arrays, self.config.batch_size, self.config.seed)
 
     def loss(self, trainable, frozen, batch, *, step, keys):
         noise_keys, time_keys, drop_keys = split_keys(keys, 3)

@@ -97,7 +97,7 @@ def draw_crops(
 
 
 @dataclasses.dataclass(frozen=True)
-class ShuffledRows:
+class ShuffledArrays:
     """Rows of in-memory arrays in an order that depends on the seed and the step alone.
 
     Every epoch visits each row once; the batch of any step costs the same.

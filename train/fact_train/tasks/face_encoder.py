@@ -14,7 +14,7 @@ from fact_jax.utils.ranges import check_fields
 from fact_train.config import TrainConfig
 from fact_train.tasks.common import (
     Photos,
-    ShuffledRows,
+    ShuffledArrays,
     draw_crops,
     overlay,
     people_of,
@@ -55,7 +55,7 @@ class EncoderTask:
         )
         labels = np.repeat(np.arange(self.options.people, dtype=np.int32), self.options.photos)
         arrays = {"crops": crops, "labels": labels}
-        return ShuffledRows(arrays, self.config.batch_size, self.config.seed)
+        return ShuffledArrays(arrays, self.config.batch_size, self.config.seed)
 
     def loss(self, trainable, frozen, batch, *, step, keys):
         encoder = self.encoder.module(trainable["encoder"])

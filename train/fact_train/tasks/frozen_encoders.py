@@ -16,7 +16,7 @@ from fact_train.tasks.common import draw_normal, split, to_signed
 PyTree = Any
 
 
-class Encoders:
+class FrozenEncoders:
     """VAE, text encoder and face encoder. ``frozen`` below is a tree with their arrays.
 
     They run in the precision of those arrays: float32 in a cache, the step's in the step.

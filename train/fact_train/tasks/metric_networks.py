@@ -15,7 +15,7 @@ from fact_jax.utils.ranges import Probability, check_fields
 from fact_train.config import TrainConfig
 from fact_train.tasks.common import (
     Photos,
-    ShuffledRows,
+    ShuffledArrays,
     align_portraits,
     draw_portraits,
     overlay,
@@ -72,7 +72,7 @@ class JudgeTask:
             "colours": np.concatenate([truth.skin, truth.hair], axis=1),
             **{name: getattr(truth, name).astype(np.int32) for name in ATTRIBUTES},
         }
-        return ShuffledRows(arrays, self.config.batch_size, self.config.seed)
+        return ShuffledArrays(arrays, self.config.batch_size, self.config.seed)
 
     def loss(self, trainable, frozen, batch, *, step, keys):
         crop_keys, image_keys = split_keys(keys, 2)

@@ -20,7 +20,7 @@ from fact_train.config import TrainConfig
 from fact_train.engine.partition import merge, split_by_paths
 from fact_train.tasks.common import (
     Photos,
-    ShuffledRows,
+    ShuffledArrays,
     draw_normal,
     draw_portraits,
     load_vae,
@@ -71,7 +71,7 @@ class VAETask:
         batch = draw_portraits("base", self.options.people, self.options.photos)
         masks = np.rint(batch.portrait.head_mask * 255).astype(np.uint8)
         arrays = {"images": batch.images, "head": masks}
-        return ShuffledRows(arrays, self.config.batch_size, self.config.seed)
+        return ShuffledArrays(arrays, self.config.batch_size, self.config.seed)
 
     def loss(self, trainable, frozen, batch, *, step, keys):
         vae = self.vae.module(merge(frozen, trainable))

@@ -100,7 +100,7 @@ def _read(records: Records, number: int) -> dict[str, Any]:
     return {**row, **pictures, "caption": records.caption(number, row)}
 
 
-class Watch:
+class ValidationCallback:
     """Draws and measures; ``task`` is the adapter task."""
 
     def __init__(self, task: Any, validation: Validation):

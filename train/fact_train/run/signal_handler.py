@@ -10,13 +10,13 @@ from typing import Any
 import jax
 
 from fact_jax.utils.errors import UserError
-from fact_train.multihost.collectives import largest
+from fact_train.multihost.collectives import process_max
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 _FAILED = 1000  # larger than any signal
 
 
-class Stopping:
+class SignalHandler:
     """Remembers a signal to stop until the step is over; a second one acts at once.
 
     These are SIGTERM, Ctrl-C, SIGHUP (the terminal is gone) and SIGUSR1 (some batch systems send it
@@ -35,7 +35,7 @@ class Stopping:
         # Read two steps late, nobody waits for it. Alone there is nobody to wait for.
         self._lag = 2 if jax.process_count() > 1 else 0
 
-    def __enter__(self) -> "Stopping":
+    def __enter__(self) -> "SignalHandler":
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 if signal.getsignal(number) is not signal.SIG_IGN:
@@ -51,7 +51,7 @@ class Stopping:
 
         ``decided`` is then the signal. Raises ``failure``, or another process's, as a UserError.
         """
-        self._said.append(largest(_FAILED if failure else self._caught or 0))
+        self._said.append(process_max(_FAILED if failure else self._caught or 0))
         if len(self._said) <= self._lag:
             return False
         decided = int(self._said.popleft())

@@ -20,7 +20,7 @@ from fact_convert import Tokenizer
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
-from fact_train.data.pixels import PixelRows
+from fact_train.data.pixel_dataset import PixelDataset
 from fact_train.data.records import (
     Records,
     data_libraries,
@@ -29,7 +29,7 @@ from fact_train.data.records import (
     read_row,
     write_index,
 )
-from fact_train.tasks.frozen_encoders import Encoders
+from fact_train.tasks.frozen_encoders import FrozenEncoders
 
 NAME, VERSION = "face_cache", "1.0.0"
 FACTS = "cache.json"
@@ -44,7 +44,7 @@ records and by which weights.
 """
 
 
-class CacheRows:
+class CachedDataset:
     """Rows of a cache; ``region`` ("head" or "face") says which mask."""
 
     def __init__(self, folder: str | Path, region: str):
@@ -60,7 +60,7 @@ class CacheRows:
         sample = {name: own[name] for name in names}
         return {**sample, "mask": own[self._mask], "partner": other["tokens"]}
 
-    def check(self, encoders: Encoders, records: Records | None) -> None:
+    def check(self, encoders: FrozenEncoders, records: Records | None) -> None:
         """UserError unless the cache was made by these weights, and of these records if given."""
         wanted = {"weights": encoders.digest()}
         if records is not None:
@@ -77,7 +77,7 @@ class CacheWriter:
     def __init__(
         self,
         records: Records,
-        encoders: Encoders,
+        encoders: FrozenEncoders,
         tokenizer: Tokenizer,
         out: Path,
         *,
@@ -86,7 +86,7 @@ class CacheWriter:
     ):
         self._tfds = data_libraries().tfds
         self._records, self._encoders = records, encoders
-        self._rows = PixelRows(records, tokenizer, region="head", cells=cells)
+        self._rows = PixelDataset(records, tokenizer, region="head", cells=cells)
         self.folder = out / NAME / VERSION
         self._per_shard, self._count = rows_per_shard, len(records)
         self._facts = {

@@ -7,7 +7,7 @@ from fact_convert import Tokenizer, tokenize
 from fact_train.data.records import Records
 
 
-class PixelRows:
+class PixelDataset:
     """Rows with ``images``, ``crops`` and ``partner_crops`` in 0..255, ``ids``, and ``mask``.
 
     ``region`` ("head" or "face") says which mask; it is averaged to ``cells`` x ``cells``, which
