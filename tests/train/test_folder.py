@@ -81,6 +81,32 @@ def test_a_damaged_configuration_is_taken_from_a_checkpoint(junk, folder, toy_co
     assert json.loads(path.read_text()) == to_json(toy_config)
 
 
+def test_changes_are_told_from_what_was_trained_not_from_a_start_that_came_to_nothing(
+    folder, toy_config
+):
+    meta = folder / "checkpoints" / "00000007" / "meta" / "metadata"
+    meta.parent.mkdir()
+    meta.write_text(json.dumps({"config": to_json(toy_config)}))
+    slower = override(toy_config, ["optimizer.learning_rate=1e-3"])
+    for _ in range(2):  # as if the first had been killed before its first checkpoint
+        assert claim_folder(slower, folder) == ["optimizer.learning_rate 0.01 -> 0.001"]
+    assert claim_folder(toy_config, folder) == []
+
+
+@pytest.mark.parametrize("name", ["config.json", "metrics.jsonl", "export/mine.txt"])
+def test_files_that_are_not_a_runs_are_not_written_over(name, toy_config, tmp_path):
+    """As those of a model's folder that was given as --out."""
+    (tmp_path / "job.sh").touch()
+    claim_folder(toy_config, tmp_path)
+    (tmp_path / "config.json").unlink()
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text('{"model_type": "transface"}')
+    with pytest.raises(UserError, match=f"holds {Path(name).parts[0]}, but no run's config.json"):
+        claim_folder(toy_config, tmp_path)
+    assert path.read_text() == '{"model_type": "transface"}'
+
+
 HOLD = """
 import fcntl, sys
 file = open(sys.argv[1], "a+")

@@ -152,7 +152,13 @@ def test_a_damaged_export_is_written_again_from_the_checkpoint(
 ):
     path = finished[0] / "export" / name
     path.write_bytes(path.read_bytes()[:40] if content is None else content)
+    # What somebody put there stays, as an encoder beside its adapter.
+    others = [path.with_name("notes.txt"), path.with_name("encoder") / "config.json"]
+    for other in others:
+        other.parent.mkdir(exist_ok=True)
+        other.write_text("mine")
     run(toy_config, finished[0])
+    assert [other.read_text() for other in others] == ["mine", "mine"]
     assert f"export: {why}; written again from checkpoint 60" in capsys.readouterr().err
     assert load_file(finished[0] / "export" / "toy.safetensors")["gate"].shape == ()
     run(toy_config, finished[0])

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,17 +24,22 @@ from fact_train.run.checkpoints import revision, versions
 MAY_CHANGE = ("steps", "log.", "checkpoint.", "mesh.", "accumulate", "remat")
 # What a person may turn down when a run diverges. Curriculum and data stay at their step.
 MAY_CHANGE += ("optimizer.learning_rate", "optimizer.warmup_steps", "ema.", "batch_size")
+# What a run writes over in its folder, beside its checkpoints.
+_WRITTEN = ("config.json", "environment.json", "export", "metrics.jsonl", "scores.json")
 
 
 def claim_folder(config: TrainConfig, folder: Path) -> list[str]:
-    """Make the folder this run's own; UserError if it was trained with another configuration.
+    """Make the folder this run's own.
 
-    Returns the settings that are others now and may be, as ``key old -> new``. A setting that is
-    younger than the run in the folder had its default there.
+    Returns the settings that are others now than those of the newest checkpoint and may be, as
+    ``key old -> new``. A setting that is younger than the run in the folder had its default there.
+    UserError if the run was trained with another configuration, or if the folder holds what is not
+    a run's and would be written over.
     """
     path = folder / "config.json"
     new = to_json(config)
     changes = {}
+    there = [name for name in _WRITTEN if os.path.lexists(folder / name)]
     if any(folder.glob("checkpoints/*")):
         old = settings_of_run(config, _former_config(folder))
         changes = {
@@ -47,29 +53,47 @@ def claim_folder(config: TrainConfig, folder: Path) -> list[str]:
                 f"{folder} holds a run with another configuration ({'; '.join(differing)}); "
                 "give the same values to resume it, or another --out"
             )
+    elif there and not _read_config(path)[0]:
+        raise UserError(
+            f"{folder} holds {listed(there)}, but no run's config.json: give another --out, so "
+            "that nothing is written over"
+        )
     _write(path, new)
     return list(changes.values())
 
 
 def _former_config(folder: Path) -> dict[str, Any]:
-    """What the run in the folder was configured as; its checkpoints say it too."""
-    metas = sorted(folder.glob("checkpoints/*/meta/metadata"), reverse=True)
-    why = "is missing"
-    for path in (folder / "config.json", *metas):
-        try:
-            found = json.loads(path.read_text())
-            found = found["config"] if path in metas else found
-            if isinstance(found, dict) and "task" in found:
-                return found
-            why = "is no configuration"
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            why = f"cannot be read ({type(error).__name__})"
-    raise UserError(
-        f"{folder / 'config.json'} {why}, and no checkpoint beside it says how it was trained: "
-        "bring it back to resume the run, or give another --out"
-    )
+    """What the run in the folder was trained with, as its newest checkpoint says.
+
+    ``config.json`` is of the last start, which may not have come to a checkpoint: it only stands in
+    for one that cannot be read.
+    """
+    for path in sorted(folder.glob("checkpoints/*/meta/metadata"), reverse=True):
+        if found := _read_config(path, "config")[0]:
+            return found
+    path = folder / "config.json"
+    found, why = _read_config(path)
+    if not found:
+        raise UserError(
+            f"{path} {why}, and no checkpoint beside it says how it was trained: bring it back to "
+            "resume the run, or give another --out"
+        )
+    return found
+
+
+def _read_config(path: Path, *keys: str) -> tuple[dict[str, Any], str]:
+    """(a run's configuration in a JSON file, below ``keys``; "") or (nothing, why not)."""
+    try:
+        found = json.loads(path.read_text())
+        for key in keys:
+            found = found[key]
+    except FileNotFoundError:
+        return {}, "is missing"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        return {}, f"cannot be read ({type(error).__name__})"
+    if isinstance(found, dict) and "task" in found:
+        return found, ""
+    return {}, "is no configuration"
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
@@ -80,6 +104,17 @@ def file_hashes(folder: Path) -> dict[str, str]:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         found[path.relative_to(folder).as_posix()] = digest
     return found
+
+
+def copy_others(old: Path, new: Path) -> None:
+    """Copy what somebody put into the folder ``old``: all whose name is not in ``new``."""
+    for path in old.iterdir() if old.is_dir() else ():
+        if os.path.lexists(new / path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, new / path.name, symlinks=True)
+        else:
+            shutil.copy2(path, new / path.name, follow_symlinks=False)
 
 
 def check_export(folder: Path, step: int) -> str:

@@ -38,6 +38,7 @@ from fact_train.run.checksums import content_hash
 from fact_train.run.folder import (
     check_export,
     claim_folder,
+    copy_others,
     describe_start,
     file_hashes,
     lock_folder,
@@ -295,7 +296,7 @@ class _Loop:
         return False
 
     def export(self, state: TrainState) -> None:
-        """Write ``export`` whole or not at all."""
+        """Write ``export`` whole or not at all; files of others in it stay."""
         step, (weights, frozen) = int(state.step), self._local(state)
         target = self.folder / "export"
         about = {"step": step, "config": to_json(self.config), "versions": versions()}
@@ -308,6 +309,7 @@ class _Loop:
                     self.task.export(weights, frozen, folder, step)
                     about["files"] = file_hashes(folder)
                     (folder / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+                    copy_others(target, folder)
             except OSError as error:
                 raise UserError(f"{target} of step {step}: {error.strerror or error}") from error
 
