@@ -26,11 +26,11 @@ def free_address():
         return f"127.0.0.1:{opened.getsockname()[1]}"
 
 
-def start(*arguments, devices=1):
+def start(*arguments, devices=1, cwd=ROOT):
     flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
     return subprocess.Popen(
         [sys.executable, *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -119,7 +119,7 @@ from fact_jax.utils.errors import UserError
 from fact_train.multihost.collectives import process_all
 from fact_train.config import TrainConfig
 from fact_train.multihost.processes import check_alike, check_same, check_shared
-from fact_train.multihost.processes import initialize, raise_on_all_processes
+from fact_train.multihost.processes import initialize, process_broadcast, raise_on_all_processes
 import fact_train.multihost.processes, fact_train.run.loop
 from fact_jax.sharding import make_mesh
 from tests.train.toy import ToyTask, config as toy
@@ -129,6 +129,7 @@ initialize(sys.argv[1], 2, process)
 config = TrainConfig(task="toy", steps=1, batch_size=2, options=None)
 check_alike(config)
 check_same({"base": "abc"}, "give it")
+assert process_broadcast(bytes(range(process, 250)) * 9) == bytes(range(250)) * 9
 class OtherBase(ToyTask):
     def init(self, key):
         trainable, frozen = super().init(key)

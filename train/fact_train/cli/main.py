@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _dispatch(arguments: argparse.Namespace, rest: list[str], command: str) -> int:
-    if getattr(arguments, "out", None) is not None:
+    if isinstance(getattr(arguments, "out", None), Path):
         require_local(arguments.out)
     if arguments.command == "configs":
         return _configs()
@@ -53,7 +53,9 @@ def _parser() -> argparse.ArgumentParser:
         "newest checkpoint, as if it had never stopped.",
     )
     _add_experiment(run)
-    run.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default runs/NAME)")
+    run.add_argument(
+        "--out", metavar="DIR", help="the run's folder, or s3://, gs:// URL (default runs/NAME)"
+    )
     run.add_argument(
         "--dry-run", action="store_true", help="load, compile, run one step, and write nothing"
     )

@@ -175,6 +175,17 @@ def host_name() -> str:
     return socket.gethostname() or "unknown"
 
 
+def process_broadcast(data: bytes) -> bytes:
+    """What process 0 has, of any length. Every process must ask."""
+    if jax.process_count() == 1:
+        return data
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    row = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+        row[:] = np.frombuffer(data, np.uint8)
+    return multihost_utils.broadcast_one_to_all(row).tobytes() if size else b""
+
+
 def process_gather(text: str) -> list[str]:
     """What every process says, in their order."""
     if jax.process_count() == 1:

@@ -10,19 +10,23 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
+from fact_jax.sharding import shard
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
 from fact_train.config import CheckpointConfig
 from fact_train.engine.state import TrainState
 from fact_train.multihost.collectives import process_all
+from fact_train.multihost.processes import process_broadcast
 from fact_train.run.checksums import checksums
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
@@ -46,10 +50,12 @@ class About:
 class Checkpoints:
     """The ``checkpoints`` folder of one run. Use as a context manager.
 
-    Every process of a run calls the same methods in the same order.
+    Every process of a run calls the same methods in the same order. The folder is one that all
+    hosts share, and each process writes its part of a checkpoint; or, if ``gathered``, process 0
+    alone has it, and the states go through its memory.
     """
 
-    def __init__(self, run: Path, *, keep: CheckpointConfig, about: About):
+    def __init__(self, run: Path, *, keep: CheckpointConfig, about: About, gathered: bool = False):
         _hush_orbax()
         self.folder = (run / "checkpoints").resolve()
         self._ratings = self.folder.with_name("scores.json")
@@ -57,6 +63,17 @@ class Checkpoints:
         self._about = about
         self._saving: int | None = None
         self._keep = Keep(latest=keep.keep, every=keep.keep_every, best=keep.best)
+        self._gathered = gathered and jax.process_count() > 1
+        self._manager = None
+        if self._gathered and jax.process_index() != 0:
+            return
+        alone = {}
+        if self._gathered:
+            processes = ocp.options.MultiprocessingOptions(
+                active_processes={0}, barrier_sync_key_prefix="process-0"
+            )
+            alone = {"multiprocessing_options": processes, "create": False}
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self.folder,
             options=ocp.CheckpointManagerOptions(
@@ -64,6 +81,7 @@ class Checkpoints:
                 step_format_fixed_length=8,
                 cleanup_tmp_directories=True,
                 enable_async_checkpointing=True,
+                **alone,
             ),
         )
         rated = self._read_ratings()
@@ -75,6 +93,8 @@ class Checkpoints:
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
         """Wait until everything is on disk. An error that is already on its way goes first."""
+        if self._manager is None:
+            return
         try:
             with self._one_line():
                 self._manager.wait_until_finished()
@@ -98,12 +118,16 @@ class Checkpoints:
             "score": score,
             "checksums": checksums(state),
         }
-        items = {
-            "state": ocp.args.StandardSave(state._asdict()),
-            "meta": ocp.args.JsonSave(meta),
-        }
         self._keep.score(step, score)
+        if self._gathered:
+            state = jax.tree.map(_gather_to_first, state)
+        if self._manager is None:
+            return
         with self._one_line():
+            items = {
+                "state": ocp.args.StandardSave(state._asdict()),
+                "meta": ocp.args.JsonSave(meta),
+            }
             # Waits for the one before, whose failure comes out here if it was not seen yet.
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         self._saving = step
@@ -129,14 +153,15 @@ class Checkpoints:
         """Why the checkpoint that is being written in the background cannot be."""
         try:
             with self._one_line():
-                self._manager.check_for_errors()
+                if self._manager is not None:
+                    self._manager.check_for_errors()
         except UserError as error:
             return error
         return None
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints that are there, ascending."""
-        return sorted(self._manager.all_steps())
+        return sorted(self._manager.all_steps()) if self._manager is not None else []
 
     def restore(self, template: TrainState, warn: Callable[[str], None]) -> TrainState | None:
         """The newest state that can be read and is what was written, or None in a fresh run.
@@ -145,8 +170,10 @@ class Checkpoints:
         Unreadable ones that are newer are moved aside, each with a line to ``warn``. UserError if
         the run was trained on another base, or if none can be read.
         """
-        unreadable = []
-        for step in reversed(self.steps()):
+        unreadable, steps = [], self.steps()
+        if self._gathered:
+            steps = json.loads(process_broadcast(json.dumps(steps).encode()))
+        for step in reversed(steps):
             found, reason = self._read(step, template)
             if found is None:
                 warn(f"warning: checkpoint {step} cannot be read ({reason}); trying the one before")
@@ -175,7 +202,7 @@ class Checkpoints:
         folder = self.folder / f"{step:08d}"
         state, reason = None, "another process could not"
         try:
-            meta = json.loads((folder / "meta" / "metadata").read_text())
+            meta = json.loads(self._read_meta(folder / "meta" / "metadata"))
             written = dict(meta["checksums"])
             _ = dict(meta["versions"]), meta["config"]["batch_size"]
         except Exception as error:
@@ -184,16 +211,29 @@ class Checkpoints:
             self._check_base(step, meta)
             stored = _stored_like(template, written)
             try:
-                state = TrainState(**_restore(folder / "state", stored._asdict()))
+                if self._manager is None:
+                    state = stored
+                else:
+                    state = _restore(folder / "state", stored, to_host=self._gathered)
             except Exception as error:  # Orbax's errors for a damaged folder have no common type
                 reason = first_line(error)
         if not process_all(state is not None):
             return None, reason
+        if self._gathered:
+            state = jax.tree.map(_broadcast_from_first, state, stored)
         found = checksums(state)
         for name in sorted(written.keys() | found.keys()):
             if written.get(name) != found.get(name):
                 return None, f"{name} is not what was written"
         return (_with_ema_of(template, state), meta), ""
+
+    def _read_meta(self, path: Path) -> bytes:
+        if not self._gathered:
+            return path.read_bytes()
+        data = b""
+        with suppress(OSError):  # the others must not wait in vain
+            data = path.read_bytes()
+        return process_broadcast(data)
 
     def _check_base(self, step: int, meta: dict[str, Any]) -> None:
         base = meta.get("frozen", self._about.frozen)
@@ -212,7 +252,7 @@ class Checkpoints:
 
     def _check_space(self, step: int, needed: int) -> None:
         # Checked before, not found out after: with half a checkpoint on it the disk is full.
-        free = shutil.disk_usage(self.folder).free
+        free = shutil.disk_usage(self.folder).free if self._manager is not None else needed
         if not process_all(free >= needed):
             raise UserError(
                 f"no room for the checkpoint of step {step}: it needs {needed / 1e9:.3g} GB, the "
@@ -243,7 +283,8 @@ class Checkpoints:
             source.rename(target)
         if steps:
             process_all(True)
-            self._manager.reload()
+            if self._manager is not None:
+                self._manager.reload()
 
 
 class Keep:
@@ -312,14 +353,33 @@ def _with_ema_of(template: TrainState, state: TrainState) -> TrainState:
     return state._replace(ema=copy(state.params))
 
 
-def _restore(folder: Path, template: dict[str, Any]) -> dict[str, Any]:
+def _restore(folder: Path, template: TrainState, to_host: bool) -> TrainState:
     # The manager's own way waits for all processes, for ever if one of them finds a damage.
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+    def abstract(leaf: jax.Array) -> Any:
+        if to_host:
+            return np.empty(leaf.shape, leaf.dtype)
+        return ocp.utils.to_shape_dtype_struct(leaf)
+
+    wanted = jax.tree.map(abstract, template._asdict())
     handler = ocp.StandardCheckpointHandler()
     try:
-        return handler.restore(folder, args=ocp.args.StandardRestore(abstract))
+        return TrainState(**handler.restore(folder, args=ocp.args.StandardRestore(wanted)))
     finally:
         handler.close()
+
+
+def _gather_to_first(leaf: jax.Array) -> np.ndarray | None:
+    """The whole array in the memory of process 0; None on the others. All must ask."""
+    whole = multihost_utils.process_allgather(leaf, tiled=True)
+    # A copy: what it shows is the buffer of an array that the next step may take over.
+    return np.array(whole) if jax.process_index() == 0 else None
+
+
+def _broadcast_from_first(leaf: np.ndarray | jax.Array, like: jax.Array) -> jax.Array:
+    """The array that process 0 has, placed as ``like``. All must ask."""
+    data = np.asarray(leaf).tobytes() if jax.process_index() == 0 else b""
+    whole = np.frombuffer(process_broadcast(data), like.dtype).reshape(like.shape)
+    return shard(whole, like.sharding)
 
 
 @functools.cache

@@ -27,11 +27,13 @@ from fact_jax.utils.files import atomic_write
 class RunLogger:
     """The records of one run in its folder, written by one process. Use as a context manager.
 
+    ``name`` tells Weights & Biases which run it is, by default the folder's path.
     It speaks from the start; ``begin`` opens the records when the step to go on from is known.
     """
 
-    def __init__(self, run: Path, *, steps: int, wandb: bool = False):
+    def __init__(self, run: Path, *, steps: int, wandb: bool = False, name: str | None = None):
         self._run, self._steps = run, steps
+        self._name = name or str(run.resolve())
         self._speaks = jax.process_index() == 0
         self._open = contextlib.ExitStack()
         self._bar = self._metrics = self._board = None
@@ -81,8 +83,8 @@ class RunLogger:
             bar = tqdm(initial=start, total=self._steps, unit="step")
             self._bar = self._open.enter_context(contextlib.closing(bar))
         if self._wandb is not None:
-            # One name for the folder: a resumed run goes on in the same place.
-            name = hashlib.sha256(str(self._run.resolve()).encode()).hexdigest()[:16]
+            # One name for the folder or URL: a resumed run goes on in the same place.
+            name = hashlib.sha256(self._name.encode()).hexdigest()[:16]
             self._wandb.init(
                 project="fact-jax",
                 name=self._run.name,
@@ -102,7 +104,7 @@ class RunLogger:
 
     def note(self, line: str) -> None:
         """One line for log.txt alone."""
-        if self._speaks:
+        if self._speaks and not self._text.closed:
             with self._writing():
                 self._text.write(line + "\n")
                 self._text.flush()

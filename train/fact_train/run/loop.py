@@ -45,6 +45,7 @@ from fact_train.run.folder import (
     now,
 )
 from fact_train.run.logger import RunLogger, average, stage
+from fact_train.run.remote import RemoteFolder, is_url
 from fact_train.run.signal_handler import SignalHandler
 from fact_train.run.throughput import Profile, ThroughputMeter
 from fact_train.tasks import make_task
@@ -63,27 +64,38 @@ class Outcome:
     stopped_by: int | None
 
 
-def run(config: TrainConfig, folder: Path, command: str = "") -> Outcome:
-    """Train, or go on with what ``folder`` holds of this very run.
+def run(config: TrainConfig, out: str | Path, command: str = "") -> Outcome:
+    """Train, or go on with what ``out``, a folder or a URL, holds of this very run.
 
-    On several processes, each of them calls this. UserError if another run is using the folder.
+    On several processes, each of them calls this. UserError if another run is using it.
     """
+    remote = RemoteFolder(out) if is_url(out) else None
+    folder = Path(out) if remote is None else remote.folder
     require_local(folder)
     check_alike(config)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
     with Peers(), contextlib.ExitStack() as held:
-        check_shared(folder)
+        if remote is None:
+            check_shared(folder)
         with raise_on_all_processes():
-            unlocked = held.enter_context(lock_folder(folder))
+            lock = lock_folder(folder) if remote is None else remote.connected()
+            unlocked = held.enter_context(lock)
             changes = claim_folder(config, folder)
-        log = held.enter_context(RunLogger(folder, steps=config.steps, wandb=config.log.wandb))
+        log = held.enter_context(
+            RunLogger(
+                folder, steps=config.steps, wandb=config.log.wandb, name=remote and remote.url
+            )
+        )
+        if remote is not None:
+            remote.say = log.say
+            log.say(f"working in {folder}, uploading to {remote.url}")
         log.note(f"{now()}  {command or 'fact_train.run.loop.run'}")
         for warning in unlocked:
             log.say(f"warning: {warning}")
         describe_start(folder, command)
-        ready = prepare(config, mesh, log.say, str(folder))
-        return _train(config, folder, ready, mesh, changes, log)
+        ready = prepare(config, mesh, log.say, str(out))
+        return _train(config, folder, ready, mesh, changes, log, remote)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -141,6 +153,7 @@ def _train(
     mesh: Mesh,
     changes: list[str],
     log: RunLogger,
+    remote: RemoteFolder | None,
 ) -> Outcome:
     """From the newest checkpoint, or from step 0, to the end or to a signal."""
     about = About(
@@ -149,14 +162,16 @@ def _train(
         data=getattr(ready.source, "fingerprint", None),
         steps_before=getattr(ready.task, "steps_before", 0),
     )
-    with Checkpoints(folder, keep=config.checkpoint, about=about) as checkpoints:
+    with Checkpoints(
+        folder, keep=config.checkpoint, about=about, gathered=remote is not None
+    ) as checkpoints:
         state = checkpoints.restore(ready.state, log.say) or ready.state
         start = int(state.step)
         log.say(f"{sizes(state, ready.frozen)}, {'resuming at' if start else 'from'} step {start}")
         for change in changes:
             log.say(f"{change} from step {start} on")
         log.begin(start, about.config)
-        loop = _Loop(config, folder, ready.task, ready.frozen, checkpoints, log)
+        loop = _Loop(config, folder, ready.task, ready.frozen, checkpoints, log, remote)
         loop.repair_export(state)
         train_step = make_train_step(ready.task, ready.optimizer, config, mesh)
         with SignalHandler() as stopping:
@@ -171,13 +186,14 @@ def _train(
 class _Loop:
     """What stays the same from step to step, and what is waiting to be told."""
 
-    def __init__(self, config, folder, task, frozen, checkpoints, log):
+    def __init__(self, config, folder, task, frozen, checkpoints, log, remote):
         self.config: TrainConfig = config
         self.folder: Path = folder
         self.task: Task = task
         self.frozen: PyTree = frozen
         self.checkpoints: Checkpoints = checkpoints
         self.log: RunLogger = log
+        self.remote: RemoteFolder | None = remote
         self.key = jax.random.fold_in(jax.random.key(config.seed), SAMPLE_KEY)
         self.meter = ThroughputMeter(config.batch_size)
         self.rows: list[dict[str, jax.Array]] = []
@@ -203,7 +219,8 @@ class _Loop:
                 # Reading a value from two steps ago keeps the queue short and the device busy.
                 if len(in_flight) > 2:
                     self._check(step - 2, int(in_flight.popleft()))
-                stop = stopping.decide(self.checkpoints.failure())
+                lost = self.remote.failure if self.remote is not None else None
+                stop = stopping.decide(self.checkpoints.failure() or lost)
                 if profile.after(step, metrics, last=stop or step == config.steps):
                     self.log.say(f"profiler trace up to step {step}: {self.folder / 'profile'}")
                 self._record(step, state, metrics, stop)
