@@ -22,7 +22,7 @@ from pathlib import Path
 ROUNDS = 3
 _CHILD = """
 import json, sys, time
-from converters import cli, formats, weights
+from fact_convert.cli import main as cli, opening, saving
 began = time.perf_counter()
 status = cli.main(sys.argv[1:])
 print(json.dumps(time.perf_counter() - began))
@@ -33,7 +33,7 @@ sys.exit(status)
 def write_source(path: Path, model: str) -> None:
     """A UNet's file with random weights, never in memory as a whole."""
     from benchmarks.random_weights import random_state
-    from fact_convert.io.writing import write_safetensors
+    from fact_convert.io.safetensors_io import write_safetensors
     from fact_jax.models.unet import UNetConfig
 
     state = random_state("unet", getattr(UNetConfig, model)())
@@ -86,7 +86,7 @@ class Watch(threading.Thread):
 
 def content(path: Path) -> str:
     from fact_convert.io.hashing import CONTENT
-    from fact_convert.io.reading import read_safetensors
+    from fact_convert.io.safetensors_io import read_safetensors
 
     return read_safetensors(path)[1][CONTENT]
 

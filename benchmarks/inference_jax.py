@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fact_convert.io.reading import read_json
+from fact_convert.io.json_io import read_json
 from fact_jax.models.unet import UNet, UNetConfig
 
 

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
+from fact_convert.io.json_io import write_json
 from fact_convert.io.lazy_tensor import Lazy
-from fact_convert.io.writing import write_json, write_safetensors
+from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.mapping import names_of
 from fact_convert.models.adapter import describe, write_adapter
 from fact_convert.models.diffusers_folder import Files, write_pipeline

@@ -11,7 +11,7 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from benchmarks.step_ours import make_config
-from fact_convert.io.reading import read_json
+from fact_convert.io.json_io import read_json
 from fact_infer.torch.models import Resampler, attend
 from fact_jax.models.clip_text import CLIPTextConfig as TextConfig
 from fact_jax.models.unet import UNetConfig

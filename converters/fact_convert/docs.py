@@ -5,7 +5,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fact_convert.models.single_file import (
+from fact_convert.rules.key_tables import TABLES, Table
+from fact_convert.rules.layer_transforms import Kind
+from fact_convert.rules.ldm import (
     EMA,
     IGNORED,
     PREFIXES,
@@ -15,8 +17,6 @@ from fact_convert.models.single_file import (
     VAE_ENDS,
     VAE_RESNET,
 )
-from fact_convert.rules.key_tables import TABLES, Table
-from fact_convert.rules.layer_transforms import Kind
 from fact_jax.utils.files import atomic_write
 
 PAGE = Path(__file__).parents[2] / "docs" / "weights.md"
@@ -50,7 +50,7 @@ def page() -> str:
     parts = [
         "# Weights: what every key means",
         "Made from the tables in `converters/fact_convert/rules/key_tables.py` and "
-        f"`converters/fact_convert/models/single_file.py` by `{_COMMAND}`; a test holds it fresh.",
+        f"`converters/fact_convert/rules/ldm.py` by `{_COMMAND}`; a test holds it fresh.",
         "Names are those of PyTorch files (diffusers, transformers, the released FACT) on the "
         "left and of our modules on the right. `{i}` stands for a number, the same on both sides. "
         "A key that is in no table is an error, and so is a weight that is missing.",

@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fact_convert.io.reading import State, read_json
+from fact_convert.io.json_io import read_json
+from fact_convert.io.lazy_tensor import State
 from fact_convert.models.adapter import check_blocks, read_adapter, split_state
 from fact_convert.models.controlnet import find_controlnet
 from fact_convert.models.face_encoder import read_encoder

@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
-from fact_convert.io.reading import stored_as
-from fact_convert.io.writing import write_json, write_safetensors
+from fact_convert.io.json_io import write_json
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.weight_files import stored_as
 from fact_convert.models.adapter import write_adapter
 from fact_infer.base_model import (
     Base,

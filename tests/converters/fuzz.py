@@ -21,8 +21,8 @@ with atheris.instrument_imports(
     from fact_convert.cli import main as cli  # noqa: F401
     from fact_convert.cli import opening as formats  # noqa: F401
     from fact_convert.cli import saving  # noqa: F401
-    from fact_convert.io import reading as readers  # noqa: F401
     from fact_convert.io import torch_io as pickles  # noqa: F401
+    from fact_convert.io import weight_files as readers  # noqa: F401
     from fact_convert.io import zarr_io as zarr  # noqa: F401
     from tests.converters import mutants
 

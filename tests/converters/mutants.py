@@ -96,8 +96,10 @@ def write_seeds(folder: Path) -> None:
     import torch
     from safetensors.numpy import save_file
 
-    from fact_convert.cli.opening import open_weights, save_jax
-    from fact_convert.io.writing import write_pickle, write_safetensors
+    from fact_convert.cli.opening import open_weights
+    from fact_convert.cli.saving import save_jax
+    from fact_convert.io.safetensors_io import write_safetensors
+    from fact_convert.io.torch_io import write_pickle
 
     adapter, encoder = _state(_SHAPES, 0), _state(_ENCODER, 1)
     # Without a hash of the content, which would notice everything.
@@ -123,7 +125,7 @@ def _save_packed(folder: Path, weights) -> None:
     import jax
     import orbax.checkpoint as ocp
 
-    from fact_convert.io.orbax_io import to_jax
+    from fact_convert.models.training_checkpoint import to_jax
 
     params = jax.tree.map(lambda a: np.array(a, order="C"), to_jax(weights.states)[0])
     sizes = {"dim": 8, "depth": 1, "dim_head": 8, "heads": 2, "num_queries": 3}

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fact_convert import attach_adapter, dump_state, load_adapter, load_state, save_adapter
-from fact_convert.io.reading import read_safetensors
-from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.io.safetensors_io import read_safetensors, write_safetensors
+from fact_convert.io.torch_io import write_pickle
 from fact_convert.weights import parameters
 from fact_jax.utils.errors import UserError
 

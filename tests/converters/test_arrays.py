@@ -9,11 +9,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from fact_convert.io.hashing import content_hash, provenance
+from fact_convert.io.hashing import content_hash
 from fact_convert.io.lazy_tensor import Lazy, contiguous, release, rounded
 from fact_convert.io.parallel import in_threads
-from fact_convert.io.reading import read_safetensors
-from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.io.safetensors_io import read_safetensors, write_safetensors
+from fact_convert.io.torch_io import write_pickle
+from fact_convert.models.training_checkpoint import provenance
 from fact_convert.rules.layer_transforms import CONV, LINEAR, POINTWISE
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from fact_convert.cli.main import main
-from fact_convert.io.reading import read_file
-from fact_convert.io.writing import write_safetensors
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.weight_files import read_file
 from fact_convert.models.adapter import SIDE_KEY
 
 

@@ -13,8 +13,9 @@ from fact_convert import load_adapter
 from fact_convert.cli.main import main
 from fact_convert.cli.opening import open_weights
 from fact_convert.io.hashing import content_hash
-from fact_convert.io.reading import read_file
-from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.weight_files import read_file
 from fact_jax.utils.errors import UserError
 
 

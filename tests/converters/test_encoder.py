@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fact_convert import dump_state, load_encoder, save_encoder
-from fact_convert.io.writing import write_pickle
+from fact_convert.io.torch_io import write_pickle
 from fact_convert.models.face_encoder import infer_encoder
 from fact_convert.models.validation import encoder_shape
 from fact_jax.models.transface import TransFaceConfig

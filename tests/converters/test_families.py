@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fact_convert.cli.main import main
-from fact_convert.io.reading import read_file
-from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.weight_files import read_file
 from fact_convert.models.adapter import SIDE_KEY
 from fact_jax.utils.errors import UserError
 

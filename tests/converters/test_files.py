@@ -11,10 +11,13 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from fact_convert.io import reading as readers
-from fact_convert.io import writing as writers
 from fact_convert.io.hashing import content_hash
-from fact_convert.output_paths import MANIFEST, whole_folder
+from fact_convert.io.hub import local_folder
+from fact_convert.io.json_io import read_json
+from fact_convert.io.output_paths import MANIFEST, whole_folder
+from fact_convert.io.safetensors_io import read_safetensors, write_safetensors
+from fact_convert.io.torch_io import read_pickle, write_pickle
+from fact_convert.io.weight_files import read_file, read_weights
 from fact_jax.utils.errors import UserError
 
 
@@ -36,7 +39,7 @@ def state():
 def test_the_library_reads_what_we_write(state, same_bits, tmp_path):
     file = tmp_path / "x.safetensors"
     counted = []
-    writers.write_safetensors(file, state, {"format": "pt", "naïve": "ü"}, counted.append)
+    write_safetensors(file, state, {"format": "pt", "naïve": "ü"}, counted.append)
     same_bits(state, load_file(file))
     assert sum(counted) == sum(array.nbytes for array in state.values())
     assert os.listdir(tmp_path) == ["x.safetensors"]
@@ -47,71 +50,71 @@ def test_we_read_what_the_library_writes(state, same_bits, tmp_path):
     # The library writes a transposed array's memory as it lies, under the shape it does not have.
     state["transposed"] = np.ascontiguousarray(state["transposed"])
     save_file(state, file, {"a": "b"})
-    read, metadata = readers.read_safetensors(file)
+    read, metadata = read_safetensors(file)
     same_bits(state, read)
     assert metadata == {"a": "b"}
     assert not read["matrix"].flags.writeable
 
 
 def test_a_file_without_any_tensor(tmp_path):
-    writers.write_safetensors(tmp_path / "x.safetensors", {}, {})
-    state, metadata = readers.read_safetensors(tmp_path / "x.safetensors")
+    write_safetensors(tmp_path / "x.safetensors", {}, {})
+    state, metadata = read_safetensors(tmp_path / "x.safetensors")
     assert (state, metadata) == ({}, {"content": content_hash([])})
 
 
 @pytest.mark.parametrize("cut", [4, 40, -1])
 def test_truncated_safetensors(state, tmp_path, cut):
     file = tmp_path / "x.safetensors"
-    writers.write_safetensors(file, state, {})
+    write_safetensors(file, state, {})
     file.write_bytes(file.read_bytes()[:cut])
     with pytest.raises(UserError, match=r"x\.safetensors: not a whole safetensors file"):
-        readers.read_safetensors(file)
+        read_safetensors(file)
 
 
 def test_a_key_that_would_steer_the_terminal(tmp_path):
     save_file({"a\x1b[2J": np.zeros(1, np.float32)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"keys that are no names: 'a\\x1b\[2J'"):
-        readers.read_safetensors(tmp_path / "x.safetensors")
+        read_safetensors(tmp_path / "x.safetensors")
 
 
 def test_a_header_that_claims_more_than_there_is(tmp_path):
     file = tmp_path / "x.safetensors"
     file.write_bytes(struct.pack("<Q", 2**40) + b"{}")
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        readers.read_safetensors(file)
+        read_safetensors(file)
     header = {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
     text = json.dumps(header).encode()
     file.write_bytes(struct.pack("<Q", len(text)) + text)
     with pytest.raises(UserError, match="not a whole safetensors file"):
-        readers.read_safetensors(file)
+        read_safetensors(file)
 
 
 def test_a_failed_write_leaves_what_was_there(state, tmp_path):
     file = tmp_path / "x.safetensors"
-    writers.write_safetensors(file, state, {})
+    write_safetensors(file, state, {})
     before = file.read_bytes()
 
     def fail(count):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        writers.write_safetensors(file, state, {}, fail)
+        write_safetensors(file, state, {}, fail)
     assert file.read_bytes() == before
     assert os.listdir(tmp_path) == ["x.safetensors"]
 
 
 def test_pickles_round_trip(state, same_bits, tmp_path):
     file = tmp_path / "x.ckpt"
-    writers.write_pickle(file, state)
+    write_pickle(file, state)
     assert torch.load(file, weights_only=True)["brain"].dtype == torch.bfloat16
-    same_bits(state, readers.read_pickle(file))
+    same_bits(state, read_pickle(file))
 
 
 def test_pickles_of_the_old_layout(state, same_bits, tmp_path):
     del state["brain"]
     tensors = {key: torch.from_numpy(np.array(array)) for key, array in state.items()}
     torch.save(tensors, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    same_bits(state, readers.read_pickle(tmp_path / "x.pt"))
+    same_bits(state, read_pickle(tmp_path / "x.pt"))
 
 
 class Malicious:
@@ -133,7 +136,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, layout):
     else:
         torch.save(held, file, _use_new_zipfile_serialization=layout == "zip")
     with pytest.raises(UserError, match="refused, since it holds more than tensors") as caught:
-        readers.read_pickle(file)
+        read_pickle(file)
     assert "\n" not in str(caught.value)
     assert not target.exists()
     torch.load(file, weights_only=False) if layout != "plain" else pickle.loads(file.read_bytes())
@@ -156,20 +159,20 @@ def test_pickles_that_are_no_states(tmp_path):
     ):
         torch.save(held, tmp_path / name)
         with pytest.raises(UserError, match=reason):
-            readers.read_pickle(tmp_path / name)
+            read_pickle(tmp_path / name)
     for content in (b"", b"nonsense", b"PK\x03\x04 broken zip"):
         (tmp_path / "x.ckpt").write_bytes(content)
         with pytest.raises(UserError, match=r"x\.ckpt") as caught:
-            readers.read_pickle(tmp_path / "x.ckpt")
+            read_pickle(tmp_path / "x.ckpt")
         assert "\n" not in str(caught.value)
 
 
 def test_a_truncated_pickle(state, tmp_path):
     file = tmp_path / "x.ckpt"
-    writers.write_pickle(file, state)
+    write_pickle(file, state)
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(UserError, match=r"x\.ckpt"):
-        readers.read_pickle(file)
+        read_pickle(file)
 
 
 def test_without_torch_the_error_says_what_to_install(monkeypatch, tmp_path):
@@ -178,7 +181,7 @@ def test_without_torch_the_error_says_what_to_install(monkeypatch, tmp_path):
     (tmp_path / "x.ckpt").write_bytes(b"something")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"pip install 'fact-jax\[torch\]'"):
-        readers.read_pickle(tmp_path / "x.ckpt")
+        read_pickle(tmp_path / "x.ckpt")
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])
@@ -197,15 +200,15 @@ def test_shards_and_variants_of_the_peers(
     peers[kind].save_pretrained(tmp_path, variant=variant, max_shard_size=shard)
     files = sorted(tmp_path.glob("*.safetensors"))
     assert (len(files) > 1) == (shard == "60KB")
-    same_bits(peer_state(kind)[0], readers.read_weights(tmp_path, stem, variant))
+    same_bits(peer_state(kind)[0], read_weights(tmp_path, stem, variant))
 
 
 def test_a_variant_that_is_not_there(peers, tmp_path):
     peers["vae"].save_pretrained(tmp_path, variant="fp16")
     with pytest.raises(UserError, match="there are weights of variant fp16"):
-        readers.read_weights(tmp_path, "diffusion_pytorch_model")
+        read_weights(tmp_path, "diffusion_pytorch_model")
     with pytest.raises(UserError, match=r"no model\.safetensors"):
-        readers.read_weights(tmp_path / "absent", "model")
+        read_weights(tmp_path / "absent", "model")
 
 
 def index_of(folder, weight_map):
@@ -213,44 +216,44 @@ def index_of(folder, weight_map):
 
 
 def test_shards_that_do_not_fit_their_index(tmp_path, state):
-    writers.write_safetensors(tmp_path / "one.safetensors", {"a": state["half"]}, {})
+    write_safetensors(tmp_path / "one.safetensors", {"a": state["half"]}, {})
     index_of(tmp_path, {"a": "one.safetensors", "b": "one.safetensors"})
     with pytest.raises(UserError, match=r"1 missing \(b\); 0 unexpected"):
-        readers.read_weights(tmp_path, "model")
+        read_weights(tmp_path, "model")
     index_of(tmp_path, {"a": "one.safetensors", "b": "two.safetensors"})
     with pytest.raises(UserError, match=r"two\.safetensors: no such file"):
-        readers.read_weights(tmp_path, "model")
+        read_weights(tmp_path, "model")
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "/etc/passwd", "a/b.safetensors"])
 def test_an_index_that_points_elsewhere(tmp_path, name):
     index_of(tmp_path, {"a": name})
     with pytest.raises(UserError, match="not a file of this folder"):
-        readers.read_weights(tmp_path, "model")
+        read_weights(tmp_path, "model")
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", "\xff", "{'a': 1}", "[" * 100000])
 def test_bad_json(tmp_path, content):
     (tmp_path / "x.json").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=r"x\.json"):
-        readers.read_json(tmp_path / "x.json")
+        read_json(tmp_path / "x.json")
 
 
 def test_json_of_unreasonable_size(tmp_path):
     with open(tmp_path / "x.json", "wb") as handle:
         handle.truncate(2**30)
     with pytest.raises(UserError, match="too many for a JSON file"):
-        readers.read_json(tmp_path / "x.json")
+        read_json(tmp_path / "x.json")
 
 
 def test_what_is_not_a_file(tmp_path):
     with pytest.raises(UserError, match="no such file"):
-        readers.read_file(tmp_path / "x.safetensors")
+        read_file(tmp_path / "x.safetensors")
     with pytest.raises(UserError, match="not a file"):
-        readers.read_safetensors(tmp_path)
+        read_safetensors(tmp_path)
     (tmp_path / "x.png").touch()
     with pytest.raises(UserError, match="not a weight file"):
-        readers.read_file(tmp_path / "x.png")
+        read_file(tmp_path / "x.png")
 
 
 def test_a_folder_is_whole_or_absent(tmp_path):
@@ -286,19 +289,19 @@ def test_a_hub_name_is_fetched_and_a_missing_folder_is_not(monkeypatch, tmp_path
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     monkeypatch.chdir(tmp_path)
-    assert readers.local_folder("some/model", ("*.json",), "fp16") == tmp_path
+    assert local_folder("some/model", ("*.json",), "fp16") == tmp_path
     assert asked.pop() == ("some/model", ["*.json", "*/*.fp16*safetensors"])
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").touch()
-    readers.local_folder("some/model", ("*.json",), "fp16")
+    local_folder("some/model", ("*.json",), "fp16")
     assert asked.pop() == ("some/model", ["vae/*model*.safetensors"])
     asked.clear()
-    readers.local_folder("some/model", ("*.json",), None, weights=False)
+    local_folder("some/model", ("*.json",), None, weights=False)
     assert asked == [("some/model", ["*.json"])]
     with pytest.raises(UserError, match=r"no/where: no such folder here.*\(offline\)$"):
-        readers.local_folder("no/where", (), None)
+        local_folder("no/where", (), None)
     (tmp_path / "miniature").mkdir()
     for name in ("miniature/bse", tmp_path / "absent", "./a/b"):
         with pytest.raises(UserError, match=r"no such folder$"):
-            readers.local_folder(name, (), None)
+            local_folder(name, (), None)
     assert len(asked) == 2

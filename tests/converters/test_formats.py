@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fact_convert.cli.opening import open_weights
-from fact_convert.io.reading import read_weights
+from fact_convert.io.weight_files import read_weights
 from fact_convert.models.pipeline import load_pipeline
 from fact_jax.utils.errors import UserError
 

@@ -9,17 +9,11 @@ import torch
 
 from fact_convert.cli.main import main
 from fact_convert.cli.opening import open_weights
-from fact_convert.io.reading import read_file
-from fact_convert.io.writing import write_pickle, write_safetensors
-from fact_convert.models.single_file import (
-    IGNORED,
-    is_ldm,
-    read_ldm,
-    read_schedule,
-    unet_pairs,
-    vae_pairs,
-    write_ldm,
-)
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.weight_files import read_file
+from fact_convert.models.single_file import is_ldm, read_ldm, read_schedule, write_ldm
+from fact_convert.rules.ldm import IGNORED, unet_pairs, vae_pairs
 from fact_jax.utils.errors import UserError
 
 UNET = "model.diffusion_model."

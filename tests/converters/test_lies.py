@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from fact_convert.io import reading as readers
-from fact_convert.io import writing as writers
+from fact_convert.io.safetensors_io import read_safetensors, write_safetensors
+from fact_convert.io.torch_io import read_pickle, write_pickle
+from fact_convert.io.weight_files import read_file, read_weights
 from fact_jax.utils.errors import UserError
 
 NOTHING = {"dtype": "F32", "shape": [2**62, 0, 2**62], "data_offsets": [0, 0]}
@@ -19,7 +20,7 @@ NOTHING = {"dtype": "F32", "shape": [2**62, 0, 2**62], "data_offsets": [0, 0]}
 @pytest.fixture
 def file(tmp_path):
     state = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.arange(4, dtype=np.int16)}
-    writers.write_safetensors(tmp_path / "x.safetensors", state, {"format": "pt"})
+    write_safetensors(tmp_path / "x.safetensors", state, {"format": "pt"})
     return tmp_path / "x.safetensors"
 
 
@@ -73,7 +74,7 @@ def a_is(**entry):
 def test_safetensors_headers(file, edit, reason):
     change(file, edit)
     with pytest.raises(UserError, match=reason) as caught:
-        readers.read_safetensors(file)
+        read_safetensors(file)
     assert "\n" not in str(caught.value)
 
 
@@ -82,13 +83,13 @@ def test_a_header_of_unreasonable_size(file):
         handle.write(struct.pack("<Q", 2**30))
         handle.truncate(2**31)
     with pytest.raises(UserError, match="a header of 1073741824 bytes is too much"):
-        readers.read_safetensors(file)
+        read_safetensors(file)
 
 
 def test_names_that_no_file_has(tmp_path):
     for name in ("a\0b.safetensors", "a" * 5000 + ".safetensors"):
         with pytest.raises(UserError, match=r"\.safetensors'?: "):
-            readers.read_file(tmp_path / name)
+            read_file(tmp_path / name)
 
 
 def repack(file, edit=lambda name, data: data, **options):
@@ -110,7 +111,7 @@ def test_an_archive_that_would_unpack_to_more_than_it_is(pickled):
     repack(pickled, compression=zipfile.ZIP_DEFLATED)
     assert pickled.stat().st_size < 10_000
     with pytest.raises(UserError, match="refused, it would unpack to more than its"):
-        readers.read_pickle(pickled)
+        read_pickle(pickled)
 
 
 def test_an_archive_that_is_packed(tmp_path):
@@ -120,7 +121,7 @@ def test_an_archive_that_is_packed(tmp_path):
     )
     repack(tmp_path / "x.ckpt", compression=zipfile.ZIP_BZIP2)
     with pytest.raises(UserError, match=r"refused, it (is packed|would unpack)"):
-        readers.read_pickle(tmp_path / "x.ckpt")
+        read_pickle(tmp_path / "x.ckpt")
 
 
 def test_members_that_share_their_bytes(pickled):
@@ -130,13 +131,13 @@ def test_members_that_share_their_bytes(pickled):
         archive.filelist += [largest] * 10
         archive._didModify = True
     with pytest.raises(UserError, match="refused, it would unpack to more than its"):
-        readers.read_pickle(pickled)
+        read_pickle(pickled)
 
 
 def test_numbers_of_another_byte_order(pickled):
     repack(pickled, lambda name, data: b"big" if name.endswith("byteorder") else data)
     with pytest.raises(UserError, match="its byte order is b'big'"):
-        readers.read_pickle(pickled)
+        read_pickle(pickled)
 
 
 def test_a_record_that_is_marked_as_a_folder(pickled):
@@ -146,7 +147,7 @@ def test_a_record_that_is_marked_as_a_folder(pickled):
         largest.external_attr |= 0x10
         archive._didModify = True
     with pytest.raises(UserError, match="data/1' is marked as a folder"):
-        readers.read_pickle(pickled)
+        read_pickle(pickled)
 
 
 @pytest.mark.parametrize("count", [5, 7, 2**30])
@@ -160,7 +161,7 @@ def test_a_pickle_that_lies_about_the_length_of_a_record(tmp_path, count):
 
     repack(tmp_path / "x.ckpt", lie)
     with pytest.raises(UserError, match="not a whole PyTorch file"):
-        readers.read_pickle(tmp_path / "x.ckpt")
+        read_pickle(tmp_path / "x.ckpt")
 
 
 def test_a_legacy_pickle_that_claims_more_than_it_holds(tmp_path):
@@ -169,7 +170,7 @@ def test_a_legacy_pickle_that_claims_more_than_it_holds(tmp_path):
     assert data.count(b"K\x06\x85") == 1
     (tmp_path / "x.pt").write_bytes(data.replace(b"K\x06\x85", b"J\x00\x00\x00\x40\x85"))
     with pytest.raises(UserError, match="not a whole PyTorch file"):
-        readers.read_pickle(tmp_path / "x.pt")
+        read_pickle(tmp_path / "x.pt")
 
 
 def test_tensors_keep_their_layout_and_place(tmp_path, same_bits):
@@ -177,9 +178,9 @@ def test_tensors_keep_their_layout_and_place(tmp_path, same_bits):
     held = {"part": whole[1:, :, 2:], "turned": whole.transpose(0, 2), "whole": whole}
     held |= {"brain": whole.bfloat16()[:, 1], "none": torch.zeros(0, 3), "one": torch.tensor(3)}
     torch.save(held, tmp_path / "x.ckpt")
-    read = readers.read_pickle(tmp_path / "x.ckpt")
-    writers.write_safetensors(tmp_path / "x.safetensors", read, {})
-    writers.write_pickle(tmp_path / "again.ckpt", read)
+    read = read_pickle(tmp_path / "x.ckpt")
+    write_safetensors(tmp_path / "x.safetensors", read, {})
+    write_pickle(tmp_path / "again.ckpt", read)
     opened = torch.load(tmp_path / "again.ckpt", weights_only=True)
     from safetensors.torch import load_file
 
@@ -194,7 +195,7 @@ def test_a_state_inside_a_trainers_file(tmp_path, same_bits):
     inner = {"a": torch.arange(6.0)}
     held = {"state_dict": inner, "global_step": 7, "optimizer": [{"mu": torch.ones(3)}]}
     torch.save(held, tmp_path / "x.ckpt")
-    state, about = readers.read_file(tmp_path / "x.ckpt")
+    state, about = read_file(tmp_path / "x.ckpt")
     same_bits({"a": inner["a"].numpy()}, state)
     assert about == {"step": "7"}
 
@@ -209,11 +210,11 @@ def test_shards_may_not_be_links_to_elsewhere(file):
     shards(folder, {"a": "one.safetensors", "b": "one.safetensors"})
     (folder / "one.safetensors").symlink_to(file)
     with pytest.raises(UserError, match=r"names 'one\.safetensors', which is not a file of this"):
-        readers.read_weights(folder, "model")
+        read_weights(folder, "model")
     (folder / "one.safetensors").unlink()
     os.rename(file, folder / "two.safetensors")
     (folder / "one.safetensors").symlink_to("two.safetensors")
-    assert readers.read_weights(folder, "model").keys() == {"a", "b"}
+    assert read_weights(folder, "model").keys() == {"a", "b"}
 
 
 def test_the_hubs_cache_is_made_of_links(file, tmp_path):
@@ -223,19 +224,19 @@ def test_the_hubs_cache_is_made_of_links(file, tmp_path):
     os.rename(file, blobs / "0123.safetensors")
     (folder / "one.safetensors").symlink_to("../../../blobs/0123.safetensors")
     shards(folder, {"a": "one.safetensors", "b": "one.safetensors"})
-    assert readers.read_weights(folder, "model").keys() == {"a", "b"}
+    assert read_weights(folder, "model").keys() == {"a", "b"}
 
 
 def test_a_tensor_in_two_shards(file):
     os.link(file, file.with_name("y.safetensors"))
     shards(file.parent, {"a": "x.safetensors", "b": "y.safetensors"})
     with pytest.raises(UserError, match="tensors stand in two shards: a, b"):
-        readers.read_weights(file.parent, "model")
+        read_weights(file.parent, "model")
 
 
 @pytest.mark.parametrize("name", ["..", "", "a\0b", "a\x1b[2J.safetensors"])
 def test_shards_with_names_that_are_none(tmp_path, name):
     shards(tmp_path, {"a": name})
     with pytest.raises(UserError) as caught:
-        readers.read_weights(tmp_path, "model")
+        read_weights(tmp_path, "model")
     assert str(caught.value).isprintable()

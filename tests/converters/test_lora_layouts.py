@@ -10,8 +10,8 @@ import pytest
 from fact_convert.cli.inspection import summary
 from fact_convert.cli.main import main
 from fact_convert.cli.opening import open_weights
-from fact_convert.io.reading import read_file
-from fact_convert.io.writing import write_safetensors
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.weight_files import read_file
 from fact_convert.lora import merge, merge_all, read_lora
 from fact_jax.utils.errors import UserError
 from tests.pipelines import pndm_scheduler, small_parts

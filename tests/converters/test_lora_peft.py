@@ -8,7 +8,7 @@ import pytest
 
 from fact_convert.cli.inspection import summary
 from fact_convert.cli.opening import check_known, open_weights
-from fact_convert.io.reading import read_file
+from fact_convert.io.weight_files import read_file
 from fact_convert.lora import merge, merge_all, read_lora
 from fact_jax.utils.errors import UserError
 from tests.pipelines import small_parts

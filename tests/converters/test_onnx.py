@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fact_convert.io.onnx_export import write_onnx
+from fact_convert.models.onnx_export import write_onnx
 from fact_convert.weights import dump_state, load_state, skeleton
 from fact_jax.models.transface import TransFaceConfig
 from fact_jax.utils.errors import UserError

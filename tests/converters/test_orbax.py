@@ -10,9 +10,15 @@ import pytest
 from flax import nnx
 
 from fact_convert import load_adapter, load_state
-from fact_convert.cli.opening import open_weights, save_jax, save_torch
-from fact_convert.io.orbax_io import find_checkpoint, read_checkpoint, to_jax, write_checkpoint
+from fact_convert.cli.opening import open_weights
+from fact_convert.cli.saving import save_jax, save_torch
 from fact_convert.io.zarr_io import checksum
+from fact_convert.models.training_checkpoint import (
+    find_checkpoint,
+    read_checkpoint,
+    to_jax,
+    write_checkpoint,
+)
 from fact_jax.utils.errors import UserError
 
 
@@ -148,7 +154,7 @@ def test_released_to_jax_and_back(
 
 
 def test_an_encoder_to_jax_and_back(golden, same_bits, tmp_path):
-    from fact_convert.io.writing import write_safetensors
+    from fact_convert.io.safetensors_io import write_safetensors
 
     state, _ = golden("transface", "state.")
     write_safetensors(tmp_path / "x.safetensors", state, {})
@@ -188,7 +194,7 @@ def test_orbax_itself_reads_what_we_write(adapted, tmp_path):
 
 
 def open_weights_of(state, folder):
-    from fact_convert.io.writing import write_safetensors
+    from fact_convert.io.safetensors_io import write_safetensors
 
     write_safetensors(folder / "x.safetensors", state, {})
     return open_weights(folder / "x.safetensors")
@@ -243,7 +249,7 @@ def test_leaves_that_lie_elsewhere(adapted, tmp_path, key):
 
 
 def test_class_centres_are_training_only(golden, tmp_path):
-    from fact_convert.io.orbax_io import to_torch
+    from fact_convert.models.training_checkpoint import to_torch
 
     params, kept = to_jax({"transface": golden("transface", "state.")[0]})
     assert set(params) == {"encoder"}

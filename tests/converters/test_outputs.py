@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from fact_convert.cli.main import main
 from fact_convert.cli.opening import open_weights
-from fact_convert.io.reading import read_file
+from fact_convert.io.weight_files import read_file
 from fact_jax.utils.files import atomic_write, replace_folder
 
 

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from fact_convert.cli.main import main
-from fact_convert.io.reading import read_file, read_pickle
-from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.torch_io import read_pickle, write_pickle
+from fact_convert.io.weight_files import read_file
 from fact_jax.utils.errors import UserError
 
 MODULE = "trainer_that_is_not_here"

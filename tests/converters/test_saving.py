@@ -11,9 +11,11 @@ import torch
 
 from fact_convert import load_encoder
 from fact_convert.cli.main import main
-from fact_convert.cli.opening import Weights, open_weights, save_jax
-from fact_convert.io.reading import read_file
-from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.cli.opening import Weights, open_weights
+from fact_convert.cli.saving import save_jax
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.weight_files import read_file
 from fact_convert.models.adapter import SIDE_KEY
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"

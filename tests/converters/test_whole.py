@@ -14,12 +14,13 @@ import pytest
 from fact_convert import load_adapter, load_pipeline, load_state
 from fact_convert.cli.main import main
 from fact_convert.cli.opening import check_known, open_weights
-from fact_convert.io.orbax_io import to_jax, write_checkpoint
-from fact_convert.io.reading import read_file
-from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.weight_files import read_file
 from fact_convert.mapping import names_of
 from fact_convert.models.adapter import SIDE_KEY, infer_resampler, read_adapter
 from fact_convert.models.inferred_configs import infer_config
+from fact_convert.models.training_checkpoint import to_jax, write_checkpoint
 from fact_convert.rules.key_tables import RESAMPLER_PREFIX
 from fact_convert.weights import read_config, skeleton
 from fact_jax.models.clip_text import CLIPTextConfig

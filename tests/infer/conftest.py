@@ -149,7 +149,7 @@ def _write_adapter(path: Path, base_folder: Path) -> None:
     import torch
     from diffusers import UNet2DConditionModel
 
-    from fact_convert.io.reading import read_json
+    from fact_convert.io.json_io import read_json
     from fact_convert.models.adapter import describe, write_adapter
     from fact_infer.torch.attention_processors import FaceProcessor, text_blocks
     from fact_infer.torch.models import Resampler
@@ -181,7 +181,8 @@ def _write_adapter(path: Path, base_folder: Path) -> None:
 def _write_encoder(folder: Path) -> None:
     import torch
 
-    from fact_convert.io.writing import write_json, write_safetensors
+    from fact_convert.io.json_io import write_json
+    from fact_convert.io.safetensors_io import write_safetensors
     from fact_infer.torch.models import TransFaceTokens
     from fact_jax.models.transface import TransFaceConfig
 

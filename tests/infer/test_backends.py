@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from torch import bfloat16, manual_seed
 from tqdm import tqdm
 
-from fact_convert.io.reading import read_json
+from fact_convert.io.json_io import read_json
 from fact_infer.jax.pipeline import FlaxPipeline
 from fact_infer.photos import prepare_crops
 from fact_infer.pipeline import generate_batches

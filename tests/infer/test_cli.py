@@ -244,7 +244,7 @@ def test_bases_that_cannot_be_used(arguments, files, tmp_path, capsys):
 
 
 def test_adapter_for_another_base(arguments, files, tmp_path, capsys):
-    from fact_convert.io.reading import read_file
+    from fact_convert.io.weight_files import read_file
     from fact_convert.models.adapter import write_adapter
 
     state, about = read_file(files.adapter)

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fact_convert.io.reading import read_weights
-from fact_convert.io.writing import write_safetensors
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.weight_files import read_weights
 from fact_infer.img2img import Canvas
 from fact_infer.jax import pipeline as flax_pipeline
 from fact_infer.jax.pipeline import FlaxPipeline

@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from fact_convert.cli.opening import Weights, added_tokens, check_whole, step_of, unknown_keys
-from fact_convert.io.hashing import CONTENT, content_hash, file_sums
-from fact_convert.io.reading import State
+from fact_convert.io.hashing import CONTENT, content_hash
+from fact_convert.io.lazy_tensor import State
 from fact_convert.lora import is_lora, read_lora
 from fact_convert.mapping import guess_kind, prefix_of
+from fact_convert.models.training_checkpoint import file_sums
 from fact_convert.models.validation import bare, check_fits, encoder_shape
 from fact_convert.rules.key_tables import ADAPTER_MARK
 from fact_jax.utils.errors import UserError

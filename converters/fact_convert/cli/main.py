@@ -270,7 +270,7 @@ def _convert_lora(arguments: argparse.Namespace) -> int:
 
 
 def _extract(arguments: argparse.Namespace) -> int:
-    from fact_convert.cli.saving import adapter_in
+    from fact_convert.cli.adapters import adapter_in
 
     _check_torch_out(arguments, [arguments.source, arguments.base])
     return _write_adapter(arguments, adapter_in(_open(arguments.source, arguments)))
@@ -278,7 +278,7 @@ def _extract(arguments: argparse.Namespace) -> int:
 
 def _write_adapter(arguments: argparse.Namespace, weights) -> int:
     """:func:`_write`, without the copies of ``--base``, if these are an adapter's weights."""
-    from fact_convert.cli.saving import without_copies
+    from fact_convert.cli.adapters import without_copies
 
     base = None if arguments.base is None else _open(arguments.base, arguments)
     weights, notes = without_copies(weights, base)
@@ -290,9 +290,8 @@ def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None =
 
     from fact_convert.cli.opening import added_tokens
     from fact_convert.cli.saving import in_dtype, save
-    from fact_convert.io.reading import stored_as
-    from fact_convert.models.components import left_out
-    from fact_convert.models.diffusers_folder import Files
+    from fact_convert.io.weight_files import stored_as
+    from fact_convert.models.diffusers_folder import Files, left_out
 
     tokens = [token.content for token in added_tokens(weights)]
     if tokens and stored_as(arguments.out) == "pickle":
@@ -319,8 +318,7 @@ def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None =
 
 
 def _to_jax(arguments: argparse.Namespace) -> int:
-    from fact_convert.cli.opening import save_jax
-    from fact_convert.cli.saving import check_numbers, in_dtype
+    from fact_convert.cli.saving import check_numbers, in_dtype, save_jax
 
     _check_out(arguments, [arguments.source], folder=True)
     weights = in_dtype(_open(arguments.source, arguments), arguments.dtype)
@@ -341,7 +339,7 @@ def _to_jax(arguments: argparse.Namespace) -> int:
 def _bar(arguments: argparse.Namespace, weights):
     from tqdm import tqdm
 
-    from fact_convert.output_paths import check_room
+    from fact_convert.io.output_paths import check_room
 
     total = sum(array.nbytes for _, array in weights.tensors())
     check_room(arguments.out, total)
@@ -381,7 +379,7 @@ def _check_out(
     arguments: argparse.Namespace, inputs: Iterable[Path | None], *, folder: bool
 ) -> None:
     """Refuse what OUT must not be before anything is read."""
-    from fact_convert.output_paths import check_output, claim_output
+    from fact_convert.io.output_paths import check_output, claim_output
 
     if not arguments.dry_run:
         claim_output(arguments.out, force=arguments.force)

@@ -1,78 +1,51 @@
 """Any file or folder of weights, opened without being told what it is: for ``fact-convert``."""
 
 import dataclasses
-import functools
 import json
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from fact_convert.io.file_types import FAMILIES_KNOWN, family_of, family_of_class
-from fact_convert.io.hashing import CONTENT, provenance
-from fact_convert.io.lazy_tensor import Lazy
-from fact_convert.io.orbax_io import (
-    find_checkpoint,
-    read_checkpoint,
-    to_jax,
-    to_torch,
-    write_checkpoint,
-)
-from fact_convert.io.reading import (
-    State,
-    json_in,
-    local_folder,
-    part_variants,
-    read_file,
-    read_json,
-    read_weights,
-    stored_as,
-)
-from fact_convert.io.writing import write_pickle, write_safetensors
+from fact_convert.io.hub import local_folder
+from fact_convert.io.json_io import json_in, read_json
+from fact_convert.io.lazy_tensor import Lazy, State
+from fact_convert.io.weight_files import part_variants, read_file, read_weights, stored_as
 from fact_convert.lora import is_lora, lora_files
 from fact_convert.mapping import guess_kind, is_ignored, names_of, place_of, prefix_of
 from fact_convert.models.adapter import (
     check_adapter,
-    find_resampler_config,
     read_metadata,
     split_state,
     take_side_key,
-    with_side_key,
-    write_adapter,
 )
 from fact_convert.models.diffusers_folder import read_configs, read_scheduler
-from fact_convert.models.inferred_configs import UNTOLD, infer_config
-from fact_convert.models.pipeline import PARTS, pipeline_class, read_schedule_config
+from fact_convert.models.pipeline import PARTS, read_schedule_config
 from fact_convert.models.single_file import (
-    PREDICTION,
     is_ldm,
-    prediction_texts,
     read_ldm,
     read_schedule,
-    schedule_tensors,
-    write_ldm,
 )
 from fact_convert.models.tokenizer import AddedToken, read_added_tokens
-from fact_convert.models.validation import check_all, in_shape
+from fact_convert.models.training_checkpoint import (
+    find_checkpoint,
+    read_checkpoint,
+    to_torch,
+)
+from fact_convert.models.validation import check_all
 from fact_convert.rules.key_tables import RESAMPLER_PREFIX
 from fact_convert.rules.layer_transforms import POINTWISE
-from fact_convert.weights import read_config
-from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.utils.errors import UserError, listed
 
 ADAPTER_PARTS = {"adapter", "resampler"}
 BASE_PARTS = {"unet", "vae", "clip_text"}
 _KNOWN_PARTS = {*PARTS, "tokenizer", "scheduler"}
-_ADDED = "added_tokens"
-_CONFIGS, _PIPELINE = "configs", "pipeline"
+ADDED_TOKENS = "added_tokens"
+CONFIGS, PIPELINE = "configs", "pipeline"
 """Where our files' metadata has the models' configurations, and the pipeline's class and scheduler.
 """
-_OWN = {"format", "version", "config", "software", "command", "sources", "step"}
-_OWN |= {"encoder", "not loaded", _ADDED, CONTENT, _CONFIGS, _PIPELINE, PREDICTION}
-"""What files that are written here say of themselves."""
-_BESIDE = "metadata"
-"""Where a checkpoint's ``meta`` keeps what the file that it was made of says beside."""
 _SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
 
 
@@ -172,7 +145,7 @@ def _open(path: Path, variant: str | None, weights: str) -> Weights:
             states=states,
             metadata=meta,
             configs=configs,
-            **_pipeline_in(meta.get(_PIPELINE)),
+            **_pipeline_in(meta.get(PIPELINE)),
         )
     for stem, legacy in (("model", "pytorch_model"), 2 * ("diffusion_pytorch_model",)):
         if any(path.glob(f"{stem}*.safetensors")) or any(path.glob(f"{legacy}*.bin")):
@@ -204,7 +177,7 @@ def _open_file(path: Path, weights: str) -> Weights:
     state, text = read_file(path)
     stored = "safetensors" if stored_as(path) == "safetensors" else "PyTorch pickle"
     _refuse_others(path, state)
-    configs, pipeline = (json_in(text, name, path) for name in (_CONFIGS, _PIPELINE))
+    configs, pipeline = (json_in(text, name, path) for name in (CONFIGS, PIPELINE))
     if is_ldm(state):
         states, left_out = read_ldm(state, weights)
         pipeline = pipeline or {"scheduler": read_schedule(state, text)}
@@ -233,7 +206,7 @@ def _pipeline_in(said: object) -> dict[str, object]:
     }
 
 
-def _pipeline_of(weights: Weights) -> dict[str, object]:
+def pipeline_said(weights: Weights) -> dict[str, object]:
     """:func:`_pipeline_in`, the other way."""
     said = {"class": weights.pipeline_class, "scheduler": weights.scheduler}
     return {name: value for name, value in said.items() if value is not None}
@@ -318,136 +291,6 @@ def step_of(weights: Weights) -> int | None:
     return int(folder.name) + before
 
 
-def save_torch(
-    weights: Weights,
-    out: Path,
-    dim_head: int | None = None,
-    wrote: Callable[[int], None] | None = None,
-    *,
-    original: bool = False,
-    replace: bool = True,
-    dry_run: bool = False,
-) -> None:
-    """Write one file for PyTorch: ``.safetensors``, or a pickle of ending ``.ckpt`` or ``.pt``.
-
-    An adapter's ``.safetensors`` is our adapter file, its ``.ckpt`` the released one; ``dim_head``
-    is how wide a head of its resampler is, where the source does not say. A whole base is written
-    in the original layout, and parts of one if ``original``. ``wrote`` is called with the number
-    of bytes of every tensor written. Raises UserError for what no rule knows, and without
-    ``replace`` if ``out`` is there already; with ``dry_run`` that is all.
-    """
-    check_known(weights)
-    stored = stored_as(out)
-    if stored is None:
-        raise UserError(f"{out}: a file for PyTorch ends in .safetensors, .ckpt or .pt")
-    if original or weights.kind == "pipeline":
-        state = _original(weights)
-    else:
-        state = {key: array for part in weights.states.values() for key, array in part.items()}
-        if len(state) != sum(map(len, weights.states.values())):
-            raise UserError(f"{weights.path}: holds {weights.kind}, too many models for one file")
-    pickled = stored == "pickle"
-    texts = {}
-    if weights.kind == "adapter":
-        config = _adapter_config(weights, dim_head, guess=not pickled)
-        if pickled and config:
-            resampler = read_config("resampler", config["resampler"])
-            state = with_side_key(state, resampler)
-    else:
-        state, texts = _with_settings(weights, state, pickled)
-    if dry_run:
-        return
-    if pickled:
-        write_pickle(out, state, wrote, replace=replace)
-    elif weights.kind == "adapter":
-        write_adapter(out, state, config, about(weights), wrote, replace=replace)
-    else:
-        texts = {"format": "pt", **texts, **texts_about(weights)}
-        write_safetensors(out, state, texts, wrote, replace=replace)
-
-
-def _with_settings(weights: Weights, state: State, pickled: bool) -> tuple[State, dict[str, str]]:
-    """A file's tensors and metadata with what its source says of its models beside weights.
-
-    A pickle has no metadata: of a base the noise schedule stands in tensors that such files have,
-    and what is lost is noted.
-    """
-    base = "unet" in weights.states and weights.scheduler is not None
-    schedule = read_schedule_config(weights.scheduler) if base else NoiseSchedule.sd15()
-    if not pickled:
-        said = {_CONFIGS: weights.configs, _PIPELINE: _pipeline_of(weights)}
-        texts = {name: json.dumps(value) for name, value in said.items() if value}
-        return state, prediction_texts(schedule) | texts
-    lost = [kind for kind, config in weights.configs.items() if not _is_told(weights, kind, config)]
-    if lost:
-        weights.notes.append(
-            f"{', '.join(lost)}: such a file does not hold the configuration (heads and the like), "
-            "which no tensor tells either: keep it for --config, or write .safetensors"
-        )
-    if base:
-        state = {**state, **schedule_tensors(schedule)}
-    if "unet" in weights.states and weights.pipeline_class is not None:
-        told = pipeline_class(weights.states["unet"], None)
-        if told != weights.pipeline_class:
-            weights.notes.append(f"{weights.pipeline_class}: such a file does not say this class")
-    return state, {}
-
-
-def _is_told(weights: Weights, kind: str, config: Mapping) -> bool:
-    """Whether a model's tensors alone give its own configuration."""
-    try:
-        found, _ = infer_config(kind, weights.states[kind])
-    except UserError:
-        return False
-    names = UNTOLD.get(kind, ("num_heads", "dim_head"))
-    one, other = (read_config(kind, each) for each in (found, config))
-    return all(getattr(one, name, None) == getattr(other, name, None) for name in names)
-
-
-def _original(weights: Weights) -> State:
-    states = {
-        kind: in_shape(kind, state, weights.configs[kind]) if kind in weights.configs else state
-        for kind, state in weights.states.items()
-    }
-    try:
-        return write_ldm({kind: canonical(kind, state) for kind, state in states.items()})
-    except UserError as err:
-        raise UserError(f"{weights.path}: {err}") from err
-
-
-def save_jax(
-    weights: Weights,
-    out: Path,
-    dim_head: int | None = None,
-    *,
-    force: bool = False,
-    dry_run: bool = False,
-    wrote: Callable[[int], None] | None = None,
-) -> None:
-    """Write a checkpoint folder of JAX arrays, with what :func:`save_torch` needs to go back.
-
-    Raises UserError for what no rule knows; with ``dry_run`` that is all.
-    """
-    check_known(weights)
-    params, kept = to_jax(weights.states)
-    meta: dict[str, object] = {"kept": kept}
-    if beside := _said_beside(weights):
-        meta[_BESIDE] = beside
-    if weights.configs:
-        meta[_CONFIGS] = dict(weights.configs)
-    if pipeline := _pipeline_of(weights):
-        meta[_PIPELINE] = pipeline
-    if weights.kind == "adapter":
-        meta["adapter"] = _adapter_config(weights, dim_head)
-    if not dry_run:
-        everything = functools.partial(_with_origin, weights, meta)
-        write_checkpoint(out, params, everything, force=force, wrote=wrote)
-
-
-def _with_origin(weights: Weights, meta: Mapping[str, object]) -> dict[str, object]:
-    return {**_origin(weights), **meta}
-
-
 def check_known(weights: Weights) -> None:
     """UserError unless these are whole models that are known here, by tensors and configurations.
 
@@ -479,7 +322,7 @@ def check_whole(weights: Weights) -> None:
     try:
         if "adapter" in states:
             resampler, blocks = split_state(_in_one(weights, ADAPTER_PARTS), weights.path)
-            check_adapter(resampler, blocks, _said_of_adapter(weights).get("resampler"))
+            check_adapter(resampler, blocks, adapter_said(weights).get("resampler"))
         if weights.scheduler is not None:
             read_schedule_config(weights.scheduler)
     except UserError as err:
@@ -495,34 +338,6 @@ def _in_one(weights: Weights, parts: Collection[str]) -> State:
     }
 
 
-def about(weights: Weights) -> dict[str, object]:
-    """Where weights come from, for the metadata of what is made of them.
-
-    What their own file says beside that (as kohya's ``ss_*``) is kept.
-    """
-    return {**_said_beside(weights), **_origin(weights)}
-
-
-def _origin(weights: Weights) -> dict[str, object]:
-    known = {key: weights.metadata[key] for key in ("encoder",) if key in weights.metadata}
-    if tokens := added_tokens(weights):
-        known[_ADDED] = [dataclasses.asdict(token) for token in tokens]
-    step = step_of(weights)
-    found = {**provenance([weights.path, *weights.also]), **known}
-    return found if step is None else {**found, "step": step}
-
-
-def _said_beside(weights: Weights) -> dict[str, str]:
-    """The texts in the metadata of a weight file that are not those that are written here."""
-    if weights.format in ("diffusers", "folder"):  # whose metadata is a configuration
-        return {}
-    said = weights.metadata
-    if weights.format == "checkpoint":
-        said = said.get(_BESIDE)
-        said = said if isinstance(said, Mapping) else {}
-    return {key: text for key, text in said.items() if isinstance(text, str) and key not in _OWN}
-
-
 def added_tokens(weights: Weights) -> list[AddedToken]:
     """Tokens beside CLIP's own that the text encoder among these weights has rows for."""
     if "clip_text" not in weights.states:
@@ -530,41 +345,15 @@ def added_tokens(weights: Weights) -> list[AddedToken]:
     folder = weights.path / "tokenizer"
     if weights.format == "diffusers":
         return read_added_tokens(folder) if folder.is_dir() else []
-    said = weights.metadata.get(_ADDED, [])
+    said = weights.metadata.get(ADDED_TOKENS, [])
     try:
         said = json.loads(said) if isinstance(said, str) else said
         return [AddedToken.from_dict(token) for token in said]
     except (UserError, ValueError, TypeError, RecursionError) as err:
-        raise UserError(f"{weights.path}: metadata {_ADDED!r} is damaged ({err})") from err
+        raise UserError(f"{weights.path}: metadata {ADDED_TOKENS!r} is damaged ({err})") from err
 
 
-def texts_about(weights: Weights) -> dict[str, str]:
-    """:func:`about` with texts alone, as safetensors' metadata has to be."""
-    found = about(weights).items()
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found}
-
-
-def _adapter_config(weights: Weights, dim_head: int | None, guess: bool = True) -> dict:
-    """What a file shall say of the adapter's models: what its source says, else the shapes.
-
-    Without ``guess`` it is empty where the heads are not known for certain.
-    """
-    said = _said_of_adapter(weights)
-    metadata = {"config": said} if said else weights.metadata
-    if not said and not guess and dim_head is None and "dim_head" not in metadata:
-        return {}
-    prefix = prefix_of("resampler", weights.states["resampler"])
-    own = {key.removeprefix(prefix): a for key, a in weights.states["resampler"].items()}
-    try:
-        found, note = find_resampler_config(own, metadata, dim_head)
-        config = read_config("resampler", found, own)
-    except UserError as err:
-        raise UserError(f"{weights.path}: {err}") from err
-    weights.notes.extend([note] if note else [])
-    return {**said, "resampler": config.to_dict()}
-
-
-def _said_of_adapter(weights: Weights) -> dict[str, object]:
+def adapter_said(weights: Weights) -> dict[str, object]:
     """What an adapter's source says of the models that it belongs to; it may be nothing."""
     config = weights.metadata.get("config")
     config = config if isinstance(config, Mapping) else {}

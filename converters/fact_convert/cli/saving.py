@@ -2,23 +2,32 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
+from fact_convert.cli.adapters import adapter_config
 from fact_convert.cli.opening import (
     ADAPTER_PARTS,
+    ADDED_TOKENS,
+    CONFIGS,
+    PIPELINE,
     Weights,
     added_tokens,
     canonical,
     check_known,
-    save_torch,
-    texts_about,
+    pipeline_said,
+    step_of,
 )
-from fact_convert.io.lazy_tensor import fetch, release
+from fact_convert.io.hashing import CONTENT
+from fact_convert.io.lazy_tensor import State, fetch, release
 from fact_convert.io.parallel import in_threads
-from fact_convert.io.reading import State, stored_as
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.weight_files import stored_as
+from fact_convert.models.adapter import with_side_key, write_adapter
 from fact_convert.models.diffusers_folder import (
     Files,
     configs_beside,
@@ -28,14 +37,22 @@ from fact_convert.models.diffusers_folder import (
     write_model,
     write_pipeline,
 )
-from fact_convert.models.pipeline import read_schedule_config
-from fact_convert.models.single_file import OTHER_NOISE
-from fact_convert.models.validation import vocabulary_of
-from fact_convert.rules.key_tables import ADAPTER_MARK
+from fact_convert.models.inferred_configs import UNTOLD, infer_config
+from fact_convert.models.pipeline import pipeline_class, read_schedule_config
+from fact_convert.models.single_file import (
+    OTHER_NOISE,
+    PREDICTION,
+    prediction_texts,
+    schedule_tensors,
+    write_ldm,
+)
+from fact_convert.models.training_checkpoint import provenance, to_jax, write_checkpoint
+from fact_convert.models.validation import in_shape, vocabulary_of
 from fact_convert.weights import in_precision, read_config
+from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.utils.errors import UserError, listed
 
-_COPY = f"{ADAPTER_MARK}ln."
+_OWN = {"format", "version", "config", "software", "command", "sources", "step"}
 
 
 def check_numbers(weights: Weights) -> None:
@@ -165,7 +182,7 @@ def _save_onnx(weights: Weights, out: Path, dry_run: bool, *, replace: bool) -> 
         raise UserError(
             f"{weights.path}: holds {weights.kind}; only a face encoder becomes an ONNX file"
         )
-    from fact_convert.io.onnx_export import write_onnx
+    from fact_convert.models.onnx_export import write_onnx
 
     state = weights.states["transface"]
     config = plan_model(weights.path, "transface", state, weights.configs, weights.notes)
@@ -173,59 +190,173 @@ def _save_onnx(weights: Weights, out: Path, dry_run: bool, *, replace: bool) -> 
         write_onnx(state, config, out, replace=replace)
 
 
-def adapter_in(weights: Weights) -> Weights:
-    """The adapter among other weights, alone. UserError if there is none, or not all of it."""
-    states: dict[str, State] = {kind: {} for kind in ("adapter", "resampler")}
-    for kind, state in weights.states.items():
-        if kind in ADAPTER_PARTS:
-            states[kind] |= state
-        elif kind == "unet":
-            states["adapter"] |= {k: a for k, a in state.items() if ADAPTER_MARK in k}
-    if absent := [kind for kind, state in states.items() if not state]:
-        absent = " and no ".join(absent)
-        raise UserError(f"{weights.path}: no whole adapter: {weights.kind}, but no {absent}")
-    return dataclasses.replace(weights, states=states)
+_OWN |= {"encoder", "not loaded", ADDED_TOKENS, CONTENT, CONFIGS, PIPELINE, PREDICTION}
+"""What files that are written here say of themselves."""
 
 
-def without_copies(weights: Weights, base: Weights | None) -> tuple[Weights, list[str]]:
-    """An adapter without its copies of the base's norm2, and what there is to say of them.
+_BESIDE = "metadata"
+"""Where a checkpoint's ``meta`` keeps what the file that it was made of says beside."""
 
-    Released files may hold such copies, which win over the base's own. Those that are the base's
-    bit for bit are left out; those that differ stay. Without ``base`` all stay.
+
+def save_torch(
+    weights: Weights,
+    out: Path,
+    dim_head: int | None = None,
+    wrote: Callable[[int], None] | None = None,
+    *,
+    original: bool = False,
+    replace: bool = True,
+    dry_run: bool = False,
+) -> None:
+    """Write one file for PyTorch: ``.safetensors``, or a pickle of ending ``.ckpt`` or ``.pt``.
+
+    An adapter's ``.safetensors`` is our adapter file, its ``.ckpt`` the released one; ``dim_head``
+    is how wide a head of its resampler is, where the source does not say. A whole base is written
+    in the original layout, and parts of one if ``original``. ``wrote`` is called with the number
+    of bytes of every tensor written. Raises UserError for what no rule knows, and without
+    ``replace`` if ``out`` is there already; with ``dry_run`` that is all.
     """
-    adapter = weights.states.get("adapter", {})
-    copies = [key for key in adapter if _COPY in key]
-    if base is None:
-        note = "copies of its base's norm2 kept: --base BASE leaves out those that BASE has too"
-        return weights, [f"{weights.path}: {len(copies)} {note}"] if copies else []
-    if "unet" not in base.states or not adapter:
-        kinds = f"{weights.path} is {weights.kind}, {base.path} is {base.kind}"
-        raise UserError(f"--base wants an adapter and its base, but {kinds}")
-    own = canonical("unet", base.states["unet"])
-    norms = {key: own.get(_norm2(key)) for key in copies}
-    if absent := [key for key, norm in norms.items() if norm is None]:
-        raise UserError(
-            f"{weights.path}: made for another base, {base.path} has no block for {listed(absent)}"
+    check_known(weights)
+    stored = stored_as(out)
+    if stored is None:
+        raise UserError(f"{out}: a file for PyTorch ends in .safetensors, .ckpt or .pt")
+    if original or weights.kind == "pipeline":
+        state = _original(weights)
+    else:
+        state = {key: array for part in weights.states.values() for key, array in part.items()}
+        if len(state) != sum(map(len, weights.states.values())):
+            raise UserError(f"{weights.path}: holds {weights.kind}, too many models for one file")
+    pickled = stored == "pickle"
+    texts = {}
+    if weights.kind == "adapter":
+        config = adapter_config(weights, dim_head, guess=not pickled)
+        if pickled and config:
+            resampler = read_config("resampler", config["resampler"])
+            state = with_side_key(state, resampler)
+    else:
+        state, texts = _with_settings(weights, state, pickled)
+    if dry_run:
+        return
+    if pickled:
+        write_pickle(out, state, wrote, replace=replace)
+    elif weights.kind == "adapter":
+        write_adapter(out, state, config, about(weights), wrote, replace=replace)
+    else:
+        texts = {"format": "pt", **texts, **texts_about(weights)}
+        write_safetensors(out, state, texts, wrote, replace=replace)
+
+
+def _with_settings(weights: Weights, state: State, pickled: bool) -> tuple[State, dict[str, str]]:
+    """A file's tensors and metadata with what its source says of its models beside weights.
+
+    A pickle has no metadata: of a base the noise schedule stands in tensors that such files have,
+    and what is lost is noted.
+    """
+    base = "unet" in weights.states and weights.scheduler is not None
+    schedule = read_schedule_config(weights.scheduler) if base else NoiseSchedule.sd15()
+    if not pickled:
+        said = {CONFIGS: weights.configs, PIPELINE: pipeline_said(weights)}
+        texts = {name: json.dumps(value) for name, value in said.items() if value}
+        return state, prediction_texts(schedule) | texts
+    lost = [kind for kind, config in weights.configs.items() if not _is_told(weights, kind, config)]
+    if lost:
+        weights.notes.append(
+            f"{', '.join(lost)}: such a file does not hold the configuration (heads and the like), "
+            "which no tensor tells either: keep it for --config, or write .safetensors"
         )
-    same = {key for key, norm in norms.items() if _same(adapter[key], norm)}
-    notes = []
-    if same:
-        notes.append(f"left out {len(same)} copies of the base's norm2: they are its own numbers")
-    if differing := [key for key in copies if key not in same]:
-        notes.append(
-            f"KEPT {len(differing)} norm2 that differ from the base's and replace them wherever "
-            f"this adapter is used: {listed(differing)}"
-        )
-    kept = {key: array for key, array in adapter.items() if key not in same}
-    states = {**weights.states, "adapter": kept}
-    return dataclasses.replace(weights, states=states), notes
+    if base:
+        state = {**state, **schedule_tensors(schedule)}
+    if "unet" in weights.states and weights.pipeline_class is not None:
+        told = pipeline_class(weights.states["unet"], None)
+        if told != weights.pipeline_class:
+            weights.notes.append(f"{weights.pipeline_class}: such a file does not say this class")
+    return state, {}
 
 
-def _norm2(key: str) -> str:
-    block, _, leaf = key.partition(_COPY)
-    return f"{block}.norm2.{leaf}"
+def _is_told(weights: Weights, kind: str, config: Mapping) -> bool:
+    """Whether a model's tensors alone give its own configuration."""
+    try:
+        found, _ = infer_config(kind, weights.states[kind])
+    except UserError:
+        return False
+    names = UNTOLD.get(kind, ("num_heads", "dim_head"))
+    one, other = (read_config(kind, each) for each in (found, config))
+    return all(getattr(one, name, None) == getattr(other, name, None) for name in names)
 
 
-def _same(one, other) -> bool:
-    a, b = (np.asarray(array).astype(np.float32) for array in (one, other))
-    return a.tobytes() == b.tobytes()
+def _original(weights: Weights) -> State:
+    states = {
+        kind: in_shape(kind, state, weights.configs[kind]) if kind in weights.configs else state
+        for kind, state in weights.states.items()
+    }
+    try:
+        return write_ldm({kind: canonical(kind, state) for kind, state in states.items()})
+    except UserError as err:
+        raise UserError(f"{weights.path}: {err}") from err
+
+
+def save_jax(
+    weights: Weights,
+    out: Path,
+    dim_head: int | None = None,
+    *,
+    force: bool = False,
+    dry_run: bool = False,
+    wrote: Callable[[int], None] | None = None,
+) -> None:
+    """Write a checkpoint folder of JAX arrays, with what :func:`save_torch` needs to go back.
+
+    Raises UserError for what no rule knows; with ``dry_run`` that is all.
+    """
+    check_known(weights)
+    params, kept = to_jax(weights.states)
+    meta: dict[str, object] = {"kept": kept}
+    if beside := _said_beside(weights):
+        meta[_BESIDE] = beside
+    if weights.configs:
+        meta[CONFIGS] = dict(weights.configs)
+    if pipeline := pipeline_said(weights):
+        meta[PIPELINE] = pipeline
+    if weights.kind == "adapter":
+        meta["adapter"] = adapter_config(weights, dim_head)
+    if not dry_run:
+        everything = functools.partial(_with_origin, weights, meta)
+        write_checkpoint(out, params, everything, force=force, wrote=wrote)
+
+
+def _with_origin(weights: Weights, meta: Mapping[str, object]) -> dict[str, object]:
+    return {**_origin(weights), **meta}
+
+
+def about(weights: Weights) -> dict[str, object]:
+    """Where weights come from, for the metadata of what is made of them.
+
+    What their own file says beside that (as kohya's ``ss_*``) is kept.
+    """
+    return {**_said_beside(weights), **_origin(weights)}
+
+
+def _origin(weights: Weights) -> dict[str, object]:
+    known = {key: weights.metadata[key] for key in ("encoder",) if key in weights.metadata}
+    if tokens := added_tokens(weights):
+        known[ADDED_TOKENS] = [dataclasses.asdict(token) for token in tokens]
+    step = step_of(weights)
+    found = {**provenance([weights.path, *weights.also]), **known}
+    return found if step is None else {**found, "step": step}
+
+
+def _said_beside(weights: Weights) -> dict[str, str]:
+    """The texts in the metadata of a weight file that are not those that are written here."""
+    if weights.format in ("diffusers", "folder"):  # whose metadata is a configuration
+        return {}
+    said = weights.metadata
+    if weights.format == "checkpoint":
+        said = said.get(_BESIDE)
+        said = said if isinstance(said, Mapping) else {}
+    return {key: text for key, text in said.items() if isinstance(text, str) and key not in _OWN}
+
+
+def texts_about(weights: Weights) -> dict[str, str]:
+    """:func:`about` with texts alone, as safetensors' metadata has to be."""
+    found = about(weights).items()
+    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found}

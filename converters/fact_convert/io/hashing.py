@@ -1,17 +1,15 @@
 """Names for what weights hold and where they came from: for the metadata of files."""
 
 import hashlib
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from fact_convert.io.lazy_tensor import Lazy, fetch, release
 from fact_convert.io.parallel import in_threads
-from fact_jax.utils.command_line import version_of
 from fact_jax.utils.errors import UserError
 
 CONTENT = "content"
@@ -64,38 +62,7 @@ def hash_of(lines: Iterable[str]) -> str:
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def file_sums(source: str | os.PathLike) -> dict[str, str]:
-    """The SHA-256 of a weight file, or by their names of those in a folder, as sha256sum has it."""
-    source = Path(source)
-    files = _files(source)
-    names = [source.name if f == source else f.relative_to(source).as_posix() for f in files]
-    return dict(zip(names, in_threads(_hash_file, files), strict=True))
-
-
-def provenance(sources: Sequence[str | os.PathLike]) -> dict[str, str]:
-    """What weights were made of, for a file's metadata: the program, and hashes of the sources.
-
-    Of a folder the SHA-256 of every weight file; of a training checkpoint that of its ``meta``,
-    which holds the sum of every tensor. No name or path is in it: equal sources give equal texts.
-    """
-    files = [file for source in sources for file in _files(Path(source))]
-    hashes = list(in_threads(_hash_file, files))
-    return {"software": f"fact-jax {version_of()}", "sources": json.dumps(hashes)}
-
-
-def _files(source: Path) -> list[Path]:
-    from fact_convert.io.orbax_io import find_checkpoint
-
-    if source.is_file():
-        return [source]
-    checkpoint = find_checkpoint(source)
-    if checkpoint is not None:
-        meta = checkpoint / "meta" / "metadata"
-        return [meta] if meta.is_file() else []
-    return sorted([*source.rglob("*.safetensors"), *source.rglob("*.bin")])
-
-
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
     size = path.stat().st_size
     if not size:
         return hashlib.sha256().hexdigest()

@@ -1,6 +1,8 @@
 """Arrays that are not in memory: read when wanted, turned to another layout tensor by tensor."""
 
 import mmap
+import os
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -136,3 +138,35 @@ def _advise(array: np.ndarray | None, advice: int) -> None:
         origin = np.frombuffer(base, np.uint8).ctypes.data
         begin = (low - origin) // mmap.PAGESIZE * mmap.PAGESIZE
         base.madvise(advice, begin, high - origin - begin)
+
+
+State = dict[str, np.ndarray | Lazy]
+
+
+_THREAD = threading.local()
+
+
+_PIECE = 1 << 18
+"""At once, as ``cp`` does. For more, Linux looks for larger pages, and may look for long."""
+
+
+def in_order(array: np.ndarray | Lazy) -> np.ndarray:
+    """The numbers of a stored array in C order, until the next call in the same thread."""
+    stored = np.asarray(array)
+    if stored.flags.c_contiguous:
+        return stored
+    if len(getattr(_THREAD, "room", b"")) < stored.nbytes:
+        _THREAD.room = np.empty(stored.nbytes, np.uint8)  # new memory costs as much as the copy
+    room = _THREAD.room[: stored.nbytes].view(stored.dtype).reshape(stored.shape)
+    copied = contiguous(stored, out=room)
+    release(stored)
+    return copied
+
+
+def write_at(handle, array: np.ndarray, offset: int, flags: int = 0) -> None:
+    """Write an array in C order at a place in an open file, from any thread."""
+    rest = memoryview(array.reshape(-1).view(np.uint8))
+    while rest:
+        count = os.pwritev(handle.fileno(), [rest[:_PIECE]], offset, flags)
+        rest, offset = rest[count:], offset + count
+    release(array)

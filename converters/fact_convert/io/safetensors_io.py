@@ -1,23 +1,24 @@
-"""JSON and safetensors files, believed only after they were checked.
+"""Safetensors files: every size that a file claims is compared with its bytes before it is used."""
 
-Whatever a file says of itself is compared with the bytes that there are before it is used.
-"""
-
+import concurrent.futures
+import contextlib
 import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 
-from fact_convert.io.hashing import check_content
-from fact_convert.io.lazy_tensor import Lazy
-from fact_jax.utils.errors import UserError, listed
-
-State = dict[str, np.ndarray | Lazy]
+from fact_convert.io.hashing import CONTENT, check_content, describe, digest, hash_of
+from fact_convert.io.json_io import JSON_LIMIT, check_file, check_names, parse_json
+from fact_convert.io.lazy_tensor import Lazy, State, fetch, in_order, write_at
+from fact_convert.io.parallel import in_threads
+from fact_jax.utils.errors import UserError
+from fact_jax.utils.files import atomic_write
 
 DTYPES = {
     **{"F64": np.dtype("f8"), "F32": np.dtype("f4"), "F16": np.dtype("f2")},
@@ -27,61 +28,7 @@ DTYPES = {
     **{"F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn), "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2)},
 }
 """The sorts of numbers that a safetensors file may hold, by the format's names."""
-_JSON_LIMIT = 16 * 2**20
 MOST_AXES = 32
-
-
-def check_file(path: Path) -> None:
-    """UserError unless ``path`` is a file that can be read."""
-    try:
-        there = path.exists()
-    except (OSError, ValueError) as err:
-        raise UserError(f"{str(path)!a}: not a name that files have") from err
-    if not there:
-        raise UserError(f"{path}: no such file")
-    if not path.is_file():
-        raise UserError(f"{path}: not a file")
-    if not os.access(path, os.R_OK):
-        raise UserError(f"{path}: no permission to read it")
-
-
-def read_json(path: str | os.PathLike) -> dict:
-    """A JSON object from a file of reasonable size."""
-    return _parse(Path(path), _read_small(Path(path), "JSON"))
-
-
-def read_text(path: str | os.PathLike) -> str:
-    """A text file of reasonable size, in UTF-8."""
-    try:
-        return _read_small(Path(path), "text").decode("utf-8")
-    except UnicodeDecodeError as err:
-        raise UserError(f"{path}: not UTF-8 text ({err})") from err
-
-
-def _read_small(path: Path, sort: str) -> bytes:
-    check_file(path)
-    with open(path, "rb") as handle:
-        data = handle.read(_JSON_LIMIT + 1)
-    if len(data) > _JSON_LIMIT:
-        raise UserError(f"{path}: {path.stat().st_size} bytes are too many for a {sort} file")
-    return data
-
-
-def _parse(path: Path, data: bytes) -> dict:
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_object)
-    except (ValueError, RecursionError) as err:
-        raise UserError(f"{path}: not valid JSON ({err})") from err
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: holds a {type(value).__name__}, an object was wanted")
-    return value
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a name stands in it twice")
-    return found
 
 
 def read_safetensors(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
@@ -97,9 +44,9 @@ def read_safetensors(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
         if length > size - 8:
             raise UserError(f"{path}: not a whole safetensors file (its header is cut off)")
-        if length > _JSON_LIMIT:
+        if length > JSON_LIMIT:
             raise UserError(f"{path}: a header of {length} bytes is too much")
-        header = _parse(path, handle.read(length))
+        header = parse_json(path, handle.read(length))
     metadata = _metadata(path, header.pop("__metadata__", {}))
     check_names(path, header)
     start = 8 + length
@@ -164,7 +111,90 @@ def _counts(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-def check_names(path: Path, keys: Iterable[str]) -> None:
-    """Keys are shown at the terminal: nothing in them may steer it."""
-    if odd := [key for key in keys if not key.isprintable()]:
-        raise UserError(f"{path}: has keys that are no names: {listed(map(ascii, odd))}")
+_DONTCACHE = 0x80
+"""Linux' RWF_DONTCACHE, since 6.14: what is written goes to disk at once and leaves the cache."""
+
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def write_safetensors(
+    path: str | os.PathLike,
+    state: Mapping[str, np.ndarray | Lazy],
+    metadata: Mapping[str, str],
+    wrote: Callable[[int], None] | None = None,
+    *,
+    replace: bool = True,
+) -> None:
+    """Write a safetensors file in the order that the format's library has.
+
+    Tensors are read, turned and written a few at a time, wherever they come from. The hash of the
+    content joins the metadata. ``wrote`` is called with the number of bytes of every tensor.
+    Without ``replace``, UserError if the file is there already.
+    """
+    keys = sorted(state, key=lambda key: (-state[key].dtype.itemsize, key))
+    hole = "0" * len(hash_of([]))
+    header: dict = {"__metadata__": {**metadata, CONTENT: hole}}
+    end = 0
+    for key in keys:
+        array, begin = state[key], end
+        end += array.nbytes
+        header[key] = {
+            "dtype": _name(path, key, array.dtype),
+            "shape": list(array.shape),
+            "data_offsets": [begin, end],
+        }
+
+    def text() -> bytes:
+        found = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        return found + b" " * (-len(found) % 8)
+
+    start = 8 + len(text())
+
+    turn = threading.Lock()  # threads that write to one file at once wait without sleeping
+
+    def write(key: str) -> str:
+        array = in_order(state[key])
+        line = describe(key, array, digest(array))
+        with turn:
+            write_at(handle, array, start + header[key]["data_offsets"][0], flags)
+        return line
+
+    with (
+        atomic_write(path, replace=replace) as temporary,
+        open(temporary, "wb") as handle,
+        # Whatever happens, the threads are done before their file is closed.
+        contextlib.closing(in_threads(write, keys, lambda key: fetch(state[key]))) as written,
+        concurrent.futures.ThreadPoolExecutor(1) as beside,
+    ):
+        handle.truncate(start + end)
+        flags = _past_the_cache(handle)
+        lines, flushed = [], beside.submit(int)
+        for key, line in zip(keys, written, strict=True):
+            lines.append(line)
+            if flushed.done():  # the disk works all the while, not only at the end
+                flushed.result()
+                flushed = beside.submit(os.fdatasync, handle.fileno())
+            if wrote is not None:
+                wrote(state[key].nbytes)
+        flushed.result()
+        header["__metadata__"][CONTENT] = hash_of(lines)
+        handle.write(struct.pack("<Q", start - 8) + text())
+
+
+def _name(path: str | os.PathLike, key: str, dtype: np.dtype) -> str:
+    if dtype not in _NAMES:
+        raise UserError(f"{path}: {key} is {dtype}, which the format does not have")
+    return _NAMES[dtype]
+
+
+def _past_the_cache(handle) -> int:
+    """The flag that has Linux keep nothing of a file in memory, 0 where it cannot.
+
+    To find room for a file of gigabytes takes the system longer than to write it.
+    """
+    try:
+        os.pwritev(handle.fileno(), [b"0"], 0, _DONTCACHE)
+    except (OSError, NotImplementedError, AttributeError):  # an older Linux, another system
+        return 0
+    return _DONTCACHE

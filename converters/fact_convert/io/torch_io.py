@@ -6,7 +6,9 @@ the loader believes the pickle. Trainers store objects of their own classes besi
 these are never imported, what stands for them only holds what the file says.
 """
 
+import math
 import os
+import pickle
 import re
 import struct
 import sys
@@ -14,16 +16,19 @@ import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from fact_convert.io.file_types import FAMILIES_KNOWN, family_of
-from fact_convert.io.lazy_tensor import release
+from fact_convert.io.json_io import check_file, check_names
+from fact_convert.io.lazy_tensor import Lazy, State, in_order, release
 from fact_convert.io.parallel import in_threads
-from fact_convert.io.safetensors_io import DTYPES, State, check_file, check_names
+from fact_convert.io.safetensors_io import DTYPES
 from fact_jax.utils.errors import UserError, listed
+from fact_jax.utils.files import atomic_write
 
 _PICKLE_LIMIT = 16 * 2**20
 _BLOCK = 2**25
@@ -96,7 +101,6 @@ def _load(path: Path, *, mmap: bool) -> tuple[object, list[str]]:
         raise UserError(
             f"{path}: reading {path.suffix} files needs PyTorch: pip install 'fact-jax[torch]'"
         ) from err
-    import pickle
 
     def load() -> object:
         with warnings.catch_warnings():
@@ -314,3 +318,69 @@ def _dtypes() -> dict:
     torch = _torch()
     names = {dtype.name: dtype for dtype in DTYPES.values()}
     return {getattr(torch, name): dtype for name, dtype in names.items() if hasattr(torch, name)}
+
+
+STORAGES = {
+    **{np.dtype("f8"): "DoubleStorage", np.dtype("f4"): "FloatStorage"},
+    **{np.dtype("f2"): "HalfStorage", np.dtype(ml_dtypes.bfloat16): "BFloat16Storage"},
+    **{np.dtype("i8"): "LongStorage", np.dtype("i4"): "IntStorage", np.dtype("i2"): "ShortStorage"},
+    **{np.dtype("i1"): "CharStorage", np.dtype("u1"): "ByteStorage", np.dtype(bool): "BoolStorage"},
+}
+"""What PyTorch's pickles call the numbers of each sort."""
+
+
+def write_pickle(
+    path: str | os.PathLike,
+    state: Mapping[str, np.ndarray | Lazy],
+    wrote: Callable[[int], None] | None = None,
+    *,
+    replace: bool = True,
+) -> None:
+    """Write a flat state as ``torch.save`` does, one tensor after the other.
+
+    Equal states give equal bytes, whatever the file is called and whenever it is written. Without
+    ``replace``, UserError if the file is there already.
+    """
+    folder = "archive"  # as torch.save calls it where the file has no name
+    with (
+        atomic_write(path, replace=replace) as temporary,
+        zipfile.ZipFile(temporary, "w") as archive,
+    ):
+        archive.writestr(zipfile.ZipInfo(f"{folder}/data.pkl"), _pickled(path, state))
+        archive.writestr(zipfile.ZipInfo(f"{folder}/byteorder"), "little")
+        for number, stored in enumerate(state.values()):
+            array = in_order(stored)
+            entry = zipfile.ZipInfo(f"{folder}/data/{number}")
+            # A field without a meaning, so long that the numbers begin at a multiple of 64.
+            begin = archive.fp.tell() + 30 + len(entry.filename.encode()) + 4
+            entry.extra = struct.pack("<2sH", b"FB", -begin % 64) + b"Z" * (-begin % 64)
+            with archive.open(entry, "w") as member:
+                member.write(memoryview(array.reshape(-1).view(np.uint8)))
+            release(array)
+            if wrote is not None:
+                wrote(array.nbytes)
+        archive.writestr(zipfile.ZipInfo(f"{folder}/version"), "3\n")
+
+
+def _pickled(path: str | os.PathLike, state: Mapping[str, np.ndarray | Lazy]) -> bytes:
+    """The pickle that names the tensors: for each one a call that builds it from its storage."""
+
+    def plain(value: str | int | tuple[int, ...]) -> bytes:
+        return pickle.dumps(value, 2)[2:-1]
+
+    def named(module: str, name: str) -> bytes:
+        return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+    parts = [pickle.PROTO + b"\x02" + pickle.EMPTY_DICT]
+    for number, (key, array) in enumerate(state.items()):
+        if array.dtype not in STORAGES:
+            raise UserError(f"{path}: {key} is {array.dtype}, which the format does not have")
+        strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
+        storage = (plain("storage"), named("torch", STORAGES[array.dtype]), plain(str(number)))
+        storage = (*storage, plain("cpu"), plain(array.size))
+        built = (pickle.MARK, *storage, pickle.TUPLE, pickle.BINPERSID, plain(0))
+        built = (*built, plain(array.shape), plain(tuple(strides)), pickle.NEWFALSE)
+        hooks = (named("collections", "OrderedDict"), pickle.EMPTY_TUPLE, pickle.REDUCE)
+        call = (named("torch._utils", "_rebuild_tensor_v2"), pickle.MARK, *built, *hooks)
+        parts += [plain(key), *call, pickle.TUPLE, pickle.REDUCE, pickle.SETITEM]
+    return b"".join([*parts, pickle.STOP])

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fact_convert.io.lazy_tensor import Lazy, fetch
+from fact_convert.io.json_io import read_json
+from fact_convert.io.lazy_tensor import Lazy, State, fetch, in_order, write_at
 from fact_convert.io.parallel import in_threads
-from fact_convert.io.safetensors_io import DTYPES, MOST_AXES, State, read_json
-from fact_convert.io.writing import in_order, write_at
+from fact_convert.io.safetensors_io import DTYPES, MOST_AXES
 from fact_jax.utils.errors import UserError
 
 Array = np.ndarray | Lazy

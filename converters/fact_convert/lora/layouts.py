@@ -8,14 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from fact_convert.io.hashing import CONTENT
-from fact_convert.io.reading import DTYPES, State
-from fact_convert.io.writing import write_json, write_safetensors
+from fact_convert.io.json_io import write_json
+from fact_convert.io.lazy_tensor import State
+from fact_convert.io.output_paths import whole_folder
+from fact_convert.io.safetensors_io import DTYPES, write_safetensors
 from fact_convert.lora.layers import Layer
 from fact_convert.lora.merging import only
 from fact_convert.lora.names import LORA_PARTS, name_in
+from fact_convert.lora.peft_config import CONFIG_NAME, FILE_STEMS, METADATA_KEY, Settings
 from fact_convert.lora.reading import Lora
-from fact_convert.lora.settings import CONFIG_NAME, FILE_STEMS, METADATA_KEY, Settings
-from fact_convert.output_paths import whole_folder
 from fact_jax.utils.errors import UserError
 
 LAYOUTS = ("kohya", "diffusers", "peft")

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fact_convert.io.lazy_tensor import Lazy
-from fact_convert.io.reading import State
+from fact_convert.io.lazy_tensor import Lazy, State
 from fact_convert.lora.layers import Layer, bare
 from fact_convert.lora.reading import Lora
 from fact_convert.mapping import Difference, place_of, prefix_of

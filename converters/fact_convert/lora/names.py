@@ -4,9 +4,9 @@ import functools
 import re
 
 from fact_convert.mapping import place_of
-from fact_convert.models.single_file import unet_pairs
 from fact_convert.rules.key_tables import TABLES
 from fact_convert.rules.layer_transforms import CONV, LINEAR, POINTWISE, Leaf
+from fact_convert.rules.ldm import unet_pairs
 
 LORA_PARTS = {"unet": "unet", "clip_text": "text_encoder"}
 """The parts of a pipeline that a LoRA changes, by the kind of their layers."""

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fact_convert.io.reading import State, read_file
+from fact_convert.io.lazy_tensor import State
+from fact_convert.io.weight_files import read_file
 from fact_convert.lora.layers import ALGORITHMS, Layer, missing_parts, product_shape, rank_of
 from fact_convert.lora.names import LORA_PARTS, layout_of, locate, module_of
-from fact_convert.lora.settings import CONFIG_NAME, FILE_STEMS, Settings, read_settings
+from fact_convert.lora.peft_config import CONFIG_NAME, FILE_STEMS, Settings, read_settings
 from fact_convert.mapping import Difference, is_float
 from fact_jax.utils.errors import UserError
 

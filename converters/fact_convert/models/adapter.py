@@ -14,8 +14,9 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from fact_convert.io.reading import State, read_file, stored_as
-from fact_convert.io.writing import write_safetensors
+from fact_convert.io.lazy_tensor import State
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.weight_files import read_file, stored_as
 from fact_convert.models.validation import check_fits, resampler_shape
 from fact_convert.rules.key_tables import ADAPTER_MARK, RESAMPLER_PREFIX
 from fact_convert.weights import add_state, dump_some, dump_state, load_state, read_config

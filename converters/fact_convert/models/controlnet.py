@@ -5,10 +5,12 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from fact_convert.io.reading import local_folder, read_json, read_weights
+from fact_convert.io.hub import local_folder
+from fact_convert.io.json_io import read_json
+from fact_convert.io.output_paths import whole_folder
+from fact_convert.io.weight_files import read_weights
 from fact_convert.models.pipeline import save_part
 from fact_convert.models.validation import check_fits
-from fact_convert.output_paths import whole_folder
 from fact_convert.weights import load_state, read_config
 from fact_jax.models.controlnet import ControlNet, ControlNetConfig
 from fact_jax.utils.errors import UserError

@@ -2,12 +2,16 @@
 
 import dataclasses
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from fact_convert.io.reading import LEGACY_STEMS, State, read_json
-from fact_convert.io.writing import write_json, write_pickle, write_safetensors
-from fact_convert.models.components import copy_components
+from fact_convert.io.json_io import read_json, write_json
+from fact_convert.io.lazy_tensor import State
+from fact_convert.io.output_paths import whole_folder
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.weight_files import LEGACY_STEMS, stays_inside
 from fact_convert.models.inferred_configs import infer_config
 from fact_convert.models.pipeline import (
     DEFAULT_CLASS,
@@ -19,7 +23,6 @@ from fact_convert.models.pipeline import (
 )
 from fact_convert.models.tokenizer import AddedToken, Tokenizer, read_tokenizer, write_tokenizer
 from fact_convert.models.validation import in_shape
-from fact_convert.output_paths import whole_folder
 from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.utils.errors import UserError
 
@@ -217,3 +220,63 @@ def _shards(state: State, limit: int | None) -> Iterator[State]:
         shard[key] = array
         size += array.nbytes
     yield shard
+
+
+COMPONENTS = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+_COMPONENT_WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
+
+
+def copied_components(folder: Path) -> dict[str, list]:
+    """What is copied of a pipeline's folder: library and class by name, as its index says them."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return {}
+    said = {name: entry for name, entry in read_json(index).items() if name in COMPONENTS}
+    return {
+        name: entry
+        for name, entry in said.items()
+        if isinstance(entry, list)
+        and len(entry) == 2
+        and all(isinstance(text, str) for text in entry)
+        and (folder / name).is_dir()
+    }
+
+
+def copy_components(folder: Path, out: Path) -> dict[str, object]:
+    """Copy them from a pipeline's folder to another; what the other's index says of them."""
+    found = copied_components(folder)
+    for name in found:
+        (out / name).mkdir()
+        for file, copy in _component_files(folder / name):
+            shutil.copyfile(file, out / name / copy)
+    if "safety_checker" not in found:
+        return dict(found)
+    said = read_json(folder / "model_index.json").get("requires_safety_checker", True)
+    return {**found, "requires_safety_checker": said is True}
+
+
+def _component_files(folder: Path) -> Iterator[tuple[Path, str]]:
+    """Configurations, and one file of weights under the ordinary name (or all of its shards)."""
+    inside = [file for file in sorted(folder.iterdir()) if stays_inside(folder, file.name)]
+    files = {file.name: file for file in inside if file.is_file()}
+    for name, file in files.items():
+        if name.endswith(".json") and ".index." not in name:
+            yield file, name
+    for stem, suffix in _COMPONENT_WEIGHTS:
+        dotted = [name for name in files if name.startswith(f"{stem}.") and name.endswith(suffix)]
+        if dotted:
+            name = f"{stem}{suffix}"
+            yield files[name if name in dotted else dotted[0]], name
+            return
+    for name, file in files.items():
+        if name.endswith((".safetensors", ".bin", ".index.json")):
+            yield file, name
+
+
+def left_out(left: Mapping[str, list[str]], folder: Path) -> dict[str, list[str]]:
+    """What is left out of a folder, of what is left out of a file."""
+    copied = copied_components(folder)
+    rest = {reason: [key for key in keys if key not in copied] for reason, keys in left.items()}
+    return {reason: keys for reason, keys in rest.items() if keys}

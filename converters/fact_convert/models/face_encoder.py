@@ -7,8 +7,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from fact_convert.io.reading import State, json_in, read_file, read_json
-from fact_convert.io.writing import write_json, write_safetensors
+from fact_convert.io.json_io import json_in, read_json, write_json
+from fact_convert.io.lazy_tensor import State
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.weight_files import read_file
 from fact_convert.models.validation import RELEASED_SIZE, check_fits, encoder_shape
 from fact_convert.weights import dump_state, load_state, read_config
 from fact_jax.models.transface import TransFace, TransFaceConfig

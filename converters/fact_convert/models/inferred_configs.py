@@ -6,7 +6,7 @@ published model of just these widths, which is said, and refused for all others.
 
 import dataclasses
 
-from fact_convert.io.reading import State
+from fact_convert.io.lazy_tensor import State
 from fact_convert.models.adapter import infer_resampler
 from fact_convert.models.face_encoder import infer_encoder
 from fact_convert.models.validation import bare, infer_shape

@@ -10,13 +10,16 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from fact_convert.io.reading import State, local_folder, part_variants, read_json, read_weights
-from fact_convert.io.writing import write_json, write_safetensors
+from fact_convert.io.hub import local_folder
+from fact_convert.io.json_io import read_json, write_json
+from fact_convert.io.lazy_tensor import State
+from fact_convert.io.output_paths import whole_folder
+from fact_convert.io.safetensors_io import write_safetensors
+from fact_convert.io.weight_files import part_variants, read_weights
 from fact_convert.lora import LORA_PARTS, Lora, merge_model
 from fact_convert.mapping import prefix_of
 from fact_convert.models.tokenizer import Tokenizer, read_tokenizer, write_tokenizer
 from fact_convert.models.validation import check_fits
-from fact_convert.output_paths import whole_folder
 from fact_convert.rules.key_tables import ADAPTER_MARK
 from fact_convert.weights import dump_some, in_precision, load_state
 from fact_jax.diffusion.noise_schedules import NoiseSchedule, alphas_cumprod_numpy

@@ -11,9 +11,7 @@ import tokenizers
 from jaxtyping import Int
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from fact_convert.io.reading import read_json
-from fact_convert.io.safetensors_io import read_text
-from fact_convert.io.writing import write_json
+from fact_convert.io.json_io import read_json, read_text, write_json
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
 

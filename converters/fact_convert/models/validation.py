@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from fact_convert.io.lazy_tensor import Lazy
-from fact_convert.io.reading import State
+from fact_convert.io.lazy_tensor import Lazy, State
 from fact_convert.mapping import Shapes, match_state, prefix_of
 from fact_convert.rules.key_tables import ADAPTER_MARK
 from fact_convert.weights import SameKey, flat_shapes, read_config, skeleton

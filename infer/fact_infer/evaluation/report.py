@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fact_convert.io.reading import read_file
+from fact_convert.io.weight_files import read_file
 from fact_convert.models.adapter import read_metadata
 from fact_infer.evaluation.evaluate import sentence
 from fact_infer.evaluation.figures import (

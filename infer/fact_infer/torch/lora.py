@@ -8,7 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fact_convert.io.reading import State, read_weights
+from fact_convert.io.lazy_tensor import State
+from fact_convert.io.weight_files import read_weights
 from fact_convert.lora import LORA_PARTS, Lora, merge_model, only
 from fact_convert.models.pipeline import PARTS
 from fact_convert.rules.key_tables import TABLES

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from fact_convert.output_paths import whole_folder
+from fact_convert.io.output_paths import whole_folder
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fact_convert import Pipeline, Tokenizer
-from fact_convert.io.reading import read_json
+from fact_convert.io.json_io import read_json
 from fact_convert.models.pipeline import PARTS
 from fact_convert.models.tokenizer import read_tokenizer
 from fact_convert.weights import blank, read_config

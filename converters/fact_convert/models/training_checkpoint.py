@@ -5,18 +5,23 @@ nested as the modules are) and ``meta`` (JSON).
 """
 
 import concurrent.futures
+import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from fact_convert.io.reading import DTYPES, State, read_json
-from fact_convert.io.writing import write_json
+from fact_convert.io.hashing import hash_file
+from fact_convert.io.json_io import read_json, write_json
+from fact_convert.io.lazy_tensor import State
+from fact_convert.io.output_paths import whole_folder
+from fact_convert.io.parallel import in_threads
+from fact_convert.io.safetensors_io import DTYPES
 from fact_convert.io.zarr_io import read_tree, write_tree
 from fact_convert.mapping import Difference, is_ignored, names_of, place_of, prefix_of
-from fact_convert.output_paths import whole_folder
 from fact_convert.rules.key_tables import RESAMPLER_PREFIX, TABLES
+from fact_jax.utils.command_line import version_of
 from fact_jax.utils.errors import UserError
 
 _HEADS = {
@@ -169,3 +174,32 @@ def write_checkpoint(
             "meta": f"{handlers}.json_checkpoint_handler.JsonCheckpointHandler",
         }
         write_json(folder / "_CHECKPOINT_METADATA", {"item_handlers": items})
+
+
+def file_sums(source: str | os.PathLike) -> dict[str, str]:
+    """The SHA-256 of a weight file, or by their names of those in a folder, as sha256sum has it."""
+    source = Path(source)
+    files = _weight_files(source)
+    names = [source.name if f == source else f.relative_to(source).as_posix() for f in files]
+    return dict(zip(names, in_threads(hash_file, files), strict=True))
+
+
+def provenance(sources: Sequence[str | os.PathLike]) -> dict[str, str]:
+    """What weights were made of, for a file's metadata: the program, and hashes of the sources.
+
+    Of a folder the SHA-256 of every weight file; of a training checkpoint that of its ``meta``,
+    which holds the sum of every tensor. No name or path is in it: equal sources give equal texts.
+    """
+    files = [file for source in sources for file in _weight_files(Path(source))]
+    hashes = list(in_threads(hash_file, files))
+    return {"software": f"fact-jax {version_of()}", "sources": json.dumps(hashes)}
+
+
+def _weight_files(source: Path) -> list[Path]:
+    if source.is_file():
+        return [source]
+    checkpoint = find_checkpoint(source)
+    if checkpoint is not None:
+        meta = checkpoint / "meta" / "metadata"
+        return [meta] if meta.is_file() else []
+    return sorted([*source.rglob("*.safetensors"), *source.rglob("*.bin")])

@@ -12,7 +12,7 @@ import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from fact_convert.io.safetensors_io import read_json
+from fact_convert.io.json_io import read_json
 from fact_jax.utils.command_line import version_of
 from fact_jax.utils.errors import UserError, listed
 from fact_jax.utils.files import recover, replace_folder

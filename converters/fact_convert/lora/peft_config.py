@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from fact_convert.io.safetensors_io import read_json
+from fact_convert.io.json_io import read_json
 from fact_convert.lora.names import LORA_PARTS
 from fact_jax.utils.errors import UserError
 

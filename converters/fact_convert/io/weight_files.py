@@ -4,35 +4,18 @@ Tensors come as memory maps: what is not used is not read. Sizes that a file cla
 against the file before anything is allocated.
 """
 
-import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from fact_convert.io.file_types import HEAD, start_of
-from fact_convert.io.safetensors_io import (
-    DTYPES,
-    State,
-    check_file,
-    check_names,
-    read_json,
-    read_safetensors,
-)
-from fact_convert.io.torch_io import read_pickle, read_pickled
+from fact_convert.io.json_io import check_file, check_names, read_json
+from fact_convert.io.lazy_tensor import State
+from fact_convert.io.safetensors_io import read_safetensors
+from fact_convert.io.torch_io import read_pickled
 from fact_jax.utils.errors import UserError, listed
 
-__all__ = ["DTYPES", "PICKLES", "State", "check_file", "local_folder", "read_file", "read_json"]
-__all__ += [
-    "SAFETENSORS",
-    "read_pickle",
-    "read_safetensors",
-    "read_weights",
-    "stays_inside",
-    "stored_as",
-]
-
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 """Endings of files that ``torch.save`` wrote."""
 SAFETENSORS = (".safetensors", ".sft")
@@ -158,65 +141,3 @@ def stays_inside(folder: Path, name: str) -> bool:
     found = (home / name).resolve()
     blobs = [above.parent / "blobs" for above in home.parents if above.name == "snapshots"]
     return found.parent in (home, *blobs)
-
-
-def json_in(text: Mapping[str, str], name: str, source: str | os.PathLike) -> dict:
-    """An object that a file's metadata holds as JSON under a name; empty if there is none."""
-    try:
-        found = json.loads(text.get(name, "{}"))
-    except (ValueError, RecursionError) as err:
-        raise UserError(f"{source}: metadata {name!r} is not JSON ({err})") from err
-    if not isinstance(found, dict):
-        raise UserError(f"{source}: metadata {name!r} is not an object")
-    return found
-
-
-def local_folder(
-    name: str | os.PathLike,
-    patterns: Iterable[str],
-    variant: str | None,
-    *,
-    weights: bool = True,
-) -> Path:
-    """``name`` itself if it is a folder, else the folder of the Hub repository of that name.
-
-    ``patterns`` are the small files to fetch; of the weights only safetensors of the variant are,
-    and without ``weights`` none.
-    """
-    path = Path(name)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise UserError(
-            f"{path}: not a folder in diffusers' layout; of a single file `fact-convert to-torch` "
-            "makes one"
-        )
-    if not _HUB_NAME.fullmatch(str(name)) or path.parent.exists():
-        raise UserError(f"{path}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    wanted = [f"*/*.{variant}*safetensors"] if variant else ["*/*model*.safetensors"]
-    unwanted = ["safety_checker/*", *([] if variant else ["*.fp16.*", "*.non_ema.*"])]
-    wanted = [*patterns, *(wanted if weights else ())]
-    try:
-        found = snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=unwanted)
-        rest = _without_variant(Path(found), variant) if weights and variant else []
-        if rest:
-            unwanted += ["*.fp16.*", "*.non_ema.*"]
-            snapshot_download(str(name), allow_patterns=rest, ignore_patterns=unwanted)
-        return Path(found)
-    except Exception as err:  # the client has a dozen sorts for offline, absent and forbidden
-        line = str(err).strip().splitlines()
-        raise UserError(
-            f"{name}: no such folder here, and the Hub does not give it "
-            f"({line[0] if line else type(err).__name__})"
-        ) from err
-
-
-def _without_variant(folder: Path, variant: str) -> list[str]:
-    """Patterns of the ordinary weights of parts that came without any of the variant."""
-    return [
-        f"{config.parent.name}/*model*.safetensors"
-        for config in folder.glob("*/config.json")
-        if not any(config.parent.glob(f"*.{variant}*safetensors"))
-    ]

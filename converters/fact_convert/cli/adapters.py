@@ -1,0 +1,93 @@
+"""An adapter among other weights: taken out, without copies of its base; its configuration."""
+
+import dataclasses
+
+import numpy as np
+
+from fact_convert.cli.opening import ADAPTER_PARTS, Weights, adapter_said, canonical
+from fact_convert.io.lazy_tensor import State
+from fact_convert.mapping import prefix_of
+from fact_convert.models.adapter import find_resampler_config
+from fact_convert.rules.key_tables import ADAPTER_MARK
+from fact_convert.weights import read_config
+from fact_jax.utils.errors import UserError, listed
+
+_COPY = f"{ADAPTER_MARK}ln."
+
+
+def adapter_in(weights: Weights) -> Weights:
+    """The adapter among other weights, alone. UserError if there is none, or not all of it."""
+    states: dict[str, State] = {kind: {} for kind in ("adapter", "resampler")}
+    for kind, state in weights.states.items():
+        if kind in ADAPTER_PARTS:
+            states[kind] |= state
+        elif kind == "unet":
+            states["adapter"] |= {k: a for k, a in state.items() if ADAPTER_MARK in k}
+    if absent := [kind for kind, state in states.items() if not state]:
+        absent = " and no ".join(absent)
+        raise UserError(f"{weights.path}: no whole adapter: {weights.kind}, but no {absent}")
+    return dataclasses.replace(weights, states=states)
+
+
+def without_copies(weights: Weights, base: Weights | None) -> tuple[Weights, list[str]]:
+    """An adapter without its copies of the base's norm2, and what there is to say of them.
+
+    Released files may hold such copies, which win over the base's own. Those that are the base's
+    bit for bit are left out; those that differ stay. Without ``base`` all stay.
+    """
+    adapter = weights.states.get("adapter", {})
+    copies = [key for key in adapter if _COPY in key]
+    if base is None:
+        note = "copies of its base's norm2 kept: --base BASE leaves out those that BASE has too"
+        return weights, [f"{weights.path}: {len(copies)} {note}"] if copies else []
+    if "unet" not in base.states or not adapter:
+        kinds = f"{weights.path} is {weights.kind}, {base.path} is {base.kind}"
+        raise UserError(f"--base wants an adapter and its base, but {kinds}")
+    own = canonical("unet", base.states["unet"])
+    norms = {key: own.get(_norm2(key)) for key in copies}
+    if absent := [key for key, norm in norms.items() if norm is None]:
+        raise UserError(
+            f"{weights.path}: made for another base, {base.path} has no block for {listed(absent)}"
+        )
+    same = {key for key, norm in norms.items() if _same(adapter[key], norm)}
+    notes = []
+    if same:
+        notes.append(f"left out {len(same)} copies of the base's norm2: they are its own numbers")
+    if differing := [key for key in copies if key not in same]:
+        notes.append(
+            f"KEPT {len(differing)} norm2 that differ from the base's and replace them wherever "
+            f"this adapter is used: {listed(differing)}"
+        )
+    kept = {key: array for key, array in adapter.items() if key not in same}
+    states = {**weights.states, "adapter": kept}
+    return dataclasses.replace(weights, states=states), notes
+
+
+def _norm2(key: str) -> str:
+    block, _, leaf = key.partition(_COPY)
+    return f"{block}.norm2.{leaf}"
+
+
+def _same(one, other) -> bool:
+    a, b = (np.asarray(array).astype(np.float32) for array in (one, other))
+    return a.tobytes() == b.tobytes()
+
+
+def adapter_config(weights: Weights, dim_head: int | None, guess: bool = True) -> dict:
+    """What a file shall say of the adapter's models: what its source says, else the shapes.
+
+    Without ``guess`` it is empty where the heads are not known for certain.
+    """
+    said = adapter_said(weights)
+    metadata = {"config": said} if said else weights.metadata
+    if not said and not guess and dim_head is None and "dim_head" not in metadata:
+        return {}
+    prefix = prefix_of("resampler", weights.states["resampler"])
+    own = {key.removeprefix(prefix): a for key, a in weights.states["resampler"].items()}
+    try:
+        found, note = find_resampler_config(own, metadata, dim_head)
+        config = read_config("resampler", found, own)
+    except UserError as err:
+        raise UserError(f"{weights.path}: {err}") from err
+    weights.notes.extend([note] if note else [])
+    return {**said, "resampler": config.to_dict()}

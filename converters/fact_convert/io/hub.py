@@ -1,0 +1,61 @@
+"""Folders of models by path or by the name of a repository on the Hugging Face Hub."""
+
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from fact_jax.utils.errors import UserError
+
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+
+
+def local_folder(
+    name: str | os.PathLike,
+    patterns: Iterable[str],
+    variant: str | None,
+    *,
+    weights: bool = True,
+) -> Path:
+    """``name`` itself if it is a folder, else the folder of the Hub repository of that name.
+
+    ``patterns`` are the small files to fetch; of the weights only safetensors of the variant are,
+    and without ``weights`` none.
+    """
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(
+            f"{path}: not a folder in diffusers' layout; of a single file `fact-convert to-torch` "
+            "makes one"
+        )
+    if not _HUB_NAME.fullmatch(str(name)) or path.parent.exists():
+        raise UserError(f"{path}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    wanted = [f"*/*.{variant}*safetensors"] if variant else ["*/*model*.safetensors"]
+    unwanted = ["safety_checker/*", *([] if variant else ["*.fp16.*", "*.non_ema.*"])]
+    wanted = [*patterns, *(wanted if weights else ())]
+    try:
+        found = snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=unwanted)
+        rest = _without_variant(Path(found), variant) if weights and variant else []
+        if rest:
+            unwanted += ["*.fp16.*", "*.non_ema.*"]
+            snapshot_download(str(name), allow_patterns=rest, ignore_patterns=unwanted)
+        return Path(found)
+    except Exception as err:  # the client has a dozen sorts for offline, absent and forbidden
+        line = str(err).strip().splitlines()
+        raise UserError(
+            f"{name}: no such folder here, and the Hub does not give it "
+            f"({line[0] if line else type(err).__name__})"
+        ) from err
+
+
+def _without_variant(folder: Path, variant: str) -> list[str]:
+    """Patterns of the ordinary weights of parts that came without any of the variant."""
+    return [
+        f"{config.parent.name}/*model*.safetensors"
+        for config in folder.glob("*/config.json")
+        if not any(config.parent.glob(f"*.{variant}*safetensors"))
+    ]
