@@ -15,7 +15,13 @@ from fact_convert.io.safetensors_io import DTYPES, write_safetensors
 from fact_convert.lora.layers import Layer
 from fact_convert.lora.merging import only
 from fact_convert.lora.names import LORA_PARTS, name_in
-from fact_convert.lora.peft_config import CONFIG_NAME, FILE_STEMS, METADATA_KEY, Settings
+from fact_convert.lora.peft_config import (
+    CONFIG_NAME,
+    FILE_STEMS,
+    KOHYA_METADATA_KEY,
+    METADATA_KEY,
+    Settings,
+)
 from fact_convert.lora.reading import Lora
 from fact_jax.utils.errors import UserError
 
@@ -64,7 +70,8 @@ def save_lora(
         raise UserError(f"{lora.path}: {problems[0]} ({len(problems)} layers)")
     kinds = [kind for kind in LORA_PARTS if only(lora, kind).layers]
     settings = {kind: _settings(only(lora, kind)) for kind in kinds}
-    metadata = {k: v for k, v in lora.metadata.items() if k not in (METADATA_KEY, CONTENT)}
+    replaced = (METADATA_KEY, KOHYA_METADATA_KEY, CONTENT)
+    metadata = {k: v for k, v in lora.metadata.items() if k not in replaced}
     own = {layer.parts["down"].dtype.name for layer in lora.layers}
     if layout != "kohya" and lora.alpha_dtype and own != {lora.alpha_dtype}:
         metadata[_ALPHA_DTYPE] = lora.alpha_dtype
@@ -77,7 +84,8 @@ def save_lora(
     if layout == "kohya":
         metadata.pop(_ALPHA_DTYPE, None)
     if layout == "diffusers" or lora.settings:
-        metadata[METADATA_KEY] = json.dumps(packed)
+        key = METADATA_KEY if layout == "diffusers" else KOHYA_METADATA_KEY
+        metadata[key] = json.dumps(packed)
     texts = {"format": "pt", **metadata}
     write_safetensors(out, _state(lora, layout), texts, wrote, replace=force)
 

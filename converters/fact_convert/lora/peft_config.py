@@ -14,6 +14,8 @@ from fact_jax.utils.errors import UserError
 
 METADATA_KEY = "lora_adapter_metadata"
 """Where diffusers' files hold the settings, as JSON with the part's name before each."""
+KOHYA_METADATA_KEY = "peft_settings"
+"""The same in kohya's layout: beside alphas diffusers refuses the other."""
 CONFIG_NAME = "adapter_config.json"
 FILE_STEMS = ("adapter_model", "pytorch_lora_weights")
 """What peft and diffusers call the file of a LoRA in a folder."""
@@ -107,8 +109,8 @@ def read_settings(file: Path, metadata: Mapping[str, str], *, peft: bool) -> dic
     Raises UserError for settings whose LoRA cannot be merged, by name.
     """
     where, values, beside = str(file), {}, file.parent / CONFIG_NAME
-    if METADATA_KEY in metadata:
-        where, values = f"{file}: {METADATA_KEY}", _parse(metadata[METADATA_KEY], file)
+    if key := next((k for k in (METADATA_KEY, KOHYA_METADATA_KEY) if k in metadata), None):
+        where, values = f"{file}: {key}", _parse(metadata[key], key, file)
     elif beside.exists() and (peft or file.stem == FILE_STEMS[0]):
         where, values = str(beside), read_json(beside)
     found = {kind: Settings(where=where, values=_own(values, kind)) for kind in LORA_PARTS}
@@ -117,13 +119,13 @@ def read_settings(file: Path, metadata: Mapping[str, str], *, peft: bool) -> dic
     return found
 
 
-def _parse(text: str, file: Path) -> dict:
+def _parse(text: str, key: str, file: Path) -> dict:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as err:
-        raise UserError(f"{file}: metadata {METADATA_KEY!r} is not JSON ({err})") from err
+        raise UserError(f"{file}: metadata {key!r} is not JSON ({err})") from err
     if not isinstance(values, dict):
-        raise UserError(f"{file}: metadata {METADATA_KEY!r} is not an object")
+        raise UserError(f"{file}: metadata {key!r} is not an object")
     return values
 
 

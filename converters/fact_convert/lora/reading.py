@@ -79,7 +79,7 @@ def read_lora(path: str | os.PathLike) -> Lora:
     both = {(layer.kind, layer.key) for lora in found for layer in lora.layers}
     if len(both) != sum(len(lora.layers) for lora in found):
         raise UserError(f"{path}: two of its files change the same weight")
-    settings = {k: s for lora in found for k in lora.settings if (s := lora.settings[k]).values}
+    settings = {kind: said for lora in found for kind, said in lora.settings.items()}
     dtypes = {lora.alpha_dtype for lora in found}
     return Lora(
         path=path,
@@ -132,7 +132,7 @@ def _read(file: Path) -> Lora:
         path=file,
         layers=tuple(layers.values()),
         metadata=text,
-        settings=settings,
+        settings={kind: settings[kind] for kind, _ in layers if settings[kind].values},
         alpha_dtype=stored.pop() if len(stored) == 1 else None,
     )
 
