@@ -153,6 +153,7 @@ def test_what_cannot_be_used_is_one_line_before_anything(store, url, words, monk
     assert error.startswith(f"error: --out {url}")
     assert words in error
     assert not Path("runs").exists()
+    assert store.find("bucket") == ["bucket/data/photo.jpg"]
 
 
 @pytest.mark.slow

@@ -144,8 +144,12 @@ class RemoteFolder:
     def _unlock(self) -> None:
         with contextlib.suppress(Exception):  # then it expires
             found = self._read_lock()
-            if found.get("owner") == self._own["owner"]:
-                self._write_lock({"copy": found.get("copy")})
+            if found.get("owner") != self._own["owner"]:
+                return
+            if found.get("copy") is None:
+                self._fs.rm_file(f"{self._root}/{_LOCK}")
+            else:
+                self._write_lock({"copy": found["copy"]})
 
     def _fetch(self, copy: str | None) -> None:
         """Make the folder what the URL holds, unless it is a copy that may be newer."""
@@ -154,7 +158,7 @@ class RemoteFolder:
             for name, info in self._fs.find(self._root, detail=True).items()
             if not name.endswith("/")  # an empty object that stands for a folder
         }
-        if copy is None and sizes.keys() - {_LOCK} and "config.json" not in sizes:
+        if sizes.keys() - {_LOCK} and "config.json" not in sizes:
             raise UserError(f"--out {self.url} holds files that are not of a run: give another")
         listed = self._read_lists(sizes)
         if not self._is_copy(copy, max(map(int, listed), default=-1)):
@@ -219,10 +223,13 @@ class RemoteFolder:
             self._down = True
 
     def _upload(self) -> None:
-        """Bring the URL up to date: checkpoints first, then what else has changed."""
+        """Bring the URL up to date."""
         self._renew()
+        last = "export/training.json"  # which says what the other exported files are
+        self._upload_files(lambda name: name == "config.json")  # which says that it is a run's
         self._upload_checkpoints()
-        self._upload_others()
+        self._upload_files(lambda name: name != last)
+        self._upload_files(lambda name: name == last)
 
     def _upload_checkpoints(self) -> None:
         steps = self._steps()
@@ -239,18 +246,21 @@ class RemoteFolder:
         for step in self._checkpoints.keys() - set(steps):
             self._remove(step)
 
-    def _upload_others(self) -> None:
-        changed = {n: v for n, v in _files(self.folder).items() if self._files.get(n) != v}
-        changed = {n: v for n, v in changed.items() if not n.startswith("checkpoints/")}
-        last = changed.keys() & {"export/training.json"}  # which says what the others are
-        for names in (changed.keys() - last, last):
-            with _unless_gone(*(self.folder / name for name in names)):
-                self._put(self.folder, names, "")
-                self._files |= {name: changed[name] for name in names}
+    def _upload_files(self, wanted: Callable[[str], bool]) -> None:
+        """Those that have changed, of what is no checkpoint."""
+        changed = {
+            name: about
+            for name, about in _files(self.folder).items()
+            if self._files.get(name) != about and not name.startswith("checkpoints/")
+        }
+        names = [name for name in changed if wanted(name)]
+        with _unless_gone(*(self.folder / name for name in names)):
+            self._put(self.folder, names, "")
+            self._files |= {name: changed[name] for name in names}
 
     def _put(self, folder: Path, names: Iterable[str], place: str) -> None:
-        if names := list(names):
-            there = [f"{self._root}/{place}{name}" for name in names]
+        there = [f"{self._root}/{place}{name}" for name in names]
+        if there:
             self._fs.put([str(folder / name) for name in names], there)
 
     def _remove(self, step: str) -> None:
