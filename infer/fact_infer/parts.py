@@ -49,6 +49,13 @@ def find_face_files(
     return found, found.parent / ENCODER
 
 
+def has_encoder(adapter: str | os.PathLike) -> bool:
+    """Whether an encoder lies beside an adapter; one that is not here is taken to have it."""
+    path = Path(adapter)
+    folder = path if path.is_dir() else path.parent
+    return not path.exists() or (folder / ENCODER / WEIGHTS).exists()
+
+
 def open_parts(
     base: str | os.PathLike | Base,
     adapter: str | os.PathLike | None,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from fact_infer.base_model import read_base, read_face_files
-from fact_infer.parts import find_face_files, save_face_files
+from fact_infer.parts import find_face_files, has_encoder, save_face_files
 from fact_jax.utils.errors import UserError
 
 
@@ -51,6 +51,8 @@ def test_saved_folder_holds_the_same(files, saved):
     assert found == (saved / "adapter.safetensors", saved / "encoder")
     assert find_face_files(files.adapter, files.encoder) == (files.adapter, files.encoder)
     assert find_face_files(saved, files.encoder) == (found[0], files.encoder)
+    assert [has_encoder(path) for path in (saved, found[0], "someone/face")] == [True] * 3
+    assert not has_encoder(shutil.copy(files.adapter, saved.parent))
     before, after = (read_face_files(*pair) for pair in ((files.adapter, files.encoder), found))
     assert after.metadata["config"] == before.metadata["config"]
     assert after.encoder_config == before.encoder_config

@@ -31,7 +31,12 @@ def _add_evaluate(commands) -> None:
     evaluate.set_defaults(run=_evaluate)
     evaluate.add_argument("--base", type=Path, default=Path("miniature/base"), metavar="DIR")
     evaluate.add_argument("--adapter", type=Path, required=True, metavar="FILE")
-    evaluate.add_argument("--encoder", type=Path, default=Path("miniature/encoder"), metavar="DIR")
+    evaluate.add_argument(
+        "--encoder",
+        type=Path,
+        metavar="DIR",
+        help="(encoder/ beside the adapter, else miniature/encoder)",
+    )
     evaluate.add_argument(
         "--judge",
         type=Path,
@@ -91,6 +96,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from fact_infer.evaluation import evaluate
     from fact_infer.jax.pipeline import FlaxPipeline
     from fact_infer.output_images import check_folder
+    from fact_infer.parts import has_encoder
     from fact_infer.request import Settings, check_seed
     from fact_jax.fact import Guidance
 
@@ -107,7 +113,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         guidance=Guidance(text=arguments.guidance, face_scale=arguments.face_scale),
     )
     judges = evaluate.Judges(arguments.judge)
-    pipeline = FlaxPipeline.load(arguments.base, arguments.adapter, arguments.encoder)
+    encoder = arguments.encoder
+    if encoder is None and not has_encoder(arguments.adapter):
+        encoder = Path("miniature/encoder")
+    pipeline = FlaxPipeline.load(arguments.base, arguments.adapter, encoder)
     pipeline.base.check(settings)
     crop_size = pipeline.face.encoder_config.img_size
     people = evaluate.draw_people(arguments.people, arguments.photos, crop_size)
