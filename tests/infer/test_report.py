@@ -141,6 +141,12 @@ def test_grid_shows_six_people_and_the_amplified_difference(sources, tmp_path):
     [
         lambda s: (s.evaluation / "pictures.npz").write_bytes(b"no"),
         lambda s: (s.evaluation / "evaluation.json").write_text("{"),
+        lambda s: (s.evaluation / "evaluation.json").write_text("[]"),
+        lambda s: (s.evaluation / "evaluation.json").write_text('{"people": 3}'),
+        lambda s: (s.evaluation / "evaluation.json").write_bytes(b"\xff"),
+        lambda s: np.savez(s.evaluation / "pictures.npz", ids=np.zeros(2)),
+        lambda s: (s.training / "config.json").write_text("{}"),
+        lambda s: s.stages.write_text('{"train": 61}'),
         lambda s: (s.training / "metrics.jsonl").unlink(),
         lambda s: (s.training / "config.json").unlink(),
         lambda s: (s.torch / "a" / "x-seed1.png").unlink(),
@@ -154,8 +160,12 @@ def test_what_is_missing_or_damaged_is_named_and_nothing_written(sources, tmp_pa
     assert not (tmp_path / "out" / "report.html").exists()
 
 
-def test_half_written_line_of_metrics_is_left_out(sources):
-    assert [row["step"] for row in read_metrics(sources.training / "metrics.jsonl")] == [1, 10, 20]
+def test_lines_of_metrics_that_are_none_are_left_out(sources, tmp_path):
+    path = sources.training / "metrics.jsonl"
+    path.write_bytes(b'1\n\xff\n[]\n{"a": 1}\n{"step": "x"}\n' + path.read_bytes())
+    assert [row["step"] for row in read_metrics(path)] == [1, 10, 20]
+    path.write_text('{"step": 1, "loss/mse": NaN, "loss/fair": "x"}\n{"step": 2, "loss/mse": 1.0}')
+    assert "NaN" not in report(sources, tmp_path / "out").words
 
 
 def test_command_writes_the_report(sources, tmp_path, capsys):

@@ -1,11 +1,14 @@
 """A training, its evaluation and its pictures as one HTML file and one grid."""
 
+import contextlib
 import dataclasses
 import html
 import json
+import math
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,21 +83,43 @@ def write_report(sources: Sources, out: Path) -> list[Path]:
 
     Names that are taken get a number.
     """
-    evaluation = _read_json(sources.evaluation / "evaluation.json")
-    grid, captions = _grid(sources.evaluation / "pictures.npz")
+    with _written_by("fact-infer evaluate", sources.evaluation / "pictures.npz") as path:
+        grid, captions = _grid(path)
+    with _written_by("fact-infer evaluate", sources.evaluation / "evaluation.json") as path:
+        evaluation = _read_json(path)
+        people, measured = _grid_section(grid, captions, evaluation), _table_section(evaluation)
+    with _written_by("fact-train run", sources.training / "config.json") as path:
+        training = _training_section(sources, _read_json(path))
+    with _written_by("demo.py", sources.stages) as path:
+        stages = _stages_section(path)
     sections = [
-        ("People whom nothing was trained on", _grid_section(grid, captions, evaluation)),
-        ("Measured", _table_section(evaluation)),
-        ("Training", _training_section(sources)),
+        ("People whom nothing was trained on", people),
+        ("Measured", measured),
+        ("Training", training),
         ("The same request in JAX and in PyTorch", _backends_section(sources.flax, sources.torch)),
         ("From a photo to what the face encoder sees", _face_section(sources)),
-        ("What each stage took", _stages_section(sources.stages)),
+        ("What each stage took", stages),
     ]
     picture, page = Image.fromarray(grid), _page(sections)
     return [
         create(out / "grid.png", lambda path: picture.save(path, format="PNG", optimize=True)),
         create(out / "report.html", lambda path: path.write_text(page, encoding="utf-8")),
     ]
+
+
+@contextlib.contextmanager
+def _written_by(program: str, path: Path | None) -> Iterator[Path | None]:
+    """While what ``path`` holds is used: UserError if that is not what the program writes there."""
+    try:
+        yield path
+    except (
+        *(ArithmeticError, AttributeError, LookupError, TypeError, ValueError),
+        *(EOFError, OSError, zipfile.BadZipFile, zlib.error),
+    ) as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise UserError(f"{path}: {error.strerror}; it is written by `{program}`") from None
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{path}: not what `{program}` writes ({why}): run it again") from error
 
 
 def _page(sections: list[tuple[str, str]]) -> str:
@@ -115,14 +140,9 @@ def _page(sections: list[tuple[str, str]]) -> str:
 
 def _grid(path: Path) -> tuple[np.ndarray, dict[int, str]]:
     """The grid of the first people, and by their numbers what the pictures were to show."""
-    try:
-        with np.load(path) as held:
-            names = ("ids", "captions", "reference", "base", "fact")
-            arrays = {name: held[name][:GRID_PEOPLE] for name in names}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path}: not the pictures of `fact-infer evaluate` ({error}): run it again"
-        ) from None
+    with np.load(path) as held:
+        names = ("ids", "captions", "reference", "base", "fact")
+        arrays = {name: held[name][:GRID_PEOPLE] for name in names}
     columns = {
         "reference photo": arrays["reference"],
         "base model": arrays["base"],
@@ -160,9 +180,8 @@ def _table_section(evaluation: dict[str, Any]) -> str:
     )
 
 
-def _training_section(sources: Sources) -> str:
+def _training_section(sources: Sources, config: dict[str, Any]) -> str:
     rows = read_metrics(sources.training / "metrics.jsonl")
-    config = _read_json(sources.training / "config.json")
     last = rows[-1]["step"] if rows else 0
     weights = config.get("options.weights")
     origin = f"It went on from {weights}{_step_of(weights)}." if weights else "It began at nothing."
@@ -192,23 +211,25 @@ def _step_of(adapter: str) -> str:
 
 
 def _series(label: str, colour: str, rows: list[dict], name: str, shift: int) -> Series:
-    found = [(row["step"] + shift, row[name]) for row in rows if row.get(name) is not None]
+    found = [(row["step"] + shift, row[name]) for row in rows if _is_number(row.get(name))]
     return Series(label, colour, [x for x, _ in found], [y for _, y in found])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl; a half-written last line is left out."""
+    """The rows of a run's metrics.jsonl; what is none, as a half-written last line, is left out."""
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text(errors="replace").splitlines()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; it is written by `fact-train run`") from None
     rows = []
     for line in lines:
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
+    return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _backends_section(flax: Path | None, torch: Path | None) -> str:
@@ -282,12 +303,10 @@ def _stages_section(path: Path | None) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
+    found = json.loads(path.read_text())
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
 
 
 def _image(pixels: np.ndarray, name: str, width: int | None = None) -> str:
