@@ -457,6 +457,13 @@ def test_arguments_are_checked(fact, face):
         (face, {"scales": ["a"]}, "face scale must be a number, got 'a'"),
         (face, {"block_scales": {"up": 3.0}}, "block scale 'up' must lie in 0..2, got 3"),
         (face, {"regions": "left.png"}, "left.png"),
+        (face, {"regions": 3}, "regions must be a mask for each person, got 3"),
+        (face, {"guidance": 7.5}, r"must be as Guidance\(text=7.5\), got 7.5"),
+        (face, {"block_scales": [("up", 1.0, 2.0)]}, "must be as {'up_blocks': 0.5}, got"),
+        (face, {"block_scales": 0.5}, "must be as {'up_blocks': 0.5}, got 0.5"),
+        (face, {"start": None}, "start must be a number, got None"),
+        (None, {}, "face tokens are tensors"),
+        ([], {}, "face tokens are tensors"),
         ([face, torch.cat([face, face], 1)], {"regions": [mask, mask]}, "as many face tokens as"),
     ):
         with pytest.raises(UserError, match=message), fact.face(tokens, **more):

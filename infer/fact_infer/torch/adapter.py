@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -154,13 +154,13 @@ class FactTorch:
         inside = installed(self.pipe.unet).values()
         if not inside or any(processor.context is not self.context for processor in inside):
             raise UserError("this adapter is no longer in the pipe: load_fact it again")
+        for name, fraction in {"start": start, "stop": stop}.items():
+            check_range(name, fraction, 0.0, 1.0)
         settings = Guidance(
             face=face_guidance,
             negative_face=negative_face,
             face_scale=1.0 if schedule is None else _numbers("the schedule", schedule),
-            block_scales=tuple(
-                block_scales.items() if isinstance(block_scales, Mapping) else block_scales
-            ),
+            block_scales=_pairs(block_scales),
             start=start,
             stop=stop,
             cap=cap,
@@ -168,6 +168,8 @@ class FactTorch:
         )
         if guidance is not None and settings != Guidance():
             raise UserError("give these settings within the guidance, or no guidance")
+        if not isinstance(guidance, Guidance | None):
+            raise UserError(f"guidance must be as Guidance(text=7.5), got {guidance!r}")
         follow, guidance = guidance is None, guidance or settings
         check_guidance(guidance)
         if scales is not None:
@@ -175,6 +177,8 @@ class FactTorch:
                 check_range("face scale", one, 0.0, MAX_SCALE)
         if isinstance(regions, str | os.PathLike | Image.Image):  # of one person
             regions = [regions]
+        if not isinstance(regions, Iterable | None):
+            raise UserError(f"regions must be a mask for each person, got {regions!r}")
         if regions is not None and not isinstance(regions, Mapping):
             regions = [_mask(mask) for mask in regions]
         face = face if isinstance(face, Tensor) else _side_by_side(face, regions)
@@ -313,6 +317,15 @@ def _numbers(name: str, values: Sequence[float]) -> tuple[float, ...]:
         raise UserError(f"{name} must be several numbers, got {values!r}") from None
 
 
+def _pairs(block_scales: Mapping | Sequence) -> tuple[tuple[str, float], ...]:
+    try:
+        return tuple((str(pattern), factor) for pattern, factor in dict(block_scales).items())
+    except (TypeError, ValueError):
+        raise UserError(
+            f"block scales must be as {{'up_blocks': 0.5}}, got {block_scales!r}"
+        ) from None
+
+
 def _mask(mask: Mask) -> Float[np.ndarray, "h w"]:
     """A person's region in [0, 1], from a file, a picture or an array."""
     if isinstance(mask, str | os.PathLike):
@@ -332,11 +345,12 @@ def _people(regions: Regions | Sequence[np.ndarray]) -> int:
 
 def _side_by_side(faces: Sequence[Tensor], regions: object) -> Float[Tensor, "b m d"]:
     """The tokens of several people of one picture."""
-    if isinstance(faces, str) or not all(isinstance(face, Tensor) for face in faces):
+    tensors = isinstance(faces, list | tuple) and all(isinstance(face, Tensor) for face in faces)
+    if not (tensors and faces):
         raise UserError("face tokens are tensors, as fact.tokens(photo) gives them")
     if len(faces) > 1 and regions is None:
         raise UserError(f"tokens of {len(faces)} people: give regions, a mask for each of them")
-    if not faces or len({tuple(face.shape) for face in faces}) > 1:
+    if len({tuple(face.shape) for face in faces}) > 1:
         shapes = ", ".join(str(tuple(face.shape)) for face in faces)
         raise UserError(f"every person needs as many face tokens as the others, got {shapes}")
     return torch.cat(tuple(faces), dim=1)
