@@ -15,6 +15,7 @@ MAX_SCALE = 2.0
 MAX_SEED = 2**31 - 1
 MAX_SIDE = 8192
 """Pixels: a typing error beyond that would end in a failed allocation of terabytes."""
+MAX_PICTURES = 1_000_000
 MAX_PROMPT = 4000
 """Characters: many more than a text encoder reads, and few enough for a JPEG to record."""
 
@@ -92,6 +93,8 @@ class Request(Settings):
         super().__post_init__()
         if not self.prompts or not self.seeds:
             raise UserError("at least one prompt and one seed are needed")
+        if len(self.prompts) * len(self.seeds) > MAX_PICTURES:
+            raise UserError(f"at most {MAX_PICTURES:,} pictures (prompts times seeds) at once")
         for seed in self.seeds:
             check_seed(seed)
         for prompt in self.prompts:

@@ -44,6 +44,7 @@ def photos(*people: int) -> list[Photo]:
         ({"height": 0}, "height must lie in 1..8192 pixels, got 0"),
         ({"width": 100_000}, "width must lie in 1..8192 pixels, got 100000"),
         ({"prompts": ()}, "at least one prompt and one seed"),
+        ({"seeds": range(2_000_000)}, "at most 1,000,000 pictures"),
         ({"seeds": (-1,)}, "a seed must lie in 0..2147483647, got -1"),
     ],
 )

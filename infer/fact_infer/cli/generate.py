@@ -281,13 +281,13 @@ def _save_sheet(written: list, arguments: argparse.Namespace, source: str) -> Pa
 
 
 def _request(arguments: argparse.Namespace):
-    from fact_infer.request import Request
+    from fact_infer.request import MAX_PICTURES, Request
 
     check_control(arguments)
     if arguments.batch < 1:
         raise UserError(f"--batch must be at least 1, got {arguments.batch}")
-    if arguments.count < 1:
-        raise UserError(f"--count must be at least 1, got {arguments.count}")
+    if not 1 <= arguments.count <= MAX_PICTURES:
+        raise UserError(f"--count must lie in 1..{MAX_PICTURES:,}, got {arguments.count:,}")
     if arguments.best is not None:
         if not 1 <= arguments.best <= arguments.count:
             raise UserError(f"--best must lie in 1..{arguments.count} (--count)")
