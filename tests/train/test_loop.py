@@ -12,6 +12,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from PIL import Image
 from safetensors.numpy import load_file
@@ -311,7 +312,12 @@ def damage_truncate(folder):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-@pytest.mark.parametrize("damage", [damage_flip, damage_truncate])
+def damage_exchange(folder):
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("00000007"), folder)
+
+
+@pytest.mark.parametrize("damage", [damage_flip, damage_truncate, damage_exchange])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     damage, toy_config, finished, tmp_path, capsys
 ):
@@ -369,6 +375,25 @@ def test_sigterm_saves_and_exits_with_143(toy_file, tmp_path):
     (saved,) = (folder / "checkpoints").iterdir()
     assert int(saved.name) >= 20
     assert json.loads((folder / "export" / "training.json").read_text())["step"] == int(saved.name)
+
+
+def test_a_signal_does_not_end_the_last_checkpoint(toy_config, tmp_path, monkeypatch):
+    manager = ocp.CheckpointManager
+    save, wait = manager.save, manager.wait_until_finished
+
+    def then_interrupted(*arguments, **settings):
+        save(*arguments, **settings)
+        monkeypatch.setattr(manager, "wait_until_finished", interrupted)
+
+    def interrupted(self):
+        monkeypatch.setattr(manager, "wait_until_finished", wait)
+        signal.raise_signal(signal.SIGINT)
+        wait(self)
+
+    monkeypatch.setattr(manager, "save", then_interrupted)
+    outcome = run(override(toy_config, ["steps=2", "log.samples_every=none"]), tmp_path)
+    assert outcome.stopped_by is None
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000002"]
 
 
 def test_an_error_in_the_data_reaches_the_caller():

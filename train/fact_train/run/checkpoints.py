@@ -96,12 +96,18 @@ class Checkpoints:
         if self._manager is None:
             return
         try:
+            self.wait()
             with self._one_line():
-                self._manager.wait_until_finished()
                 self._manager.close()
         except UserError:
             if kind is None:
                 raise
+
+    def wait(self) -> None:
+        """Wait until what is being written is on disk; UserError if it cannot be."""
+        if self._manager is not None:
+            with self._one_line():
+                self._manager.wait_until_finished()
 
     def save(self, state: TrainState, score: float | None = None) -> None:
         """Start writing a checkpoint; returns once the state has been copied.
@@ -225,6 +231,8 @@ class Checkpoints:
         for name in sorted(written.keys() | found.keys()):
             if written.get(name) != found.get(name):
                 return None, f"{name} is not what was written"
+        if int(state.step) != step:
+            return None, f"it is of step {int(state.step)}"
         return (_with_ema_of(template, state), meta), ""
 
     def _read_meta(self, path: Path) -> bytes:

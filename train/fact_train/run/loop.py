@@ -176,6 +176,7 @@ def _train(
         train_step = make_train_step(ready.task, ready.optimizer, config, mesh)
         with SignalHandler() as stopping:
             state = loop.train(train_step, ready.source, state, stopping)
+            checkpoints.wait()  # a signal must not end what is being written
     process_all(True)  # nobody leaves while another still writes
     stopped = stopping.decided if int(state.step) < config.steps else None
     saved = f", saved in {folder}" if not int(state.skipped_in_a_row) else ""
