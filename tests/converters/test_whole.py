@@ -274,6 +274,12 @@ def test_the_miniature_adapter_keeps_its_heads(miniature, same_bits, tmp_path, c
         read_adapter(tmp_path / "bare.ckpt")
     run("to-torch", tmp_path / "bare.ckpt", tmp_path / "d.ckpt", "--dim-head", 32)
     assert load_adapter(tmp_path / "d.ckpt").resampler.config == ResamplerConfig.mini()
+    run("to-torch", tmp_path / "bare.ckpt", tmp_path / "wide.ckpt", "--dim-head", 64)
+    capsys.readouterr()
+    run("verify", source, tmp_path / "wide.ckpt")
+    line = capsys.readouterr().out
+    assert "other settings: resampler" in line
+    assert "dim_head 64, not 32" in line
     for width, reason in ((0, "cannot be 0 wide"), (-32, "cannot be -32"), (48, "cannot be 48")):
         line = error(capsys, "to-jax", tmp_path / "bare.ckpt", "out", "--dim-head", width)
         assert reason in line
@@ -427,6 +433,24 @@ def test_a_class_that_cannot_be_kept_is_said(pipeline_folder, tmp_path, capsys):
 
 def scheduler(folder) -> dict:
     return json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+
+
+def test_the_same_numbers_of_other_settings(pipeline_folder, tmp_path, capsys):
+    other = shutil.copytree(pipeline_folder, tmp_path / "other")
+    config = scheduler(other) | {"prediction_type": "v_prediction"}
+    (other / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    (other / "model_index.json").write_text(json.dumps(index(other) | {"_class_name": "Other"}))
+    capsys.readouterr()
+    run("verify", pipeline_folder, other)
+    line = capsys.readouterr().out
+    assert line.startswith(f"the same numbers, but {other} has other settings: scheduler ")
+    assert "prediction_type v_prediction, not epsilon; class Other, not Stable" in line
+    run("verify", pipeline_folder, other, "--json")
+    about = json.loads(capsys.readouterr().out)
+    assert about["same"]
+    assert set(about["settings"]) == {"scheduler", "class"}
+    run("verify", pipeline_folder, pipeline_folder)
+    assert capsys.readouterr().out == "the same numbers\n"
 
 
 @pytest.mark.parametrize("betas", [{}, {"beta_schedule": "linear", "beta_start": 1e-4}])

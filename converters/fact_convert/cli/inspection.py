@@ -1,17 +1,23 @@
 """What weights are, and whether two of them are the same: for ``fact-convert``."""
 
+import contextlib
+import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
 
+from fact_convert.cli.adapters import adapter_config
 from fact_convert.cli.opening import Weights, added_tokens, check_whole, step_of, unknown_keys
 from fact_convert.io.hashing import CONTENT, content_hash
 from fact_convert.io.lazy_tensor import State
 from fact_convert.lora import is_lora, read_lora
 from fact_convert.mapping import guess_kind, prefix_of
+from fact_convert.models.pipeline import read_schedule_config
 from fact_convert.models.training_checkpoint import file_sums
 from fact_convert.models.validation import bare, check_fits, encoder_shape
 from fact_convert.rules.key_tables import ADAPTER_MARK
+from fact_convert.weights import read_config
 from fact_jax.utils.errors import UserError
 
 _HIDDEN = {"added_tokens", "checksums", "kept", "step", "configs", CONTENT}
@@ -174,6 +180,45 @@ def compare(one: Weights, other: Weights, tolerance: float) -> list[str]:
         for weights in (one, other):
             check_whole(weights)
     return sorted(lines)
+
+
+def differing_settings(one: Weights, other: Weights) -> Iterator[tuple[str, list[str]]]:
+    """What both say of themselves and say otherwise: a model, scheduler or class, and its settings.
+
+    Of settings that make no sense in ``one``, why they make none.
+    """
+    ours, others = _configs(one), _configs(other)
+    readers = {kind: functools.partial(read_config, kind) for kind in ours.keys() & others.keys()}
+    pairs = {kind: (ours[kind], others[kind]) for kind in sorted(readers)}
+    if one.scheduler is not None and other.scheduler is not None:
+        readers["scheduler"] = read_schedule_config
+        pairs["scheduler"] = one.scheduler, other.scheduler
+    for name, (own, theirs) in pairs.items():
+        try:
+            differing = _differing(readers[name](own), readers[name](theirs))
+        except UserError as err:
+            differing = [str(err)]
+        if own != theirs and differing:
+            yield name, differing
+    a, b = one.pipeline_class, other.pipeline_class
+    if None not in (a, b) and a != b:
+        yield "class", [f"{b}, not {a}"]
+
+
+def _configs(weights: Weights) -> dict[str, Mapping]:
+    """The configurations that weights say, by kind; of an adapter that of its resampler."""
+    found = dict(weights.configs)
+    with contextlib.suppress(UserError):  # weights that are not whole are told elsewhere
+        if "resampler" in weights.states:
+            said = adapter_config(weights, None, guess=False)
+            found |= {"resampler": said["resampler"]} if said else {}
+    return found
+
+
+def _differing(own, other) -> list[str]:
+    names = [field.name for field in dataclasses.fields(own)]
+    pairs = {name: (getattr(own, name), getattr(other, name)) for name in names}
+    return [f"{name} {b}, not {a}" for name, (a, b) in pairs.items() if a != b]
 
 
 def _only(own: Mapping[str, object], other: Mapping[str, object]) -> Iterator[str]:

@@ -387,15 +387,18 @@ def _check_out(
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    from fact_convert.cli.inspection import compare
+    from fact_convert.cli.inspection import compare, differing_settings
 
-    differences = compare(
-        _open(arguments.a, arguments), _open(arguments.b, arguments), arguments.tolerance
-    )
+    one, other = _open(arguments.a, arguments), _open(arguments.b, arguments)
+    differences = compare(one, other, arguments.tolerance)
+    settings = dict(differing_settings(one, other))
     if arguments.json:
-        print(json.dumps({"same": not differences, "differences": differences}, indent=2))
+        about = {"same": not differences, "differences": differences, "settings": settings}
+        print(json.dumps(about, indent=2))
         return 1 if differences else 0
     for line in differences:
         _say(line)
-    print("different" if differences else "the same numbers")
+    result = "different" if differences else "the same numbers"
+    apart = [f"{name} {listed(said)}" for name, said in settings.items()]
+    _say(f"{result}, but {other.path} has other settings: {'; '.join(apart)}" if apart else result)
     return 1 if differences else 0

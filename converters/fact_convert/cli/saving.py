@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from fact_convert.cli.adapters import adapter_config
+from fact_convert.cli.inspection import differing_settings
 from fact_convert.cli.opening import (
     ADAPTER_PARTS,
     ADDED_TOKENS,
@@ -117,28 +118,11 @@ def save(
 
 def _overruled(source: Weights, weights: Weights, beside: Path) -> Iterator[str]:
     """A line for all that the folder ``beside`` says otherwise than the source itself."""
-    readers = {kind: functools.partial(read_config, kind) for kind in source.configs}
-    pairs = {kind: (source.configs[kind], weights.configs[kind]) for kind in readers}
-    if source.scheduler is not None:
-        readers["scheduler"] = read_schedule_config
-        pairs["scheduler"] = source.scheduler, weights.scheduler
-    for name, read in readers.items():
-        own, other = pairs[name]
-        try:
-            differing = _differing(read(own), read(other))
-        except UserError as err:  # of the source: what is taken is checked afterwards
-            differing = [str(err)]
-        if own != other and differing:
-            yield (
-                f"{name}: taken from {beside} (--config), though the source says otherwise: "
-                f"{listed(differing)}"
-            )
-
-
-def _differing(own, other) -> list[str]:
-    names = [field.name for field in dataclasses.fields(own)]
-    pairs = {name: (getattr(own, name), getattr(other, name)) for name in names}
-    return [f"{name} {b}, not {a}" for name, (a, b) in pairs.items() if a != b]
+    for name, differing in differing_settings(source, weights):
+        yield (
+            f"{name}: taken from {beside} (--config), though the source says otherwise: "
+            f"{listed(differing)}"
+        )
 
 
 def is_folder(out: Path, layout: str | None) -> bool:
