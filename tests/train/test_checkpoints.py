@@ -21,7 +21,7 @@ from fact_jax.utils import errors
 from fact_jax.utils.errors import UserError, run_program
 from fact_train.cli.main import main
 from fact_train.config import override
-from fact_train.multihost.collectives import largest
+from fact_train.multihost.collectives import process_max
 from fact_train.run.checkpoints import Keep, revision
 from fact_train.run.checksums import checksums, content_hash
 from fact_train.run.loop import run
@@ -270,4 +270,4 @@ def test_a_failed_checkpoint_is_told_to_all():
 
 
 def test_alone_the_largest_is_ones_own():
-    assert int(largest(15)) == 15
+    assert int(process_max(15)) == 15
