@@ -1,7 +1,7 @@
-"""Drop, shuffle, FAIR weight and captions as pure functions of the step.
+"""Condition dropout, shuffle, FAIR weight and captions as pure functions of the step.
 
-FACT trains its adapter so that nothing but identity is worth copying: the condition comes, with a
-growing probability, from another photo of the same person, and sometimes there is none at all.
+FACT keeps its adapter from copying: with growing probability the condition comes from another
+photo of the same person (shuffle), and with some probability there is none (dropout).
 """
 
 import dataclasses
@@ -99,7 +99,7 @@ def draw_shuffle(keys: Key[Array, " b"], probability: Float[Array, ""]) -> Bool[
 
 
 def draw_drop(keys: Key[Array, " b"], drop: Drop) -> tuple[Bool[Array, " b"], Bool[Array, " b"]]:
-    """Which samples lose the face and which the text; one draw, so the three cases exclude."""
+    """Which samples drop the face and which the text; one draw decides between the three cases."""
     draw = jax.vmap(jax.random.uniform)(keys)
     face_only = draw < drop.face
     text_only = (draw >= drop.face) & (draw < drop.face + drop.text)
@@ -107,6 +107,6 @@ def draw_drop(keys: Key[Array, " b"], drop: Drop) -> tuple[Bool[Array, " b"], Bo
     return face_only | both, text_only | both
 
 
-def draw_neutral(keys: Key[Array, " b"], probability: float) -> Bool[Array, " b"]:
-    """Which samples get the neutral caption: what it leaves unsaid must come from the face."""
+def draw_generic_caption(keys: Key[Array, " b"], probability: float) -> Bool[Array, " b"]:
+    """Which samples get the generic caption, whose missing details only the face can supply."""
     return jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)

@@ -1,4 +1,4 @@
-"""What training minimises, as pure functions."""
+"""Losses as pure functions: denoising, FAIR, ArcFace."""
 
 import math
 
@@ -15,7 +15,7 @@ def denoising_error(
     target: Float[Array, "b h w c"],
     weight: Float[Array, "b h w"] | None = None,
 ) -> Float[Array, ""]:
-    """Mean squared error; ``weight`` (if any) multiplies each cell's square."""
+    """Mean squared error; ``weight`` (if any) multiplies each latent pixel's square."""
     squares = (output.astype(jnp.float32) - target.astype(jnp.float32)) ** 2
     return squares.mean() if weight is None else (squares * weight[..., None]).mean()
 
@@ -46,9 +46,9 @@ def fair_ratio(
 
     || delta (1 - M) || / || x (1 - M) ||, norms over the tokens and channels of a sample: how much
     the adapter adds outside the face, relative to what was there. ``mask`` (1 on the face, 0
-    elsewhere, any resolution) is brought to the block's ``size`` by area averaging. No cell outside
-    the face gives 0. The denominator is a constant to the gradient: inflating the base's features
-    must not lower the loss.
+    elsewhere, any resolution) is brought to the block's ``size`` by area averaging. Without
+    pixels outside the face it is 0. No gradient flows through the denominator: inflating the base's
+    features must not lower the loss.
     """
     outside = 1.0 - resize_area(mask, size).reshape(mask.shape[0], -1, 1).astype(jnp.float32)
     # The averages of an all-face mask may miss 1 by a rounding, which the ratio would blow up.

@@ -1,4 +1,4 @@
-"""Several people in one picture: which tokens of a UNet lie in whose region."""
+"""Regional conditioning: masks of several people at the token resolutions of a UNet."""
 
 from collections.abc import Mapping
 
@@ -21,7 +21,7 @@ def region_masks(
     is a person's where their mask, averaged over the token's area, is above 1/2. Computed on the
     host, so that all backends decide alike. Raises UserError for a region that no token is in.
     """
-    share = _shares(regions, size)
+    share = _resized(regions, size)
     empty = np.argwhere(~(share > 0.5).any(axis=(2, 3)))
     if len(empty):
         raise UserError(
@@ -30,13 +30,13 @@ def region_masks(
         )
     found = {}
     for _ in range(levels):
-        share = _shares(regions, size)
+        share = _resized(regions, size)
         found[size[0] * size[1]] = (share > 0.5).reshape(*share.shape[:2], -1)
         size = tuple((side + 1) // 2 for side in size)
     return found
 
 
-def _shares(regions: np.ndarray, size: tuple[int, int]) -> Float[np.ndarray, "b k h w"]:
+def _resized(regions: np.ndarray, size: tuple[int, int]) -> Float[np.ndarray, "b k h w"]:
     rows, columns = (
         area_weights(inputs, outputs)
         for inputs, outputs in zip(regions.shape[2:], size, strict=True)

@@ -1,4 +1,4 @@
-"""Noise schedules: how much noise a timestep holds, and what the network is asked to predict.
+"""Noise schedules: the noise level of each timestep, and the prediction target.
 
 A schedule is data; everything else is a pure function of it. With abar_t the cumulative product
 of 1 - beta,
@@ -33,7 +33,7 @@ class NoiseSchedule:
     """The facts that a diffusers ``scheduler_config.json`` holds about the training noise.
 
     ``timestep_spacing``, ``steps_offset`` and ``set_alpha_to_one`` only concern sampling: which
-    timesteps are visited, and whether the last step ends at abar = 1 (true) or at abar_0 (false).
+    timesteps are used, and whether the last step ends at abar = 1 (true) or at abar_0 (false).
     """
 
     num_train_timesteps: int = 1000

@@ -11,7 +11,7 @@ returns clean latents; with ``loop=python_loop`` the steps run in Python. It ask
 ``normal(fold_in(key, i))``; with a vector of keys each sample draws from its own, and is the same
 picture in any batch.
 
-Noise levels are written as sigma = sqrt((1 - abar) / abar), and their signal and noise shares as
+Noise levels are written as sigma = sqrt((1 - abar) / abar), and the weights of signal and noise as
 a = 1 / sqrt(1 + sigma^2) and s = sigma a. All coefficients are computed on the host in float64.
 """
 
@@ -25,7 +25,13 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from fact_jax.diffusion.noise_schedules import NoiseSchedule, split_output
-from fact_jax.diffusion.timesteps import LCM_ORIGINAL_STEPS, shares, sigma_at, stride, visit
+from fact_jax.diffusion.timesteps import (
+    LCM_ORIGINAL_STEPS,
+    alpha_sigma,
+    sampler_timesteps,
+    sigma_at,
+    stride,
+)
 
 Denoiser = Callable[[Float[Array, "b h w c"], Array, Array], Float[Array, "b h w c"]]
 Loop = Callable[[Callable, Any, Sequence[np.ndarray]], tuple[Any, Any]]
@@ -44,9 +50,9 @@ def sample_ddim(
     loop: Loop = jax.lax.scan,
 ) -> Float[Array, "b h w c"]:
     """DDIM (arXiv 2010.02502, eq. 12 and 16): deterministic at eta 0, as noisy as DDPM at 1."""
-    i, ts, sigma = visit("ddim", schedule, steps, start)
-    a, s = shares(sigma)
-    a_next, s_next = shares(sigma_at(schedule, ts - stride(schedule, steps)))
+    i, ts, sigma = sampler_timesteps("ddim", schedule, steps, start)
+    a, s = alpha_sigma(sigma)
+    a_next, s_next = alpha_sigma(sigma_at(schedule, ts - stride(schedule, steps)))
     std = eta * s_next / s * np.sqrt(1 - (a / a_next) ** 2)
 
     def step(x, i, t, a, s, a_next, direction, std):
@@ -76,8 +82,8 @@ def sample_pndm(
     i, ts = model_calls("pndm", schedule, steps, start)
     back = stride(schedule, steps)
     again = np.arange(len(ts)) == 1
-    a, s = shares(sigma_at(schedule, ts + back * again))
-    a_next, s_next = shares(sigma_at(schedule, ts - back * ~again))
+    a, s = alpha_sigma(sigma_at(schedule, ts + back * again))
+    a_next, s_next = alpha_sigma(sigma_at(schedule, ts - back * ~again))
     x_start = _float32(latents)
 
     def step(carry, i, t, again, weights, a, s, a_next, s_next):
@@ -105,8 +111,8 @@ def sample_euler(
     loop: Loop = jax.lax.scan,
 ) -> Float[Array, "b h w c"]:
     """Euler steps along dx/dsigma (arXiv 2206.00364, algorithm 2 without churn)."""
-    i, ts, sigma = visit("euler", schedule, steps, start)
-    a, s = shares(sigma)
+    i, ts, sigma = sampler_timesteps("euler", schedule, steps, start)
+    a, s = alpha_sigma(sigma)
 
     def step(x, i, t, a, s, dsigma):
         _, slope = split_output(schedule, model(a * x, t, i), a * x, a, s)
@@ -130,8 +136,8 @@ def sample_euler_ancestral(
 
     The variance is split as DDPM's posterior (arXiv 2006.11239, eq. 7) would have it.
     """
-    i, ts, sigma = visit("euler_ancestral", schedule, steps, start)
-    a, s = shares(sigma)
+    i, ts, sigma = sampler_timesteps("euler_ancestral", schedule, steps, start)
+    a, s = alpha_sigma(sigma)
     sigma_next = np.append(sigma[1:], 0)
     up = sigma_next * np.sqrt(1 - (sigma_next / sigma) ** 2)
     down = sigma_next**2 / sigma
@@ -160,22 +166,25 @@ def sample_dpmpp_2m(
     With h the steps of log(a / s), and primes at the next level:
     x' = (s' / s) x + a' (1 - exp(-h)) (x_0 + (h / 2 h_old) (x_0 - x_0_old)).
     """
-    i, ts, sigma = visit("dpmpp_2m_karras" if karras else "dpmpp_2m", schedule, steps, start)
+    name = "dpmpp_2m_karras" if karras else "dpmpp_2m"
+    i, ts, sigma = sampler_timesteps(name, schedule, steps, start)
     sigma_next = np.append(sigma[1:], 0)
-    a, s = shares(sigma)
-    a_next, s_next = shares(sigma_next)
+    a, s = alpha_sigma(sigma)
+    a_next, s_next = alpha_sigma(sigma_next)
     h = -np.diff(np.log(sigma))
-    lean = np.zeros_like(sigma)
-    lean[1:-1] = h[1:] / (2 * h[:-1])
+    multistep = np.zeros_like(sigma)  # 0: first order
+    multistep[1:-1] = h[1:] / (2 * h[:-1])
 
-    def step(carry, i, t, a, s, keep, gain, lean):
+    def step(carry, i, t, a, s, keep, gain, multistep):
         x, x0_old = carry
         x0, _ = split_output(schedule, model(x, t, i), x, a, s)
-        return keep * x + gain * (x0 + lean * (x0 - x0_old)), x0
+        return keep * x + gain * (x0 + multistep * (x0 - x0_old)), x0
 
     x = _float32(latents)
     gain = a_next * (1 - sigma_next / sigma)
-    return _scan(step, (x, jnp.zeros_like(x)), i, ts, a, s, s_next / s, gain, lean, loop=loop)[0]
+    return _scan(step, (x, jnp.zeros_like(x)), i, ts, a, s, s_next / s, gain, multistep, loop=loop)[
+        0
+    ]
 
 
 def sample_lcm(
@@ -189,9 +198,9 @@ def sample_lcm(
     loop: Loop = jax.lax.scan,
 ) -> Float[Array, "b h w c"]:
     """Multistep consistency sampling (arXiv 2310.04378, algorithm 3): denoise wholly, renoise."""
-    i, ts, sigma = visit("lcm", schedule, steps, start)
-    a, s = shares(sigma)
-    a_next, s_next = shares(np.append(sigma[1:], 0))
+    i, ts, sigma = sampler_timesteps("lcm", schedule, steps, start)
+    a, s = alpha_sigma(sigma)
+    a_next, s_next = alpha_sigma(np.append(sigma[1:], 0))
     # Boundary condition (arXiv 2303.01469, appendix C): sigma_data 0.5, timesteps scaled by 10.
     skip = 0.5**2 / ((10.0 * ts) ** 2 + 0.5**2)
     out = np.sqrt(1 - skip)
@@ -246,7 +255,7 @@ def model_calls(
     These are diffusers' ``scheduler.timesteps[start:]``, except that PLMS warms up at ``start``,
     where a slice of diffusers' list would miss or misplace the repeated step.
     """
-    i, ts, _ = visit(sampler, schedule, steps, start)
+    i, ts, _ = sampler_timesteps(sampler, schedule, steps, start)
     if sampler == "pndm" and len(i) > 1:
         i, ts = (np.insert(rows, 1, rows[1]) for rows in (i, ts))
     return i, ts
@@ -265,7 +274,7 @@ def first_sigma_scale(sampler: str, schedule: NoiseSchedule, steps: int, start: 
     """
     if sampler not in _VARIANCE_EXPLODING:
         return 1.0
-    sigma = float(visit(sampler, schedule, steps, start)[2][0])
+    sigma = float(sampler_timesteps(sampler, schedule, steps, start)[2][0])
     if start == 0 and schedule.timestep_spacing != "leading":
         return sigma
     return float(np.hypot(1, sigma))
@@ -280,35 +289,34 @@ def noise_latents_for_start(
     start: int,
 ) -> Float[Array, "b h w c"]:
     """Clean latents noised to the level of step ``start``, as ``sampler`` takes them."""
-    sigma = float(visit(sampler, schedule, steps, start)[2][0])
+    sigma = float(sampler_timesteps(sampler, schedule, steps, start)[2][0])
     exploding = sampler in _VARIANCE_EXPLODING
     scale = first_sigma_scale(sampler, schedule, steps, start) if exploding else np.hypot(1, sigma)
     return (x0 + sigma * noise) / scale
 
 
-def keep_outside(
+def masked_denoiser(
     model: Denoiser,
     sampler: str,
     schedule: NoiseSchedule,
     *,
-    cells: Bool[Array, "#b h w"],
+    latent_mask: Bool[Array, "#b h w"],
     x0: Float[Array, "b h w c"],
     noise: Float[Array, "b h w c"],
     steps: int,
     start: int,
 ) -> Denoiser:
-    """A model for masked image to image: outside ``cells`` it is always shown clean latents
-    ``x0`` with ``noise`` at the level of its step.
+    """A model for masked image-to-image: where ``latent_mask`` is False, its input is ``x0`` with
+    ``noise`` at the level of the step.
 
-    Samplers change every cell by itself, so what they make of the others never matters: put ``x0``
-    there at the end. The first step is shown what the sampler starts from, as diffusers does it.
+    Samplers treat every latent pixel by itself, so their values outside the mask do not matter:
+    put ``x0`` there at the end. The first step gets the sampler's own input, as in diffusers.
     """
-    a, s = (
-        jnp.asarray(rows, jnp.float32) for rows in shares(visit(sampler, schedule, steps, start)[2])
-    )
+    sigma = sampler_timesteps(sampler, schedule, steps, start)[2]
+    a, s = (jnp.asarray(weights, jnp.float32) for weights in alpha_sigma(sigma))
 
     def shown(x: Float[Array, "b h w c"], t: Array, i: Array) -> Float[Array, "b h w c"]:
-        own = cells[..., None] | (i == start)
+        own = latent_mask[..., None] | (i == start)
         return model(jnp.where(own, x, a[i - start] * x0 + s[i - start] * noise), t, i)
 
     return shown

@@ -1,4 +1,4 @@
-"""Trajectories: the timesteps and noise levels that each sampler visits, as diffusers chooses them.
+"""The timesteps and noise levels of each sampler, as diffusers chooses them.
 
 Noise levels are sigma = sqrt((1 - abar) / abar). All of it is float64 numpy on the host: a sampler
 turns it into coefficients once, before its loop is traced.
@@ -23,12 +23,12 @@ Grid = tuple[np.ndarray, np.ndarray]  # timesteps and sigmas, in the order of th
 LCM_ORIGINAL_STEPS = 50
 
 
-def visit(
+def sampler_timesteps(
     sampler: str, schedule: NoiseSchedule, steps: int, start: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Step indices, timesteps and sigmas from step ``start`` on.
 
-    Raises UserError if there is no such step, or the sampler cannot take that many.
+    Raises UserError if there is no such step, or the sampler cannot take that many steps.
     """
     check_steps(schedule, steps)
     if not 0 <= start < steps:
@@ -42,8 +42,8 @@ def stride(schedule: NoiseSchedule, steps: int) -> int:
     return schedule.num_train_timesteps // steps
 
 
-def shares(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The signal and noise shares sqrt(abar) and sqrt(1 - abar) at sigma."""
+def alpha_sigma(sigma: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """sqrt(abar) and sqrt(1 - abar), the weights of signal and noise, at sigma."""
     a = 1 / np.sqrt(1 + sigma**2)
     return a, sigma * a
 

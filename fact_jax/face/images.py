@@ -1,4 +1,4 @@
-"""Opening image files that a person names: every failure is one clear line."""
+"""Reading image files, with bounds and one-line errors."""
 
 import contextlib
 import functools

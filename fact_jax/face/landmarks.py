@@ -1,4 +1,4 @@
-"""The five points of a face: from a file, or from a detector."""
+"""Five-point landmarks: from a sidecar file, or from a detector."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Where the head is: from a parsing map, a mask file, or an ellipse fitted to the five points."""
+"""Head masks: from a parsing map, a mask file, or an ellipse fitted to the five points."""
 
 import os
 from collections.abc import Collection, Sequence

@@ -1,4 +1,4 @@
-"""A photo on disk -> what training and generation need of it."""
+"""Face preprocessing of a photo file: landmarks, head mask, aligned crop."""
 
 import os
 from pathlib import Path

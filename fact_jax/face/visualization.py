@@ -1,4 +1,4 @@
-"""Pictures of what the face path found, for reports."""
+"""Drawing of landmarks and head masks onto photos."""
 
 import numpy as np
 from jaxtyping import Float, UInt8

@@ -21,7 +21,7 @@ Scale = float | Float[Array, ""] | Float[Array, " b"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FaceControls:
-    """What an adapter does beyond the plain formula; as created here, nothing.
+    """Variations of the adapter's formula; the defaults change nothing.
 
     ``cap``: the increment is shrunk where it is longer than ``cap`` times the tokens it is added
     to (after UniID). ``adain``: face keys and values are moved to the mean of the visual tokens'
@@ -36,9 +36,6 @@ class FaceControls:
     adain: bool | Bool[Array, ""] = False
     regions: Mapping[int, Bool[Array, "b k _"]] | None = None
     token_mask: Bool[Array, " m"] | None = None
-
-
-PLAIN = FaceControls()
 
 
 class FaceAdapter(nnx.Module):
@@ -62,7 +59,7 @@ class FaceAdapter(nnx.Module):
         x: Float[Array, "b n c"],
         face: FaceKeys,
         scale: Scale = 1.0,
-        controls: FaceControls = PLAIN,
+        controls: FaceControls = FaceControls(),
     ) -> tuple[Float[Array, "b n c"], Float[Array, "b n c"]]:
         """Return the adapted tokens and the increment that was added to ``x``.
 

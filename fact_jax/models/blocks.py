@@ -1,4 +1,4 @@
-"""What the UNet and its ControlNets share: the way down, block by block, and its configuration.
+"""Blocks and configuration of the UNet encoder, which the UNet and ControlNets share.
 
 Attribute names follow diffusers; the adapter, which the released code hides in
 ``attn2.processor``, is the attribute ``face`` of the transformer block.
@@ -6,7 +6,7 @@ Attribute names follow diffusers; the adapter, which the released code hides in
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -14,14 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Real
 
-from fact_jax.models.adapter import PLAIN, FaceAdapter, FaceControls, FaceKeys, Scale
+from fact_jax.models.adapter import FaceAdapter, FaceControls, FaceKeys, Scale
 from fact_jax.models.layers import (
     Attention,
     Downsample,
     FeedForward,
     ResnetBlock,
     Upsample,
-    check_peer_config,
+    check_diffusers_config,
     conv,
     group_norm,
     layer_norm,
@@ -30,8 +30,11 @@ from fact_jax.models.layers import (
 from fact_jax.ops.remat import Remat, call_block
 from fact_jax.utils.errors import UserError
 
-AllFaceKeys = tuple[tuple[Float[Array, "b m _"], Float[Array, "b m _"]], ...]
+AnyFaceKeys = tuple[Float[Array, "b m _"], Float[Array, "b m _"]]
+AllFaceKeys = tuple[AnyFaceKeys, ...]
 """The adapters' keys and values in call order; each block has a width of its own."""
+BlockFaces = tuple[tuple[AnyFaceKeys | None, Scale], ...]
+"""Keys and values, and the adapter's strength, for each transformer of a block."""
 OnIncrement = Callable[[Float[Array, "b n c"], Float[Array, "b n c"], tuple[int, int]], Any]
 
 _SUPPORTED = {
@@ -71,8 +74,8 @@ _TYPES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DownConfig:
-    """Shape of the way down.
+class UNetEncoderConfig:
+    """Shape of the encoder (the down blocks and the middle block).
 
     ``heads`` holds the attention heads of each level (diffusers calls it ``attention_head_dim``).
     """
@@ -89,12 +92,12 @@ class DownConfig:
     face_dim: ClassVar[int | None] = None
 
     @classmethod
-    def read_peer(cls, model: str, config: Mapping) -> dict[str, Any]:
+    def parse_diffusers_config(cls, model: str, config: Mapping) -> dict[str, Any]:
         """Values of our fields from diffusers' ``config.json`` of this sort of ``model``.
 
         Raises ``UserError`` for a configuration whose forward pass differs from ours.
         """
-        check_peer_config(model, config, _SUPPORTED)
+        check_diffusers_config(model, config, _SUPPORTED)
         found: dict[str, Any] = {
             key: tuple(config[key]) if isinstance(config[key], list | tuple) else config[key]
             for key in cls._same_names()
@@ -115,7 +118,7 @@ class DownConfig:
             )
         return found
 
-    def write_peer(self, class_name: str) -> dict[str, Any]:
+    def to_diffusers_config(self, class_name: str) -> dict[str, Any]:
         """The same as diffusers' ``config.json``."""
         return {
             "_class_name": class_name,
@@ -152,33 +155,26 @@ def _attention_flags(model: str, key: str, types: Sequence, names: dict) -> tupl
     return tuple(names[name] for name in types)
 
 
-class Pass:
-    """One pass through a model: what its blocks are given, and what the adapters give back."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardContext:
+    """What every block of one forward pass is given beside the features."""
 
-    def __init__(
-        self,
-        time: Float[Array, "b t"],
-        text: Float[Array, "b n d"],
-        keys: AllFaceKeys | None = None,
-        scale: Scale | tuple[Scale, ...] = 1.0,
-        on_increment: OnIncrement | None = None,
-        remat: Remat | None = None,
-        controls: FaceControls | None = None,
-        text_attention: Bool[Array, ""] | Bool[Array, " b"] | None = None,
-    ):
-        self.text_attention = text_attention
-        self.time, self.text, self.remat, self.controls = time, text, remat, controls or PLAIN
-        self.scales = iter(scale) if isinstance(scale, tuple) else itertools.repeat(scale)
-        self.keys: Iterator[FaceKeys] | None = None if keys is None else iter(keys)
-        self.on_increment = on_increment
-        self.results: list = []
+    time: Float[Array, "b t"]
+    text: Float[Array, "b n d"]
+    on_increment: OnIncrement | None = None
+    remat: Remat | None = None
+    controls: FaceControls
+    text_attention: Bool[Array, ""] | Bool[Array, " b"] | None = None
 
-    def layer(self, block: "Block", index: int, x: Float[Array, "b h w c"]):
-        """The residual block of this index, and its transformer if there are any."""
+    def layer(self, block: "Block", index: int, x: Float[Array, "b h w c"], faces: BlockFaces):
+        """Residual block ``index`` and its transformer, if it has one.
+
+        Gives the features, and a list of what ``on_increment`` returned (empty without a face).
+        """
         x = call_block(self.remat, block.resnets[index], x, self.time)
-        if not len(block.attentions) or index == len(block.attentions):
-            return x
-        face, scale = (None, 0.0) if self.keys is None else (next(self.keys), next(self.scales))
+        if index >= len(block.attentions):
+            return x, []
+        face, scale = faces[index]
         x, result = call_block(
             self.remat,
             block.attentions[index],
@@ -186,31 +182,48 @@ class Pass:
             on_increment=self.on_increment,
             controls=self.controls,
         )
-        if face is not None and self.on_increment is not None:
-            self.results.append(result)
-        return x
+        return x, [] if face is None else [result]
 
-    def down(self, blocks: Sequence["Block"], x: Float[Array, "b h w c"]):
-        """The way down, to the bottom: what comes out, and the skips, ``x`` the first of them."""
-        skips = [x]
-        for block in blocks:
+    def encode(
+        self, blocks: Sequence["Block"], x: Float[Array, "b h w c"], faces: Sequence[BlockFaces]
+    ):
+        """The down blocks and the middle block (the last of ``blocks``).
+
+        Gives the features, the skips (``x`` first), and the results of ``on_increment``.
+        """
+        skips, results = [x], []
+        *down, middle = zip(blocks, faces, strict=True)
+        for block, face in down:
             for j in range(len(block.resnets)):
-                x = self.layer(block, j, x)
+                x, result = self.layer(block, j, x, face)
                 skips.append(x)
+                results += result
             for sampler in block.downsamplers:
                 x = sampler(x)
                 skips.append(x)
-        return x, skips
+        block, face = middle
+        for j in range(len(block.resnets)):
+            x, result = self.layer(block, j, x, face)
+            results += result
+        return x, skips, results
 
-    def middle(self, block: "Block", x: Float[Array, "b h w c"]):
-        """The bottom, which has a transformer less than it has residual blocks."""
-        return self.layer(block, 1, self.layer(block, 0, x))
+
+def faces_by_block(
+    blocks: Sequence["Block"], keys: AllFaceKeys | None, scale: Scale | tuple[Scale, ...]
+) -> list[BlockFaces]:
+    """The adapters' keys and strengths, given in call order, for the transformers of each block."""
+    count = sum(len(block.attentions) for block in blocks)
+    pairs = itertools.repeat((None, 0.0))
+    if keys is not None:
+        pairs = zip(keys, scale if isinstance(scale, tuple) else (scale,) * count, strict=True)
+    pairs = iter(pairs)
+    return [tuple(itertools.islice(pairs, len(block.attentions))) for block in blocks]
 
 
 class TransformerBlock(nnx.Module):
     """Self-attention, face adapter, text cross-attention, feed-forward."""
 
-    def __init__(self, dim: int, heads: int, config: DownConfig, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, heads: int, config: UNetEncoderConfig, *, rngs: nnx.Rngs):
         self.norm1 = layer_norm(dim, rngs=rngs)
         self.attn1 = Attention(dim, heads, rngs=rngs)
         self.norm2 = layer_norm(dim, rngs=rngs)
@@ -251,7 +264,7 @@ class TransformerBlock(nnx.Module):
 class SpatialTransformer(nnx.Module):
     """diffusers' ``Transformer2DModel``: pixels to tokens, one block, and back."""
 
-    def __init__(self, dim: int, heads: int, config: DownConfig, *, rngs: nnx.Rngs):
+    def __init__(self, dim: int, heads: int, config: UNetEncoderConfig, *, rngs: nnx.Rngs):
         self.norm = group_norm(dim, config.norm_num_groups, 1e-6, rngs=rngs)
         linear = config.use_linear_projection
         make = nnx.Linear if linear else (lambda i, o, *, rngs: conv(i, o, 1, rngs=rngs))
@@ -285,7 +298,7 @@ class Block(nnx.Module):
     def __init__(
         self,
         widths: list[tuple[int, int]],
-        config: DownConfig,
+        config: UNetEncoderConfig,
         *,
         transformers: int,
         heads: int,
@@ -309,8 +322,8 @@ class Block(nnx.Module):
         self.upsamplers = nnx.List([Upsample(width, rngs=rngs)] if up else [])
 
 
-def down_blocks(config: DownConfig, rngs: nnx.Rngs) -> nnx.List:
-    """The levels of the way down."""
+def down_blocks(config: UNetEncoderConfig, rngs: nnx.Rngs) -> nnx.List:
+    """The down blocks, one for each level."""
     blocks, previous = [], config.block_out_channels[0]
     for level, width in enumerate(config.block_out_channels):
         widths = [(previous if j == 0 else width, width) for j in range(config.layers_per_block)]
@@ -329,8 +342,8 @@ def down_blocks(config: DownConfig, rngs: nnx.Rngs) -> nnx.List:
     return nnx.List(blocks)
 
 
-def mid_block(config: DownConfig, rngs: nnx.Rngs) -> Block:
-    """The bottom: two residual blocks around a transformer."""
+def mid_block(config: UNetEncoderConfig, rngs: nnx.Rngs) -> Block:
+    """The middle block: two residual blocks around a transformer."""
     width = config.block_out_channels[-1]
     return Block([(width, width)] * 2, config, transformers=1, heads=config.heads[-1], rngs=rngs)
 

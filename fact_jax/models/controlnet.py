@@ -1,4 +1,4 @@
-"""ControlNet of Stable Diffusion 1.5 (arXiv 2302.05543): a picture that steers the UNet.
+"""ControlNet of Stable Diffusion 1.5 (arXiv 2302.05543).
 
 Attribute names follow diffusers' ``ControlNetModel``. It sees the text and never the face.
 """
@@ -12,9 +12,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Real
 
-from fact_jax.models.adapter import Scale
-from fact_jax.models.blocks import DownConfig, Pass, TimeEmbedding, down_blocks, mid_block
-from fact_jax.models.layers import check_peer_config, conv
+from fact_jax.models.adapter import FaceControls, Scale
+from fact_jax.models.blocks import (
+    ForwardContext,
+    TimeEmbedding,
+    UNetEncoderConfig,
+    down_blocks,
+    faces_by_block,
+    mid_block,
+)
+from fact_jax.models.layers import check_diffusers_config, conv
 from fact_jax.models.unet import Residuals
 from fact_jax.utils.errors import UserError
 
@@ -25,8 +32,8 @@ _SUPPORTED = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ControlNetConfig(DownConfig):
-    """Shape of a ControlNet: the way down of its UNet, and of the net that reads the picture."""
+class ControlNetConfig(UNetEncoderConfig):
+    """Shape of a ControlNet: its UNet's encoder, and the embedding of the control picture."""
 
     conditioning_channels: int = 3
     conditioning_embedding_out_channels: tuple[int, ...] = (16, 32, 96, 256)
@@ -41,12 +48,12 @@ class ControlNetConfig(DownConfig):
 
         Raises ``UserError`` for a configuration whose forward pass differs from this model's.
         """
-        check_peer_config("controlnet", config, _SUPPORTED)
-        return cls(**cls.read_peer("controlnet", config))
+        check_diffusers_config("controlnet", config, _SUPPORTED)
+        return cls(**cls.parse_diffusers_config("controlnet", config))
 
     def to_dict(self) -> dict:
         """Write diffusers' ``config.json``."""
-        return self.write_peer("ControlNetModel")
+        return self.to_diffusers_config("ControlNetModel")
 
     @property
     def stride(self) -> int:
@@ -76,7 +83,7 @@ class ConditionEmbedding(nnx.Module):
 
 
 class ControlNet(nnx.Module):
-    """A copy of the UNet's way down whose outputs are added to the UNet's own."""
+    """A copy of the UNet's encoder whose outputs are added to the UNet's skips."""
 
     def __init__(self, config: ControlNetConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -124,9 +131,11 @@ class ControlNet(nnx.Module):
                 f"{latents.shape[1]} x {latents.shape[2]}: the control picture has another size "
                 "than the portrait"
             )
-        run = Pass(self.time_embedding(timesteps, latents), text)
-        x, skips = run.down(self.down_blocks, self.conv_in(latents) + condition)
-        x = run.middle(self.mid_block, x)
+        time = self.time_embedding(timesteps, latents)
+        context = ForwardContext(time=time, text=text, controls=FaceControls())
+        blocks = [*self.down_blocks, self.mid_block]
+        faces = faces_by_block(blocks, None, 0.0)
+        x, skips, _ = context.encode(blocks, self.conv_in(latents) + condition, faces)
         scale = jnp.asarray(scale, x.dtype)
         scale = scale[:, None, None, None] if scale.ndim else scale
         down = zip(self.controlnet_down_blocks, skips, strict=True)

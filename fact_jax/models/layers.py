@@ -13,7 +13,7 @@ from fact_jax.ops.convolution import convolve
 from fact_jax.utils.errors import UserError
 
 
-def check_peer_config(model: str, config: Mapping, supported: Mapping[str, tuple]) -> None:
+def check_diffusers_config(model: str, config: Mapping, supported: Mapping[str, tuple]) -> None:
     """Refuse a peer's configuration whose value changes the forward pass in a way we do not have.
 
     ``supported`` maps a key to the values that mean what our model computes; absent keys are fine.

@@ -12,7 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fact_jax.models.layers import Identity, check_peer_config, layer_norm, merge_heads, split_heads
+from fact_jax.models.layers import (
+    Identity,
+    check_diffusers_config,
+    layer_norm,
+    merge_heads,
+    split_heads,
+)
 from fact_jax.ops.attention import attention
 from fact_jax.utils.ranges import Count, check_fields
 
@@ -43,7 +49,7 @@ class ResamplerConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping) -> "ResamplerConfig":
-        check_peer_config("resampler", config, {"ff_mult": (4,)})
+        check_diffusers_config("resampler", config, {"ff_mult": (4,)})
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{name: config[name] for name in names if name in config})
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from fact_jax.models.layers import Identity, check_peer_config, layer_norm, merge_heads
+from fact_jax.models.layers import Identity, check_diffusers_config, layer_norm, merge_heads
 from fact_jax.ops.attention import attention
 
 
@@ -52,7 +52,7 @@ class TransFaceConfig:
     @classmethod
     def from_dict(cls, config: Mapping) -> "TransFaceConfig":
         """Read the released constructor's arguments; training-only ones are ignored."""
-        check_peer_config(
+        check_diffusers_config(
             "transface",
             config,
             {

@@ -16,12 +16,13 @@ from fact_jax.models.adapter import FaceControls, Scale
 from fact_jax.models.blocks import (
     AllFaceKeys,
     Block,
-    DownConfig,
+    ForwardContext,
     OnIncrement,
-    Pass,
     TimeEmbedding,
     TransformerBlock,
+    UNetEncoderConfig,
     down_blocks,
+    faces_by_block,
     mid_block,
 )
 from fact_jax.models.layers import conv, group_norm
@@ -29,11 +30,11 @@ from fact_jax.ops.remat import Remat
 from fact_jax.utils.errors import UserError
 
 Residuals = tuple[tuple[Float[Array, "b _ _ _"], ...], Float[Array, "b _ _ _"]]
-"""What a ControlNet adds: to each skip in the order of the way down, and to the bottom."""
+"""What a ControlNet adds: to each skip of the encoder in call order, and to the middle block."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UNetConfig(DownConfig):
+class UNetConfig(UNetEncoderConfig):
     """Shape of a UNet; ``face_dim`` is the width of face tokens, or None if there are none."""
 
     sample_size: int = 64
@@ -68,7 +69,7 @@ class UNetConfig(DownConfig):
 
         Raises ``UserError`` for a configuration whose forward pass differs from this model's.
         """
-        return cls(face_dim=face_dim, **cls.read_peer("unet", config))
+        return cls(face_dim=face_dim, **cls.parse_diffusers_config("unet", config))
 
     def block_paths(self) -> list[str]:
         """Paths of the transformer blocks, in the order of the forward pass."""
@@ -87,7 +88,7 @@ class UNetConfig(DownConfig):
 
     def to_dict(self) -> dict:
         """Write diffusers' ``unet/config.json``."""
-        return self.write_peer("UNet2DConditionModel")
+        return self.to_diffusers_config("UNet2DConditionModel")
 
 
 class UNet(nnx.Module):
@@ -150,27 +151,35 @@ class UNet(nnx.Module):
         False it adds exactly nothing (None: it is on).
         """
         keys = face if face is None or isinstance(face, tuple) else self.face_keys(face)
-        time = self.time_embedding(timesteps, latents)
-        run = Pass(time, text, keys, face_scale, on_increment, remat, controls, text_attention)
-
-        x, skips = run.down(self.down_blocks, self.conv_in(latents))
-        x = run.middle(self.mid_block, x)
+        encoder = [*self.down_blocks, self.mid_block]
+        faces = faces_by_block([*encoder, *self.up_blocks], keys, face_scale)
+        context = ForwardContext(
+            time=self.time_embedding(timesteps, latents),
+            text=text,
+            on_increment=on_increment,
+            remat=remat,
+            controls=controls or FaceControls(),
+            text_attention=text_attention,
+        )
+        x, skips, results = context.encode(encoder, self.conv_in(latents), faces[: len(encoder)])
         if residuals is not None:
             x, skips = _controlled(x, skips, residuals)
-        for block in self.up_blocks:
+        for block, block_faces in zip(self.up_blocks, faces[len(encoder) :], strict=True):
             for j in range(len(block.resnets)):
-                x = run.layer(block, j, jnp.concatenate([x, skips.pop()], axis=-1))
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x, result = context.layer(block, j, x, block_faces)
+                results += result
             for sampler in block.upsamplers:
                 x = sampler(x, skips[-1].shape[1:3])
 
         out = self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
-        return out if on_increment is None else (out, tuple(run.results))
+        return out if on_increment is None else (out, tuple(results))
 
 
 def _controlled(
     x: Float[Array, "b h w c"], skips: list[Float[Array, "b _ _ _"]], residuals: Residuals
 ) -> tuple[Float[Array, "b h w c"], list[Float[Array, "b _ _ _"]]]:
-    """The bottom and the skips, each with its residual added (arXiv 2302.05543)."""
+    """The middle block's output and the skips, each with its residual added (arXiv 2302.05543)."""
     down, middle = residuals
     shapes = [a.shape for a in (*skips, x)], [a.shape for a in (*down, middle)]
     if shapes[0] != shapes[1]:

@@ -17,7 +17,7 @@ from fact_jax.models.layers import (
     Downsample,
     ResnetBlock,
     Upsample,
-    check_peer_config,
+    check_diffusers_config,
     conv,
     group_norm,
 )
@@ -75,7 +75,7 @@ class VAEConfig:
     def from_dict(cls, config: Mapping) -> "VAEConfig":
         """Read diffusers' ``vae/config.json``; ``UserError`` for what this model does not do."""
         levels = len(config.get("block_out_channels", cls.block_out_channels))
-        check_peer_config(
+        check_diffusers_config(
             "vae",
             config,
             {

@@ -1,10 +1,10 @@
-"""The attention operation. Every model calls :func:`attention`; how it is computed is decided here.
+"""Softmax attention, by the algorithm that suits the sequence length and platform.
 
 The plain form materialises the (queries x keys) matrix and is best for short sequences. The tiled
-forms walk over blocks of queries and recompute each block in the backward pass, so that memory
-stays linear in the sequence (the idea of Rabe & Staats 2021, arXiv 2112.05682): head by head, which
-is twice as fast on a CPU, or all heads and samples together, which keeps an accelerator busy and
-leaves them where a mesh of devices has put them.
+forms loop over chunks of queries and recompute each chunk in the backward pass, so that memory is
+linear in the sequence length (Rabe & Staats 2021, arXiv 2112.05682): one head at a time, which is
+twice as fast on a CPU, or all heads and samples at once, which suits accelerators and keeps the
+sharding of batch and heads.
 """
 
 import jax
@@ -16,7 +16,7 @@ PLAIN_MATRIX_LIMIT, PLAIN_MATRIX_LIMIT_CPU = 1024 * 1280, 512 * 1024
 """Largest queries x keys matrix a head may materialise before a tiled form takes over."""
 KEPT_MATRIX_LIMIT = 256 * 384
 """Largest one that is kept for the backward pass; larger ones are computed again there."""
-TILE, TILE_TOGETHER = 512, 128
+TILE, QUERY_CHUNK = 512, 128
 
 
 def attention(
@@ -87,14 +87,14 @@ def attention_tiled(
     return out.reshape(b, h, tiles * tile, d)[:, :, :n].transpose(0, 2, 1, 3)
 
 
-def attention_together(
+def attention_query_chunked(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m h d"],
     v: Float[Array, "b m h d"],
     mask: Bool[Array, "#b #n m"] | None = None,
-    tile: int = TILE_TOGETHER,
+    tile: int = QUERY_CHUNK,
 ) -> Float[Array, "b n h d"]:
-    """The same again, a tile of every head and sample at a time."""
+    """The same numbers, one chunk of queries of all heads and samples at a time."""
     b, n, h, d = q.shape
     tile = min(tile, n)
     tiles = -(-n // tile)
@@ -118,7 +118,7 @@ def _tiled(mask: Bool[Array, "c n m"], tile: int, tiles: int, b: int) -> Bool[Ar
 
 @jax.custom_vjp
 def _recomputed(q, k, v, mask):
-    """The form that suits the size and the platform; the backward pass keeps its inputs alone."""
+    """Attention whose backward pass keeps only the inputs and recomputes the rest."""
     return _by_platform(lambda form: form)(q, k, v, mask)
 
 
@@ -127,21 +127,21 @@ def _forward(q, k, v, mask):
 
 
 def _backward(saved, g):
-    # By hand, or both forms' intermediate results would be kept.
+    # By hand: lax.platform_dependent would keep the intermediates of both forms.
     def gradient(form):
         return lambda q, k, v, mask, g: jax.vjp(lambda *qkv: form(*qkv, mask), q, k, v)[1](g)
 
-    saved, g = lax.optimization_barrier((saved, g))  # not before the gradient is there
+    saved, g = lax.optimization_barrier((saved, g))  # recompute no earlier than needed
     return *_by_platform(gradient)(*saved, g), None
 
 
 def _by_platform(of):
-    """What ``of`` makes of the form to take, chosen when the program is compiled."""
+    """``of(form)`` with the form for this size and platform, chosen at compile time."""
 
     def call(q, k, *rest):
         size = q.shape[1] * k.shape[1]
         cpu = attention_plain if size <= PLAIN_MATRIX_LIMIT_CPU else attention_tiled
-        default = attention_plain if size <= PLAIN_MATRIX_LIMIT else attention_together
+        default = attention_plain if size <= PLAIN_MATRIX_LIMIT else attention_query_chunked
         if cpu is default:
             return of(default)(q, k, *rest)
         return lax.platform_dependent(q, k, *rest, cpu=of(cpu), default=of(default))

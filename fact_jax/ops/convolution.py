@@ -1,4 +1,4 @@
-"""The convolution of most layers. How it is computed is decided here, as in ``attention``."""
+"""Convolution, by the algorithm that was measured fastest for its shape and platform."""
 
 from collections.abc import Sequence
 
@@ -6,10 +6,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-FEW = 0.25
-"""At most so many pixels for each channel that comes out are few."""
-MANY, WIDE = 2048, 64
-"""From so many pixels in all and so many channels on, in and out, minimal filtering pays."""
+IM2COL_PIXELS_PER_CHANNEL = 0.25
+"""im2col is taken for at most this many pixels per output channel."""
+WINOGRAD_MIN_PIXELS, WINOGRAD_MIN_CHANNELS = 2048, 64
+"""Winograd is taken from this many pixels (batch x height x width) and channels (each side) on."""
 
 
 def convolve(
@@ -24,10 +24,9 @@ def convolve(
     On a CPU, kernels that move by one pixel at a time are computed in other ways where those were
     measured to be faster, backwards too:
 
-    - many pixels, 3 x 3: by minimal filtering, in float32, with 2.25 times fewer products;
-    - few pixels: XLA brings the kernel into another order in every call, which on the lower levels
-      of a UNet takes longer than the arithmetic. There the patches are written out and multiplied
-      by the kernel as it lies in memory.
+    - many pixels, 3 x 3: Winograd, in float32, with 2.25 times fewer products;
+    - few pixels: im2col. XLA transposes the kernel in every call, which at the lower resolutions
+      of a UNet takes longer than the arithmetic; im2col multiplies by it as it lies in memory.
     """
 
     def plain(x, kernel):
@@ -46,10 +45,10 @@ def _form_on_cpu(x: Array, kernel: Array):
     batch, height, width, _ = x.shape
     if (rows, columns) == (1, 1):
         return None
-    many = batch * height * width >= MANY and min(channels) >= WIDE
+    many = batch * height * width >= WINOGRAD_MIN_PIXELS and min(channels) >= WINOGRAD_MIN_CHANNELS
     if many and (rows, columns) == (3, 3):
-        return by_minimal_filtering
-    return as_product if height * width <= FEW * channels[1] else None
+        return conv_winograd
+    return conv_im2col if height * width <= IM2COL_PIXELS_PER_CHANNEL * channels[1] else None
 
 
 def _dilated(options: dict) -> bool:
@@ -57,12 +56,12 @@ def _dilated(options: dict) -> bool:
     return any(tuple(options.get(name) or (1, 1)) != (1, 1) for name in names)
 
 
-def as_product(
+def conv_im2col(
     x: Float[Array, "b h w i"],
     kernel: Float[Array, "k l i o"],
     padding: Sequence[tuple[int, int]],
 ) -> Float[Array, "b H W o"]:
-    """A convolution as one product of matrices: patches (b H W, k l i) by the kernel."""
+    """im2col: one matrix product of patches (b H W, k l i) and the kernel."""
     rows, columns, inputs, outputs = kernel.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     batch, height, width = x.shape[0], x.shape[1] - rows + 1, x.shape[2] - columns + 1
@@ -72,7 +71,7 @@ def as_product(
     return out.reshape(batch, height, width, outputs)
 
 
-def by_minimal_filtering(
+def conv_winograd(
     x: Float[Array, "b h w i"],
     kernel: Float[Array, "3 3 i o"],
     padding: Sequence[tuple[int, int]],
@@ -88,10 +87,10 @@ def by_minimal_filtering(
     x, kernel = x.astype(jnp.float32), kernel.astype(jnp.float32)
     inputs, outputs = kernel.shape[2:]
     height, width = (size + sum(pad) - 2 for size, pad in zip(x.shape[1:3], padding, strict=True))
-    # Of an odd height or width one row or column more is computed.
+    # An odd height or width is padded by one.
     (top, bottom), (left, right) = padding
     sides = ((0, 0), (top, bottom + height % 2), (left, right + width % 2), (0, 0))
-    # What computes x would else be computed again in each of the 16.
+    # Without a barrier XLA fuses, and so repeats, what computes x into each of the 16 products.
     x = lax.optimization_barrier(jnp.pad(x, sides))
     kernels = [_kernel_points(row) for row in _kernel_points(kernel)]
     tiles = [

@@ -1,4 +1,4 @@
-"""Trading arithmetic for memory: blocks whose inner results the backward pass computes again."""
+"""Rematerialisation (gradient checkpointing) of blocks."""
 
 from typing import Any, Literal
 
@@ -6,28 +6,25 @@ import jax
 from flax import nnx
 
 Remat = Literal["none", "dots", "block"]
-"""What is computed again: nothing; everything but products with weights; everything in a block.
+"""What the backward pass recomputes: nothing; all but matrix products with weights; all of a block.
 
-Attention's matrices are computed again in any case, where they are large."""
+Large attention matrices are recomputed in any case."""
 
 _POLICIES = {
-    # Not the same as no checkpoint at all: a block's backward pass waits for what comes from above.
-    # Without that XLA turns the kernels of all convolutions around at once, 2 GB of them.
+    # Not the same as no checkpoint: it orders the blocks' backward passes. Without that order XLA
+    # transposes the kernels of all convolutions at once, which takes 2 GB.
     "none": jax.checkpoint_policies.everything_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "block": jax.checkpoint_policies.nothing_saveable,
 }
 
 CPU_OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
-"""Options of ``jax.jit`` without which recomputation saves nothing on a CPU: XLA drops there the
-barriers that keep it late, before it decides on an order, and then does it early."""
+"""Compiler options of ``jax.jit`` without which rematerialisation saves no memory on a CPU: there
+XLA removes the optimisation barriers before it schedules, and recomputes early."""
 
 
 def call_block(remat: Remat | None, module: nnx.Module, *arrays: Any, **static: Any) -> Any:
-    """``module(*arrays, **static)``, keeping of it for the backward pass what ``remat`` says.
-
-    None, where nothing is differentiated, is the plain call.
-    """
+    """``module(*arrays, **static)`` under the checkpoint policy of ``remat`` (None: none)."""
     if remat is None:
         return module(*arrays, **static)
     # Taken apart and merged again inside: a module must not cross a trace level as it is.

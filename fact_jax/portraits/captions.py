@@ -1,10 +1,10 @@
-"""Captions: they name the scene, never the person; a closed vocabulary."""
+"""Captions of scenes, from a closed vocabulary; they never describe the identity."""
 
 import numpy as np
 
 from fact_jax.portraits.scene import BACKGROUNDS, EXPRESSIONS, GLASSES, PATTERNS, SHIRTS, Scene
 
-NEUTRAL_CAPTION = "a portrait of a person"
+GENERIC_CAPTION = "a portrait of a person"
 
 # With and without glasses, a line for each phrasing.
 _PHRASINGS = (

@@ -1,4 +1,4 @@
-"""Where everything is: the pose, and the places of the features in face units."""
+"""Geometry: head pose, and feature positions in face units."""
 
 from typing import NamedTuple
 

@@ -1,8 +1,8 @@
-"""The networks that judge generated portraits. Nothing that generates ever sees them.
+"""Networks that only evaluation uses: identity embeddings, and a parser of whole pictures.
 
-``Recogniser`` is a convolutional network (the generator's condition comes from a transformer)
-trained on people of the ``judge`` split; ``Parser`` finds the five points, the head and face masks,
-the captioned attributes and the colours of skin and hair in a whole picture.
+``IdentityNet`` is a convolutional network (the generator's condition comes from a transformer)
+trained on people of the ``judge`` split; ``AttributeNet`` finds the five points, the head and face
+masks, the captioned attributes and the colours of skin and hair in a whole picture.
 """
 
 import json
@@ -49,7 +49,7 @@ def _stages(rngs: nnx.Rngs) -> nnx.List:
     return nnx.List([Stage(i, o, rngs=rngs) for i, o in zip(inputs, _WIDTHS, strict=True)])
 
 
-class Recogniser(nnx.Module):
+class IdentityNet(nnx.Module):
     """Aligned crops (48 x 48, [-1, 1], background blanked) to identity embeddings."""
 
     def __init__(self, *, rngs: nnx.Rngs):
@@ -67,7 +67,7 @@ class Recogniser(nnx.Module):
         return self.centre(self.head(crops.reshape(crops.shape[0], -1)))
 
 
-class Parser(nnx.Module):
+class AttributeNet(nnx.Module):
     """Whole pictures (64 x 64, [-1, 1]) to points, masks, attributes and colours."""
 
     def __init__(self, *, rngs: nnx.Rngs):
@@ -108,8 +108,11 @@ class Parser(nnx.Module):
         }
 
 
-def save_judge(module: Recogniser | Parser, path: Path) -> None:
-    """Write a judge's weights as safetensors, keyed by their paths."""
+MetricNetwork = IdentityNet | AttributeNet
+
+
+def save_network(module: MetricNetwork, path: Path) -> None:
+    """Write a network's weights as safetensors, keyed by their paths."""
     arrays = {
         ".".join(map(str, key)): np.ascontiguousarray(value[...])
         for key, value in nnx.to_flat_state(nnx.state(module))
@@ -118,8 +121,8 @@ def save_judge(module: Recogniser | Parser, path: Path) -> None:
         save_file(arrays, temporary, {"fact_jax": json.dumps({"kind": type(module).__name__})})
 
 
-def load_judge(kind: type[Recogniser] | type[Parser], path: Path) -> Recogniser | Parser:
-    """Read a judge; UserError if the file is missing or does not fit."""
+def load_network(kind: type[MetricNetwork], path: Path) -> MetricNetwork:
+    """Read a network; UserError if the file is missing or does not fit."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; it holds the {kind.__name__} that evaluation needs")
     try:

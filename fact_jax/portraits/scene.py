@@ -1,4 +1,4 @@
-"""Everything in the portrait that is not the person, drawn from a variation seed."""
+"""Scene parameters (pose, light, clothing, background), drawn from a seed."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""A CLIP vocabulary for the world's captions: every word of theirs is one token."""
+"""A CLIP vocabulary in which every word of the captions is one token."""
 
 from fact_jax.portraits.captions import VOCABULARY
 

@@ -1,4 +1,4 @@
-"""The world as one call: person numbers and variation seeds in, labelled portraits out."""
+"""Batches of labelled portraits from identity numbers and scene seeds."""
 
 from collections.abc import Sequence
 from functools import partial

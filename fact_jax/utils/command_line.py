@@ -1,4 +1,4 @@
-"""What the command lines of the programs have in common."""
+"""Argument parser, ``--version``, and package versions."""
 
 import argparse
 import importlib.metadata
@@ -6,7 +6,7 @@ import platform
 from typing import NoReturn
 
 
-class Parser(argparse.ArgumentParser):
+class ArgumentParser(argparse.ArgumentParser):
     """argparse's own, but a wrong command line is one line on stderr and exit status 2."""
 
     def error(self, message: str) -> NoReturn:

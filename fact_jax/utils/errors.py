@@ -1,4 +1,4 @@
-"""Errors that a person at the terminal can act on, and how a program ends with one."""
+"""Error messages for the terminal, and exit codes."""
 
 import atexit
 import contextlib

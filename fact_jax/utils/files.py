@@ -1,4 +1,4 @@
-"""Writing files so that nothing is ever half-written, and nothing there before is lost."""
+"""Atomic writes of files and folders."""
 
 import contextlib
 import ctypes

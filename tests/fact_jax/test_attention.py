@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from fact_jax.ops import attention as module
-from fact_jax.ops.attention import attention, attention_plain, attention_tiled, attention_together
+from fact_jax.ops.attention import (
+    attention,
+    attention_plain,
+    attention_query_chunked,
+    attention_tiled,
+)
 from tests.fact_jax.tiny import normal
 
 Q, K, V = normal(1, 2, 10, 3, 4), normal(2, 2, 7, 3, 4), normal(3, 2, 7, 3, 4)
@@ -34,7 +39,7 @@ def test_by_hand():
     k = jnp.array([[0.0, 5, 5, 5], [np.log(3), 0, 0, 0]]).reshape(1, 2, 1, 4)
     v = jnp.array([[4.0, 0, 0, 1], [8.0, 0, 0, 1]]).reshape(1, 2, 1, 4)
     expected = np.array([7.0, 0, 0, 1]).reshape(1, 1, 1, 4)
-    for form in (attention_plain, attention_tiled, attention_together):
+    for form in (attention_plain, attention_tiled, attention_query_chunked):
         np.testing.assert_allclose(form(q, k, v), expected, atol=1e-6)
 
 
@@ -42,7 +47,7 @@ def test_plain_is_the_definition():
     np.testing.assert_allclose(attention_plain(Q, K, V), by_definition(Q, K, V), atol=1e-6)
 
 
-@pytest.mark.parametrize("form", [attention_tiled, attention_together])
+@pytest.mark.parametrize("form", [attention_tiled, attention_query_chunked])
 @pytest.mark.parametrize("tile", [4, 5, 64])
 def test_tiled_is_plain(tile, form):
     """Ten queries by tiles of 4 (the last one padded), of 5, and of more than there are."""
@@ -61,7 +66,7 @@ def test_tiled_is_plain(tile, form):
         np.testing.assert_allclose(one, other, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", [attention_tiled, attention_together])
+@pytest.mark.parametrize("form", [attention_tiled, attention_query_chunked])
 @pytest.mark.parametrize("tile", [4, 64])
 def test_masked(form, tile):
     """What a query may not see does not count at all, in the result and in the gradient."""
@@ -86,13 +91,13 @@ def test_masked(form, tile):
 
 
 def test_large_scores_do_not_overflow():
-    for form in (attention_plain, attention_tiled, attention_together):
+    for form in (attention_plain, attention_tiled, attention_query_chunked):
         assert np.isfinite(form(1e4 * Q, K, V)).all()
 
 
 def test_half_precision_stays_half_precision():
     half = [x.astype(jnp.bfloat16) for x in (Q, K, V)]
-    for form in (attention_plain, attention_tiled, attention_together):
+    for form in (attention_plain, attention_tiled, attention_query_chunked):
         out = form(*half)
         assert out.dtype == jnp.bfloat16
         # Eight bits of mantissa, outputs of order one.

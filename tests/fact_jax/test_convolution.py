@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 from jax import lax
 
-from fact_jax.ops.convolution import FEW, MANY, WIDE, by_minimal_filtering, convolve
+from fact_jax.ops.convolution import IM2COL_PIXELS_PER_CHANNEL as RATIO
+from fact_jax.ops.convolution import WINOGRAD_MIN_CHANNELS as WIDTH
+from fact_jax.ops.convolution import WINOGRAD_MIN_PIXELS as PIXELS
+from fact_jax.ops.convolution import conv_winograd, convolve
 
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
@@ -47,7 +50,7 @@ def normal(*shape: int, seed: int = 0):
 @pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("padding", [((1, 1), (1, 1)), ((0, 2), (1, 0))])
 def test_few_pixels(few, padding):
-    outputs = round(15 / FEW) + (0 if few else -1)
+    outputs = round(15 / RATIO) + (0 if few else -1)
     check(normal(2, 3, 5, 6), normal(3, 3, 6, outputs, seed=1), padding, otherwise=few)
 
 
@@ -62,12 +65,18 @@ def test_few_pixels(few, padding):
     ],
 )
 def test_many_pixels(many, size, padding):
-    batch = -(-MANY // (size[0] * size[1])) - (0 if many else 1)
-    kernel = normal(3, 3, WIDE, WIDE + 1, seed=1) / 24
-    check(normal(batch, *size, WIDE), kernel, padding, otherwise=many)
+    batch = -(-PIXELS // (size[0] * size[1])) - (0 if many else 1)
+    kernel = normal(3, 3, WIDTH, WIDTH + 1, seed=1) / 24
+    check(normal(batch, *size, WIDTH), kernel, padding, otherwise=many)
 
 
-@pytest.mark.parametrize(("inputs", "outputs"), [(WIDE - 1, WIDE), (WIDE, WIDE - 1)])
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [
+        (WIDTH - 1, WIDTH),
+        (WIDTH, WIDTH - 1),
+    ],
+)
 def test_narrow_layers_are_left_alone(inputs, outputs):
     kernel = normal(3, 3, inputs, outputs, seed=1) / 24
     check(normal(2, 32, 32, inputs), kernel, ((1, 1), (1, 1)), otherwise=False)
@@ -89,7 +98,7 @@ def test_minimal_filtering_is_as_precise():
     def error(found) -> float:
         return float(np.sqrt(np.mean((np.array(found, np.float64) - exact.numpy()) ** 2)))
 
-    assert error(by_minimal_filtering(x, kernel, padding)) < 1.5 * error(plain(x, kernel, padding))
+    assert error(conv_winograd(x, kernel, padding)) < 1.5 * error(plain(x, kernel, padding))
 
 
 @pytest.mark.parametrize(
@@ -114,7 +123,10 @@ def test_precision_of_the_result():
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_16_bits_are_filtered_in_float32(dtype):
     """So that what comes out is off by its own rounding alone."""
-    x, kernel = normal(2, 32, 32, WIDE).astype(dtype), normal(3, 3, WIDE, WIDE, seed=1) / 24
+    x, kernel = (
+        normal(2, 32, 32, WIDTH).astype(dtype),
+        normal(3, 3, WIDTH, WIDTH, seed=1) / 24,
+    )
     kernel, padding = kernel.astype(dtype), ((1, 1), (1, 1))
     found = convolve(x, kernel, (1, 1), padding, dimension_numbers=NUMBERS)
     wanted = plain(x.astype(jnp.float32), kernel.astype(jnp.float32), padding)

@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fact_jax.curriculum import Drop, Stage, draw_drop, draw_neutral, draw_shuffle, stage_values
+from fact_jax.curriculum import (
+    Drop,
+    Stage,
+    draw_drop,
+    draw_generic_caption,
+    draw_shuffle,
+    stage_values,
+)
 
 STAGES = (
     Stage(steps=100),
@@ -108,5 +115,5 @@ def test_shuffle_has_its_frequency(probability):
 
 
 def test_neutral_captions_have_their_frequency():
-    assert_frequency(np.asarray(draw_neutral(keys(4), 0.2)), 0.2)
-    assert not np.any(draw_neutral(keys(4), 0.0))
+    assert_frequency(np.asarray(draw_generic_caption(keys(4), 0.2)), 0.2)
+    assert not np.any(draw_generic_caption(keys(4), 0.0))

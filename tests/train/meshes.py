@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fact_jax.ops.attention import attention_together
+from fact_jax.ops.attention import attention_query_chunked
 from fact_jax.sharding import MeshConfig, batch_sharding, global_batch, make_mesh, replicated, shard
 from fact_train.config import TrainConfig, override
 from fact_train.engine.state import make_optimizer, path_name, place_state
@@ -84,7 +84,7 @@ def attention_text() -> str:
     heads = jax.ShapeDtypeStruct((8, 64, 2, 8), np.float32)
 
     def total(q, k, v):
-        return attention_together(q, k, v, tile=16).sum()
+        return attention_query_chunked(q, k, v, tile=16).sum()
 
     gradient = jax.grad(total, argnums=(0, 1, 2))
     jitted = jax.jit(gradient, in_shardings=(placed,) * 3, out_shardings=(placed,) * 3)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from fact_jax.utils.command_line import Parser, add_version
+from fact_jax.utils.command_line import ArgumentParser, add_version
 from fact_jax.utils.errors import UserError, listed, printable, run_program
 
 _DTYPES = ("float32", "float16", "bfloat16")
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="fact-convert", description=__doc__)
+    parser = ArgumentParser(prog="fact-convert", description=__doc__)
     add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 

@@ -9,13 +9,13 @@ from fact_infer.cli.evaluate import add_commands
 from fact_infer.cli.generate import add_generate, add_photo_options
 from fact_infer.cli.redraw import add_redraw
 from fact_infer.cli.unused_options import without_effect
-from fact_jax.utils.command_line import Parser, add_version
+from fact_jax.utils.command_line import ArgumentParser, add_version
 from fact_jax.utils.errors import UserError, run_program
 
 _NO_MEMORY = ("RESOURCE_EXHAUSTED", "out of memory", "can't allocate memory")
 
 
-class _Parser(Parser):
+class _Parser(ArgumentParser):
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
 

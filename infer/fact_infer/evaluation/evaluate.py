@@ -35,7 +35,13 @@ from fact_infer.request import MAX_SEED, Settings
 from fact_jax.diffusion.samplers import num_model_calls
 from fact_jax.face import align_batch
 from fact_jax.portraits import SPLITS, Batch, make_batch
-from fact_jax.portraits.metric_networks import ATTRIBUTES, CROP, Parser, Recogniser, load_judge
+from fact_jax.portraits.metric_networks import (
+    ATTRIBUTES,
+    CROP,
+    AttributeNet,
+    IdentityNet,
+    load_network,
+)
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import create
 
@@ -106,8 +112,8 @@ class Judges:
     """The recogniser and the parser of a folder, compiled once."""
 
     def __init__(self, folder: Path):
-        self._recognise = _compiled(load_judge(Recogniser, folder / "recogniser.safetensors"))
-        self._parse = _compiled(load_judge(Parser, folder / "parser.safetensors"))
+        self._recognise = _compiled(load_network(IdentityNet, folder / "recogniser.safetensors"))
+        self._parse = _compiled(load_network(AttributeNet, folder / "parser.safetensors"))
 
     def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> Judgement:
         """Judge whole pictures."""

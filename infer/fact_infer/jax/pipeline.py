@@ -27,7 +27,12 @@ from fact_infer.img2img import Canvas
 from fact_infer.parts import open_parts
 from fact_infer.pipeline import Drawer
 from fact_infer.request import Settings
-from fact_jax.diffusion.samplers import SAMPLERS, keep_outside, noise_latents_for_start, python_loop
+from fact_jax.diffusion.samplers import (
+    SAMPLERS,
+    masked_denoiser,
+    noise_latents_for_start,
+    python_loop,
+)
 from fact_jax.fact import (
     Model,
     encode_face,
@@ -201,13 +206,14 @@ class FlaxPipeline(Drawer):
         )
         if canvas is None:
             return sample(model, noise)
-        cells = jax.device_put(canvas.cells, x0.sharding)
-        model = keep_outside(model, sampler, schedule, cells=cells, x0=x0, noise=noise, **along)
+        mask = jax.device_put(canvas.cells, x0.sharding)
+        inputs = {"latent_mask": mask, "x0": x0, "noise": noise}
+        model = masked_denoiser(model, sampler, schedule, **inputs, **along)
         # A canvas of which everything is to be forgotten is none, as in diffusers.
         first = noise
         if start:
             first = noise_latents_for_start(schedule, sampler, x0, noise, **along)
-        return jnp.where(cells[..., None], sample(model, first), x0)
+        return jnp.where(mask[..., None], sample(model, first), x0)
 
     def _prepare_rows(self, states: dict, shared: dict, inputs: dict, *, shape: Shape) -> tuple:
         """Conditions, unit noise, each picture's key, and the latents of what is drawn over."""

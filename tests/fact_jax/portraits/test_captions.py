@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fact_jax.portraits import NEUTRAL_CAPTION, VOCABULARY, captions, make_batch, sample_scene
+from fact_jax.portraits import GENERIC_CAPTION, VOCABULARY, captions, make_batch, sample_scene
 from fact_jax.portraits.scene import Scene
 
 FIELDS = dict.fromkeys(Scene._fields, 0)
@@ -33,7 +33,7 @@ def test_captions_by_hand():
 
 def test_vocabulary_is_closed_and_used():
     lines = captions(sample_scene(jnp.arange(3000)))
-    used = {word for line in [*lines, NEUTRAL_CAPTION] for word in re.findall(r"[^\s,]+|,", line)}
+    used = {word for line in [*lines, GENERIC_CAPTION] for word in re.findall(r"[^\s,]+|,", line)}
     assert used == set(VOCABULARY)
 
 

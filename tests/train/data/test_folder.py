@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from fact_jax.face import ARCFACE_TEMPLATE, PreparedFace, face_mask, prepare_photo
-from fact_jax.portraits import NEUTRAL_CAPTION
+from fact_jax.portraits import GENERIC_CAPTION
 from fact_jax.utils.errors import UserError
 from fact_train.cli.main import main
 from fact_train.data.photo_folder import Totals, folder_examples, square_up
@@ -59,9 +59,9 @@ def test_bad_photos_are_one_line_each_and_skipped(people):
     examples = list(folder_examples(people, size=64, crop_size=48, warn=lines.append))
     assert [example.name for example in examples] == ["anna/1.png", "anna/2.png", "bo/1.jpg"]
     assert [example.caption for example in examples] == [
-        NEUTRAL_CAPTION,
+        GENERIC_CAPTION,
         "a woman in a garden",
-        NEUTRAL_CAPTION,
+        GENERIC_CAPTION,
     ]
     wanted = [
         ("anna/bare.jpg", "no face points"),

@@ -21,7 +21,7 @@ from PIL import Image
 
 from fact_jax.face import PreparedFace, area_weights, face_mask, prepare_photo
 from fact_jax.face.images import file_error
-from fact_jax.portraits import NEUTRAL_CAPTION
+from fact_jax.portraits import GENERIC_CAPTION
 from fact_jax.utils.errors import UserError
 from fact_train.data.portraits import encode_mask
 from fact_train.data.records import Example, encode_png
@@ -212,7 +212,7 @@ def square_up(
 def _caption(path: Path) -> str:
     """What a text file beside the photo says, on one line; without one, the neutral caption."""
     if not path.exists():
-        return NEUTRAL_CAPTION
+        return GENERIC_CAPTION
     try:
         text = " ".join(path.read_text(encoding="utf-8-sig").split())
     except OSError as error:

@@ -27,7 +27,14 @@ from fact_convert import (
     tokenize,
 )
 from fact_convert.weights import skeleton
-from fact_jax.curriculum import Drop, Stage, draw_drop, draw_neutral, draw_shuffle, stage_values
+from fact_jax.curriculum import (
+    Drop,
+    Stage,
+    draw_drop,
+    draw_generic_caption,
+    draw_shuffle,
+    stage_values,
+)
 from fact_jax.diffusion.noise_schedules import add_noise, offset_noise, training_target
 from fact_jax.face import resize_area
 from fact_jax.losses import denoising_error, fair_ratio, min_snr_weight
@@ -241,7 +248,7 @@ class AdapterTask:
         # Only where a stage has it: any other curriculum compiles to a step without the switch.
         switched = any(one.text == "no_cross_attention" for one in options.stages)
         attended = stage.cross_attention > 0 if switched else None
-        neutral = draw_neutral(neutral_keys, options.neutral)
+        neutral = draw_generic_caption(neutral_keys, options.neutral)
         dtype = trainable["resampler"]["latents"].dtype
         batch = self.encoders.encode_batch(frozen, batch, shuffled, latent_keys)
         # The null condition is the resampler of all-zero tokens.

@@ -10,7 +10,13 @@ import optax
 from flax import nnx
 
 from fact_jax.losses import arcface_loss
-from fact_jax.portraits.metric_networks import ATTRIBUTES, CROP, Parser, Recogniser, save_judge
+from fact_jax.portraits.metric_networks import (
+    ATTRIBUTES,
+    CROP,
+    AttributeNet,
+    IdentityNet,
+    save_network,
+)
 from fact_jax.utils.ranges import Probability, check_fields
 from fact_train.config import TrainConfig
 from fact_train.tasks.common import (
@@ -46,8 +52,8 @@ class JudgeTask:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.options = config.options
-        self.recogniser = split(Recogniser(rngs=nnx.Rngs(config.seed)))
-        self.parser = split(Parser(rngs=nnx.Rngs(config.seed + 1)))
+        self.recogniser = split(IdentityNet(rngs=nnx.Rngs(config.seed)))
+        self.parser = split(AttributeNet(rngs=nnx.Rngs(config.seed + 1)))
 
     def init(self, key):
         centres = 0.01 * jax.random.normal(key, (128, self.options.people))
@@ -122,7 +128,7 @@ class JudgeTask:
 
     def export(self, trainable, frozen, directory: Path, step: int) -> None:
         recogniser = self.recogniser.module(trainable["recogniser"])
-        save_judge(recogniser, directory / "judge" / "recogniser.safetensors")
-        save_judge(
+        save_network(recogniser, directory / "judge" / "recogniser.safetensors")
+        save_network(
             self.parser.module(trainable["parser"]), directory / "judge" / "parser.safetensors"
         )
