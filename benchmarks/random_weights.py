@@ -6,15 +6,15 @@ from pathlib import Path
 import numpy as np
 
 from fact_convert.io.json_io import write_json
-from fact_convert.io.lazy_tensor import Lazy
+from fact_convert.io.lazy_tensor import LazyTensor
 from fact_convert.io.safetensors_io import write_safetensors
-from fact_convert.mapping import names_of
-from fact_convert.models.adapter import describe, write_adapter
-from fact_convert.models.diffusers_folder import Files, write_pipeline
+from fact_convert.mapping import map_jax_path
+from fact_convert.models.adapter import model_configs, write_adapter
+from fact_convert.models.diffusers_folder import WeightFileOptions, write_pipeline
 from fact_convert.models.pipeline import DEFAULT_CLASS, scheduler_config
 from fact_convert.models.tokenizer import read_tokenizer
-from fact_convert.rules.key_tables import ADAPTER_MARK, RESAMPLER_PREFIX
-from fact_convert.weights import skeleton
+from fact_convert.rules.key_tables import ADAPTER_INFIX, RESAMPLER_PREFIX
+from fact_convert.weights import abstract_state
 from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.models.clip_text import CLIPTextConfig
 from fact_jax.models.resampler import ResamplerConfig
@@ -25,20 +25,20 @@ from fact_jax.models.vae import VAEConfig
 _MINIATURE = Path("miniature/base")
 
 
-def random_state(kind: str, config, dtype: str = "float32") -> dict[str, Lazy]:
+def random_state(kind: str, config, dtype: str = "float32") -> dict[str, LazyTensor]:
     """A flat PyTorch state whose tensors are drawn when they are wanted."""
-    _, flat = skeleton(kind, config)
+    _, flat = abstract_state(kind, config)
     state = {}
     for seed, (name, variable) in enumerate(flat.items()):
         shape = variable.get_value().shape
-        place = names_of(kind, name, "")[0]
-        turned = place.leaf.to_torch(np.broadcast_to(np.int8(0), shape), len(shape)).shape
+        place = map_jax_path(kind, name, "")[0]
+        turned = place.transform.to_torch(np.broadcast_to(np.int8(0), shape), len(shape)).shape
 
         def numbers(seed=seed, shape=turned) -> np.ndarray:
             drawn = np.random.default_rng(seed).standard_normal(shape, np.float32)
             return drawn.astype(dtype) if len(shape) < 2 else (0.02 * drawn).astype(dtype)
 
-        state[place.torch] = Lazy(turned, np.dtype(dtype), numbers)
+        state[place.torch] = LazyTensor(turned, np.dtype(dtype), numbers)
     return state
 
 
@@ -59,14 +59,16 @@ def write_everything(folder: Path, dtype: str) -> None:
         DEFAULT_CLASS,
     )
     text = {"format": "pt"}
-    write_pipeline(folder, folder / "base", states, plan, text, files=Files(), force=False)
+    write_pipeline(
+        folder, folder / "base", states, plan, text, files=WeightFileOptions(), force=False
+    )
 
     adapted = dataclasses.replace(unet, face_dim=resampler.output_dim)
-    state = {k: a for k, a in random_state("unet", adapted, dtype).items() if ADAPTER_MARK in k}
+    state = {k: a for k, a in random_state("unet", adapted, dtype).items() if ADAPTER_INFIX in k}
     own = random_state("resampler", resampler, dtype)
     state |= {RESAMPLER_PREFIX + key: array for key, array in own.items()}
     file = folder / "adapter" / "adapter.safetensors"
-    write_adapter(file, state, describe(unet.to_dict(), resampler))
+    write_adapter(file, state, model_configs(unet.to_dict(), resampler))
     beside = folder / "adapter" / "encoder"
     faces = random_state("transface", encoder)
     write_safetensors(beside / "model.safetensors", faces, {"format": "pt"})

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from fact_convert.rules.key_tables import TABLES, Table
-from fact_convert.rules.layer_transforms import Kind
+from fact_convert.rules.layer_transforms import LayerTransform
 from fact_convert.rules.ldm import (
     EMA,
     IGNORED,
@@ -46,7 +46,7 @@ _TURNS = {
 
 def page() -> str:
     """The whole page."""
-    kinds = {rule.kind.name: rule.kind for table in TABLES.values() for rule in table.rules}
+    layers = {rule.layer.name: rule.layer for table in TABLES.values() for rule in table.rules}
     parts = [
         "# Weights: what every key means",
         "Made from the tables in `converters/fact_convert/rules/key_tables.py` and "
@@ -55,16 +55,16 @@ def page() -> str:
         "left and of our modules on the right. `{i}` stands for a number, the same on both sides. "
         "A key that is in no table is an error, and so is a weight that is missing.",
         "## Sorts of layers",
-        _grid(("sort", "tensors", "from one to the other"), map(_sort, kinds.values())),
+        _grid(("sort", "tensors", "from one to the other"), map(_sort, layers.values())),
         *(text for kind, table in TABLES.items() for text in _model(kind, table)),
         *_original(),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _sort(kind: Kind) -> tuple[str, str, str]:
-    leaves = ", ".join(f"`{leaf.torch}`" for leaf in kind.leaves if leaf.torch)
-    return kind.name, leaves or "one", _TURNS[kind.name]
+def _sort(layer: LayerTransform) -> tuple[str, str, str]:
+    names = ", ".join(f"`{each.torch}`" for each in layer.parameters if each.torch)
+    return layer.name, names or "one", _TURNS[layer.name]
 
 
 def _model(kind: str, table: Table) -> list[str]:
@@ -92,7 +92,7 @@ def _sections(table: Table) -> dict[tuple[str, ...], list[tuple[str, str, str, s
         seen.add(rule.jax)
         place = match[0] if (match := _PLACE.match(rule.torch)) else ""
         torch, ours = (name.removeprefix(place) for name in (rule.torch, rule.jax))
-        row = (f"`{torch}`", "the same" if ours == torch else f"`{ours}`", rule.kind.name, note)
+        row = (f"`{torch}`", "the same" if ours == torch else f"`{ours}`", rule.layer.name, note)
         places[row].append(place.rstrip("."))
     found = defaultdict(list)
     for row, where in places.items():

@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 
 from fact_convert.rules.key_tables import TABLES, Table
-from fact_convert.rules.layer_transforms import Leaf
+from fact_convert.rules.layer_transforms import ParameterTransform
 from fact_jax.utils.errors import UserError, listed
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -21,34 +21,34 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class KeyMapping:
     """One tensor's two names, and how it turns from one layout to the other."""
 
     torch: str
     jax: str
-    leaf: Leaf
+    transform: ParameterTransform
     overrides: bool = False
 
 
 class _Patterns:
     """Names with ``{i}`` placeholders on both sides, looked up from either."""
 
-    def __init__(self, places: tuple[Place, ...]):
-        self._by: dict[str, dict[str, list[tuple[re.Pattern, Place]]]] = {}
+    def __init__(self, mappings: tuple[KeyMapping, ...]):
+        self._by: dict[str, dict[str, list[tuple[re.Pattern, KeyMapping]]]] = {}
         for side in ("torch", "jax"):
             buckets = self._by[side] = defaultdict(list)
-            for place in places:
-                pattern = getattr(place, side)
-                buckets[_blur(re.sub(r"\{\w+\}", "0", pattern))].append((_regex(pattern), place))
+            for mapping in mappings:
+                pattern = getattr(mapping, side)
+                buckets[_blur(re.sub(r"\{\w+\}", "0", pattern))].append((_regex(pattern), mapping))
 
-    def find(self, side: str, name: str) -> list[Place]:
+    def find(self, side: str, name: str) -> list[KeyMapping]:
         """Every rule that fits ``name``, with both names filled in."""
         found = []
-        for regex, place in self._by[side].get(_blur(name), ()):
+        for regex, mapping in self._by[side].get(_blur(name), ()):
             if match := regex.fullmatch(name):
                 fields = match.groupdict()
-                filled = {s: getattr(place, s).format(**fields) for s in ("torch", "jax")}
-                found.append(dataclasses.replace(place, **filled))
+                filled = {s: getattr(mapping, s).format(**fields) for s in ("torch", "jax")}
+                found.append(dataclasses.replace(mapping, **filled))
         return found
 
 
@@ -67,15 +67,20 @@ def _regex(pattern: str) -> re.Pattern:
 def _patterns(kind: str) -> _Patterns:
     return _Patterns(
         tuple(
-            Place(_join(rule.torch, leaf.torch), _join(rule.jax, leaf.jax), leaf, rule.overrides)
+            KeyMapping(
+                _join(rule.torch, parameter.torch),
+                _join(rule.jax, parameter.jax),
+                parameter,
+                rule.overrides,
+            )
             for rule in TABLES[kind].rules
-            for leaf in rule.kind.leaves
+            for parameter in rule.layer.parameters
         )
     )
 
 
-def _join(path: str, leaf: str) -> str:
-    return f"{path}.{leaf}" if leaf else path
+def _join(path: str, name: str) -> str:
+    return f"{path}.{name}" if name else path
 
 
 def table(kind: str) -> Table:
@@ -83,7 +88,7 @@ def table(kind: str) -> Table:
     return TABLES[kind]
 
 
-def prefix_of(kind: str, keys: Iterable[str]) -> str:
+def key_prefix(kind: str, keys: Iterable[str]) -> str:
     """What stands before every key of this file, of the prefixes that the kind may have."""
     keys = list(keys)
     for prefix in sorted(table(kind).prefixes, key=len, reverse=True):
@@ -92,7 +97,7 @@ def prefix_of(kind: str, keys: Iterable[str]) -> str:
     return table(kind).prefixes[0]
 
 
-def place_of(kind: str, key: str, prefix: str) -> Place | None:
+def map_torch_key(kind: str, key: str, prefix: str) -> KeyMapping | None:
     """Where a PyTorch key belongs, or None if no rule knows it."""
     if not key.startswith(prefix):
         return None
@@ -100,11 +105,11 @@ def place_of(kind: str, key: str, prefix: str) -> Place | None:
     return dataclasses.replace(found[0], torch=key) if found else None
 
 
-def names_of(kind: str, path: str, prefix: str) -> list[Place]:
+def map_jax_path(kind: str, path: str, prefix: str) -> list[KeyMapping]:
     """The PyTorch names that a path of ours may have, the one that we write first."""
     return [
-        dataclasses.replace(place, torch=prefix + place.torch)
-        for place in _patterns(kind).find("jax", path)
+        dataclasses.replace(mapping, torch=prefix + mapping.torch)
+        for mapping in _patterns(kind).find("jax", path)
     ]
 
 
@@ -114,14 +119,15 @@ def is_ignored(kind: str, key: str, prefix: str) -> bool:
     return any(_regex(ignored.torch).fullmatch(bare) for ignored in table(kind).ignored)
 
 
-def guess_kind(keys: Iterable[str]) -> tuple[str | None, float]:
+def infer_kind(keys: Iterable[str]) -> tuple[str | None, float]:
     """The kind whose rules know the most of these keys, and which part of them it knows."""
     keys = list(keys)
     best, share = None, 0.0
     for kind in TABLES:
-        prefix = prefix_of(kind, keys)
+        prefix = key_prefix(kind, keys)
         known = sum(
-            place_of(kind, key, prefix) is not None or is_ignored(kind, key, prefix) for key in keys
+            map_torch_key(kind, key, prefix) is not None or is_ignored(kind, key, prefix)
+            for key in keys
         )
         if keys and known / len(keys) > share:
             best, share = kind, known / len(keys)
@@ -151,35 +157,35 @@ class Difference:
 
 def match_state(
     kind: str, state: Mapping[str, np.ndarray], targets: Shapes, held: Collection[str] = ()
-) -> tuple[str, dict[str, list[Place]], list[str]]:
+) -> tuple[str, dict[str, list[KeyMapping]], list[str]]:
     """Decide where every tensor of a PyTorch state goes; read none of them.
 
     Returns the prefix of the keys, for every path of ours its sources (the winner last), and the
     ignored keys. Paths that are ``held`` already need no source. Raises one UserError with
     everything that does not fit.
     """
-    prefix = prefix_of(kind, state)
+    prefix = key_prefix(kind, state)
     difference, ignored = Difference(), []
-    sources: dict[str, list[Place]] = {path: [] for path in targets}
+    sources: dict[str, list[KeyMapping]] = {path: [] for path in targets}
     for key, array in state.items():
-        place = place_of(kind, key, prefix)
-        if place is None and is_ignored(kind, key, prefix):
+        mapping = map_torch_key(kind, key, prefix)
+        if mapping is None and is_ignored(kind, key, prefix):
             ignored.append(key)
-        elif place is None or place.jax not in targets:
+        elif mapping is None or mapping.jax not in targets:
             difference.unexpected.append(key)
         else:
-            sources[place.jax].append(place)
-            _check(place, array, targets[place.jax], difference)
-    for path, places in sources.items():
-        main = [place.torch for place in places if not place.overrides]
+            sources[mapping.jax].append(mapping)
+            _check(mapping, array, targets[mapping.jax], difference)
+    for path, mappings in sources.items():
+        main = [mapping.torch for mapping in mappings if not mapping.overrides]
         if not main and path not in held:
-            names = names_of(kind, path, prefix)
+            names = map_jax_path(kind, path, prefix)
             difference.missing.append(names[0].torch if names else path)
         elif len(main) > 1:
             difference.other.append(f"{' and '.join(main)} are the same weight twice")
-        places.sort(key=lambda place: place.overrides)
+        mappings.sort(key=lambda mapping: mapping.overrides)
     if difference.missing and not any(sources.values()):
-        other, share = guess_kind(state)
+        other, share = infer_kind(state)
         if other not in (None, kind) and share > 0.5:
             raise UserError(f"these are {other} weights, but {kind} weights were wanted")
     difference.raise_if_any(f"the weights do not fit the {kind}")
@@ -187,28 +193,32 @@ def match_state(
 
 
 def _check(
-    place: Place, array: np.ndarray, target: tuple[int, ...], difference: Difference
+    mapping: KeyMapping, array: np.ndarray, target: tuple[int, ...], difference: Difference
 ) -> None:
-    if place.leaf.to_jax(array, len(target)).shape != target:
+    if mapping.transform.to_jax(array, len(target)).shape != target:
         try:
-            wanted = place.leaf.to_torch(np.broadcast_to(np.int8(0), target), array.ndim).shape
+            wanted = mapping.transform.to_torch(
+                np.broadcast_to(np.int8(0), target), array.ndim
+            ).shape
         except ValueError:  # a configuration may claim more than an array can be
             wanted = target
-        difference.misshapen.append(f"{place.torch}: is {array.shape}, wanted {wanted}")
+        difference.misshapen.append(f"{mapping.torch}: is {array.shape}, wanted {wanted}")
     elif not is_float(array.dtype):
-        difference.other.append(f"{place.torch}: {array.dtype}, wanted floating point")
+        difference.other.append(f"{mapping.torch}: {array.dtype}, wanted floating point")
     elif array.dtype.itemsize > 4 and not fits(array, np.dtype(np.float32)):
-        difference.other.append(f"{place.torch}: {array.dtype} that float32 cannot hold exactly")
+        difference.other.append(f"{mapping.torch}: {array.dtype} that float32 cannot hold exactly")
 
 
-def match_module(kind: str, shapes: Shapes, targets: Shapes, prefix: str) -> dict[str, list[Place]]:
+def match_module(
+    kind: str, shapes: Shapes, targets: Shapes, prefix: str
+) -> dict[str, list[KeyMapping]]:
     """The other direction: for every path of a module, the PyTorch names it may have.
 
     ``targets`` is what a model of this configuration has. Raises one UserError with everything
     that does not fit.
     """
     difference = Difference(missing=[path for path in targets if path not in shapes])
-    names = {path: names_of(kind, path, prefix) for path in shapes}
+    names = {path: map_jax_path(kind, path, prefix) for path in shapes}
     for path, shape in shapes.items():
         if path not in targets or not names[path]:
             difference.unexpected.append(path)

@@ -13,18 +13,18 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 from flax import nnx
 
-from fact_convert.io.lazy_tensor import check_range, contiguous, rounded
+from fact_convert.io.lazy_tensor import cast, check_range, contiguous
 from fact_convert.mapping import (
-    Place,
+    KeyMapping,
     Shapes,
     fits,
     is_float,
+    map_jax_path,
     match_module,
     match_state,
-    names_of,
     table,
 )
-from fact_convert.rules.key_tables import ADAPTER_MARK
+from fact_convert.rules.key_tables import ADAPTER_INFIX
 from fact_jax.utils.errors import UserError, listed
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ _MOST_LAYERS = 512
 
 
 @dataclasses.dataclass(frozen=True)
-class Tensor:
+class TensorInfo:
     """What a tensor was called and looked like in the file it came from.
 
     ``bits`` holds the numbers of tensors that the module has no place for.
@@ -56,7 +56,7 @@ class Tensor:
     bits: bytes | None = None
 
     @classmethod
-    def of(cls, key: str, array: np.ndarray, keep: bool = False) -> "Tensor":
+    def of(cls, key: str, array: np.ndarray, keep: bool = False) -> "TensorInfo":
         bits = np.ascontiguousarray(array).tobytes() if keep else None
         return cls(key, array.dtype.name, array.shape, bits)
 
@@ -70,7 +70,7 @@ class Origin:
     """
 
     prefix: str
-    tensors: tuple[Tensor, ...]
+    tensors: tuple[TensorInfo, ...]
 
     def __hash__(self) -> int:
         return hash((self.prefix, len(self.tensors)))
@@ -109,29 +109,29 @@ def _build(
     dtype,
     base: nnx.Module | None = None,
 ) -> nnx.Module:
-    graph, flat = skeleton(kind, config)
+    graph, flat = abstract_state(kind, config)
     held = parameters(base) if base is not None else {}
     prefix, sources, ignored = match_state(kind, state, flat_shapes(flat), held)
     values, replaced = {}, {}
-    for path, places in sources.items():
-        if not places:
+    for path, mappings in sources.items():
+        if not mappings:
             values[path] = held[path].get_value()
             continue
-        winner, ndim = places[-1], len(flat[path].get_value().shape)
-        view = winner.leaf.to_jax(state[winner.torch], ndim)
+        winner, ndim = mappings[-1], len(flat[path].get_value().shape)
+        view = winner.transform.to_jax(state[winner.torch], ndim)
         values[path] = _to_device(view, dtype, winner.torch)
         if path in held:
-            replaced[names_of(kind, path, prefix)[0].torch] = winner.torch
+            replaced[map_jax_path(kind, path, prefix)[0].torch] = winner.torch
     kept = {*ignored, *_overridden(sources, state)}
     module = _assemble(graph, flat, values)
-    tensors = [Tensor.of(key, array, key in kept) for key, array in state.items()]
+    tensors = [TensorInfo.of(key, array, key in kept) for key, array in state.items()]
     module.origin = Origin(prefix, (*_base_tensors(base, replaced, state), *tensors))
     return module
 
 
 def _base_tensors(
     base: nnx.Module | None, replaced: Mapping[str, str], state: Mapping
-) -> list[Tensor]:
+) -> list[TensorInfo]:
     """What is known of the base's own file; numbers that an adapter's replace are kept aside."""
     if base is None:
         return []
@@ -140,7 +140,7 @@ def _base_tensors(
     differing = []
     for key, array in dump_some(base, lambda name: name in replaced).items():
         if not _same_numbers(array, state[replaced[key]]):
-            tensors[key] = Tensor.of(key, array, keep=True)
+            tensors[key] = TensorInfo.of(key, array, keep=True)
             differing.append(replaced[key])
     _say_overridden(differing, list(replaced.values()))
     return list(tensors.values())
@@ -162,23 +162,23 @@ def dump_some(module: nnx.Module, wanted: Callable[[str], bool]) -> dict[str, np
     origin = getattr(module, "origin", None)
     prefix = origin.prefix if origin else table(kind).prefixes[0]
     flat = parameters(module)
-    _, expected = skeleton(kind, module.config)
+    _, expected = abstract_state(kind, module.config)
     names = match_module(kind, flat_shapes(flat), flat_shapes(expected), prefix)
-    places = {place.torch: place for options in names.values() for place in options}
+    mappings = {mapping.torch: mapping for options in names.values() for mapping in options}
 
     state, written = {}, set()
     for tensor in origin.tensors if origin else ():
-        place = places.get(tensor.key)
-        if place is not None and not place.overrides:
-            written.add(place.jax)
+        mapping = mappings.get(tensor.key)
+        if mapping is not None and not mapping.overrides:
+            written.add(mapping.jax)
         if not wanted(tensor.key):
             continue
         if tensor.bits is not None:
             array = np.frombuffer(tensor.bits, np.dtype(tensor.dtype)).reshape(tensor.shape).copy()
-        elif place is None:
+        elif mapping is None:
             continue  # the module has lost this part since, as a base without its adapter
         else:
-            array = _to_host(flat[place.jax], place, len(tensor.shape), tensor.dtype)
+            array = _to_host(flat[mapping.jax], mapping, len(tensor.shape), tensor.dtype)
         state[tensor.key] = array
     for path, options in names.items():
         if path not in written and wanted(options[0].torch):
@@ -186,7 +186,7 @@ def dump_some(module: nnx.Module, wanted: Callable[[str], bool]) -> dict[str, np
     return state
 
 
-def in_precision(state: Mapping[str, np.ndarray], dtype: str | None) -> Mapping[str, np.ndarray]:
+def cast_state(state: Mapping[str, np.ndarray], dtype: str | None) -> Mapping[str, np.ndarray]:
     """A flat state with its floating tensors in ``dtype`` (a name, as float16); None: as it is.
 
     Each is rounded when it is wanted; UserError then, if a number is too large for ``dtype``.
@@ -194,7 +194,7 @@ def in_precision(state: Mapping[str, np.ndarray], dtype: str | None) -> Mapping[
     if dtype is None:
         return state
     target = jnp.dtype(dtype)
-    return {k: rounded(a, target, k) if is_float(a.dtype) else a for k, a in state.items()}
+    return {k: cast(a, target, k) if is_float(a.dtype) else a for k, a in state.items()}
 
 
 def read_config(kind: str, config, state: Mapping[str, np.ndarray] | None = None):
@@ -209,7 +209,7 @@ def read_config(kind: str, config, state: Mapping[str, np.ndarray] | None = None
             raise UserError(f"the {kind} configuration does not make sense: {err}") from err
     _check_numbers(kind, config, state)
     if kind == "unet":
-        mark = f"{ADAPTER_MARK}linear.weight"
+        mark = f"{ADAPTER_INFIX}linear.weight"
         widths = {a.shape[-1] for k, a in (state or {}).items() if k.endswith(mark) and a.ndim == 2}
         if widths:
             config = dataclasses.replace(config, face_dim=max(widths))
@@ -275,7 +275,7 @@ def _attentions(config) -> Iterator[tuple[int, int]]:
             yield getattr(config, width), getattr(config, heads)
 
 
-def skeleton(kind: str, config) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
+def abstract_state(kind: str, config) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
     """A model's structure and the shapes of its parameters by path; nothing is computed."""
     try:
         graph, items = _skeleton(kind, config)
@@ -284,9 +284,9 @@ def skeleton(kind: str, config) -> tuple[nnx.GraphDef, dict[str, nnx.Variable]]:
     return graph, dict(items)
 
 
-def blank(kind: str, config) -> nnx.Module:
+def abstract_module(kind: str, config) -> nnx.Module:
     """A model whose parameters are zeros: under ``jax.eval_shape`` they take no memory."""
-    graph, flat = skeleton(kind, config)
+    graph, flat = abstract_state(kind, config)
     shapes = {path: var.get_value() for path, var in flat.items()}
     return _assemble(graph, flat, {p: jnp.zeros(s.shape, s.dtype) for p, s in shapes.items()})
 
@@ -294,12 +294,12 @@ def blank(kind: str, config) -> nnx.Module:
 @functools.lru_cache(maxsize=16)
 def _skeleton(kind: str, config):
     _, model, _ = _model(kind)
-    module = nnx.eval_shape(lambda: model(config, rngs=SameKey()))
+    module = nnx.eval_shape(lambda: model(config, rngs=ConstantRngs()))
     graph, state = nnx.split(module)
     return graph, tuple((_dotted(path), var) for path, var in nnx.to_flat_state(state))
 
 
-class SameKey(nnx.Rngs):
+class ConstantRngs(nnx.Rngs):
     """Stands in for ``nnx.Rngs`` where no number is ever drawn.
 
     The counters of real ones make abstract evaluation quadratic in the number of layers.
@@ -357,19 +357,21 @@ def _to_device(view: np.ndarray, dtype, key: str) -> jax.Array:
 
 
 def _to_host(
-    var: nnx.Variable, place: Place, ndim: int | None = None, dtype: str | None = None
+    var: nnx.Variable, mapping: KeyMapping, ndim: int | None = None, dtype: str | None = None
 ) -> np.ndarray:
     value = np.asarray(var.get_value())
     wanted = np.dtype(dtype) if dtype else value.dtype
     if wanted != value.dtype and not fits(value, wanted):
         wanted = value.dtype
-    view = place.leaf.to_torch(value, value.ndim if ndim is None else ndim)
+    view = mapping.transform.to_torch(value, value.ndim if ndim is None else ndim)
     return contiguous(view, wanted)
 
 
-def _overridden(sources: Mapping[str, list[Place]], state: Mapping[str, np.ndarray]) -> set[str]:
+def _overridden(
+    sources: Mapping[str, list[KeyMapping]], state: Mapping[str, np.ndarray]
+) -> set[str]:
     """Keys whose numbers a second copy in the same file replaced."""
-    doubled = [(places[0].torch, places[-1].torch) for places in sources.values() if places[1:]]
+    doubled = [(each[0].torch, each[-1].torch) for each in sources.values() if each[1:]]
     beaten = {base: copy for base, copy in doubled if not _same_numbers(state[base], state[copy])}
     _say_overridden(list(beaten.values()), [copy for _, copy in doubled])
     return set(beaten)

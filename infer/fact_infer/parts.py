@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from fact_convert.io.json_io import write_json
 from fact_convert.io.safetensors_io import write_safetensors
-from fact_convert.io.weight_files import stored_as
+from fact_convert.io.weight_files import file_format
 from fact_convert.models.adapter import write_adapter
 from fact_infer.base_model import (
     Base,
@@ -87,7 +87,7 @@ def _locate(name: str | os.PathLike, files: Sequence[str], beside: str | None = 
     if not match or Path(path.parts[0]).exists():
         raise UserError(f"{path}: no such file or folder")
     repository, inner = match[1], PurePosixPath(match[2] or ".")
-    if stored_as(inner) is not None:
+    if file_format(inner) is not None:
         folder, files = inner.parent, (inner.name,)
     else:
         folder = inner

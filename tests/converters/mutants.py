@@ -99,14 +99,14 @@ def write_seeds(folder: Path) -> None:
     from fact_convert.cli.opening import open_weights
     from fact_convert.cli.saving import save_jax
     from fact_convert.io.safetensors_io import write_safetensors
-    from fact_convert.io.torch_io import write_pickle
+    from fact_convert.io.torch_io import write_torch_file
 
     adapter, encoder = _state(_SHAPES, 0), _state(_ENCODER, 1)
     # Without a hash of the content, which would notice everything.
     save_file(adapter, folder / "adapter.safetensors", {"format": "pt", "a": "b"})
     write_safetensors(folder / "encoder.safetensors", encoder, {})
-    write_pickle(folder / "adapter.ckpt", adapter)
-    write_pickle(folder / "encoder.pt", encoder)
+    write_torch_file(folder / "adapter.ckpt", adapter)
+    write_torch_file(folder / "encoder.pt", encoder)
     tensors = {key: torch.from_numpy(array) for key, array in adapter.items()}
     torch.save({"state_dict": tensors, "global_step": 3}, folder / "trainer.ckpt")
     torch.save(tensors, folder / "legacy.pt", _use_new_zipfile_serialization=False)

@@ -10,7 +10,7 @@ import torch
 
 from fact_convert import attach_adapter, dump_state, load_adapter, load_state, save_adapter
 from fact_convert.io.safetensors_io import read_safetensors, write_safetensors
-from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.torch_io import write_torch_file
 from fact_convert.weights import parameters
 from fact_jax.utils.errors import UserError
 
@@ -81,7 +81,7 @@ def test_a_norm2_of_its_own_replaces_the_bases_and_is_written_back(
 ):
     key = f"{BLOCK}.attn2.processor.ln.weight"
     released_state[key][2] += 0.5
-    write_pickle(tmp_path / "x.ckpt", released_state)
+    write_torch_file(tmp_path / "x.ckpt", released_state)
     adapter = load_adapter(tmp_path / "x.ckpt", resampler_config=resampler_config)
     unet = attach_adapter(base, adapter)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -137,7 +137,7 @@ def test_an_adapter_for_another_base(released, peer_state):
 def test_an_adapter_with_a_part_missing(released_state, resampler_config, tmp_path):
     gone = f"{BLOCK}.attn2.processor.ff.net.2.bias"
     del released_state[gone]
-    write_pickle(tmp_path / "x.ckpt", released_state)
+    write_torch_file(tmp_path / "x.ckpt", released_state)
     with pytest.raises(UserError, match=rf"x\.ckpt: .*1 missing \({gone}\)"):
         load_adapter(tmp_path / "x.ckpt", resampler_config=resampler_config)
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from fact_convert.io.hashing import content_hash
-from fact_convert.io.lazy_tensor import Lazy, contiguous, release, rounded
-from fact_convert.io.parallel import in_threads
+from fact_convert.io.lazy_tensor import LazyTensor, cast, contiguous, release
+from fact_convert.io.parallel import thread_map
 from fact_convert.io.safetensors_io import read_safetensors, write_safetensors
-from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.torch_io import write_torch_file
 from fact_convert.models.training_checkpoint import provenance
 from fact_convert.rules.layer_transforms import CONV, LINEAR, POINTWISE
 
@@ -24,7 +24,7 @@ def lazy(array, reads=None):
             reads.append(1)
         return array
 
-    return Lazy(array.shape, array.dtype, read)
+    return LazyTensor(array.shape, array.dtype, read)
 
 
 def numbers(*shape):
@@ -46,11 +46,11 @@ def test_facts_need_no_reading():
 @pytest.mark.parametrize(
     ("leaf", "shape", "ndim"),
     [
-        (LINEAR.leaves[0], (6, 4), 2),
-        (CONV.leaves[0], (6, 4, 3, 2), 4),
-        (POINTWISE.leaves[0], (6, 4, 1, 1), 2),
-        (POINTWISE.leaves[0], (6, 4), 4),
-        (LINEAR.leaves[1], (6,), 1),
+        (LINEAR.parameters[0], (6, 4), 2),
+        (CONV.parameters[0], (6, 4, 3, 2), 4),
+        (POINTWISE.parameters[0], (6, 4, 1, 1), 2),
+        (POINTWISE.parameters[0], (6, 4), 4),
+        (LINEAR.parameters[1], (6,), 1),
     ],
 )
 def test_the_rules_turn_what_is_not_read(leaf, shape, ndim):
@@ -64,18 +64,18 @@ def test_the_rules_turn_what_is_not_read(leaf, shape, ndim):
 
 def test_a_source_that_gives_something_else():
     with pytest.raises(ValueError, match=r"float32 \(2,\), not float32 \(3,\)"):
-        np.asarray(Lazy((3,), np.dtype("f4"), lambda: numbers(2)))
+        np.asarray(LazyTensor((3,), np.dtype("f4"), lambda: numbers(2)))
 
 
 def test_a_huge_size_does_not_wrap():
-    assert Lazy((2**40, 2**40), np.dtype("f4"), None).nbytes == 2**82
+    assert LazyTensor((2**40, 2**40), np.dtype("f4"), None).nbytes == 2**82
 
 
 def test_rounding_waits():
     array = numbers(3)
-    assert rounded(array, array.dtype, "a") is array
-    half = rounded(array, np.dtype(ml_dtypes.bfloat16), "a")
-    assert isinstance(half, Lazy)
+    assert cast(array, array.dtype, "a") is array
+    half = cast(array, np.dtype(ml_dtypes.bfloat16), "a")
+    assert isinstance(half, LazyTensor)
     assert np.array_equal(np.asarray(half), array.astype(ml_dtypes.bfloat16))
 
 
@@ -108,7 +108,7 @@ def test_released_memory_is_read_again(tmp_path):
 
 
 def test_threads_keep_the_order_and_stop_at_an_error():
-    assert list(in_threads(lambda n: n * n, range(20))) == [n * n for n in range(20)]
+    assert list(thread_map(lambda n: n * n, range(20))) == [n * n for n in range(20)]
     begun, gate = [], threading.Event()
 
     def work(number):
@@ -119,7 +119,7 @@ def test_threads_keep_the_order_and_stop_at_an_error():
         time.sleep(0.001)
         return number
 
-    results = in_threads(work, range(1000))
+    results = thread_map(work, range(1000))
     gate.set()
     with pytest.raises(OSError, match="disk full"):
         next(results)
@@ -130,7 +130,7 @@ def test_every_tensor_is_read_once(tmp_path):
     reads = []
     state = {"a": lazy(numbers(3, 4), reads).T, "b": lazy(numbers(5), reads)}
     write_safetensors(tmp_path / "x.safetensors", state, {})
-    write_pickle(tmp_path / "x.ckpt", state)
+    write_torch_file(tmp_path / "x.ckpt", state)
     assert len(reads) == 4
 
 

@@ -13,7 +13,7 @@ import pytest
 from fact_convert.cli.main import main
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.weight_files import read_file
-from fact_convert.models.adapter import SIDE_KEY
+from fact_convert.models.adapter import DIM_HEAD_KEY
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_there_and_back(released_checkpoint, adapter, same_bits, tmp_path, capsy
     assert main(["to-jax", str(adapter), str(tmp_path / "jax")]) == 0
     assert main(["to-torch", str(tmp_path / "jax"), str(tmp_path / "back.ckpt")]) == 0
     back = dict(read_file(tmp_path / "back.ckpt")[0])
-    assert back.pop(SIDE_KEY) == 8  # which the released code does not look at
+    assert back.pop(DIM_HEAD_KEY) == 8  # which the released code does not look at
     same_bits(read_file(released_checkpoint)[0], back)
     for one in (adapter, tmp_path / "jax", tmp_path / "back.ckpt"):
         assert main(["verify", str(one), str(released_checkpoint)]) == 0

@@ -14,7 +14,7 @@ from fact_convert.cli.main import main
 from fact_convert.cli.opening import open_weights
 from fact_convert.io.hashing import content_hash
 from fact_convert.io.safetensors_io import write_safetensors
-from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.torch_io import write_torch_file
 from fact_convert.io.weight_files import read_file
 from fact_jax.utils.errors import UserError
 
@@ -104,7 +104,7 @@ def test_inspect_says_the_hashes(encoder, pipeline_folder, tmp_path, capsys):
 def test_the_checksums_of_a_pickle(encoder, ours, tmp_path):
     state, path = read_file(encoder)[0], tmp_path / "x.ckpt"
     if ours:
-        write_pickle(path, state)
+        write_torch_file(path, state)
     else:
         torch.save({key: torch.from_numpy(a.copy()) for key, a in state.items()}, path)
     with zipfile.ZipFile(path) as archive:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fact_convert import dump_state, load_encoder, save_encoder
-from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.torch_io import write_torch_file
 from fact_convert.models.face_encoder import infer_encoder
 from fact_convert.models.validation import encoder_shape
 from fact_jax.models.transface import TransFaceConfig
@@ -17,7 +17,7 @@ from fact_jax.utils.errors import UserError
 def released(golden, tmp_path):
     """A pickle as the released ones are, and the configuration that it does not hold."""
     state, metadata = golden("transface", "state.")
-    write_pickle(tmp_path / "transface.pt", state)
+    write_torch_file(tmp_path / "transface.pt", state)
     return tmp_path / "transface.pt", state, json.loads(metadata["config"])
 
 
@@ -64,7 +64,7 @@ def test_public_sizes_are_recognised(config, dim, depth):
 
 
 def test_what_is_no_encoder(tmp_path):
-    write_pickle(tmp_path / "x.pt", {"weight": np.zeros(3, np.float32)})
+    write_torch_file(tmp_path / "x.pt", {"weight": np.zeros(3, np.float32)})
     with pytest.raises(UserError, match=r"x\.pt: not a TransFace model \('pos_embed'"):
         load_encoder(tmp_path / "x.pt")
     with pytest.raises(UserError, match=r"config\.json: no such file"):

@@ -9,9 +9,9 @@ import torch
 
 from fact_convert.cli.main import main
 from fact_convert.io.safetensors_io import write_safetensors
-from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.torch_io import write_torch_file
 from fact_convert.io.weight_files import read_file
-from fact_convert.models.adapter import SIDE_KEY
+from fact_convert.models.adapter import DIM_HEAD_KEY
 from fact_jax.utils.errors import UserError
 
 
@@ -55,7 +55,7 @@ FAMILIES = {
 )
 def test_other_families_are_named(family, state, tmp_path, capsys):
     write_safetensors(tmp_path / "x.safetensors", state, {})
-    write_pickle(tmp_path / "x.ckpt", state)
+    write_torch_file(tmp_path / "x.ckpt", state)
     for file in ("x.safetensors", "x.ckpt"):
         for command in (["inspect"], ["to-jax", str(tmp_path / "out")]):
             command.insert(1, str(tmp_path / file))
@@ -146,6 +146,6 @@ def test_endings_in_capitals(released_checkpoint, same_bits, tmp_path):
         arguments = ["to-torch", str(source), str(tmp_path / name), "--dim-head", "8"]
         assert main(arguments) == 0
         assert (tmp_path / name).is_file()
-        found = {k: a for k, a in read_file(tmp_path / name)[0].items() if k != SIDE_KEY}
+        found = {k: a for k, a in read_file(tmp_path / name)[0].items() if k != DIM_HEAD_KEY}
         same_bits(found, wanted)
         source = tmp_path / name

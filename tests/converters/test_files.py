@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 from fact_convert.io.hashing import content_hash
 from fact_convert.io.hub import local_folder
 from fact_convert.io.json_io import read_json
-from fact_convert.io.output_paths import MANIFEST, whole_folder
+from fact_convert.io.output_paths import MANIFEST, output_folder
 from fact_convert.io.safetensors_io import read_safetensors, write_safetensors
-from fact_convert.io.torch_io import read_pickle, write_pickle
+from fact_convert.io.torch_io import read_pickle, write_torch_file
 from fact_convert.io.weight_files import read_file, read_weights
 from fact_jax.utils.errors import UserError
 
@@ -105,7 +105,7 @@ def test_a_failed_write_leaves_what_was_there(state, tmp_path):
 
 def test_pickles_round_trip(state, same_bits, tmp_path):
     file = tmp_path / "x.ckpt"
-    write_pickle(file, state)
+    write_torch_file(file, state)
     assert torch.load(file, weights_only=True)["brain"].dtype == torch.bfloat16
     same_bits(state, read_pickle(file))
 
@@ -169,7 +169,7 @@ def test_pickles_that_are_no_states(tmp_path):
 
 def test_a_truncated_pickle(state, tmp_path):
     file = tmp_path / "x.ckpt"
-    write_pickle(file, state)
+    write_torch_file(file, state)
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(UserError, match=r"x\.ckpt"):
         read_pickle(file)
@@ -258,18 +258,18 @@ def test_what_is_not_a_file(tmp_path):
 
 def test_a_folder_is_whole_or_absent(tmp_path):
     target = tmp_path / "out"
-    with pytest.raises(ZeroDivisionError), whole_folder(target, force=False) as folder:
+    with pytest.raises(ZeroDivisionError), output_folder(target, force=False) as folder:
         (folder / "half").write_text(str(1 / 0))
     assert os.listdir(tmp_path) == []
-    with whole_folder(target, force=False) as folder:
+    with output_folder(target, force=False) as folder:
         (folder / "one").touch()
     assert sorted(os.listdir(target)) == [MANIFEST, "one"]
     with (
         pytest.raises(UserError, match="exists already"),
-        whole_folder(target, force=False),
+        output_folder(target, force=False),
     ):
         pass
-    with whole_folder(target, force=True) as folder:
+    with output_folder(target, force=True) as folder:
         (folder / "two").touch()
     assert sorted(os.listdir(target)) == [MANIFEST, "two"]
     assert os.listdir(tmp_path) == ["out"]

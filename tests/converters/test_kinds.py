@@ -7,7 +7,7 @@ from fact_convert.rules import layer_transforms as kinds
 
 
 def turned(kind, leaf, array, ndim=None):
-    (found,) = (one for one in kind.leaves if one.torch == leaf)
+    (found,) = (one for one in kind.parameters if one.torch == leaf)
     there = found.to_jax(array, array.ndim if ndim is None else ndim)
     return there, found.to_torch(there, array.ndim)
 
@@ -52,8 +52,8 @@ def test_pointwise_takes_either_form_and_gives_it_back(shape, ndim, kernel_shape
     ],
 )
 def test_other_kinds_only_rename(kind, names):
-    assert {leaf.torch: leaf.jax for leaf in kind.leaves} == names
+    assert {leaf.torch: leaf.jax for leaf in kind.parameters} == names
     array = np.arange(6).reshape(2, 3)
-    for leaf in kind.leaves:
+    for leaf in kind.parameters:
         assert leaf.to_jax(array, 2) is array
         assert leaf.to_torch(array, 2) is array

@@ -10,7 +10,7 @@ import torch
 from fact_convert.cli.main import main
 from fact_convert.cli.opening import open_weights
 from fact_convert.io.safetensors_io import write_safetensors
-from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.torch_io import write_torch_file
 from fact_convert.io.weight_files import read_file
 from fact_convert.models.single_file import is_ldm, read_ldm, read_schedule, write_ldm
 from fact_convert.rules.ldm import IGNORED, unet_pairs, vae_pairs
@@ -203,7 +203,7 @@ def test_a_vae_alone(state, peer_state, tmp_path):
         for key, array in state.items()
         if key.startswith("first_stage_model.")
     }
-    write_pickle(tmp_path / "vae.ckpt", bare | {"loss.logvar": np.ones(1, np.float32)})
+    write_torch_file(tmp_path / "vae.ckpt", bare | {"loss.logvar": np.ones(1, np.float32)})
     opened = open_weights(tmp_path / "vae.ckpt")
     assert set(opened.states) == {"vae"}
     wanted = peer_state("vae")[0]
@@ -333,7 +333,7 @@ def test_controlnets_in_their_original_layout(controlnet, prefix, same_bits, tmp
     same_bits({key: tensor.numpy() for key, tensor in read.state_dict().items()}, state)
 
     bare = {prefix + key.removeprefix("control_model."): a for key, a in written.items()}
-    write_pickle(tmp_path / "bare.pth", bare)
+    write_torch_file(tmp_path / "bare.pth", bare)
     opened = open_weights(tmp_path / "bare.pth")
     assert opened.kind == "controlnet"
     same_bits(opened.states["controlnet"], state)

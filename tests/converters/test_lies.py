@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fact_convert.io.safetensors_io import read_safetensors, write_safetensors
-from fact_convert.io.torch_io import read_pickle, write_pickle
+from fact_convert.io.torch_io import read_pickle, write_torch_file
 from fact_convert.io.weight_files import read_file, read_weights
 from fact_jax.utils.errors import UserError
 
@@ -180,7 +180,7 @@ def test_tensors_keep_their_layout_and_place(tmp_path, same_bits):
     torch.save(held, tmp_path / "x.ckpt")
     read = read_pickle(tmp_path / "x.ckpt")
     write_safetensors(tmp_path / "x.safetensors", read, {})
-    write_pickle(tmp_path / "again.ckpt", read)
+    write_torch_file(tmp_path / "again.ckpt", read)
     opened = torch.load(tmp_path / "again.ckpt", weights_only=True)
     from safetensors.torch import load_file
 

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from fact_convert.cli.inspection import summary
 from fact_convert.cli.opening import open_weights
-from fact_convert.lora import add_lora, merge, read_lora
+from fact_convert.lora import add_lora, merge_lora, read_lora
 from fact_convert.weights import dump_state, load_state
 from fact_jax.utils.errors import UserError
 from tests.pipelines import pndm_scheduler, small_parts
@@ -110,7 +110,7 @@ def test_kohya_as_diffusers(parts, base, tmp_path):
     pytest.importorskip("peft")
     state = kohya(base)
     file = saved(tmp_path / "kohya.safetensors", state)
-    ours = merge(base, read_lora(file), 0.7)
+    ours = merge_lora(base, read_lora(file), 0.7)
     moved = assert_same(ours, in_diffusers(parts, file, 0.7), base)
     assert len(moved) == len(state) // 3
 
@@ -132,7 +132,7 @@ def test_original_block_names_as_diffusers(parts, base, tmp_path):
     file = saved(tmp_path / "original.safetensors", state)
     lora = read_lora(file)
     assert len(lora.layers) == len(state) // 3 == 36
-    assert len(assert_same(merge(base, lora, 1.0), in_diffusers(parts, file, 1.0), base)) == 36
+    assert len(assert_same(merge_lora(base, lora, 1.0), in_diffusers(parts, file, 1.0), base)) == 36
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_peft_as_diffusers(parts, base, tmp_path):
         ("clip_text", 3, 1),
     }
     theirs = in_diffusers(parts, tmp_path / "pytorch_lora_weights.safetensors", 1.0)
-    assert len(assert_same(merge(base, lora), theirs, base)) == len(lora.layers)
+    assert len(assert_same(merge_lora(base, lora), theirs, base)) == len(lora.layers)
 
 
 LAYOUTS = {
@@ -275,8 +275,8 @@ def test_rank_stabilised_scale(tmp_path):
 def test_taken_out_again(base, tmp_path):
     """Back to the base but for the rounding of two additions."""
     lora = read_lora(saved(tmp_path / "x.safetensors", kohya(base)))
-    merged = merge(base, lora, 0.25)
-    back = merge(merged, lora, -0.25)
+    merged = merge_lora(base, lora, 0.25)
+    back = merge_lora(merged, lora, -0.25)
     for kind, state in base.items():
         for key, array in state.items():
             # Half a unit in the last place of numbers up to 2, twice.
@@ -289,13 +289,13 @@ def test_half_precision_stays_half(base, tmp_path):
     half = {"unet": {k: a.astype(np.float16) for k, a in base["unet"].items()}}
     lora = dataclasses.replace(lora, layers=[x for x in lora.layers if x.kind == "unet"])
     exact = {"unet": {k: a.astype(np.float32) for k, a in half["unet"].items()}}
-    merged, wanted = (merge(state, lora, 0.5)["unet"] for state in (half, exact))
+    merged, wanted = (merge_lora(state, lora, 0.5)["unet"] for state in (half, exact))
     for key, array in merged.items():
         rounded = np.asarray(wanted[key]).astype(np.float16)
         np.testing.assert_array_equal(np.asarray(array), rounded, strict=True)
     key = lora.layers[0].key
     with pytest.raises(UserError, match=f"{key}: .*no longer finite in float16"):
-        np.asarray(merge(half, lora, 1e6)["unet"][key])
+        np.asarray(merge_lora(half, lora, 1e6)["unet"][key])
 
 
 def test_added_to_a_module_as_to_its_file(parts, base, tmp_path):
@@ -304,7 +304,7 @@ def test_added_to_a_module_as_to_its_file(parts, base, tmp_path):
         "unet": dict(parts["unet"].config),
         "clip_text": parts["text_encoder"].config.to_dict(),
     }
-    merged = merge(base, lora, 0.5)
+    merged = merge_lora(base, lora, 0.5)
     for kind, config in configs.items():
         module = load_state(kind, base[kind], config)
         ours = dump_state(add_lora(module, lora, 0.5))
@@ -367,7 +367,7 @@ def test_what_does_not_fit_the_base_is_said_at_once(base, tmp_path):
     with pytest.raises(
         UserError, match=r"1 missing \(unet/down_blocks.7.*1 misshapen .*wanted \(8, 8\)"
     ):
-        merge(base, lora)
+        merge_lora(base, lora)
 
 
 def test_inspected(base, tmp_path):

@@ -12,7 +12,7 @@ from fact_convert.cli.main import main
 from fact_convert.cli.opening import open_weights
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.weight_files import read_file
-from fact_convert.lora import merge, merge_all, read_lora
+from fact_convert.lora import merge_lora, merge_loras, read_lora
 from fact_jax.utils.errors import UserError
 from tests.pipelines import pndm_scheduler, small_parts
 
@@ -99,7 +99,7 @@ def test_there_and_back(base, layout, how, tmp_path):
     run("convert-lora", other, back, "--format", "kohya")
     same_tensors(read_file(back)[0], state)
     assert metadata.items() <= read_file(back)[1].items()
-    same_tensors(*(merge(base, read_lora(file))["unet"] for file in (first, other)))
+    same_tensors(*(merge_lora(base, read_lora(file))["unet"] for file in (first, other)))
 
 
 def test_from_diffusers_by_way_of_the_others(base, tmp_path):
@@ -120,7 +120,7 @@ def test_from_diffusers_by_way_of_the_others(base, tmp_path):
     same_tensors(read_file(files[3])[0], state)
     assert json.loads(read_file(files[3])[1]["lora_adapter_metadata"]) == json.loads(packed)
     # The root of a rank is no number of half precision: alphas are kept as exact as they must be.
-    same_tensors(*(merge(base, read_lora(file))["unet"] for file in (files[0], files[2])))
+    same_tensors(*(merge_lora(base, read_lora(file))["unet"] for file in (files[0], files[2])))
 
 
 @pytest.mark.parametrize("layouts", [["diffusers"], ["peft", "kohya"], ["diffusers", "kohya"]])
@@ -143,7 +143,7 @@ def test_diffusers_reads_what_is_written(parts, base, layouts, tmp_path):
     pipe.load_lora_weights(out)
     pipe.fuse_lora()
     pipe.unload_lora_weights()
-    ours = merge(base, read_lora(first))
+    ours = merge_lora(base, read_lora(first))
     models = {"unet": pipe.unet, "clip_text": pipe.text_encoder}
     if layouts[-1] == "kohya":  # of any such file, diffusers reads that part differently
         del models["clip_text"]
@@ -162,7 +162,7 @@ def test_peft_reads_what_is_written(parts, base, dora, tmp_path):
         "DoRA" if dora else "LoRA",
         {"unet": 3, "clip_text": 2},
     )
-    ours = merge(base, read_lora(first))
+    ours = merge_lora(base, read_lora(first))
     for kind, part in {"unet": "unet", "clip_text": "text_encoder"}.items():
         model = peft.PeftModel.from_pretrained(copy.deepcopy(parts[part]), tmp_path / "peft" / part)
         for key, tensor in model.merge_and_unload().state_dict().items():
@@ -223,7 +223,9 @@ def test_merged_in_float32_and_rounded_once(base, tmp_path):
     """Of a base in half precision too, and to half precision of one in float32."""
     weight, other = "down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"
     write_safetensors(tmp_path / "lora.safetensors", kohya(base, ["unet"]), {})
-    added = merge({"unet": base["unet"]}, read_lora(tmp_path / "lora.safetensors"))["unet"][weight]
+    added = merge_lora({"unet": base["unet"]}, read_lora(tmp_path / "lora.safetensors"))["unet"][
+        weight
+    ]
     delta = np.asarray(added, np.float64) - base["unet"][weight]
     for stored, asked in (("float16", "float32"), ("float32", "float16"), ("float16", None)):
         state = {key: array.astype(stored) for key, array in base["unet"].items()}
@@ -251,7 +253,9 @@ def test_several_with_a_scale_each(base, tmp_path, capsys):
     err = capsys.readouterr().err
     assert "one.safetensors: LoRA, 3 layers added at 0.5" in err
     assert "two.safetensors: LoRA, 3 layers added at -2" in err
-    wanted = merge(merge({"unet": base["unet"]}, read_lora(one), 0.5), read_lora(two), -2)["unet"]
+    wanted = merge_lora(
+        merge_lora({"unet": base["unet"]}, read_lora(one), 0.5), read_lora(two), -2
+    )["unet"]
     for key, array in read_file(out)[0].items():
         np.testing.assert_allclose(array, wanted[key], rtol=0, atol=2e-6, err_msg=key)
     how = ("--scale", 0.5, "--scale", -2, "--remove", "--format", "file")
@@ -270,4 +274,4 @@ def test_dora_is_not_taken_out(base, tmp_path, capsys):
     run("merge-lora", *files, "--remove", status=2)
     assert "is DoRA" in capsys.readouterr().err
     with pytest.raises(UserError, match="cannot be taken out again"):
-        merge_all(base, [(read_lora(files[1]), 1.0)], remove=True)
+        merge_loras(base, [(read_lora(files[1]), 1.0)], remove=True)

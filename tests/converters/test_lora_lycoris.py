@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fact_convert.lora import merge, read_lora
+from fact_convert.lora import merge_lora, read_lora
 
 LINEAR = "down_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k"
 CONV = "mid_block.resnets.0.conv1"
@@ -101,7 +101,7 @@ def test_as_its_formulas(module, product, rank, shapes, axis, tmp_path):
         assert wanted.shape == shape
     name = f"lora_unet_{module.replace('.', '_')}"
     save_file({f"{name}.{key}": a for key, a in state.items()}, tmp_path / "x.safetensors")
-    merged = merge(
+    merged = merge_lora(
         {"unet": {f"{module}.weight": weight}}, read_lora(tmp_path / "x.safetensors"), scale
     )
     found = np.asarray(merged["unet"][f"{module}.weight"])

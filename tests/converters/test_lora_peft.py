@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from fact_convert.cli.inspection import summary
-from fact_convert.cli.opening import check_known, open_weights
+from fact_convert.cli.opening import check_supported, open_weights
 from fact_convert.io.weight_files import read_file
-from fact_convert.lora import merge, merge_all, read_lora
+from fact_convert.lora import merge_lora, merge_loras, read_lora
 from fact_jax.utils.errors import UserError
 from tests.pipelines import small_parts
 
@@ -87,7 +87,7 @@ def test_as_peft(models, config, tmp_path):
     wrapped.save_pretrained(tmp_path)
     base = state_of(models["unet"])
     read = read_lora(tmp_path)
-    assert_as_peft(base, merge({"unet": base}, read)["unet"], wrapped, len(read.layers))
+    assert_as_peft(base, merge_lora({"unet": base}, read)["unet"], wrapped, len(read.layers))
 
 
 def test_text_encoder_as_peft(models, tmp_path):
@@ -100,7 +100,7 @@ def test_text_encoder_as_peft(models, tmp_path):
     base = state_of(models["clip_text"])
     read = read_lora(tmp_path / "adapter_model.safetensors")
     assert {layer.alpha for layer in read.layers} == {8, 1}
-    assert_as_peft(base, merge({"clip_text": base}, read)["clip_text"], wrapped, 4)
+    assert_as_peft(base, merge_lora({"clip_text": base}, read)["clip_text"], wrapped, 4)
 
 
 @pytest.mark.parametrize("scale", [0.5, -1.5])
@@ -112,7 +112,7 @@ def test_dora_at_a_scale_as_diffusers(models, scale, tmp_path):
     wrapped.save_pretrained(tmp_path)
     scale_lora_layers(wrapped, scale)
     base = state_of(models["unet"])
-    merged = merge({"unet": base}, read_lora(tmp_path), scale)["unet"]
+    merged = merge_lora({"unet": base}, read_lora(tmp_path), scale)["unet"]
     assert_as_peft(base, merged, wrapped, 1)
 
 
@@ -129,7 +129,7 @@ def test_several_as_peft(models, tmp_path):
     base = state_of(models["unet"])
     loras = [(read_lora(tmp_path), 1.0), (read_lora(tmp_path / "second"), 1.0)]
     assert [x.algorithm for x, _ in loras] == ["LoRA", "DoRA"]
-    assert_as_peft(base, merge_all({"unet": base}, loras)["unet"], wrapped, 20)
+    assert_as_peft(base, merge_loras({"unet": base}, loras)["unet"], wrapped, 20)
 
 
 def settings(folder, **changes) -> None:
@@ -229,6 +229,6 @@ def test_inspected(folder):
     assert (about["kind"], about["ranks"], about["alphas"]) == ("LoRA", [4], [6.0])
     assert about["layers"]["unet"] > 0 == about["layers"]["clip_text"]
     with pytest.raises(UserError, match=r"is a LoRA.*merge-lora"):
-        check_known(open_weights(folder))
+        check_supported(open_weights(folder))
     settings(folder, init_lora_weights="pissa")
     assert "init_lora_weights" in summary(open_weights(folder))["difference"]

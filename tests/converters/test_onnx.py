@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from fact_convert.models.onnx_export import write_onnx
-from fact_convert.weights import dump_state, load_state, skeleton
+from fact_convert.weights import abstract_state, dump_state, load_state
 from fact_jax.models.transface import TransFaceConfig
 from fact_jax.utils.errors import UserError
 from tests.quick import quick_jit
@@ -23,7 +23,7 @@ CONFIG = TransFaceConfig(
 def state() -> dict[str, np.ndarray]:
     """A PyTorch state whose activations stay of order one."""
     rng = np.random.default_rng(1)
-    graph, flat = skeleton("transface", CONFIG)
+    graph, flat = abstract_state("transface", CONFIG)
     filled = []
     for path, var in flat.items():
         shape = tuple(var.get_value().shape)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from fact_convert.cli.main import main
 from fact_convert.io.safetensors_io import write_safetensors
-from fact_convert.io.torch_io import read_pickle, write_pickle
+from fact_convert.io.torch_io import read_pickle, write_torch_file
 from fact_convert.io.weight_files import read_file
 from fact_jax.utils.errors import UserError
 
@@ -155,4 +155,4 @@ def test_eight_bit_numbers(name, same_bits, tmp_path):
     write_safetensors(tmp_path / "y.safetensors", state, {})
     same_bits(read_file(tmp_path / "y.safetensors")[0], state)
     with pytest.raises(UserError, match=f"{name}, which the format does not have"):
-        write_pickle(tmp_path / "y.ckpt", state)
+        write_torch_file(tmp_path / "y.ckpt", state)

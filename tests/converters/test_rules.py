@@ -5,9 +5,9 @@ import re
 
 import pytest
 
-from fact_convert.mapping import names_of, place_of
+from fact_convert.mapping import map_jax_path, map_torch_key
 from fact_convert.rules.key_tables import TABLES
-from fact_convert.weights import read_config, skeleton
+from fact_convert.weights import abstract_state, read_config
 
 CONFIGS = {
     "unet": {
@@ -38,9 +38,9 @@ CONFIGS = {
 def paths_of(kind: str) -> list[str]:
     """Every parameter of a small model."""
     if kind != "adapter":
-        return list(skeleton(kind, read_config(kind, CONFIGS[kind]))[1])
+        return list(abstract_state(kind, read_config(kind, CONFIGS[kind]))[1])
     config = dataclasses.replace(read_config("unet", CONFIGS["unet"]), face_dim=8)
-    return [path for path in skeleton("unet", config)[1] if ".face." in path]
+    return [path for path in abstract_state("unet", config)[1] if ".face." in path]
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -49,11 +49,11 @@ def test_names_turn_into_paths_and_back(kind):
     paths = paths_of(kind)
     assert paths
     for path in paths:
-        names = names_of(kind, path, prefix)
+        names = map_jax_path(kind, path, prefix)
         assert names, path
         assert not names[0].overrides, path
         for name in names:
-            assert place_of(kind, name.torch, prefix).jax == path
+            assert map_torch_key(kind, name.torch, prefix).jax == path
 
 
 @pytest.mark.parametrize("kind", TABLES)
@@ -106,5 +106,5 @@ def test_ignored_keys_say_why():
     ],
 )
 def test_where_keys_go(kind, key, path):
-    place = place_of(kind, key, "")
+    place = map_torch_key(kind, key, "")
     assert (place and place.jax) == path

@@ -14,9 +14,9 @@ from fact_convert.cli.main import main
 from fact_convert.cli.opening import Weights, open_weights
 from fact_convert.cli.saving import save_jax
 from fact_convert.io.safetensors_io import write_safetensors
-from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.torch_io import write_torch_file
 from fact_convert.io.weight_files import read_file
-from fact_convert.models.adapter import SIDE_KEY
+from fact_convert.models.adapter import DIM_HEAD_KEY
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 
@@ -35,7 +35,7 @@ def base_file(golden, tmp_path):
 @pytest.fixture
 def encoder(golden, tmp_path):
     state = {k: v.astype(np.float32) for k, v in golden("transface", "state.")[0].items()}
-    write_pickle(tmp_path / "encoder.pt", state)
+    write_torch_file(tmp_path / "encoder.pt", state)
     return tmp_path / "encoder.pt"
 
 
@@ -51,7 +51,7 @@ def test_copies_of_the_bases_norm2(released_checkpoint, base_file, same_bits, tm
 
     own = f"{BLOCK}.attn2.processor.ln.bias"
     state[own] = state[own] + np.float32(0.5)
-    write_pickle(tmp_path / "own.ckpt", state)
+    write_torch_file(tmp_path / "own.ckpt", state)
     run("to-torch", tmp_path / "own.ckpt", out, "--force", "--base", base_file)
     err = capsys.readouterr().err
     assert f"left out {len(copies) - 1} copies" in err
@@ -61,7 +61,7 @@ def test_copies_of_the_bases_norm2(released_checkpoint, base_file, same_bits, tm
     same_bits(kept, read_file(out)[0])
     run("to-jax", out, tmp_path / "jax", "--dim-head", 8)
     run("to-torch", tmp_path / "jax", tmp_path / "back.ckpt")
-    back = {k: a for k, a in read_file(tmp_path / "back.ckpt")[0].items() if k != SIDE_KEY}
+    back = {k: a for k, a in read_file(tmp_path / "back.ckpt")[0].items() if k != DIM_HEAD_KEY}
     same_bits(kept, back)
 
 

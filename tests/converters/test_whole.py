@@ -13,16 +13,16 @@ import pytest
 
 from fact_convert import load_adapter, load_pipeline, load_state
 from fact_convert.cli.main import main
-from fact_convert.cli.opening import check_known, open_weights
+from fact_convert.cli.opening import check_supported, open_weights
 from fact_convert.io.safetensors_io import write_safetensors
-from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.torch_io import write_torch_file
 from fact_convert.io.weight_files import read_file
-from fact_convert.mapping import names_of
-from fact_convert.models.adapter import SIDE_KEY, infer_resampler, read_adapter
+from fact_convert.mapping import map_jax_path
+from fact_convert.models.adapter import DIM_HEAD_KEY, infer_resampler, read_adapter
 from fact_convert.models.inferred_configs import infer_config
 from fact_convert.models.training_checkpoint import to_jax, write_checkpoint
 from fact_convert.rules.key_tables import RESAMPLER_PREFIX
-from fact_convert.weights import read_config, skeleton
+from fact_convert.weights import abstract_state, read_config
 from fact_jax.models.clip_text import CLIPTextConfig
 from fact_jax.models.controlnet import ControlNetConfig
 from fact_jax.models.resampler import ResamplerConfig
@@ -59,10 +59,10 @@ def error(capsys, *arguments) -> str:
 def zeros(kind: str, config) -> dict[str, np.ndarray]:
     """A state of a model's shapes that takes no memory."""
     state = {}
-    for path, variable in skeleton(kind, config)[1].items():
-        place = names_of(kind, path, "")[0]
+    for path, variable in abstract_state(kind, config)[1].items():
+        place = map_jax_path(kind, path, "")[0]
         model = np.broadcast_to(np.float32(0), variable.get_value().shape)
-        state[place.torch] = place.leaf.to_torch(model, model.ndim)
+        state[place.torch] = place.transform.to_torch(model, model.ndim)
     return state
 
 
@@ -102,10 +102,10 @@ def test_every_kind_is_checked(states, way, tmp_path):
         rest = {k: array for part in parts if part != kind for k, array in states[part].items()}
         write_safetensors(tmp_path / f"{kind}.safetensors", rest | wrong, {})
         with pytest.raises(UserError, match=f"{kind}.safetensors: ") as caught:
-            check_known(open_weights(tmp_path / f"{kind}.safetensors"))
+            check_supported(open_weights(tmp_path / f"{kind}.safetensors"))
         assert key.removeprefix(RESAMPLER_PREFIX) in str(caught.value), (kind, way)
         write_safetensors(tmp_path / "whole.safetensors", rest | state, {})
-        check_known(open_weights(tmp_path / "whole.safetensors"))
+        check_supported(open_weights(tmp_path / "whole.safetensors"))
 
 
 def test_every_command_checks(peer_state, tmp_path, capsys):
@@ -117,7 +117,7 @@ def test_every_command_checks(peer_state, tmp_path, capsys):
     assert f"1 missing ({key})" in message
     file, out = tmp_path / "x.safetensors", tmp_path / "out"
     write_safetensors(file, wrong, {})
-    write_pickle(tmp_path / "x.ckpt", wrong)
+    write_torch_file(tmp_path / "x.ckpt", wrong)
     params, kept = to_jax({"unet": wrong})
     write_checkpoint(tmp_path / "checkpoint", params, {"kept": kept})
     for source in (file, tmp_path / "x.ckpt", tmp_path / "checkpoint"):
@@ -257,15 +257,15 @@ def test_the_miniature_adapter_keeps_its_heads(miniature, same_bits, tmp_path, c
         assert np.array_equal(resampler(tokens), known(tokens))
     # As the released code takes it apart, the side key is in neither part.
     held = read_file(tmp_path / "a.ckpt")[0]
-    assert held.pop(SIDE_KEY).item() == 32
-    assert not SIDE_KEY.startswith("local_fac_prj")
-    assert "processor" not in SIDE_KEY
+    assert held.pop(DIM_HEAD_KEY).item() == 32
+    assert not DIM_HEAD_KEY.startswith("local_fac_prj")
+    assert "processor" not in DIM_HEAD_KEY
     same_bits(held, read_file(source)[0])
     run("verify", tmp_path / "a.ckpt", source)
     for width in (64, 0):
         line = error(capsys, "to-torch", source, "x.safetensors", "--dim-head", width)
         assert f"its resampler is 32 wide, not {width}" in line
-    write_pickle(tmp_path / "bare.ckpt", held)
+    write_torch_file(tmp_path / "bare.ckpt", held)
     for command in (("to-torch", "x.safetensors"), ("to-jax", "out")):
         line = error(capsys, command[0], tmp_path / "bare.ckpt", tmp_path / command[1])
         assert "how wide a head of its resampler is" in line
@@ -287,7 +287,7 @@ def test_the_miniature_adapter_keeps_its_heads(miniature, same_bits, tmp_path, c
 
 @pytest.mark.parametrize("value", [np.zeros(0, np.int64), np.float32(32), np.array([1, 2]), 0])
 def test_a_side_key_that_is_no_width(states, value, tmp_path):
-    state = states["adapter"] | states["resampler"] | {SIDE_KEY: np.asarray(value)}
+    state = states["adapter"] | states["resampler"] | {DIM_HEAD_KEY: np.asarray(value)}
     write_safetensors(tmp_path / "x.safetensors", state, {})
     for open_file in (read_adapter, open_weights):
         with pytest.raises(UserError, match="is not the width of a head"):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fact_convert.weights import skeleton
+from fact_convert.weights import abstract_state
 from fact_jax.models.unet import UNet, UNetConfig
 
 FACE_DIM = 6
@@ -24,7 +24,7 @@ def tiny_unet(face_dim: int | None = FACE_DIM) -> UNet:
         norm_num_groups=4,
         face_dim=face_dim,
     )
-    graph, variables = skeleton("unet", config)
+    graph, variables = abstract_state("unet", config)
     base, adapters = np.random.default_rng(1), np.random.default_rng(2)
     filled = []
     for path, variable in variables.items():

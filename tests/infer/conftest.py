@@ -150,7 +150,7 @@ def _write_adapter(path: Path, base_folder: Path) -> None:
     from diffusers import UNet2DConditionModel
 
     from fact_convert.io.json_io import read_json
-    from fact_convert.models.adapter import describe, write_adapter
+    from fact_convert.models.adapter import model_configs, write_adapter
     from fact_infer.torch.attention_processors import FaceProcessor, text_blocks
     from fact_infer.torch.models import Resampler
     from fact_jax.models.resampler import ResamplerConfig
@@ -175,7 +175,7 @@ def _write_adapter(path: Path, base_folder: Path) -> None:
         _amplify(own)
         state |= {f"{block}.attn2.processor.{k}": v for k, v in own.items()}
     arrays = {key: tensor.detach().numpy() for key, tensor in state.items()}
-    write_adapter(path, arrays, describe(dict(unet.config), config))
+    write_adapter(path, arrays, model_configs(dict(unet.config), config))
 
 
 def _write_encoder(folder: Path) -> None:

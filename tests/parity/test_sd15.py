@@ -8,7 +8,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from flax import nnx
 
-from fact_convert.weights import skeleton
+from fact_convert.weights import abstract_state
 from fact_jax.models.clip_text import CLIPTextConfig
 from fact_jax.models.controlnet import ControlNetConfig
 from fact_jax.models.resampler import ResamplerConfig
@@ -29,7 +29,7 @@ from tests.quick import quick_jit
 
 def count(kind: str, config, mark: str = "") -> int:
     """Trainable numbers of the layers whose path contains ``mark``; nothing is computed."""
-    _, variables = skeleton(kind, config)
+    _, variables = abstract_state(kind, config)
     return sum(
         int(np.prod(var.get_value().shape))
         for path, var in variables.items()

@@ -6,30 +6,30 @@ import numpy as np
 
 from fact_convert.cli.opening import ADAPTER_PARTS, Weights, adapter_said, canonical
 from fact_convert.io.lazy_tensor import State
-from fact_convert.mapping import prefix_of
+from fact_convert.mapping import key_prefix
 from fact_convert.models.adapter import find_resampler_config
-from fact_convert.rules.key_tables import ADAPTER_MARK
+from fact_convert.rules.key_tables import ADAPTER_INFIX
 from fact_convert.weights import read_config
 from fact_jax.utils.errors import UserError, listed
 
-_COPY = f"{ADAPTER_MARK}ln."
+_COPY = f"{ADAPTER_INFIX}ln."
 
 
-def adapter_in(weights: Weights) -> Weights:
+def extract_adapter(weights: Weights) -> Weights:
     """The adapter among other weights, alone. UserError if there is none, or not all of it."""
     states: dict[str, State] = {kind: {} for kind in ("adapter", "resampler")}
     for kind, state in weights.states.items():
         if kind in ADAPTER_PARTS:
             states[kind] |= state
         elif kind == "unet":
-            states["adapter"] |= {k: a for k, a in state.items() if ADAPTER_MARK in k}
+            states["adapter"] |= {k: a for k, a in state.items() if ADAPTER_INFIX in k}
     if absent := [kind for kind, state in states.items() if not state]:
         absent = " and no ".join(absent)
         raise UserError(f"{weights.path}: no whole adapter: {weights.kind}, but no {absent}")
     return dataclasses.replace(weights, states=states)
 
 
-def without_copies(weights: Weights, base: Weights | None) -> tuple[Weights, list[str]]:
+def drop_norm_copies(weights: Weights, base: Weights | None) -> tuple[Weights, list[str]]:
     """An adapter without its copies of the base's norm2, and what there is to say of them.
 
     Released files may hold such copies, which win over the base's own. Those that are the base's
@@ -82,7 +82,7 @@ def adapter_config(weights: Weights, dim_head: int | None, guess: bool = True) -
     metadata = {"config": said} if said else weights.metadata
     if not said and not guess and dim_head is None and "dim_head" not in metadata:
         return {}
-    prefix = prefix_of("resampler", weights.states["resampler"])
+    prefix = key_prefix("resampler", weights.states["resampler"])
     own = {key.removeprefix(prefix): a for key, a in weights.states["resampler"].items()}
     try:
         found, note = find_resampler_config(own, metadata, dim_head)

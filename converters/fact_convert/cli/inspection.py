@@ -8,15 +8,15 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from fact_convert.cli.adapters import adapter_config
-from fact_convert.cli.opening import Weights, added_tokens, check_whole, step_of, unknown_keys
+from fact_convert.cli.opening import Weights, added_tokens, check_complete, step_of, unknown_keys
 from fact_convert.io.hashing import CONTENT, content_hash
 from fact_convert.io.lazy_tensor import State
 from fact_convert.lora import is_lora, read_lora
-from fact_convert.mapping import guess_kind, prefix_of
+from fact_convert.mapping import infer_kind, key_prefix
 from fact_convert.models.pipeline import read_schedule_config
 from fact_convert.models.training_checkpoint import file_sums
-from fact_convert.models.validation import bare, check_fits, encoder_shape
-from fact_convert.rules.key_tables import ADAPTER_MARK
+from fact_convert.models.validation import check_fits, encoder_shape, strip_prefix
+from fact_convert.rules.key_tables import ADAPTER_INFIX
 from fact_convert.weights import read_config
 from fact_jax.utils.errors import UserError
 
@@ -47,7 +47,7 @@ def summary(weights: Weights, *, sums: bool = False) -> dict[str, object]:
         own = sorted({array.dtype.name for array in state.values()})
         count = sum(array.size for array in state.values())
         parts[part] = {"tensors": len(state), "parameters": count, "dtypes": own}
-        repeated = sum(f"{ADAPTER_MARK}ln." in key for key in state)
+        repeated = sum(f"{ADAPTER_INFIX}ln." in key for key in state)
         if repeated:
             parts[part]["copies of the base's norm2"] = repeated
         dtypes |= set(own)
@@ -83,7 +83,7 @@ def summary(weights: Weights, *, sums: bool = False) -> dict[str, object]:
         found["difference"] = nearest(weights.states["unknown"]) if strange else None
     else:
         try:
-            check_whole(weights)
+            check_complete(weights)
         except UserError as err:
             found["difference"] = str(err)
     found["metadata"] = {k: v for k, v in weights.metadata.items() if k not in _HIDDEN}
@@ -92,7 +92,7 @@ def summary(weights: Weights, *, sums: bool = False) -> dict[str, object]:
 
 def nearest(state: State) -> str:
     """How a state differs from the kind of model that knows the most of its keys, in one line."""
-    kind, share = guess_kind(state)
+    kind, share = infer_kind(state)
     if kind is None:
         return "no kind of model here has keys like these"
     try:
@@ -128,7 +128,7 @@ def base_of(weights: Weights) -> str | None:
         if "adapter" in states:
             return _base_of_adapter(states["adapter"])
         if "transface" in states:
-            config = encoder_shape(bare("transface", states["transface"]))
+            config = encoder_shape(strip_prefix("transface", states["transface"]))
             return _ENCODERS.get((config["embed_dim"], config["depth"]))
     except (UserError, ValueError, IndexError):
         return None
@@ -136,7 +136,7 @@ def base_of(weights: Weights) -> str | None:
 
 
 def _base_of_unet(state: State) -> str | None:
-    prefix = prefix_of("unet", state)
+    prefix = key_prefix("unet", state)
     widths = []
     while (key := f"{prefix}down_blocks.{len(widths)}.resnets.0.conv1.weight") in state:
         widths.append(state[key].shape[0])
@@ -149,7 +149,7 @@ def _base_of_unet(state: State) -> str | None:
 
 def _base_of_adapter(state: State) -> str | None:
     """The block of a level has as many channels as the level."""
-    mark = f"{ADAPTER_MARK}linear.weight"
+    mark = f"{ADAPTER_INFIX}linear.weight"
     widths: list[int] = []
     for key in sorted(k for k in state if k.startswith("down_blocks.") and k.endswith(mark)):
         level = int(key.split(".")[1])
@@ -178,7 +178,7 @@ def compare(one: Weights, other: Weights, tolerance: float) -> list[str]:
             lines.append(f"{key}: largest difference {found[0]:.3g}, {found[1]} of {a.size}")
     if not lines:  # equal, but are they models?
         for weights in (one, other):
-            check_whole(weights)
+            check_complete(weights)
     return sorted(lines)
 
 

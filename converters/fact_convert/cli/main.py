@@ -238,7 +238,7 @@ def _to_torch(arguments: argparse.Namespace) -> int:
 def _merge_lora(arguments: argparse.Namespace) -> int:
     import dataclasses
 
-    from fact_convert.lora import merge_all, read_lora
+    from fact_convert.lora import merge_loras, read_lora
 
     scales, count = arguments.scale or [1.0], len(arguments.lora)
     if len(scales) not in (1, count):
@@ -247,7 +247,7 @@ def _merge_lora(arguments: argparse.Namespace) -> int:
     _check_torch_out(arguments, [arguments.source, *arguments.lora])
     weights = _open(arguments.source, arguments)
     loras = [(read_lora(path), scale) for path, scale in zip(arguments.lora, scales, strict=True)]
-    states = merge_all(weights.states, loras, arguments.dtype, remove=arguments.remove)
+    states = merge_loras(weights.states, loras, arguments.dtype, remove=arguments.remove)
     done = "taken out" if arguments.remove else "added"
     notes = [
         f"{lora.path}: {lora.algorithm}, {len(lora.layers)} layers {done} at {scale:g}"
@@ -270,18 +270,18 @@ def _convert_lora(arguments: argparse.Namespace) -> int:
 
 
 def _extract(arguments: argparse.Namespace) -> int:
-    from fact_convert.cli.adapters import adapter_in
+    from fact_convert.cli.adapters import extract_adapter
 
     _check_torch_out(arguments, [arguments.source, arguments.base])
-    return _write_adapter(arguments, adapter_in(_open(arguments.source, arguments)))
+    return _write_adapter(arguments, extract_adapter(_open(arguments.source, arguments)))
 
 
 def _write_adapter(arguments: argparse.Namespace, weights) -> int:
     """:func:`_write`, without the copies of ``--base``, if these are an adapter's weights."""
-    from fact_convert.cli.adapters import without_copies
+    from fact_convert.cli.adapters import drop_norm_copies
 
     base = None if arguments.base is None else _open(arguments.base, arguments)
-    weights, notes = without_copies(weights, base)
+    weights, notes = drop_norm_copies(weights, base)
     return _write(arguments, weights, notes, dim_head=arguments.dim_head)
 
 
@@ -289,22 +289,22 @@ def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None =
     """Write weights as OUT and the options say, with a bar; what was noticed is said at the end."""
 
     from fact_convert.cli.opening import added_tokens
-    from fact_convert.cli.saving import in_dtype, save
-    from fact_convert.io.weight_files import stored_as
-    from fact_convert.models.diffusers_folder import Files, left_out
+    from fact_convert.cli.saving import cast_weights, save
+    from fact_convert.io.weight_files import file_format
+    from fact_convert.models.diffusers_folder import WeightFileOptions, left_out
 
     tokens = [token.content for token in added_tokens(weights)]
-    if tokens and stored_as(arguments.out) == "pickle":
+    if tokens and file_format(arguments.out) == "pickle":
         where = "a pickle has no place for the names of"
         notes = [*notes, f"{where} {len(tokens)} added tokens: {listed(tokens)}"]
-    weights = in_dtype(weights, arguments.dtype)
+    weights = cast_weights(weights, arguments.dtype)
     with _bar(arguments, weights) as bar:
         layout = save(
             weights,
             arguments.out,
             layout=arguments.format,
             beside=arguments.config,
-            files=Files(
+            files=WeightFileOptions(
                 variant=arguments.save_variant, shard=arguments.shard, legacy=arguments.legacy
             ),
             dim_head=dim_head,
@@ -318,10 +318,10 @@ def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None =
 
 
 def _to_jax(arguments: argparse.Namespace) -> int:
-    from fact_convert.cli.saving import check_numbers, in_dtype, save_jax
+    from fact_convert.cli.saving import cast_weights, check_numbers, save_jax
 
     _check_out(arguments, [arguments.source], folder=True)
-    weights = in_dtype(_open(arguments.source, arguments), arguments.dtype)
+    weights = cast_weights(_open(arguments.source, arguments), arguments.dtype)
     if arguments.dry_run:
         check_numbers(weights)
     with _bar(arguments, weights) as bar:

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from fact_convert.io.file_types import FAMILIES_KNOWN, family_of, family_of_class
+from fact_convert.io.file_types import FAMILIES_KNOWN, foreign_family, foreign_pipeline_family
 from fact_convert.io.hub import local_folder
 from fact_convert.io.json_io import json_in, read_json
-from fact_convert.io.lazy_tensor import Lazy, State
-from fact_convert.io.weight_files import part_variants, read_file, read_weights, stored_as
+from fact_convert.io.lazy_tensor import LazyTensor, State
+from fact_convert.io.weight_files import file_format, part_variants, read_file, read_weights
 from fact_convert.lora import is_lora, lora_files
-from fact_convert.mapping import guess_kind, is_ignored, names_of, place_of, prefix_of
+from fact_convert.mapping import infer_kind, is_ignored, key_prefix, map_jax_path, map_torch_key
 from fact_convert.models.adapter import (
     check_adapter,
+    pop_dim_head,
     read_metadata,
     split_state,
-    take_side_key,
 )
 from fact_convert.models.diffusers_folder import read_configs, read_scheduler
 from fact_convert.models.pipeline import PARTS, read_schedule_config
@@ -80,7 +80,7 @@ class Weights:
             return "adapter"
         return "pipeline" if set(self.states) == BASE_PARTS else " + ".join(self.states)
 
-    def tensors(self) -> Iterator[tuple[str, np.ndarray | Lazy]]:
+    def tensors(self) -> Iterator[tuple[str, np.ndarray | LazyTensor]]:
         """Every tensor that carries weight, with a name and a shape that all formats share."""
         for part, state in self.states.items():
             found = state if part == "unknown" else canonical(part, state, matrices=True)
@@ -93,19 +93,19 @@ def canonical(kind: str, state: State, *, matrices: bool = False) -> State:
 
     With ``matrices``, a weight that files hold as a matrix or as a 1 x 1 convolution is a matrix.
     """
-    prefix = prefix_of(kind, state)
+    prefix = key_prefix(kind, state)
     found: State = {}
     for key, array in state.items():
-        place = place_of(kind, key, prefix)
-        if place is None:
+        mapping = map_torch_key(kind, key, prefix)
+        if mapping is None:
             if not is_ignored(kind, key, prefix):
                 found[key] = array
             continue
         # The second copy of a weight that a file holds has a name of its own.
         name = key.removeprefix(prefix)
-        if not place.overrides:
-            name = names_of(kind, place.jax, "")[0].torch
-        pointwise = place.leaf is POINTWISE.leaves[0] and array.shape[2:] == (1, 1)
+        if not mapping.overrides:
+            name = map_jax_path(kind, mapping.jax, "")[0].torch
+        pointwise = mapping.transform is POINTWISE.parameters[0] and array.shape[2:] == (1, 1)
         if matrices and pointwise and array.ndim == 4:
             array = array.reshape(array.shape[:2])
         found[name] = array
@@ -128,7 +128,7 @@ def open_weights(
 
 
 def _open(path: Path, variant: str | None, weights: str) -> Weights:
-    if not path.exists() and stored_as(path) is None:
+    if not path.exists() and file_format(path) is None:
         path = local_folder(path, _SMALL_FILES, variant)
     if not path.is_dir():
         return _open_file(path, weights)
@@ -151,7 +151,7 @@ def _open(path: Path, variant: str | None, weights: str) -> Weights:
         if any(path.glob(f"{stem}*.safetensors")) or any(path.glob(f"{legacy}*.bin")):
             state = read_weights(path, stem, variant)
             _refuse_others(path, state)
-            states = by_kind(state)
+            states = split_kinds(state)
             config = read_json(path / "config.json") if (path / "config.json").exists() else {}
             configs = {kind: config for kind in states if config}
             return Weights(
@@ -175,7 +175,7 @@ def _open_lora(path: Path, files: Sequence[Path]) -> Weights:
 
 def _open_file(path: Path, weights: str) -> Weights:
     state, text = read_file(path)
-    stored = "safetensors" if stored_as(path) == "safetensors" else "PyTorch pickle"
+    stored = "safetensors" if file_format(path) == "safetensors" else "PyTorch pickle"
     _refuse_others(path, state)
     configs, pipeline = (json_in(text, name, path) for name in (CONFIGS, PIPELINE))
     if is_ldm(state):
@@ -190,8 +190,8 @@ def _open_file(path: Path, weights: str) -> Weights:
             left_out=left_out,
             **_pipeline_in(pipeline),
         )
-    state, own = take_side_key(state, text, path)
-    states = by_kind(state)
+    state, own = pop_dim_head(state, text, path)
+    states = split_kinds(state)
     own = own | read_metadata(text, path) if ADAPTER_PARTS & set(states) else own
     return Weights(path=path, format=stored, states=states, metadata=own, configs=configs)
 
@@ -213,13 +213,13 @@ def pipeline_said(weights: Weights) -> dict[str, object]:
 
 
 def _refuse_others(path: Path, state: State) -> None:
-    if family := family_of(state):
+    if family := foreign_family(state):
         raise UserError(f"{path}: this is {family}: {FAMILIES_KNOWN}")
 
 
 def _open_pipeline(path: Path, variant: str | None) -> Weights:
     index = read_json(path / "model_index.json")
-    if family := family_of_class(index.get("_class_name")):
+    if family := foreign_pipeline_family(index.get("_class_name")):
         raise UserError(f"{path}: this is {family}: {FAMILIES_KNOWN}")
     variants, notes = part_variants(path, {part: PARTS[part][1] for part in PARTS}, variant)
     states = {
@@ -245,7 +245,7 @@ def _open_pipeline(path: Path, variant: str | None) -> Weights:
     )
 
 
-def by_kind(state: State) -> dict[str, State]:
+def split_kinds(state: State) -> dict[str, State]:
     """One file's tensors, by the kind of model that they belong to."""
     if any(key.startswith(RESAMPLER_PREFIX) for key in state):
         parts: dict[str, State] = {"adapter": {}, "resampler": {}}
@@ -253,7 +253,7 @@ def by_kind(state: State) -> dict[str, State]:
             part = "resampler" if key.startswith(RESAMPLER_PREFIX) else "adapter"
             parts[part][key] = array
         return {part: found for part, found in parts.items() if found}
-    kind, share = guess_kind(state)
+    kind, share = infer_kind(state)
     return {kind if kind and share > 0.5 else "unknown": state}
 
 
@@ -261,15 +261,15 @@ def unknown_keys(weights: Weights) -> dict[str, list[str]]:
     """For every kind, the keys in it that its rules do not know."""
     found = {}
     for kind, state in weights.states.items():
-        best = guess_kind(state)[0] if kind == "unknown" else kind
-        prefix = prefix_of(best, state) if best else ""
+        best = infer_kind(state)[0] if kind == "unknown" else kind
+        prefix = key_prefix(best, state) if best else ""
         strange = kind == "unknown" and len(weights.states) > 1
         keys = [
             key
             for key in state
             if not best
             or strange
-            or (place_of(best, key, prefix) is None and not is_ignored(best, key, prefix))
+            or (map_torch_key(best, key, prefix) is None and not is_ignored(best, key, prefix))
         ]
         if keys:
             found["unknown" if strange or not best else best] = keys
@@ -291,7 +291,7 @@ def step_of(weights: Weights) -> int | None:
     return int(folder.name) + before
 
 
-def check_known(weights: Weights) -> None:
+def check_supported(weights: Weights) -> None:
     """UserError unless these are whole models that are known here, by tensors and configurations.
 
     Every way to write goes through here, and what ``load_state`` refuses is refused with the same
@@ -313,11 +313,11 @@ def check_known(weights: Weights) -> None:
             f"{weights.path}: not a whole diffusers pipeline: it has no scheduler, so that nothing "
             "says what its UNet predicts; give --config, a folder that has one"
         )
-    check_whole(weights)
+    check_complete(weights)
 
 
-def check_whole(weights: Weights) -> None:
-    """:func:`check_known` of the models that are known; other tensors may stand beside them."""
+def check_complete(weights: Weights) -> None:
+    """:func:`check_supported` of the models that are known; other tensors may stand beside them."""
     states = {kind: state for kind, state in weights.states.items() if kind != "unknown"}
     try:
         if "adapter" in states:

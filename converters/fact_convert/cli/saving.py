@@ -18,19 +18,19 @@ from fact_convert.cli.opening import (
     Weights,
     added_tokens,
     canonical,
-    check_known,
+    check_supported,
     pipeline_said,
     step_of,
 )
 from fact_convert.io.hashing import CONTENT
-from fact_convert.io.lazy_tensor import State, fetch, release
-from fact_convert.io.parallel import in_threads
+from fact_convert.io.lazy_tensor import State, prefetch, release
+from fact_convert.io.parallel import thread_map
 from fact_convert.io.safetensors_io import write_safetensors
-from fact_convert.io.torch_io import write_pickle
-from fact_convert.io.weight_files import stored_as
-from fact_convert.models.adapter import with_side_key, write_adapter
+from fact_convert.io.torch_io import write_torch_file
+from fact_convert.io.weight_files import file_format
+from fact_convert.models.adapter import add_dim_head, write_adapter
 from fact_convert.models.diffusers_folder import (
-    Files,
+    WeightFileOptions,
     configs_beside,
     plan_model,
     plan_pipeline,
@@ -48,8 +48,8 @@ from fact_convert.models.single_file import (
     write_ldm,
 )
 from fact_convert.models.training_checkpoint import provenance, to_jax, write_checkpoint
-from fact_convert.models.validation import in_shape, vocabulary_of
-from fact_convert.weights import in_precision, read_config
+from fact_convert.models.validation import reshape_pointwise, vocab_size
+from fact_convert.weights import cast_state, read_config
 from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.utils.errors import UserError, listed
 
@@ -59,13 +59,13 @@ _OWN = {"format", "version", "config", "software", "command", "sources", "step"}
 def check_numbers(weights: Weights) -> None:
     """Work out every tensor and drop it: UserError for one that is damaged or cannot be rounded."""
     arrays = [array for _, array in weights.tensors()]
-    for _ in in_threads(lambda array: release(np.asarray(array)), arrays, fetch):
+    for _ in thread_map(lambda array: release(np.asarray(array)), arrays, prefetch):
         pass
 
 
-def in_dtype(weights: Weights, dtype: str | None) -> Weights:
+def cast_weights(weights: Weights, dtype: str | None) -> Weights:
     """The weights rounded to a precision, each when it is wanted; None leaves them as they are."""
-    states = {kind: in_precision(state, dtype) for kind, state in weights.states.items()}
+    states = {kind: cast_state(state, dtype) for kind, state in weights.states.items()}
     return dataclasses.replace(weights, states=states)
 
 
@@ -75,7 +75,7 @@ def save(
     *,
     layout: str | None,
     beside: Path | None,
-    files: Files,
+    files: WeightFileOptions,
     dim_head: int | None,
     force: bool,
     dry_run: bool,
@@ -91,17 +91,17 @@ def save(
         configs = {**weights.configs, **configs_beside(beside, weights.states)}
         if "clip_text" in configs and added_tokens(weights):
             # It may be the configuration of the base before it learned them.
-            rows = vocabulary_of(weights.states["clip_text"])
+            rows = vocab_size(weights.states["clip_text"])
             configs["clip_text"] = {**configs["clip_text"], "vocab_size": rows}
         scheduler = read_scheduler(beside) or weights.scheduler
         source = weights
         weights = dataclasses.replace(weights, configs=configs, scheduler=scheduler)
         weights.notes.extend(_overruled(source, weights, beside))
-    check_known(weights)
+    check_supported(weights)
     if dry_run:
         check_numbers(weights)
     layout = layout or _layout(weights, out)
-    if layout != "diffusers" and files != Files():
+    if layout != "diffusers" and files != WeightFileOptions():
         raise UserError(f"{out}: only folders have variants, shards and legacy files")
     if layout == "file" and weights.kind == "pipeline":
         raise UserError(f"{out}: a whole base in one file has the original layout: no --format")
@@ -129,13 +129,13 @@ def is_folder(out: Path, layout: str | None) -> bool:
     """Whether a folder is to be written there, as far as it shows before anything is read."""
     if layout is not None:
         return layout == "diffusers"
-    return out.suffix.lower() != ".onnx" and stored_as(out) is None
+    return out.suffix.lower() != ".onnx" and file_format(out) is None
 
 
 def _layout(weights: Weights, out: Path) -> str:
     if out.suffix.lower() == ".onnx":
         return "onnx"
-    if stored_as(out) is not None or ADAPTER_PARTS & set(weights.states):
+    if file_format(out) is not None or ADAPTER_PARTS & set(weights.states):
         return "original" if weights.kind == "pipeline" else "file"
     return "diffusers"
 
@@ -158,7 +158,7 @@ def _save_folder(
     else:
         raise UserError(f"{path}: {weights.kind} is not what a folder holds")
     if not dry_run:
-        write({"format": "pt", **texts_about(weights)}, **options)
+        write({"format": "pt", **text_metadata(weights)}, **options)
 
 
 def _save_onnx(weights: Weights, out: Path, dry_run: bool, *, replace: bool) -> None:
@@ -200,8 +200,8 @@ def save_torch(
     of bytes of every tensor written. Raises UserError for what no rule knows, and without
     ``replace`` if ``out`` is there already; with ``dry_run`` that is all.
     """
-    check_known(weights)
-    stored = stored_as(out)
+    check_supported(weights)
+    stored = file_format(out)
     if stored is None:
         raise UserError(f"{out}: a file for PyTorch ends in .safetensors, .ckpt or .pt")
     if original or weights.kind == "pipeline":
@@ -216,17 +216,17 @@ def save_torch(
         config = adapter_config(weights, dim_head, guess=not pickled)
         if pickled and config:
             resampler = read_config("resampler", config["resampler"])
-            state = with_side_key(state, resampler)
+            state = add_dim_head(state, resampler)
     else:
         state, texts = _with_settings(weights, state, pickled)
     if dry_run:
         return
     if pickled:
-        write_pickle(out, state, wrote, replace=replace)
+        write_torch_file(out, state, wrote, replace=replace)
     elif weights.kind == "adapter":
-        write_adapter(out, state, config, about(weights), wrote, replace=replace)
+        write_adapter(out, state, config, checkpoint_metadata(weights), wrote, replace=replace)
     else:
-        texts = {"format": "pt", **texts, **texts_about(weights)}
+        texts = {"format": "pt", **texts, **text_metadata(weights)}
         write_safetensors(out, state, texts, wrote, replace=replace)
 
 
@@ -270,7 +270,9 @@ def _is_told(weights: Weights, kind: str, config: Mapping) -> bool:
 
 def _original(weights: Weights) -> State:
     states = {
-        kind: in_shape(kind, state, weights.configs[kind]) if kind in weights.configs else state
+        kind: reshape_pointwise(kind, state, weights.configs[kind])
+        if kind in weights.configs
+        else state
         for kind, state in weights.states.items()
     }
     try:
@@ -292,7 +294,7 @@ def save_jax(
 
     Raises UserError for what no rule knows; with ``dry_run`` that is all.
     """
-    check_known(weights)
+    check_supported(weights)
     params, kept = to_jax(weights.states)
     meta: dict[str, object] = {"kept": kept}
     if beside := _said_beside(weights):
@@ -312,7 +314,7 @@ def _with_origin(weights: Weights, meta: Mapping[str, object]) -> dict[str, obje
     return {**_origin(weights), **meta}
 
 
-def about(weights: Weights) -> dict[str, object]:
+def checkpoint_metadata(weights: Weights) -> dict[str, object]:
     """Where weights come from, for the metadata of what is made of them.
 
     What their own file says beside that (as kohya's ``ss_*``) is kept.
@@ -340,7 +342,7 @@ def _said_beside(weights: Weights) -> dict[str, str]:
     return {key: text for key, text in said.items() if isinstance(text, str) and key not in _OWN}
 
 
-def texts_about(weights: Weights) -> dict[str, str]:
-    """:func:`about` with texts alone, as safetensors' metadata has to be."""
-    found = about(weights).items()
+def text_metadata(weights: Weights) -> dict[str, str]:
+    """:func:`checkpoint_metadata` with texts alone, as safetensors' metadata has to be."""
+    found = checkpoint_metadata(weights).items()
     return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found}

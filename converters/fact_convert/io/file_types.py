@@ -23,7 +23,7 @@ _PICKLE = re.compile(rb"\x80[\x02-\x05][^\x00]")
 _WEB_PAGE = re.compile(rb"\s*<(!doctype|html|\?xml)", re.IGNORECASE)
 FAMILIES_KNOWN = "only Stable Diffusion 1.x is known here"
 HEAD = 64
-"""How many bytes :func:`start_of` wants."""
+"""How many bytes :func:`file_type_of` wants."""
 
 _KEYS = {
     r"conditioner\.embedders\.|(.*\.)?label_emb\.|(.*\.)?add_embedding\.": "SDXL",
@@ -43,7 +43,7 @@ _INVERSION = {"string_to_param", "string_to_token", "emb_params", "clip_l", "cli
 _TEXT_WIDTHS = {768, 1024, 1280}
 
 
-def start_of(head: bytes) -> str | None:
+def file_type_of(head: bytes) -> str | None:
     """What a file is that begins with these bytes; None if they tell nothing."""
     if not head:
         return "empty"
@@ -58,7 +58,7 @@ def start_of(head: bytes) -> str | None:
     return "a pickle, as PyTorch's .ckpt and .pt are" if _PICKLE.match(head) else None
 
 
-def family_of(held: Mapping[str, object]) -> str | None:
+def foreign_family(held: Mapping[str, object]) -> str | None:
     """The family of models that tensors of these names (nested ones too) are of, if not ours."""
     if inversion := _inversion(held):
         return inversion
@@ -73,7 +73,7 @@ def family_of(held: Mapping[str, object]) -> str | None:
     return None
 
 
-def family_of_class(name: object) -> str | None:
+def foreign_pipeline_family(name: object) -> str | None:
     """The family of a pipeline by the name of diffusers' class, if it is not ours."""
     return next((f for start, f in _CLASSES.items() if str(name).startswith(start)), None)
 

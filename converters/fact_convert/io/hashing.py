@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from fact_convert.io.lazy_tensor import Lazy, fetch, release
-from fact_convert.io.parallel import in_threads
+from fact_convert.io.lazy_tensor import LazyTensor, prefetch, release
+from fact_convert.io.parallel import thread_map
 from fact_jax.utils.errors import UserError
 
 CONTENT = "content"
@@ -18,17 +18,17 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 _BLOCK = 1 << 25
 
 
-def content_hash(tensors: Iterable[tuple[str, np.ndarray | Lazy]]) -> str:
+def content_hash(tensors: Iterable[tuple[str, np.ndarray | LazyTensor]]) -> str:
     """SHA-256 over names, dtypes, shapes and numbers; their order and the file do not matter."""
     named = list(tensors)
 
-    def line(entry: tuple[str, np.ndarray | Lazy]) -> str:
+    def line(entry: tuple[str, np.ndarray | LazyTensor]) -> str:
         array = np.asarray(entry[1])
-        text = describe(entry[0], array, digest(array))
+        text = tensor_line(entry[0], array, tensor_sha256(array))
         release(array)
         return text
 
-    return hash_of(in_threads(line, named, lambda entry: fetch(entry[1])))
+    return combined_sha256(thread_map(line, named, lambda entry: prefetch(entry[1])))
 
 
 def check_content(
@@ -46,29 +46,31 @@ def check_content(
         )
 
 
-def digest(array: np.ndarray) -> str:
+def tensor_sha256(array: np.ndarray) -> str:
     """SHA-256 of an array's numbers in C order."""
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return hashlib.sha256(flat.data).hexdigest()
 
 
-def describe(name: str, array: np.ndarray | Lazy, numbers: str) -> str:
-    """One tensor's line in the list that :func:`hash_of` takes; ``numbers`` is its digest."""
+def tensor_line(name: str, array: np.ndarray | LazyTensor, numbers: str) -> str:
+    """One tensor's line for :func:`combined_sha256`; ``numbers`` is its digest."""
     return f"{name} {array.dtype.name} {list(array.shape)} {numbers}\n"
 
 
-def hash_of(lines: Iterable[str]) -> str:
+def combined_sha256(lines: Iterable[str]) -> str:
     """The content hash of tensors that are described line by line."""
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
-def hash_file(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     size = path.stat().st_size
     if not size:
         return hashlib.sha256().hexdigest()
     data, found = np.memmap(path, np.uint8, "r"), hashlib.sha256()
     for begin in range(0, size, _BLOCK):
-        fetch(data[begin : begin + 2 * _BLOCK])  # the next one is on its way while this is hashed
+        prefetch(
+            data[begin : begin + 2 * _BLOCK]
+        )  # the next one is on its way while this is hashed
         found.update(data[begin : begin + _BLOCK].data)
         release(data)
     return found.hexdigest()

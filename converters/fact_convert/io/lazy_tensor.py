@@ -10,11 +10,11 @@ import numpy as np
 from fact_jax.utils.errors import UserError
 
 
-class Lazy:
+class LazyTensor:
     """Stands for an array that is read, or computed, every time it is wanted.
 
-    What only moves axes, and ``astype``, gives a ``Lazy`` again; ``np.asarray`` and everything
-    else that arrays can do reads it. ``source`` is what it is made of, if that is one array.
+    Transpositions, views and ``astype`` give a ``LazyTensor`` again; ``np.asarray`` and everything
+    else that arrays can do reads it. ``source`` is the array that it is made of, if it is one.
     """
 
     def __init__(
@@ -22,7 +22,7 @@ class Lazy:
         shape: tuple[int, ...],
         dtype: np.dtype,
         read: Callable[[], np.ndarray],
-        source: "np.ndarray | Lazy | None" = None,
+        source: "np.ndarray | LazyTensor | None" = None,
     ):
         self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
         self.ndim, self.source = len(self.shape), source
@@ -36,20 +36,20 @@ class Lazy:
         return self.size * self.dtype.itemsize
 
     @property
-    def T(self) -> "Lazy":  # noqa: N802  (numpy's name)
+    def T(self) -> "LazyTensor":  # noqa: N802  (numpy's name)
         return self._viewed(lambda array: array.T)
 
-    def transpose(self, *axes) -> "Lazy":
+    def transpose(self, *axes) -> "LazyTensor":
         return self._viewed(lambda array: array.transpose(*axes))
 
-    def reshape(self, *shape) -> "Lazy":
+    def reshape(self, *shape) -> "LazyTensor":
         return self._viewed(lambda array: array.reshape(*shape))
 
-    def __getitem__(self, index) -> "Lazy":
+    def __getitem__(self, index) -> "LazyTensor":
         return self._viewed(lambda array: array[index])
 
-    def astype(self, dtype) -> "Lazy":
-        return Lazy(self.shape, dtype, lambda: np.asarray(self).astype(dtype), self)
+    def astype(self, dtype) -> "LazyTensor":
+        return LazyTensor(self.shape, dtype, lambda: np.asarray(self).astype(dtype), self)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -66,12 +66,12 @@ class Lazy:
             raise AttributeError(name)
         return getattr(np.asarray(self), name)
 
-    def _viewed(self, view: Callable[[np.ndarray], np.ndarray]) -> "Lazy":
+    def _viewed(self, view: Callable[[np.ndarray], np.ndarray]) -> "LazyTensor":
         shape = view(np.broadcast_to(np.int8(0), self.shape)).shape
-        return Lazy(shape, self.dtype, lambda: view(np.asarray(self)), self)
+        return LazyTensor(shape, self.dtype, lambda: view(np.asarray(self)), self)
 
 
-def rounded(array: np.ndarray | Lazy, dtype: np.dtype, name: str) -> np.ndarray | Lazy:
+def cast(array: np.ndarray | LazyTensor, dtype: np.dtype, name: str) -> np.ndarray | LazyTensor:
     """``array`` in another precision, computed when wanted; then :func:`check_range` applies."""
     if array.dtype == dtype:
         return array
@@ -81,10 +81,10 @@ def rounded(array: np.ndarray | Lazy, dtype: np.dtype, name: str) -> np.ndarray 
         with np.errstate(over="ignore"):
             return check_range(wide.astype(dtype), wide, name)
 
-    return Lazy(array.shape, dtype, read, array)
+    return LazyTensor(array.shape, dtype, read, array)
 
 
-def check_range(narrow: np.ndarray, wide: np.ndarray | Lazy, name: str) -> np.ndarray:
+def check_range(narrow: np.ndarray, wide: np.ndarray | LazyTensor, name: str) -> np.ndarray:
     """``narrow``, if no number became infinite when ``wide`` was rounded to it; else UserError."""
     if narrow.dtype != wide.dtype and np.isinf(narrow).any():
         wide = np.asarray(wide)
@@ -99,7 +99,7 @@ def check_range(narrow: np.ndarray, wide: np.ndarray | Lazy, name: str) -> np.nd
 
 
 def contiguous(
-    view: np.ndarray | Lazy, dtype: np.dtype | None = None, out: np.ndarray | None = None
+    view: np.ndarray | LazyTensor, dtype: np.dtype | None = None, out: np.ndarray | None = None
 ) -> np.ndarray:
     """A copy in C order, in ``out`` if it is given.
 
@@ -117,9 +117,9 @@ def contiguous(
     return out
 
 
-def fetch(array: np.ndarray | Lazy) -> None:
+def prefetch(array: np.ndarray | LazyTensor) -> None:
     """Have the disk read an array of a mapped file at once, not page by page as it is used."""
-    while isinstance(array, Lazy):
+    while isinstance(array, LazyTensor):
         array = array.source
     _advise(array, mmap.MADV_WILLNEED)
 
@@ -140,7 +140,7 @@ def _advise(array: np.ndarray | None, advice: int) -> None:
         base.madvise(advice, begin, high - origin - begin)
 
 
-State = dict[str, np.ndarray | Lazy]
+State = dict[str, np.ndarray | LazyTensor]
 
 
 _THREAD = threading.local()
@@ -150,7 +150,7 @@ _PIECE = 1 << 18
 """At once, as ``cp`` does. For more, Linux looks for larger pages, and may look for long."""
 
 
-def in_order(array: np.ndarray | Lazy) -> np.ndarray:
+def contiguous_buffer(array: np.ndarray | LazyTensor) -> np.ndarray:
     """The numbers of a stored array in C order, until the next call in the same thread."""
     stored = np.asarray(array)
     if stored.flags.c_contiguous:
@@ -163,7 +163,7 @@ def in_order(array: np.ndarray | Lazy) -> np.ndarray:
     return copied
 
 
-def write_at(handle, array: np.ndarray, offset: int, flags: int = 0) -> None:
+def pwrite_array(handle, array: np.ndarray, offset: int, flags: int = 0) -> None:
     """Write an array in C order at a place in an open file, from any thread."""
     rest = memoryview(array.reshape(-1).view(np.uint8))
     while rest:

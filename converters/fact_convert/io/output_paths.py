@@ -28,7 +28,7 @@ FILE_ENDINGS = (
 
 
 @contextlib.contextmanager
-def whole_folder(path: str | os.PathLike, *, force: bool) -> Iterator[Path]:
+def output_folder(path: str | os.PathLike, *, force: bool) -> Iterator[Path]:
     """Give a temporary folder beside ``path`` that becomes ``path`` when all went well.
 
     Raises UserError if ``path`` is there already, unless it is an empty folder, or ``force`` and it
@@ -46,7 +46,7 @@ def whole_folder(path: str | os.PathLike, *, force: bool) -> Iterator[Path]:
 
 
 def check_folder(path: Path, *, force: bool) -> None:
-    """UserError unless a folder can be written at ``path``: see :func:`whole_folder`."""
+    """UserError unless a folder can be written at ``path``: see :func:`output_folder`."""
     if path.is_symlink():
         raise UserError(f"{path}: is a symbolic link; name the folder itself")
     if not path.exists():

@@ -11,7 +11,7 @@ THREADS = min(4, os.cpu_count() or 1)
 """As many tensors as this are in memory at once."""
 
 
-def in_threads(
+def thread_map(
     work: Callable[[Given], Found],
     items: Sequence[Given],
     ahead: Callable[[Given], None] = lambda item: None,

@@ -13,10 +13,16 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from fact_convert.io.hashing import CONTENT, check_content, describe, digest, hash_of
+from fact_convert.io.hashing import (
+    CONTENT,
+    check_content,
+    combined_sha256,
+    tensor_line,
+    tensor_sha256,
+)
 from fact_convert.io.json_io import JSON_LIMIT, check_file, check_names, parse_json
-from fact_convert.io.lazy_tensor import Lazy, State, fetch, in_order, write_at
-from fact_convert.io.parallel import in_threads
+from fact_convert.io.lazy_tensor import LazyTensor, State, contiguous_buffer, prefetch, pwrite_array
+from fact_convert.io.parallel import thread_map
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
 
@@ -120,7 +126,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def write_safetensors(
     path: str | os.PathLike,
-    state: Mapping[str, np.ndarray | Lazy],
+    state: Mapping[str, np.ndarray | LazyTensor],
     metadata: Mapping[str, str],
     wrote: Callable[[int], None] | None = None,
     *,
@@ -133,7 +139,7 @@ def write_safetensors(
     Without ``replace``, UserError if the file is there already.
     """
     keys = sorted(state, key=lambda key: (-state[key].dtype.itemsize, key))
-    hole = "0" * len(hash_of([]))
+    hole = "0" * len(combined_sha256([]))
     header: dict = {"__metadata__": {**metadata, CONTENT: hole}}
     end = 0
     for key in keys:
@@ -154,17 +160,17 @@ def write_safetensors(
     turn = threading.Lock()  # threads that write to one file at once wait without sleeping
 
     def write(key: str) -> str:
-        array = in_order(state[key])
-        line = describe(key, array, digest(array))
+        array = contiguous_buffer(state[key])
+        line = tensor_line(key, array, tensor_sha256(array))
         with turn:
-            write_at(handle, array, start + header[key]["data_offsets"][0], flags)
+            pwrite_array(handle, array, start + header[key]["data_offsets"][0], flags)
         return line
 
     with (
         atomic_write(path, replace=replace) as temporary,
         open(temporary, "wb") as handle,
         # Whatever happens, the threads are done before their file is closed.
-        contextlib.closing(in_threads(write, keys, lambda key: fetch(state[key]))) as written,
+        contextlib.closing(thread_map(write, keys, lambda key: prefetch(state[key]))) as written,
         concurrent.futures.ThreadPoolExecutor(1) as beside,
     ):
         handle.truncate(start + end)
@@ -178,7 +184,7 @@ def write_safetensors(
             if wrote is not None:
                 wrote(state[key].nbytes)
         flushed.result()
-        header["__metadata__"][CONTENT] = hash_of(lines)
+        header["__metadata__"][CONTENT] = combined_sha256(lines)
         handle.write(struct.pack("<Q", start - 8) + text())
 
 

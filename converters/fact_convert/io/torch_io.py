@@ -22,10 +22,10 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from fact_convert.io.file_types import FAMILIES_KNOWN, family_of
+from fact_convert.io.file_types import FAMILIES_KNOWN, foreign_family
 from fact_convert.io.json_io import check_file, check_names
-from fact_convert.io.lazy_tensor import Lazy, State, in_order, release
-from fact_convert.io.parallel import in_threads
+from fact_convert.io.lazy_tensor import LazyTensor, State, contiguous_buffer, release
+from fact_convert.io.parallel import thread_map
 from fact_convert.io.safetensors_io import DTYPES
 from fact_jax.utils.errors import UserError, listed
 from fact_jax.utils.files import atomic_write
@@ -49,10 +49,10 @@ def read_pickle(path: str | os.PathLike) -> State:
 
     Tensors are memory maps, except in files from before PyTorch 1.6.
     """
-    return read_pickled(path)[0]
+    return read_torch_file(path)[0]
 
 
-def read_pickled(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
+def read_torch_file(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
     """:func:`read_pickle` with what the file says beside: ``step``, of a trainer's checkpoint.
 
     ``not loaded`` are the classes of the objects beside the tensors.
@@ -74,7 +74,7 @@ def read_pickled(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
     wrong = [k for k, v in state.items() if not (isinstance(k, str) and id(v) in tensors)]
     if wrong:
         texts = {key: value for key, value in state.items() if isinstance(key, str)}
-        if family := family_of(texts):
+        if family := foreign_family(texts):
             raise UserError(f"{path}: this is {family}: {FAMILIES_KNOWN}")
         names = (ascii(key) if isinstance(key, str) else type(key).__name__ for key in wrong)
         raise UserError(f"{path}: not a flat dictionary of tensors: {listed(names)}")
@@ -239,7 +239,7 @@ def _check_sums(path: Path, places: Mapping[int, zipfile.ZipInfo]) -> None:
 
     # PyTorch writes zeros if it is told not to work out any sums.
     summed = [begin for begin, entry in places.items() if entry.CRC]
-    for begin, wrong in zip(summed, in_threads(differs, summed), strict=True):
+    for begin, wrong in zip(summed, thread_map(differs, summed), strict=True):
         if wrong:
             raise _damaged(path, f"{places[begin].filename} is not what was written")
 
@@ -329,9 +329,9 @@ STORAGES = {
 """What PyTorch's pickles call the numbers of each sort."""
 
 
-def write_pickle(
+def write_torch_file(
     path: str | os.PathLike,
-    state: Mapping[str, np.ndarray | Lazy],
+    state: Mapping[str, np.ndarray | LazyTensor],
     wrote: Callable[[int], None] | None = None,
     *,
     replace: bool = True,
@@ -349,7 +349,7 @@ def write_pickle(
         archive.writestr(zipfile.ZipInfo(f"{folder}/data.pkl"), _pickled(path, state))
         archive.writestr(zipfile.ZipInfo(f"{folder}/byteorder"), "little")
         for number, stored in enumerate(state.values()):
-            array = in_order(stored)
+            array = contiguous_buffer(stored)
             entry = zipfile.ZipInfo(f"{folder}/data/{number}")
             # A field without a meaning, so long that the numbers begin at a multiple of 64.
             begin = archive.fp.tell() + 30 + len(entry.filename.encode()) + 4
@@ -362,7 +362,7 @@ def write_pickle(
         archive.writestr(zipfile.ZipInfo(f"{folder}/version"), "3\n")
 
 
-def _pickled(path: str | os.PathLike, state: Mapping[str, np.ndarray | Lazy]) -> bytes:
+def _pickled(path: str | os.PathLike, state: Mapping[str, np.ndarray | LazyTensor]) -> bytes:
     """The pickle that names the tensors: for each one a call that builds it from its storage."""
 
     def plain(value: str | int | tuple[int, ...]) -> bytes:

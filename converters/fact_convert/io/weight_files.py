@@ -9,11 +9,11 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from fact_convert.io.file_types import HEAD, start_of
+from fact_convert.io.file_types import HEAD, file_type_of
 from fact_convert.io.json_io import check_file, check_names, read_json
 from fact_convert.io.lazy_tensor import State
 from fact_convert.io.safetensors_io import read_safetensors
-from fact_convert.io.torch_io import read_pickled
+from fact_convert.io.torch_io import read_torch_file
 from fact_jax.utils.errors import UserError, listed
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
@@ -23,7 +23,7 @@ LEGACY_STEMS = {"model": "pytorch_model"}
 """What pickled weight files are called where safetensors have another name."""
 
 
-def stored_as(path: str | os.PathLike) -> str | None:
+def file_format(path: str | os.PathLike) -> str | None:
     """``safetensors`` or ``pickle``, by a file's ending in small or capital letters, or None."""
     suffix = Path(path).suffix.lower()
     if suffix in SAFETENSORS:
@@ -39,8 +39,8 @@ def read_file(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
     path = Path(path)
     check_file(path)
     with open(path, "rb") as handle:
-        found = start_of(handle.read(HEAD))
-    stored = stored_as(path)
+        found = file_type_of(handle.read(HEAD))
+    stored = file_format(path)
     own = {"safetensors": "a safetensors", "pickle": ("a zip", "a pickle")}
     said = f"is {found}, " if found else ""
     if stored is None:
@@ -48,7 +48,7 @@ def read_file(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
         raise UserError(f"{path}: {said}not a weight file by its ending (known: {known})")
     if found and not found.startswith(own[stored]):
         raise UserError(f"{path}: {said}though its ending says {stored}")
-    return read_safetensors(path) if stored == "safetensors" else read_pickled(path)
+    return read_safetensors(path) if stored == "safetensors" else read_torch_file(path)
 
 
 def read_weights(folder: str | os.PathLike, stem: str, variant: str | None = None) -> State:

@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 
 from fact_convert.io.json_io import read_json
-from fact_convert.io.lazy_tensor import Lazy, State, fetch, in_order, write_at
-from fact_convert.io.parallel import in_threads
+from fact_convert.io.lazy_tensor import LazyTensor, State, contiguous_buffer, prefetch, pwrite_array
+from fact_convert.io.parallel import thread_map
 from fact_convert.io.safetensors_io import DTYPES, MOST_AXES
 from fact_jax.utils.errors import UserError
 
-Array = np.ndarray | Lazy
+Array = np.ndarray | LazyTensor
 
 _LARGE = 2**20
 _ROOM = 2**30
@@ -97,7 +97,7 @@ def _open(folder: Path, names: list[str], zarr3: bool) -> list[Array]:
         dtype = store.dtype.numpy_dtype
         if dtype not in DTYPES.values():
             raise UserError(f"{folder}: {name} is {dtype}, which is not supported")
-        arrays.append(Lazy(store.shape, dtype, lambda store=store: store.read().result()))
+        arrays.append(LazyTensor(store.shape, dtype, lambda store=store: store.read().result()))
     return arrays
 
 
@@ -135,7 +135,7 @@ def _checked(folder: Path, name: tuple[str, ...], array: Array, known: int | Non
             raise UserError(f"{folder}: damaged, not what was written: {'.'.join(name[1:])}")
         return found
 
-    return Lazy(array.shape, array.dtype, read, array)
+    return LazyTensor(array.shape, array.dtype, read, array)
 
 
 def _first(err: Exception) -> str:
@@ -154,11 +154,11 @@ def write_tree(
         return None if leaves[name] is None else _write_leaf(folder / ".".join(name), leaves[name])
 
     def read_ahead(name: tuple[str, ...]) -> None:
-        fetch(leaves[name])
+        prefetch(leaves[name])
 
     sums = {}
     with (
-        contextlib.closing(in_threads(write, list(leaves), read_ahead)) as written,
+        contextlib.closing(thread_map(write, list(leaves), read_ahead)) as written,
         concurrent.futures.ThreadPoolExecutor(1) as beside,
     ):
         flushed = beside.submit(int)
@@ -196,7 +196,7 @@ def _leaf_metadata(name: tuple[str, ...], value: Array | None) -> dict:
 
 
 def _write_leaf(folder: Path, stored: Array) -> int:
-    array = in_order(stored)
+    array = contiguous_buffer(stored)
     found = checksum(array)
     folder.mkdir()
     about = {
@@ -214,7 +214,7 @@ def _write_leaf(folder: Path, stored: Array) -> int:
     (folder / ".zarray").write_text(json.dumps(about), encoding="utf-8")
     if array.nbytes:
         with open(folder / (".".join("0" for _ in array.shape) or "0"), "wb") as handle:
-            write_at(handle, array, 0)
+            pwrite_array(handle, array, 0)
     return found
 
 

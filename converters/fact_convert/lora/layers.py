@@ -57,7 +57,7 @@ class Layer(abc.ABC):
     def fits(self, base: Shape) -> bool:
         """Whether a weight of this shape can be changed by it."""
         flat = (base[0], math.prod(base[1:])) if base else ()
-        if self.shape != bare(base) and (self.algorithm == "LoRA" or self.shape != flat):
+        if self.shape != squeeze_kernel(base) and (self.algorithm == "LoRA" or self.shape != flat):
             return False
         return self.magnitude is None or self.magnitude.shape == base[self.axis : self.axis + 1]
 
@@ -127,7 +127,7 @@ ALGORITHMS: dict[str, type[Layer]] = {
 }
 
 
-def bare(shape: Shape) -> Shape:
+def squeeze_kernel(shape: Shape) -> Shape:
     """The shape without the kernel of a 1 x 1 convolution."""
     return shape[:2] if shape[2:] == (1, 1) else shape
 
@@ -156,7 +156,7 @@ def product_shape(algorithm: str, shapes: Mapping[str, Shape]) -> Shape | None:
     if any(0 in shape for shape in shapes.values()):
         return None
     found = _SHAPES[algorithm](shapes)
-    return None if found is None else bare(found)
+    return None if found is None else squeeze_kernel(found)
 
 
 def _lora_shape(shapes: Mapping[str, Shape]) -> Shape | None:

@@ -10,17 +10,17 @@ import numpy as np
 from fact_convert.io.hashing import CONTENT
 from fact_convert.io.json_io import write_json
 from fact_convert.io.lazy_tensor import State
-from fact_convert.io.output_paths import whole_folder
+from fact_convert.io.output_paths import output_folder
 from fact_convert.io.safetensors_io import DTYPES, write_safetensors
 from fact_convert.lora.layers import Layer
-from fact_convert.lora.merging import only
-from fact_convert.lora.names import LORA_PARTS, name_in
+from fact_convert.lora.merging import lora_for
+from fact_convert.lora.names import LORA_PARTS, layer_name
 from fact_convert.lora.peft_config import (
     CONFIG_NAME,
     FILE_STEMS,
     KOHYA_METADATA_KEY,
     METADATA_KEY,
-    Settings,
+    PeftConfig,
 )
 from fact_convert.lora.reading import Lora
 from fact_jax.utils.errors import UserError
@@ -68,8 +68,8 @@ def save_lora(
     check = [_problem(layer, layout) for layer in lora.layers]
     if problems := [problem for problem in check if problem]:
         raise UserError(f"{lora.path}: {problems[0]} ({len(problems)} layers)")
-    kinds = [kind for kind in LORA_PARTS if only(lora, kind).layers]
-    settings = {kind: _settings(only(lora, kind)) for kind in kinds}
+    kinds = [kind for kind in LORA_PARTS if lora_for(lora, kind).layers]
+    settings = {kind: _settings(lora_for(lora, kind)) for kind in kinds}
     replaced = (METADATA_KEY, KOHYA_METADATA_KEY, CONTENT)
     metadata = {k: v for k, v in lora.metadata.items() if k not in replaced}
     own = {layer.parts["down"].dtype.name for layer in lora.layers}
@@ -91,11 +91,11 @@ def save_lora(
 
 
 def _write_folder(lora, out, settings, metadata, force, wrote) -> None:
-    with whole_folder(out, force=force) as folder:
+    with output_folder(out, force=force) as folder:
         for kind, said in settings.items():
             home = folder / LORA_PARTS[kind] if len(settings) > 1 else folder
             home.mkdir(exist_ok=True)
-            state = _state(only(lora, kind), "peft")
+            state = _state(lora_for(lora, kind), "peft")
             file = home / f"{FILE_STEMS[0]}.safetensors"
             write_safetensors(file, state, {"format": "pt", **metadata}, wrote)
             write_json(home / CONFIG_NAME, said)
@@ -118,7 +118,7 @@ def _state(lora: Lora, layout: str) -> State:
     down, up, magnitude = _NAMES[layout]
     state: State = {}
     for layer in lora.layers:
-        name = name_in(layout, layer.kind, layer.key)
+        name = layer_name(layout, layer.kind, layer.key)
         state[f"{name}.{down}"], state[f"{name}.{up}"] = layer.parts["down"], layer.parts["up"]
         if "mid" in layer.parts:
             state[f"{name}.lora_mid.weight"] = layer.parts["mid"]
@@ -177,7 +177,7 @@ def _settings(lora: Lora) -> dict[str, object]:
     }
 
 
-def _says_the_same(source: Settings, modules: Mapping[str, Layer]) -> bool:
+def _says_the_same(source: PeftConfig, modules: Mapping[str, Layer]) -> bool:
     # Which pattern fits may depend on a prefix that the names had in the source.
     return "target_modules" in source.values and all(
         source.rank(module) == layer.rank

@@ -9,29 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fact_convert.io.lazy_tensor import Lazy, State
-from fact_convert.lora.layers import Layer, bare
+from fact_convert.io.lazy_tensor import LazyTensor, State
+from fact_convert.lora.layers import Layer, squeeze_kernel
 from fact_convert.lora.reading import Lora
-from fact_convert.mapping import Difference, place_of, prefix_of
+from fact_convert.mapping import Difference, key_prefix, map_torch_key
 from fact_convert.rules.key_tables import TABLES
 from fact_convert.weights import dump_some, kind_of
 from fact_jax.utils.errors import UserError
 
 
-def merge(
+def merge_lora(
     states: Mapping[str, State], lora: Lora, scale: float = 1.0, dtype: str | None = None
-) -> dict[str, dict[str, np.ndarray | Lazy]]:
-    """:func:`merge_all` of one LoRA."""
-    return merge_all(states, [(lora, scale)], dtype)
+) -> dict[str, dict[str, np.ndarray | LazyTensor]]:
+    """:func:`merge_loras` of one LoRA."""
+    return merge_loras(states, [(lora, scale)], dtype)
 
 
-def merge_all(
+def merge_loras(
     states: Mapping[str, State],
     loras: Sequence[tuple[Lora, float]],
     dtype: str | None = None,
     *,
     remove: bool = False,
-) -> dict[str, dict[str, np.ndarray | Lazy]]:
+) -> dict[str, dict[str, np.ndarray | LazyTensor]]:
     """A base's states by kind with each LoRA added times its scale, each tensor when it is read.
 
     Sums are taken in float32 and rounded once, to ``dtype`` or to the base's own. What DoRA
@@ -42,7 +42,7 @@ def merge_all(
     finite; a tensor that is not finite with the LoRAs in it raises one when it is read.
     """
     changes: dict[tuple[str, str], list[tuple[Layer, float]]] = defaultdict(list)
-    prefixes = {kind: prefix_of(kind, state) for kind, state in states.items() if kind in TABLES}
+    prefixes = {kind: key_prefix(kind, state) for kind, state in states.items() if kind in TABLES}
     for lora, scale in loras:
         _check(lora, scale, remove)
         difference = Difference()
@@ -74,14 +74,17 @@ def _check(lora: Lora, scale: float, remove: bool) -> None:
 
 def _misshapen(layer: Layer, key: str, base: tuple[int, ...]) -> str:
     if layer.magnitude is None or layer.magnitude.shape == base[layer.axis : layer.axis + 1]:
-        return f"{layer.kind}/{key}: is {layer.shape}, wanted {bare(base)}"
+        return f"{layer.kind}/{key}: is {layer.shape}, wanted {squeeze_kernel(base)}"
     count = base[layer.axis : layer.axis + 1]
     return f"{layer.kind}/{key}: {layer.magnitude.size} magnitudes, wanted {count}"
 
 
 def _changed(
-    key: str, base: np.ndarray | Lazy, layers: Sequence[tuple[Layer, float]], dtype: str | None
-) -> Lazy:
+    key: str,
+    base: np.ndarray | LazyTensor,
+    layers: Sequence[tuple[Layer, float]],
+    dtype: str | None,
+) -> LazyTensor:
     target = np.dtype(dtype or base.dtype)
 
     def read() -> np.ndarray:
@@ -96,42 +99,42 @@ def _changed(
             raise UserError(f"{key}: with the LoRA in it, it is no longer finite in {target}")
         return merged
 
-    return Lazy(base.shape, target, read)
+    return LazyTensor(base.shape, target, read)
 
 
-def merge_model(
+def merge_into_model(
     kind: str, state: State, loras: Sequence[tuple[Lora, float]], dtype: str | None = None
-) -> dict[str, np.ndarray | Lazy]:
-    """One model's state with its part of the LoRAs, as :func:`merge_all` adds them."""
-    return merge_all({kind: state}, [(only(lora, kind), scale) for lora, scale in loras], dtype)[
-        kind
-    ]
+) -> dict[str, np.ndarray | LazyTensor]:
+    """One model's state with its part of the LoRAs, as :func:`merge_loras` adds them."""
+    return merge_loras(
+        {kind: state}, [(lora_for(lora, kind), scale) for lora, scale in loras], dtype
+    )[kind]
 
 
 def add_lora(module: nnx.Module, lora: Lora, scale: float = 1.0) -> nnx.Module:
-    """A UNet or a text encoder with its part of the LoRA added, as :func:`merge` adds it.
+    """A UNet or a text encoder with its part of the LoRA added, as :func:`merge_lora` adds it.
 
     ``module`` stays as it is, and what the LoRA leaves alone is shared. Raises one UserError with
     every layer that the module does not have or has in another shape.
     """
     kind = kind_of(module)
-    touched = {layer.key for layer in only(lora, kind).layers}
+    touched = {layer.key for layer in lora_for(lora, kind).layers}
     prefixes = TABLES[kind].prefixes
     state = dump_some(module, lambda key: any(key.removeprefix(p) in touched for p in prefixes))
     graph, values = nnx.split(module)
     flat = dict(nnx.to_flat_state(values))
     paths = {".".join(map(str, path)): path for path in flat}
-    prefix = prefix_of(kind, state)
-    for key, array in merge_model(kind, state, [(lora, scale)]).items():
-        place = place_of(kind, key, prefix)
-        held = flat[paths[place.jax]]
+    prefix = key_prefix(kind, state)
+    for key, array in merge_into_model(kind, state, [(lora, scale)]).items():
+        mapping = map_torch_key(kind, key, prefix)
+        held = flat[paths[mapping.jax]]
         value = held.get_value()
-        turned = place.leaf.to_jax(np.asarray(array), value.ndim)
-        flat[paths[place.jax]] = held.replace(jnp.asarray(turned, value.dtype))
+        turned = mapping.transform.to_jax(np.asarray(array), value.ndim)
+        flat[paths[mapping.jax]] = held.replace(jnp.asarray(turned, value.dtype))
     return nnx.merge(graph, nnx.from_flat_state(list(flat.items())))
 
 
-def only(lora: Lora, kind: str) -> Lora:
+def lora_for(lora: Lora, kind: str) -> Lora:
     """The part of a LoRA that changes one kind of model."""
     layers = tuple(layer for layer in lora.layers if layer.kind == kind)
     return dataclasses.replace(lora, layers=layers)

@@ -3,9 +3,9 @@
 import functools
 import re
 
-from fact_convert.mapping import place_of
+from fact_convert.mapping import map_torch_key
 from fact_convert.rules.key_tables import TABLES
-from fact_convert.rules.layer_transforms import CONV, LINEAR, POINTWISE, Leaf
+from fact_convert.rules.layer_transforms import CONV, LINEAR, POINTWISE, ParameterTransform
 from fact_convert.rules.ldm import unet_pairs
 
 LORA_PARTS = {"unet": "unet", "clip_text": "text_encoder"}
@@ -23,7 +23,7 @@ def layout_of(name: str) -> str:
     return "peft" if name.startswith(PEFT) else "diffusers"
 
 
-def locate(name: str) -> tuple[str, str] | None:
+def find_weight(name: str) -> tuple[str, str] | None:
     """Kind and key of the weight that a layer's name in a LoRA file means, or None."""
     for prefix, kind in _KOHYA.items():
         if name.startswith(prefix):
@@ -33,21 +33,21 @@ def locate(name: str) -> tuple[str, str] | None:
     prefix = next(prefix for prefix in _DOTTED if name.startswith(prefix))
     for kind in _DOTTED[prefix]:
         module = _plain_name(kind, name.removeprefix(prefix))
-        place = place_of(kind, f"{module}.weight", "")
-        if place is not None and _is_matrix(place.leaf):
+        mapping = map_torch_key(kind, f"{module}.weight", "")
+        if mapping is not None and _is_matrix(mapping.transform):
             return kind, f"{module}.weight"
     return None
 
 
-def module_of(name: str, key: str) -> str:
+def module_path(name: str, key: str) -> str:
     """A layer's path in its own model, as the patterns of peft's settings are matched with it."""
     if layout_of(name) == "kohya":
         return key.removesuffix(".weight")
     return re.sub(r"^(unet|text_encoder)\.", "", name.removeprefix(PEFT))
 
 
-def name_in(layout: str, kind: str, key: str) -> str:
-    """What the layer of a weight is called in a layout: :func:`locate` finds it again."""
+def layer_name(layout: str, kind: str, key: str) -> str:
+    """What the layer of a weight is called in a layout: :func:`find_weight` finds it again."""
     module = key.removesuffix(".weight")
     if layout == "peft":
         # As transformers 5 has it; until then `text_model.` stood before it.
@@ -67,8 +67,8 @@ def _plain_name(kind: str, module: str) -> str:
     return module.removeprefix("text_model.")
 
 
-def _is_matrix(leaf: Leaf) -> bool:
-    return leaf in [kind.leaves[0] for kind in (LINEAR, CONV, POINTWISE)]
+def _is_matrix(parameter: ParameterTransform) -> bool:
+    return parameter in [layer.parameters[0] for layer in (LINEAR, CONV, POINTWISE)]
 
 
 def _unflatten(kind: str, flat: str) -> str | None:
@@ -85,7 +85,7 @@ def _flat_names(kind: str) -> list[tuple[re.Pattern, str]]:
     paths = [
         rule.torch
         for rule in TABLES[kind].rules
-        if _is_matrix(rule.kind.leaves[0]) and ".processor." not in rule.torch
+        if _is_matrix(rule.layer.parameters[0]) and ".processor." not in rule.torch
     ]
     escaped = [re.escape(path.replace(".", "_")) for path in paths]
     patterns = [re.sub(r"\\{(\w+)\\}", r"(?P<\1>\\d+)", pattern) for pattern in escaped]

@@ -45,7 +45,7 @@ _MOST_QUANTIFIERS, _MOST_PATTERNS, _LONGEST = 3, 1000, 300
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class PeftConfig:
     """What ``where`` says of the layers of one kind of model; empty if nothing does."""
 
     where: str
@@ -102,7 +102,9 @@ def _compiled(where: str, name: str, pattern: str) -> re.Pattern:
         raise UserError(f"{where}: {name} has no regular expression: {pattern!a} ({err})") from err
 
 
-def read_settings(file: Path, metadata: Mapping[str, str], *, peft: bool) -> dict[str, Settings]:
+def read_peft_configs(
+    file: Path, metadata: Mapping[str, str], *, peft: bool
+) -> dict[str, PeftConfig]:
     """The settings of each kind of model, from a file's metadata or from what stands beside it.
 
     ``peft`` says that the file is in peft's layout, which has them in ``adapter_config.json``.
@@ -113,7 +115,7 @@ def read_settings(file: Path, metadata: Mapping[str, str], *, peft: bool) -> dic
         where, values = f"{file}: {key}", _parse(metadata[key], key, file)
     elif beside.exists() and (peft or file.stem == FILE_STEMS[0]):
         where, values = str(beside), read_json(beside)
-    found = {kind: Settings(where=where, values=_own(values, kind)) for kind in LORA_PARTS}
+    found = {kind: PeftConfig(where=where, values=_own(values, kind)) for kind in LORA_PARTS}
     for settings in found.values():
         _check(settings)
     return found
@@ -138,7 +140,7 @@ def _own(values: Mapping[str, object], kind: str) -> dict[str, object]:
     return {k.removeprefix(prefix): v for k, v in values.items() if k.startswith(prefix)}
 
 
-def _check(settings: Settings) -> None:
+def _check(settings: PeftConfig) -> None:
     where, values = settings.where, settings.values
     if (sort := values.get("peft_type")) not in (None, *_TYPES):
         raise UserError(f"{where}: peft_type {sort!a} is not merged here, only {', '.join(_TYPES)}")

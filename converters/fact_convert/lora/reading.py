@@ -12,8 +12,8 @@ import numpy as np
 from fact_convert.io.lazy_tensor import State
 from fact_convert.io.weight_files import read_file
 from fact_convert.lora.layers import ALGORITHMS, Layer, missing_parts, product_shape, rank_of
-from fact_convert.lora.names import LORA_PARTS, layout_of, locate, module_of
-from fact_convert.lora.peft_config import CONFIG_NAME, FILE_STEMS, Settings, read_settings
+from fact_convert.lora.names import LORA_PARTS, find_weight, layout_of, module_path
+from fact_convert.lora.peft_config import CONFIG_NAME, FILE_STEMS, PeftConfig, read_peft_configs
 from fact_convert.mapping import Difference, is_float
 from fact_jax.utils.errors import UserError
 
@@ -49,7 +49,7 @@ class Lora:
     path: Path
     layers: tuple[Layer, ...]
     metadata: Mapping[str, str]
-    settings: Mapping[str, Settings] = dataclasses.field(default_factory=dict)
+    settings: Mapping[str, PeftConfig] = dataclasses.field(default_factory=dict)
     alpha_dtype: str | None = None
 
     @property
@@ -117,7 +117,7 @@ def _read(file: Path) -> Lora:
     settings = _settings(file, text, groups)
     layers: dict[tuple[str, str], Layer] = {}
     for name, found in groups.items():
-        place = locate(name)
+        place = find_weight(name)
         if place is None:
             difference.unexpected.append(name)
         elif place in layers:
@@ -154,11 +154,11 @@ def _grouped(state: State, difference: Difference) -> dict[str, dict[str, np.nda
     return groups
 
 
-def _settings(file: Path, text: Mapping[str, str], groups: Mapping) -> dict[str, Settings]:
+def _settings(file: Path, text: Mapping[str, str], groups: Mapping) -> dict[str, PeftConfig]:
     """peft's settings; UserError where the file needs them to say its strength and has none."""
     bare = [name for name, found in groups.items() if "alpha" not in found]
     peft = any(layout_of(name) == "peft" for name in bare)
-    settings = read_settings(file, text, peft=peft)
+    settings = read_peft_configs(file, text, peft=peft)
     silent = not any(each.values for each in settings.values())
     if silent and (peft or (bare and file.stem == FILE_STEMS[0])):
         raise UserError(
@@ -187,7 +187,7 @@ def _layer(
     name: str,
     place: tuple[str, str],
     found: Mapping[str, np.ndarray],
-    settings: Settings,
+    settings: PeftConfig,
     difference: Difference,
 ) -> Layer | None:
     """One layer, if its parts fit each other; else a line in ``difference``."""
@@ -213,7 +213,7 @@ def _layer(
         listed = ", ".join(f"{part} {array.shape}" for part, array in found.items())
         difference.misshapen.append(f"{name}: {listed}")
         return None
-    module, rank = module_of(name, place[1]), rank_of(algorithm, shapes)
+    module, rank = module_path(name, place[1]), rank_of(algorithm, shapes)
     said = settings.rank(module)
     if None not in (said, rank) and said != rank:
         difference.misshapen.append(f"{name}: is of rank {rank}, {settings.where} says {said}")

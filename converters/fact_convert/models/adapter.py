@@ -16,16 +16,16 @@ import numpy as np
 
 from fact_convert.io.lazy_tensor import State
 from fact_convert.io.safetensors_io import write_safetensors
-from fact_convert.io.weight_files import read_file, stored_as
+from fact_convert.io.weight_files import file_format, read_file
 from fact_convert.models.validation import check_fits, resampler_shape
-from fact_convert.rules.key_tables import ADAPTER_MARK, RESAMPLER_PREFIX
+from fact_convert.rules.key_tables import ADAPTER_INFIX, RESAMPLER_PREFIX
 from fact_convert.weights import add_state, dump_some, dump_state, load_state, read_config
 from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.unet import UNet
 from fact_jax.utils.errors import UserError, listed
 
 FORMAT, VERSION = "fact-adapter", "1"
-SIDE_KEY = "fact_jax.resampler.dim_head"
+DIM_HEAD_KEY = "fact_jax.resampler.dim_head"
 """In our pickles of other than released size; the released code passes over keys of other names."""
 
 log = logging.getLogger(__name__)
@@ -82,7 +82,7 @@ def read_adapter(path: str | os.PathLike, resampler_config=None) -> AdapterFile:
     """
     path = Path(path)
     state, text = read_file(path)
-    state, metadata = take_side_key(state, read_metadata(text, path), path)
+    state, metadata = pop_dim_head(state, read_metadata(text, path), path)
     resampler, blocks = split_state(state, path)
     try:
         config, note = resampler_config, None
@@ -113,7 +113,7 @@ def load_adapter(path: str | os.PathLike, *, resampler_config=None, dtype=jnp.fl
 
 def _joined(blocks: Mapping[str, State]) -> State:
     return {
-        f"{path}{ADAPTER_MARK}{key}": array
+        f"{path}{ADAPTER_INFIX}{key}": array
         for path, block in blocks.items()
         for key, array in block.items()
     }
@@ -130,7 +130,7 @@ def check_adapter(resampler: State, blocks: Mapping[str, State], config=None) ->
         linear = block.get("linear.weight")
         if linear is not None and (linear.ndim != 2 or linear.shape[1] != face_dim):
             raise UserError(
-                f"{name}{ADAPTER_MARK}linear.weight does not take face tokens of width "
+                f"{name}{ADAPTER_INFIX}linear.weight does not take face tokens of width "
                 f"{face_dim}, which its resampler gives"
             )
     check_fits("adapter", _joined(blocks))
@@ -140,7 +140,7 @@ def split_state(state: State, source: str | os.PathLike) -> tuple[State, dict[st
     """The resampler's tensors, and the adapters' by block and own key."""
     resampler, blocks, unexpected = {}, {}, []
     for key, array in state.items():
-        block, mark, own = key.partition(ADAPTER_MARK)
+        block, mark, own = key.partition(ADAPTER_INFIX)
         if key.startswith(RESAMPLER_PREFIX):
             resampler[key.removeprefix(RESAMPLER_PREFIX)] = array
         elif mark:
@@ -149,7 +149,7 @@ def split_state(state: State, source: str | os.PathLike) -> tuple[State, dict[st
             unexpected.append(key)
     if not resampler or not blocks:
         raise UserError(
-            f"{source}: not a FACT adapter: no {RESAMPLER_PREFIX}* or no *{ADAPTER_MARK}* in it"
+            f"{source}: not a FACT adapter: no {RESAMPLER_PREFIX}* or no *{ADAPTER_INFIX}* in it"
         )
     if unexpected:
         raise UserError(f"{source}: {len(unexpected)} unexpected ({listed(unexpected)})")
@@ -175,22 +175,22 @@ def read_metadata(text: Mapping[str, str], source: str | os.PathLike) -> dict[st
     return metadata
 
 
-def take_side_key(
+def pop_dim_head(
     state: State, metadata: Mapping[str, object], source: str | os.PathLike
 ) -> tuple[State, dict[str, object]]:
     """The state without our side key, and the metadata with what it says as ``dim_head``."""
     metadata = {name: value for name, value in metadata.items() if name != "dim_head"}
-    if SIDE_KEY not in state:
+    if DIM_HEAD_KEY not in state:
         return state, metadata
-    said = state[SIDE_KEY]
+    said = state[DIM_HEAD_KEY]
     width = np.asarray(said).item() if said.size == 1 and said.dtype.kind in "iu" else 0
     if width < 1:
-        raise UserError(f"{source}: {SIDE_KEY} is not the width of a head")
-    rest = {key: array for key, array in state.items() if key != SIDE_KEY}
+        raise UserError(f"{source}: {DIM_HEAD_KEY} is not the width of a head")
+    rest = {key: array for key, array in state.items() if key != DIM_HEAD_KEY}
     return rest, {**metadata, "dim_head": width}
 
 
-def with_side_key(state: State, config: ResamplerConfig) -> State:
+def add_dim_head(state: State, config: ResamplerConfig) -> State:
     """A flat adapter state for a pickle, which has no metadata, that still tells its heads.
 
     Released files need no side key, and get none: they are recognised by their size.
@@ -199,7 +199,7 @@ def with_side_key(state: State, config: ResamplerConfig) -> State:
     shape = resampler_shape(own)
     if _is_released(shape) and config == ResamplerConfig.sd15():
         return state
-    return {**state, SIDE_KEY: np.array(config.dim_head, np.int64)}
+    return {**state, DIM_HEAD_KEY: np.array(config.dim_head, np.int64)}
 
 
 def find_resampler_config(
@@ -307,13 +307,13 @@ def save_adapter(
     """
     if unet.config.face_dim is None:
         raise UserError("this UNet has no adapter to save")
-    blocks = dump_some(unet, lambda key: ADAPTER_MARK in key)
+    blocks = dump_some(unet, lambda key: ADAPTER_INFIX in key)
     own = {k.removeprefix(RESAMPLER_PREFIX): v for k, v in dump_state(resampler).items()}
     state = blocks | {RESAMPLER_PREFIX + key: array for key, array in own.items()}
-    write_adapter(path, state, describe(unet.config.to_dict(), resampler.config), metadata)
+    write_adapter(path, state, model_configs(unet.config.to_dict(), resampler.config), metadata)
 
 
-def describe(unet_config: Mapping, resampler: ResamplerConfig) -> dict[str, object]:
+def model_configs(unet_config: Mapping, resampler: ResamplerConfig) -> dict[str, object]:
     """What an adapter's metadata says about the models that it belongs to."""
     keys = ("block_out_channels", "cross_attention_dim", "attention_head_dim")
     return {
@@ -332,7 +332,7 @@ def write_adapter(
     replace: bool = True,
 ) -> None:
     """Write a flat adapter state with released names as our adapter file."""
-    if stored_as(path) != "safetensors":
+    if file_format(path) != "safetensors":
         raise UserError(f"{path}: an adapter file ends in .safetensors")
     own = {"format": FORMAT, "version": VERSION, "config": dict(config)}
     texts = {

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from fact_convert.io.hub import local_folder
 from fact_convert.io.json_io import read_json
-from fact_convert.io.output_paths import whole_folder
+from fact_convert.io.output_paths import output_folder
 from fact_convert.io.weight_files import read_weights
 from fact_convert.models.pipeline import save_part
 from fact_convert.models.validation import check_fits
@@ -65,5 +65,5 @@ def save_controlnet(
     ``dtype`` (as float16) rounds the weights to that precision; else they keep theirs. Raises
     UserError if ``path`` exists, unless ``force`` is given and it was written here.
     """
-    with whole_folder(path, force=force) as folder:
+    with output_folder(path, force=force) as folder:
         save_part(module, folder, _STEM, dtype)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from fact_convert.io.json_io import read_json, write_json
 from fact_convert.io.lazy_tensor import State
-from fact_convert.io.output_paths import whole_folder
+from fact_convert.io.output_paths import output_folder
 from fact_convert.io.safetensors_io import write_safetensors
-from fact_convert.io.torch_io import write_pickle
+from fact_convert.io.torch_io import write_torch_file
 from fact_convert.io.weight_files import LEGACY_STEMS, stays_inside
 from fact_convert.models.inferred_configs import infer_config
 from fact_convert.models.pipeline import (
@@ -22,7 +22,7 @@ from fact_convert.models.pipeline import (
     scheduler_config,
 )
 from fact_convert.models.tokenizer import AddedToken, Tokenizer, read_tokenizer, write_tokenizer
-from fact_convert.models.validation import in_shape
+from fact_convert.models.validation import reshape_pointwise
 from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.utils.errors import UserError
 
@@ -35,7 +35,7 @@ _FOLDERS = {kind: part for part, (kind, _) in PARTS.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Files:
+class WeightFileOptions:
     """What a folder's weight files are like.
 
     ``variant`` (as fp16) stands in their names, ``shard`` is how many bytes one may have, and
@@ -128,7 +128,7 @@ def write_pipeline(
     plan: tuple[Mapping[str, Mapping], Tokenizer, Mapping, str],
     metadata: Mapping[str, str],
     *,
-    files: Files,
+    files: WeightFileOptions,
     force: bool,
     wrote: Callable[[int], None] | None = None,
 ) -> None:
@@ -137,9 +137,9 @@ def write_pipeline(
     A safety checker and its feature extractor are copied from ``source``, if that is a folder.
     """
     configs, tokenizer, scheduler, name = plan
-    with whole_folder(out, force=force) as folder:
+    with output_folder(out, force=force) as folder:
         for kind, part in _FOLDERS.items():
-            state = in_shape(kind, states[kind], configs[kind])
+            state = reshape_pointwise(kind, states[kind], configs[kind])
             _write_model(folder / part, kind, state, configs[kind], metadata, files, wrote)
         write_tokenizer(tokenizer, folder / "tokenizer")
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -170,13 +170,13 @@ def write_model(
     config: Mapping,
     metadata: Mapping[str, str],
     *,
-    files: Files,
+    files: WeightFileOptions,
     force: bool,
     wrote: Callable[[int], None] | None = None,
 ) -> None:
     """Write the folder of one model, whole or not at all."""
-    with whole_folder(out, force=force) as folder:
-        state = in_shape(kind, state, config)
+    with output_folder(out, force=force) as folder:
+        state = reshape_pointwise(kind, state, config)
         _write_model(folder, kind, state, config, metadata, files, wrote)
 
 
@@ -200,7 +200,7 @@ def _write_files(folder, stem, state, metadata, files, wrote) -> None:
         name = f"{stem}{dotted}{of}.{suffix}"
         where |= dict.fromkeys(shard, name)
         if files.legacy:
-            write_pickle(folder / name, shard, wrote)
+            write_torch_file(folder / name, shard, wrote)
         else:
             write_safetensors(folder / name, shard, metadata, wrote)
     if len(shards) > 1:

@@ -9,7 +9,7 @@ import dataclasses
 from fact_convert.io.lazy_tensor import State
 from fact_convert.models.adapter import infer_resampler
 from fact_convert.models.face_encoder import infer_encoder
-from fact_convert.models.validation import bare, infer_shape
+from fact_convert.models.validation import infer_shape, strip_prefix
 from fact_jax.models.clip_text import CLIPTextConfig
 from fact_jax.models.controlnet import ControlNetConfig
 from fact_jax.models.unet import UNetConfig
@@ -57,9 +57,9 @@ def infer_config(kind: str, state: State) -> tuple[dict, str]:
     Raises UserError if they are no such model, or one whose settings nobody could tell.
     """
     if kind == "transface":
-        return infer_encoder(bare(kind, state))
+        return infer_encoder(strip_prefix(kind, state))
     if kind == "resampler":
-        return infer_resampler(bare(kind, state))
+        return infer_resampler(strip_prefix(kind, state))
     shape = infer_shape(kind, state)
     untold = {*UNTOLD[kind], *_USUAL}
     told = {

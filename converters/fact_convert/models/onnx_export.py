@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from fact_convert.io.lazy_tensor import Lazy, rounded
+from fact_convert.io.lazy_tensor import LazyTensor, cast
 from fact_convert.mapping import match_state
-from fact_convert.weights import read_config, skeleton
+from fact_convert.weights import abstract_state, read_config
 from fact_jax.models.transface import TransFaceConfig
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
@@ -21,7 +21,7 @@ _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 
 
 def write_onnx(
-    state: Mapping[str, np.ndarray | Lazy],
+    state: Mapping[str, np.ndarray | LazyTensor],
     config,
     path: str | os.PathLike,
     *,
@@ -38,7 +38,7 @@ def write_onnx(
     except ImportError as err:
         raise UserError(f"{path}: writing ONNX needs onnx: pip install 'fact-jax[data]'") from err
     config = read_config("transface", config)
-    _, flat = skeleton("transface", config)
+    _, flat = abstract_state("transface", config)
     shapes = {name: tuple(var.get_value().shape) for name, var in flat.items()}
     prefix, _, _ = match_state("transface", state, shapes)
     graph = _transface(config)
@@ -62,7 +62,7 @@ def write_onnx(
     with atomic_write(path, replace=replace) as temporary, open(temporary, "wb") as handle:
         handle.write(model.SerializeToString() + _field(_GRAPH, length) + nodes)
         for key, (head, array) in zip(weights, tensors, strict=True):
-            numbers = np.ascontiguousarray(rounded(array, np.dtype("<f4"), key))
+            numbers = np.ascontiguousarray(cast(array, np.dtype("<f4"), key))
             handle.write(head)
             handle.write(numbers.reshape(-1).view(np.uint8).data)
 

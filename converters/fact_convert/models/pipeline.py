@@ -13,15 +13,15 @@ import numpy as np
 from fact_convert.io.hub import local_folder
 from fact_convert.io.json_io import read_json, write_json
 from fact_convert.io.lazy_tensor import State
-from fact_convert.io.output_paths import whole_folder
+from fact_convert.io.output_paths import output_folder
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.weight_files import part_variants, read_weights
-from fact_convert.lora import LORA_PARTS, Lora, merge_model
-from fact_convert.mapping import prefix_of
+from fact_convert.lora import LORA_PARTS, Lora, merge_into_model
+from fact_convert.mapping import key_prefix
 from fact_convert.models.tokenizer import Tokenizer, read_tokenizer, write_tokenizer
 from fact_convert.models.validation import check_fits
-from fact_convert.rules.key_tables import ADAPTER_MARK
-from fact_convert.weights import dump_some, in_precision, load_state
+from fact_convert.rules.key_tables import ADAPTER_INFIX
+from fact_convert.weights import cast_state, dump_some, load_state
 from fact_jax.diffusion.noise_schedules import NoiseSchedule, alphas_cumprod_numpy
 from fact_jax.models.clip_text import CLIPTextModel
 from fact_jax.models.unet import UNet, UNetConfig
@@ -122,7 +122,7 @@ def load_part(
         kind, config, state = _read_part(folder, variant)
         if loras and kind in LORA_PARTS:
             check_fits(kind, state, config)
-            state = merge_model(kind, state, loras, np.dtype(dtype).name)
+            state = merge_into_model(kind, state, loras, np.dtype(dtype).name)
         return load_state(kind, state, config, dtype=dtype)
 
 
@@ -161,7 +161,7 @@ def save_pipeline(
     before it is whole. ``dtype`` (as float16) rounds the weights to that precision; else they keep
     theirs. Raises UserError if ``path`` exists, unless ``force`` is given and it was written here.
     """
-    with whole_folder(path, force=force) as folder:
+    with output_folder(path, force=force) as folder:
         for part, (_, stem) in PARTS.items():
             save_part(getattr(pipeline, part), folder / part, stem, dtype)
         write_tokenizer(pipeline.tokenizer, folder / "tokenizer")
@@ -172,8 +172,8 @@ def save_pipeline(
 
 def save_part(module, folder: Path, stem: str, dtype: str | None = None) -> None:
     """Write one model's folder: its config and its weights, without adapters."""
-    state = dump_some(module, lambda key: ADAPTER_MARK not in key)
-    stored = in_precision(state, dtype)
+    state = dump_some(module, lambda key: ADAPTER_INFIX not in key)
+    stored = cast_state(state, dtype)
     write_safetensors(folder / f"{stem}.safetensors", stored, {"format": "pt"})
     config = module.config.to_dict()
     if isinstance(module, CLIPTextModel):
@@ -211,7 +211,7 @@ def pipeline_class(unet: State, said: str | None) -> str:
 
     Raises UserError if the UNet's channels are those of none.
     """
-    prefix = prefix_of("unet", unet)
+    prefix = key_prefix("unet", unet)
     inputs = unet[f"{prefix}conv_in.weight"].shape[1]
     latents = unet[f"{prefix}conv_out.weight"].shape[0]
     classes = {

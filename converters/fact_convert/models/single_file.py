@@ -12,8 +12,8 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from fact_convert.io.lazy_tensor import Lazy, State
-from fact_convert.mapping import is_ignored, place_of, table
+from fact_convert.io.lazy_tensor import LazyTensor, State
+from fact_convert.mapping import is_ignored, map_torch_key, table
 from fact_convert.rules.ldm import EMA, IGNORED, PREFIXES, controlnet_pairs, unet_pairs, vae_pairs
 from fact_jax.diffusion.noise_schedules import BETA_SCHEDULES, NoiseSchedule, alphas_cumprod_numpy
 from fact_jax.utils.errors import UserError, listed
@@ -142,7 +142,7 @@ def prediction_texts(schedule: NoiseSchedule) -> dict[str, str]:
     return {PREDICTION: "v"} if schedule.prediction_type != "epsilon" else {}
 
 
-def _schedule_of(abar: np.ndarray | Lazy) -> NoiseSchedule | None:
+def _schedule_of(abar: np.ndarray | LazyTensor) -> NoiseSchedule | None:
     """The schedule that has this cumulative product, to the precision of its own rounding."""
     held = np.asarray(abar).astype(np.float64)
     if held.ndim != 1 or not 2 <= held.size <= _MOST_STEPS or not (held > 0).all():
@@ -165,7 +165,7 @@ def _schedule_of(abar: np.ndarray | Lazy) -> NoiseSchedule | None:
 
 def _is_known(kind: str, name: str) -> bool:
     prefix = table(kind).prefixes[0]
-    return place_of(kind, name, prefix) is not None or is_ignored(kind, name, prefix)
+    return map_torch_key(kind, name, prefix) is not None or is_ignored(kind, name, prefix)
 
 
 def _why_ignored(key: str) -> str | None:
@@ -205,13 +205,13 @@ def _replaced(key: str, names: Mapping[str, str]) -> str | None:
     return None
 
 
-def _as_matrix(kind: str, key: str, array: np.ndarray | Lazy) -> np.ndarray | Lazy:
+def _as_matrix(kind: str, key: str, array: np.ndarray | LazyTensor) -> np.ndarray | LazyTensor:
     """The VAE's attention is held as 1 x 1 convolutions here, as matrices in diffusers."""
     pointwise = array.ndim == 4 and array.shape[2:] == (1, 1)
     return array.reshape(array.shape[:2]) if pointwise and _is_pixel(kind, key) else array
 
 
-def _as_convolution(kind: str, key: str, array: np.ndarray | Lazy) -> np.ndarray | Lazy:
+def _as_convolution(kind: str, key: str, array: np.ndarray | LazyTensor) -> np.ndarray | LazyTensor:
     matrix = array.ndim == 2
     return array.reshape(*array.shape, 1, 1) if matrix and _is_pixel(kind, key) else array
 

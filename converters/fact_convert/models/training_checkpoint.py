@@ -12,14 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from fact_convert.io.hashing import hash_file
+from fact_convert.io.hashing import file_sha256
 from fact_convert.io.json_io import read_json, write_json
 from fact_convert.io.lazy_tensor import State
-from fact_convert.io.output_paths import whole_folder
-from fact_convert.io.parallel import in_threads
+from fact_convert.io.output_paths import output_folder
+from fact_convert.io.parallel import thread_map
 from fact_convert.io.safetensors_io import DTYPES
 from fact_convert.io.zarr_io import read_tree, write_tree
-from fact_convert.mapping import Difference, is_ignored, names_of, place_of, prefix_of
+from fact_convert.mapping import Difference, is_ignored, key_prefix, map_jax_path, map_torch_key
 from fact_convert.rules.key_tables import RESAMPLER_PREFIX, TABLES
 from fact_jax.utils.command_line import version_of
 from fact_jax.utils.errors import UserError
@@ -82,17 +82,17 @@ def to_torch(flat: State, kept: Mapping[str, Mapping] | None = None) -> dict[str
     for kind, part in _by_kind(flat).items():
         state = states[kind] = {}
         for path, array in part.items():
-            if names := names_of(kind, path, _prefix(kind)):
-                leaf = names[0].leaf
-                state[names[0].torch] = leaf.to_torch(array, array.ndim)
+            if names := map_jax_path(kind, path, _prefix(kind)):
+                transform = names[0].transform
+                state[names[0].torch] = transform.to_torch(array, array.ndim)
             else:
                 difference.unexpected.append(path)
     difference.raise_if_any("the checkpoint's parameters are not known here")
     try:
         for kind, aside in (kept or {}).items():
-            prefixes = {prefix_of(kind, aside), *TABLES[kind].prefixes}
+            prefixes = {key_prefix(kind, aside), *TABLES[kind].prefixes}
             for key, (dtype, values) in aside.items():
-                if any(place_of(kind, key, prefix) for prefix in prefixes):
+                if any(map_torch_key(kind, key, prefix) for prefix in prefixes):
                     raise UserError(
                         f"what the checkpoint put aside has the name of a weight: {key}"
                     )
@@ -112,7 +112,7 @@ def _by_kind(flat: State) -> dict[str, State]:
     if set(heads) <= set(kinds):
         return {kinds[head]: part for head, part in heads.items()}
     # One model, not under a name of its own: the kind that knows the most of its paths.
-    known = {kind: sum(bool(names_of(kind, path, "")) for path in flat) for kind in TABLES}
+    known = {kind: sum(bool(map_jax_path(kind, path, "")) for path in flat) for kind in TABLES}
     return {max(known, key=known.get): flat}
 
 
@@ -130,20 +130,20 @@ def to_jax(states: Mapping[str, State]) -> tuple[dict, dict[str, dict]]:
     params: dict = {}
     kept: dict[str, dict] = {}
     for kind, state in states.items():
-        prefix = prefix_of(kind, state)
+        prefix = key_prefix(kind, state)
         for key, array in state.items():
-            place = place_of(kind, key, prefix)
-            if place is None and is_ignored(kind, key, prefix):
+            mapping = map_torch_key(kind, key, prefix)
+            if mapping is None and is_ignored(kind, key, prefix):
                 kept.setdefault(kind, {})[key] = (array.dtype.name, array.tolist())
                 continue
-            if place is None:
+            if mapping is None:
                 difference.unexpected.append(key)
                 continue
-            *parents, last = (_HEADS[kind], *place.jax.split("."))
+            *parents, last = (_HEADS[kind], *mapping.jax.split("."))
             node = params
             for name in parents:
                 node = node.setdefault(name, {})
-            node[last] = place.leaf.to_jax(array, array.ndim)
+            node[last] = mapping.transform.to_jax(array, array.ndim)
     difference.raise_if_any("these weights are not known here")
     return params, kept
 
@@ -162,7 +162,7 @@ def write_checkpoint(
     takes as long. ``wrote`` is called with the number of bytes of every tensor.
     """
     with (
-        whole_folder(path, force=force) as folder,
+        output_folder(path, force=force) as folder,
         concurrent.futures.ThreadPoolExecutor(1) as beside,
     ):
         about = beside.submit(meta if callable(meta) else lambda: meta)
@@ -181,7 +181,7 @@ def file_sums(source: str | os.PathLike) -> dict[str, str]:
     source = Path(source)
     files = _weight_files(source)
     names = [source.name if f == source else f.relative_to(source).as_posix() for f in files]
-    return dict(zip(names, in_threads(hash_file, files), strict=True))
+    return dict(zip(names, thread_map(file_sha256, files), strict=True))
 
 
 def provenance(sources: Sequence[str | os.PathLike]) -> dict[str, str]:
@@ -191,7 +191,7 @@ def provenance(sources: Sequence[str | os.PathLike]) -> dict[str, str]:
     which holds the sum of every tensor. No name or path is in it: equal sources give equal texts.
     """
     files = [file for source in sources for file in _weight_files(Path(source))]
-    hashes = list(in_threads(hash_file, files))
+    hashes = list(thread_map(file_sha256, files))
     return {"software": f"fact-jax {version_of()}", "sources": json.dumps(hashes)}
 
 

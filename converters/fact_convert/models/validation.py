@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from fact_convert.io.lazy_tensor import Lazy, State
-from fact_convert.mapping import Shapes, match_state, prefix_of
-from fact_convert.rules.key_tables import ADAPTER_MARK
-from fact_convert.weights import SameKey, flat_shapes, read_config, skeleton
+from fact_convert.io.lazy_tensor import LazyTensor, State
+from fact_convert.mapping import Shapes, key_prefix, match_state
+from fact_convert.rules.key_tables import ADAPTER_INFIX
+from fact_convert.weights import ConstantRngs, abstract_state, flat_shapes, read_config
 from fact_jax.models.adapter import FaceAdapter
 from fact_jax.models.clip_text import CLIPTextConfig
 from fact_jax.models.controlnet import ControlNetConfig
@@ -38,7 +38,7 @@ def check_fits(kind: str, state: State, config: Mapping | None = None) -> None:
         targets = _adapter_targets(state)
     else:
         own = read_config(kind, config or infer_shape(kind, state), state)
-        targets = flat_shapes(skeleton(kind, own)[1])
+        targets = flat_shapes(abstract_state(kind, own)[1])
     match_state(kind, state, targets)
 
 
@@ -56,20 +56,20 @@ def check_all(
         raise UserError(f"{source}: {'; '.join(problems)}")
 
 
-def in_shape(kind: str, state: State, config: Mapping) -> State:
+def reshape_pointwise(kind: str, state: State, config: Mapping) -> State:
     """The state with every weight as a matrix or as a 1 x 1 convolution, whichever the model has.
 
     Files hold some linear layers over channels either way; diffusers opens only its own.
     """
-    targets = flat_shapes(skeleton(kind, read_config(kind, config, state))[1])
+    targets = flat_shapes(abstract_state(kind, read_config(kind, config, state))[1])
     _, sources, _ = match_state(kind, state, targets)
     found = dict(state)
-    for path, places in sources.items():
-        for place in places:
+    for path, mappings in sources.items():
+        for mapping in mappings:
             model = np.broadcast_to(np.int8(0), targets[path])
-            shape = place.leaf.to_torch(model, model.ndim).shape
-            if state[place.torch].shape != shape:
-                found[place.torch] = state[place.torch].reshape(shape)
+            shape = mapping.transform.to_torch(model, model.ndim).shape
+            if state[mapping.torch].shape != shape:
+                found[mapping.torch] = state[mapping.torch].reshape(shape)
     return found
 
 
@@ -82,17 +82,17 @@ def infer_shape(kind: str, state: State):
     if kind not in _SHAPES:
         raise UserError(f"tensors alone do not say how a {kind} is configured")
     try:
-        return _SHAPES[kind](bare(kind, state))
+        return _SHAPES[kind](strip_prefix(kind, state))
     except (KeyError, IndexError, ValueError, ZeroDivisionError) as err:
         raise UserError(f"not a whole {kind}: {err} is missing or misshapen") from err
 
 
-def bare(kind: str, state: State) -> State:
-    prefix = prefix_of(kind, state)
+def strip_prefix(kind: str, state: State) -> State:
+    prefix = key_prefix(kind, state)
     return {key.removeprefix(prefix): array for key, array in state.items()}
 
 
-def vocabulary_of(text_encoder: State) -> int:
+def vocab_size(text_encoder: State) -> int:
     """How many tokens a text encoder has."""
     return _axis(text_encoder, r".*token_embedding\.weight", 0, 1)
 
@@ -220,7 +220,7 @@ def _adapter_targets(state: State) -> Shapes:
     """Shapes of the adapters of one UNet, by our paths, for as many blocks as it must have."""
     blocks: dict[str, State] = defaultdict(dict)
     for key, array in state.items():
-        block, mark, own = key.partition(ADAPTER_MARK)
+        block, mark, own = key.partition(ADAPTER_INFIX)
         blocks[block if mark else ""][own] = array
     blocks.pop("", None)
     part = r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.transformer_blocks\.0"
@@ -232,7 +232,7 @@ def _adapter_targets(state: State) -> Shapes:
         for way, i in levels
         for j in range(layers + (way == "up"))
     }
-    face = _axis(state, rf".*{re.escape(ADAPTER_MARK)}linear\.weight", 1, 1)
+    face = _axis(state, rf".*{re.escape(ADAPTER_INFIX)}linear\.weight", 1, 1)
     targets = {}
     for block in sorted(wanted | {match[0] for match in places}):
         own = blocks.get(block, {})
@@ -246,12 +246,12 @@ def _adapter_targets(state: State) -> Shapes:
 
 @functools.lru_cache(maxsize=64)
 def _adapter_shapes(width: int, face_dim: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    adapter = nnx.eval_shape(lambda: FaceAdapter(width, 1, face_dim, rngs=SameKey()))
+    adapter = nnx.eval_shape(lambda: FaceAdapter(width, 1, face_dim, rngs=ConstantRngs()))
     found = nnx.to_flat_state(nnx.state(adapter))
     return tuple((".".join(map(str, path)), tuple(var.get_value().shape)) for path, var in found)
 
 
-def _widths(state: Mapping[str, np.ndarray | Lazy], pattern: str) -> tuple[int, ...]:
+def _widths(state: Mapping[str, np.ndarray | LazyTensor], pattern: str) -> tuple[int, ...]:
     """How many channels each level has, by the number that ``pattern`` finds in its keys."""
     found: dict[int, list[int]] = defaultdict(list)
     for key, array in state.items():

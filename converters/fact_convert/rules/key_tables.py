@@ -1,6 +1,6 @@
 """What every PyTorch key means in our models: data, read in both directions by ``mapping``.
 
-A rule names a layer on either side and its kind. ``{i}`` stands for an index and means the same
+A rule names a layer on either side and its sort. ``{i}`` stands for an index and means the same
 on both sides. Our modules keep the peers' names, so most rules name the same path twice
 (``same``); what is written out are the real differences.
 """
@@ -15,13 +15,13 @@ from fact_convert.rules.layer_transforms import (
     NORM,
     POINTWISE,
     RAW,
-    Kind,
+    LayerTransform,
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One layer: its path in the PyTorch file, its path in our module, its kind.
+    """One layer: its path in the PyTorch file, its path in our module, its sort.
 
     Where two rules name the same place in the module, the first is the name we write and the
     others are names that files may use instead. A rule that ``overrides`` is a second copy that
@@ -30,7 +30,7 @@ class Rule:
 
     torch: str
     jax: str
-    kind: Kind
+    layer: LayerTransform
     overrides: bool = False
 
 
@@ -54,9 +54,9 @@ class Table:
     prefixes: tuple[str, ...] = ("",)
 
 
-def same(kind: Kind, *paths: str) -> tuple[Rule, ...]:
+def same(layer: LayerTransform, *paths: str) -> tuple[Rule, ...]:
     """Rules for layers that have one name on both sides."""
-    return tuple(Rule(path, path, kind) for path in paths)
+    return tuple(Rule(path, path, layer) for path in paths)
 
 
 def under(parents: str | tuple[str, ...], *rules: Rule) -> tuple[Rule, ...]:
@@ -78,7 +78,7 @@ FEED_FORWARD = same(LINEAR, "ff.net.0.proj", "ff.net.2")
 ATTENTION = same(LINEAR, "to_q", "to_k", "to_v", "to_out.0")
 
 FACE = tuple(
-    Rule(f"attn2.processor.{rule.torch}", f"face.{rule.jax}", rule.kind)
+    Rule(f"attn2.processor.{rule.torch}", f"face.{rule.jax}", rule.layer)
     for rule in (
         *same(LINEAR, "linear"),
         *same(NORM, "norm1", "norm2"),
@@ -236,4 +236,4 @@ TABLES = {
 }
 
 RESAMPLER_PREFIX = "local_fac_prj."
-ADAPTER_MARK = ".attn2.processor."
+ADAPTER_INFIX = ".attn2.processor."

@@ -8,26 +8,26 @@ from collections.abc import Callable
 
 import numpy as np
 
-Turn = Callable[[np.ndarray, int], np.ndarray]
+TransformFn = Callable[[np.ndarray, int], np.ndarray]
 """Turns a tensor to the other layout; the number is how many axes the other side has."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Leaf:
+class ParameterTransform:
     """One tensor of a layer: its name on either side (empty: the path itself) and both turns."""
 
     torch: str
     jax: str
-    to_jax: Turn
-    to_torch: Turn
+    to_jax: TransformFn
+    to_torch: TransformFn
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
-    """A sort of layer. Every leaf is optional: which ones exist, the model says."""
+class LayerTransform:
+    """A sort of layer. Every parameter is optional: which ones exist, the model says."""
 
     name: str
-    leaves: tuple[Leaf, ...]
+    parameters: tuple[ParameterTransform, ...]
 
 
 def _same(array: np.ndarray, ndim: int) -> np.ndarray:
@@ -70,24 +70,29 @@ def _pointwise_to_torch(kernel: np.ndarray, ndim: int) -> np.ndarray:
     return weight[:, :, None, None] if ndim == 4 else weight
 
 
-_BIAS = Leaf("bias", "bias", _same, _same)
-_SCALE = Leaf("weight", "scale", _same, _same)
+_BIAS = ParameterTransform("bias", "bias", _same, _same)
+_SCALE = ParameterTransform("weight", "scale", _same, _same)
 
-LINEAR = Kind("linear", (Leaf("weight", "kernel", _linear_to_jax, _linear_to_torch), _BIAS))
-CONV = Kind("conv", (Leaf("weight", "kernel", _conv_to_jax, _conv_to_torch), _BIAS))
-POINTWISE = Kind(
-    "pointwise", (Leaf("weight", "kernel", _pointwise_to_jax, _pointwise_to_torch), _BIAS)
+LINEAR = LayerTransform(
+    "linear", (ParameterTransform("weight", "kernel", _linear_to_jax, _linear_to_torch), _BIAS)
+)
+CONV = LayerTransform(
+    "conv", (ParameterTransform("weight", "kernel", _conv_to_jax, _conv_to_torch), _BIAS)
+)
+POINTWISE = LayerTransform(
+    "pointwise",
+    (ParameterTransform("weight", "kernel", _pointwise_to_jax, _pointwise_to_torch), _BIAS),
 )
 """A linear layer over channels that files hold as a matrix or as a 1 x 1 convolution."""
-NORM = Kind("norm", (_SCALE, _BIAS))
-BATCHNORM = Kind(
+NORM = LayerTransform("norm", (_SCALE, _BIAS))
+BATCHNORM = LayerTransform(
     "batchnorm",
     (
         _SCALE,
         _BIAS,
-        Leaf("running_mean", "mean", _same, _same),
-        Leaf("running_var", "var", _same, _same),
+        ParameterTransform("running_mean", "mean", _same, _same),
+        ParameterTransform("running_var", "var", _same, _same),
     ),
 )
-EMBED = Kind("embed", (Leaf("weight", "embedding", _same, _same),))
-RAW = Kind("raw", (Leaf("", "", _same, _same),))
+EMBED = LayerTransform("embed", (ParameterTransform("weight", "embedding", _same, _same),))
+RAW = LayerTransform("raw", (ParameterTransform("", "", _same, _same),))

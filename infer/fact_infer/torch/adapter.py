@@ -14,7 +14,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from fact_convert.models.adapter import check_blocks, describe, split_state
+from fact_convert.models.adapter import check_blocks, model_configs, split_state
 from fact_infer.base_model import FaceFiles, read_face_files
 from fact_infer.guidance import keep_jax_on_cpu
 from fact_infer.parts import find_face_files, save_face_files
@@ -238,7 +238,7 @@ class FactTorch:
 
         As it is, the folder can be uploaded as a repository of the Hub and be named instead.
         """
-        config = describe(dict(self.pipe.unet.config), self.resampler.config)
+        config = model_configs(dict(self.pipe.unet.config), self.resampler.config)
         save_face_files(self.files, folder, config)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from fact_convert.io.lazy_tensor import State
 from fact_convert.io.weight_files import read_weights
-from fact_convert.lora import LORA_PARTS, Lora, merge_model, only
+from fact_convert.lora import LORA_PARTS, Lora, lora_for, merge_into_model
 from fact_convert.models.pipeline import PARTS
 from fact_convert.rules.key_tables import TABLES
 
@@ -22,7 +22,7 @@ def merge_loras(pipe: Any, folder: Path, loras: Sequence[tuple[Lora, float]]) ->
     UserError with every layer that the pipe does not have or has in another shape.
     """
     for kind, part in LORA_PARTS.items():
-        own = [(only(lora, kind), factor) for lora, factor in loras]
+        own = [(lora_for(lora, kind), factor) for lora, factor in loras]
         if any(lora.layers for lora, _ in own):
             state = read_weights(folder / part, PARTS[part][1])
             _merge(getattr(pipe, part), kind, state, own)
@@ -33,7 +33,7 @@ def _merge(module: nn.Module, kind: str, state: State, loras: Sequence[tuple[Lor
     dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
     touched = {layer.key for lora, _ in loras for layer in lora.layers}
     tensors = {_bare(kind, key): tensor for key, tensor in module.state_dict().items()}
-    for key, merged in merge_model(kind, state, loras, dtype).items():
+    for key, merged in merge_into_model(kind, state, loras, dtype).items():
         if _bare(kind, key) in touched:
             # Exact: PyTorch takes no bfloat16 of NumPy's.
             numbers = torch.from_numpy(np.array(merged, np.float32))

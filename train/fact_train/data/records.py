@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from fact_convert.io.output_paths import whole_folder
+from fact_convert.io.output_paths import output_folder
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError
 
@@ -89,7 +89,7 @@ def write_records(
         if not identities:
             raise UserError(f"{out}: there is no usable photo, so nothing was written")
 
-    with whole_folder(out, force=force) as folder:
+    with output_folder(out, force=force) as folder:
         builder = FaceRecords(folder, numbered(), size=size, crop_size=crop_size)
         try:
             builder.write()

@@ -11,7 +11,7 @@ from fact_convert import Pipeline, Tokenizer
 from fact_convert.io.json_io import read_json
 from fact_convert.models.pipeline import PARTS
 from fact_convert.models.tokenizer import read_tokenizer
-from fact_convert.weights import blank, read_config
+from fact_convert.weights import abstract_module, read_config
 from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.models.clip_text import CLIPTextConfig
 from fact_jax.models.resampler import Resampler
@@ -55,7 +55,9 @@ class WeightlessTask(AdapterTask):
     def _encoder(self):
         folder = Path(self.options.encoder)
         if (folder / "config.json").is_file():
-            return blank("transface", read_config("transface", read_json(folder / "config.json")))
+            return abstract_module(
+                "transface", read_config("transface", read_json(folder / "config.json"))
+            )
         wide = self.options.resampler.embedding_dim
         sizes = (TransFaceConfig.vit_s(), TransFaceConfig.vit_t(), TransFaceConfig.vit_l())
         config = next((size for size in sizes if size.embed_dim == wide), None)
@@ -65,7 +67,7 @@ class WeightlessTask(AdapterTask):
                 "(options.resampler.embedding_dim)"
             )
         self.notes.append(f"{folder} is no folder here: a TransFace of width {wide} is assumed")
-        return blank("transface", config)
+        return abstract_module("transface", config)
 
     def _new_resampler(self, rngs) -> Resampler:
         return Resampler(self.options.resampler, rngs=rngs)
@@ -126,12 +128,12 @@ def _pipeline(base: str, notes: list[str]) -> Pipeline:
         notes.append(f"{base} is no folder here: the shapes of Stable Diffusion 1.5 are assumed")
         vocab, merges = caption_vocabulary()  # any will do: its ids are never looked at
         return Pipeline(
-            **{part: blank(PARTS[part][0], config) for part, config in SD15.items()},
+            **{part: abstract_module(PARTS[part][0], config) for part, config in SD15.items()},
             tokenizer=Tokenizer(vocab=vocab, merges=merges),
             schedule=NoiseSchedule.sd15(),
         )
     models = {
-        part: blank(kind, read_config(kind, read_json(folder / part / "config.json")))
+        part: abstract_module(kind, read_config(kind, read_json(folder / part / "config.json")))
         for part, (kind, _) in PARTS.items()
     }
     text = models["text_encoder"].config

@@ -26,7 +26,7 @@ from fact_convert import (
     save_adapter,
     tokenize,
 )
-from fact_convert.weights import skeleton
+from fact_convert.weights import abstract_state
 from fact_jax.curriculum import (
     Drop,
     Stage,
@@ -145,7 +145,7 @@ class AdapterTask:
         rngs = nnx.Rngs(config.seed)
         self.face_dim = self.options.resampler.output_dim
         unet_config = dataclasses.replace(self.pipeline.unet.config, face_dim=self.face_dim)
-        self.graph, shapes = skeleton("unet", unet_config)
+        self.graph, shapes = abstract_state("unet", unet_config)
         self.steps_before = 0
         if self.options.weights is None:
             self.adapters = new_adapters(self.pipeline.unet, self.options, rngs)
