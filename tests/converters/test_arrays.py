@@ -16,6 +16,7 @@ from fact_convert.io.safetensors_io import read_safetensors, write_safetensors
 from fact_convert.io.torch_io import write_torch_file
 from fact_convert.models.training_checkpoint import provenance
 from fact_convert.rules.layer_transforms import CONV, LINEAR, POINTWISE
+from fact_jax.utils.errors import UserError
 
 
 def lazy(array, reads=None):
@@ -171,3 +172,11 @@ def test_where_weights_came_from(tmp_path):
         hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
         for file in ("x.safetensors", "m/unet/model.safetensors")
     ]
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"), [(1e6, "bfloat16"), (3.4e38, "float32"), (1e300, "float64")]
+)
+def test_the_precision_that_holds_a_number_is_named(number, hint):
+    with pytest.raises(UserError, match=f"too large for float16; {hint} holds them"):
+        np.asarray(rounded(np.array([1, number]), np.dtype("float16"), "x"))

@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 
 from fact_jax.utils.errors import UserError
@@ -90,7 +91,8 @@ def check_range(narrow: np.ndarray, wide: np.ndarray | LazyTensor, name: str) ->
         wide = np.asarray(wide)
         lost = np.abs(wide[np.isinf(narrow) & np.isfinite(wide)].astype(np.float64))
         if lost.size:
-            hint = {"float16": "bfloat16", "bfloat16": "float32"}.get(narrow.dtype.name, "float64")
+            limits = {name: float(ml_dtypes.finfo(name).max) for name in ("bfloat16", "float32")}
+            hint = next((x for x, most in limits.items() if lost.max() <= most), "float64")
             raise UserError(
                 f"{name}: {lost.size} numbers, up to {lost.max():.4g}, are too large for "
                 f"{narrow.dtype.name}; {hint} holds them"
