@@ -142,7 +142,8 @@ def _run(arguments: argparse.Namespace, overrides: Sequence[str], command: str) 
 
     from fact_train.run.loop import run
 
-    # Orbax reports a damaged checkpoint there before the loop says the same in one line.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    # Orbax and the object stores report there what the loop says in one line.
+    for library in ("absl", "gcsfs", "s3fs", "fsspec"):
+        logging.getLogger(library).setLevel(logging.CRITICAL)
     outcome = run(config, arguments.out or Path("runs") / short, command)
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
