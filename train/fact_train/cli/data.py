@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fact_jax.utils.errors import UserError
+from fact_jax.utils.errors import UserError, printable
 
 _SPLITS = ("base", "encoder", "adapter", "judge", "test")
 
@@ -87,7 +87,7 @@ def write(arguments: argparse.Namespace) -> int:
         print(f"{arguments.out}: {photos} photos of {people} people")
     finally:
         for line in totals.lines():
-            print(line)
+            print(printable(line))
     return 0
 
 
@@ -122,7 +122,7 @@ def cache(name: str, overrides: Sequence[str], out: Path, share: tuple[int, int]
 
 
 def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
+    print(f"warning: {printable(line)}", file=sys.stderr)
 
 
 def _count(text: str) -> int:

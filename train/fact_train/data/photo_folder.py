@@ -43,6 +43,8 @@ _REASONS = {
     "truncated or damaged": "not readable",
     "not an image": "not readable",
     "cannot be read": "not readable",
+    "no such file": "not readable",
+    "floating-point": "not readable",
     "too large": "too large",
     _MASK: "mask",
     ".json": "points",
@@ -101,7 +103,7 @@ def folder_examples(
     if not people:
         raise UserError(f"{source} has no subfolder: make one for each person, photos inside")
     totals.loose = sum(map(_is_photo, source.iterdir()))
-    seen: dict[bytes, Path] = {}
+    seen: dict[tuple[bytes, str], Path] = {}
     for person in people:
         used = 0
         _count_unused(person, totals)
@@ -135,7 +137,9 @@ def _photos(person: Path) -> list[Path]:
 
 def _is_photo(path: Path) -> bool:
     known = path.suffix.lower() in SUFFIXES and not path.name.endswith(_MASK)
-    return known and path.name[0] != "." and not path.is_dir()
+    # A broken link is told of as one; to open a pipe would wait for ever.
+    there = path.is_file() or not path.exists()
+    return known and path.name[0] != "." and there
 
 
 def _count_unused(person: Path, totals: Totals) -> None:
@@ -153,10 +157,12 @@ def _example(
     identity: str,
     size: int,
     crop_size: int,
-    seen: dict[bytes, Path],
+    seen: dict[tuple[bytes, str], Path],
     warn: Callable[[str], None],
 ) -> Example:
-    """``seen``: the first usable photo of each picture, by a digest of its pixels."""
+    """``seen``: the first usable photo of each picture, by a digest of its pixels and by the person
+    (of anybody where that is empty).
+    """
     mask = photo.with_suffix(_MASK)
     face = prepare_photo(photo, mask_file=mask if mask.is_file() else None, crop_size=crop_size)
     short = min(face.image.shape[:2])
@@ -164,11 +170,12 @@ def _example(
         raise UserError(f"{photo} is too small: {short} px on its short side for {size} x {size}")
     caption = _caption(photo.with_suffix(".txt"))
     digest = hashlib.sha256(str(face.image.shape).encode() + face.image.tobytes()).digest()
-    first = seen.setdefault(digest, photo)
-    if first.parent != photo.parent:
+    own = seen.setdefault((digest, identity), photo)
+    if own != photo:
+        raise UserError(f"{photo} is the same picture as {own.name}")
+    first = seen.setdefault((digest, ""), photo)
+    if first != photo:
         warn(f"{photo}: the same picture as {first}, of another person")
-    elif first != photo:
-        raise UserError(f"{photo} is the same picture as {first.name}")
     image, points, head = square_up(face, size)
     return Example(
         identity=identity,
