@@ -1,13 +1,17 @@
 """The safety checker of a base: said where it is left out, at work where it is asked for."""
 
+import fnmatch
 import json
 import shutil
 
+import huggingface_hub
 import numpy as np
 import pytest
 from PIL import Image
 
+from fact_infer.base_model import read_base
 from fact_infer.cli.main import main
+from fact_infer.torch.safety_checker import SafetyChecker
 
 
 @pytest.fixture(scope="module")
@@ -67,6 +71,31 @@ def test_left_out_is_said_and_kept_on_request(checked, tmp_path, capsys):
     out, err = capsys.readouterr()
     assert "marked" not in err
     np.testing.assert_array_equal(drawn(out.strip()), plain)
+
+
+def test_the_checker_of_a_repository(checked, tmp_path, monkeypatch):
+    """It is fetched where it is asked for, and nowhere else."""
+    remote = checked(True)
+
+    def fetch(repository, allow_patterns, ignore_patterns):
+        for path in remote.rglob("*"):
+            name = path.relative_to(remote).as_posix()
+            wanted, not_wanted = (
+                any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+                for patterns in (allow_patterns, ignore_patterns)
+            )
+            if path.is_file() and wanted and not not_wanted:
+                (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, tmp_path / name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    base = read_base("someone/base")
+    base.whole()
+    assert not (tmp_path / "safety_checker").exists()
+    pictures, marked = SafetyChecker(base)(np.full((2, 32, 32, 3), 255, np.uint8))
+    assert marked.all()
+    assert not pictures.any()
 
 
 def test_a_base_without_one(base_folder, tmp_path, capsys):

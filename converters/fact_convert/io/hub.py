@@ -20,7 +20,7 @@ def local_folder(
     """``name`` itself if it is a folder, else the folder of the Hub repository of that name.
 
     ``patterns`` are the small files to fetch; of the weights only safetensors of the variant are,
-    and without ``weights`` none.
+    and without ``weights`` none. A safety checker, as large as a UNet's half, only by its name.
     """
     path = Path(name)
     if path.is_dir():
@@ -35,8 +35,10 @@ def local_folder(
     from huggingface_hub import snapshot_download
 
     wanted = [f"*/*.{variant}*safetensors"] if variant else ["*/*model*.safetensors"]
-    unwanted = ["safety_checker/*", *([] if variant else ["*.fp16.*", "*.non_ema.*"])]
     wanted = [*patterns, *(wanted if weights else ())]
+    unwanted = [] if variant else ["*.fp16.*", "*.non_ema.*"]
+    if not any(pattern.startswith("safety_checker/") for pattern in wanted):
+        unwanted.append("safety_checker/*")
     try:
         found = snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=unwanted)
         rest = _without_variant(Path(found), variant) if weights and variant else []

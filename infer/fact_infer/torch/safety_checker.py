@@ -7,6 +7,7 @@ from jaxtyping import Bool, UInt8
 from PIL import Image
 from transformers import CLIPImageProcessor
 
+from fact_convert.io.hub import local_folder
 from fact_infer.base_model import Base
 from fact_jax.utils.errors import UserError
 
@@ -15,7 +16,12 @@ class SafetyChecker:
     """diffusers' ``StableDiffusionSafetyChecker`` of a base; UserError where it has none."""
 
     def __init__(self, base: Base):
-        folder = base.whole()
+        files = (
+            "safety_checker/config.json",
+            "safety_checker/*.safetensors",
+            "feature_extractor/*",
+        )
+        folder = local_folder(base.name, files, None, weights=False)
         parts = [folder / name for name in ("safety_checker", "feature_extractor")]
         for part in parts:
             if not part.is_dir():
