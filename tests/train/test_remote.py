@@ -108,7 +108,7 @@ def test_a_lost_upload_is_tried_again_here_and_by_the_next_start(
             run(config, URL)
     assert listed(store) == []
     monkeypatch.setattr(remote, "UPLOAD_SECONDS", 0.01)
-    break_store(monkeypatch, "_put_file", lambda _, number: number < 5)
+    break_store(monkeypatch, "_put_file", lambda _, number: number < 1)
     run(config, URL)
     assert listed(store) == [7, 14]
     said = capsys.readouterr().err

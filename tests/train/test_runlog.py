@@ -104,8 +104,9 @@ def test_weights_and_biases_is_told_the_same(tmp_path, monkeypatch):
         Image=lambda picture: picture.shape,
     )
     monkeypatch.setitem(sys.modules, "wandb", library)
-    for start in (0, 5):  # the second time it goes on
-        with RunLogger(tmp_path / "run", steps=10, wandb=True) as log:
+    for start in (0, 5):  # the second time it goes on, on another host
+        folder = tmp_path / str(start) / "run"
+        with RunLogger(folder, steps=10, wandb=True, name="s3://bucket/run") as log:
             log.begin(start, {"steps": 10})
             log.metrics(start + 5, ROW)
             log.pictures(start + 5, {"grid": np.zeros((2, 3, 3), np.uint8)})

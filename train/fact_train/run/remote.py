@@ -33,6 +33,7 @@ _LOCK, _COPY = "lock.json", ".copy-of"
 
 
 def is_url(out: str | os.PathLike) -> bool:
+    """Is this ``SCHEME://...``, and no path?"""
     return "://" in str(out)
 
 
@@ -51,8 +52,8 @@ class RemoteFolder:
         self.failure: UserError | None = None
         """Why the run must stop: another one has taken the URL over."""
         self.say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
-        self._own = {"owner": secrets.token_hex(8), "host": host_name(), "process": os.getpid()}
-        self._own |= {"since": now()}
+        self._own: dict[str, Any] = {"owner": secrets.token_hex(8), "since": now()}
+        self._own |= {"host": host_name(), "process": os.getpid()}
         self._checkpoints: dict[str, dict[str, tuple[int, int]]] = {}  # those at the URL
         self._files: dict[str, tuple[int, int]] = {}  # and the other files
         self._down = False
@@ -203,6 +204,7 @@ class RemoteFolder:
         return listed
 
     def _get(self, names: list[str], folder: Path) -> None:
+        """Fetch these files into the folder; UserError if one would not be below it."""
         for name in names:
             if {"", ".", ".."} & set(name.split("/")):
                 raise UserError(f"{self.url}: {name!r} is no name of a file of a run")
@@ -239,6 +241,7 @@ class RemoteFolder:
             if files and files != self._checkpoints.get(step):
                 with _unless_gone(path):
                     self._remove(step)
+                    self._checkpoints[step] = {}  # of what may be there from here on
                     self._put(path, files, f"checkpoints/{step}/")
                     sizes = {name: size for name, (size, _) in files.items()}
                     self._fs.pipe_file(self._list(step), json.dumps(sizes).encode())
