@@ -1,5 +1,5 @@
 # make demo: the whole path, from portraits to a report.     make demo-scratch: trains from nothing.
-# make test, make test-slow, make lint.  Each builds .venv first if it is missing.
+# make test, make test-fast, make test-slow, make lint.  Each builds .venv first if it is missing.
 # Another Python: make PYTHON=python3.12 demo.  PyTorch of PyPI, with CUDA: make TORCH_INDEX= demo.
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ TEST_PROCESSES ?= 2
 BIN = .venv/bin
 PIP = $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --no-compile
 
-.PHONY: demo demo-scratch test test-slow lint miniature clean
+.PHONY: demo demo-scratch test test-fast test-slow lint miniature clean
 
 demo: .venv/installed
 	$(BIN)/python demo.py
@@ -17,12 +17,21 @@ demo: .venv/installed
 demo-scratch: .venv/installed
 	$(BIN)/python demo.py --scratch
 
+# The heavy files come first (tests/conftest.py), so that no process waits long for the last.
+PYTEST = JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+TOGETHER = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
+
 test: .venv/installed
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m "not slow" -n $(TEST_PROCESSES) --dist loadfile
+	$(PYTEST) -m "not slow" $(TOGETHER)
+
+# Before a commit: leaves out what trains, draws pictures with a whole pipeline, compares with the
+# peers' models or starts programs (the files marked heavy). Only `make test` proves those.
+test-fast: .venv/installed
+	$(PYTEST) -m "not slow and not heavy" $(TOGETHER)
 
 # One after the other: some take half an hour and 16 GB.
 test-slow: .venv/installed
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -m slow
+	$(PYTEST) -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .

@@ -4,10 +4,15 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Many tests train the same step, some of them in processes of their own: it is compiled once.
+# Many tests compile the same programs, some of them in processes of their own: each is compiled
+# once, however small, and without LLVM's optimizations, which tiny arrays do not pay back.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "jax")
 )
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+# Threads of PyTorch that wait for each other cost more than such small sums.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Child processes import the same packages, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -18,6 +23,12 @@ import numpy as np
 import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_collection_modifyitems(items):
+    """Heavy files first, those of training before all: the processes then end together."""
+    heavy = {item.path for item in items if item.get_closest_marker("heavy")}
+    items.sort(key=lambda item: (item.path not in heavy, "train" not in item.path.parts))
 
 
 @pytest.fixture(scope="session")

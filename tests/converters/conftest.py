@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fact_convert.cli.main import main
 from tests.pipelines import pndm_scheduler, save_pipeline, small_parts
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -71,6 +72,27 @@ def pipeline_folder(peers, vocabulary, tmp_path_factory) -> Path:
     return save_pipeline(tmp_path_factory.mktemp("base"), parts, tokenizer, pndm_scheduler())
 
 
+def run(*words, status: int = 0) -> None:
+    """fact-convert in this process."""
+    assert main(list(map(str, words))) == status
+
+
+@pytest.fixture
+def refused(capsys):
+    """Run with bad input: exit status 2 and one line, which is given without its beginning."""
+
+    def call(*words) -> str:
+        capsys.readouterr()
+        run(*words, status=2)
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert err.startswith("error: ")
+        assert err.count("\n") == 1
+        return err.removeprefix("error: ").removesuffix("\n")
+
+    return call
+
+
 @pytest.fixture
 def same_bits():
     """Assert that two states hold the same keys, shapes, dtypes and bits."""
@@ -84,11 +106,11 @@ def same_bits():
     return check
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def resampler_config(golden) -> dict:
     return json.loads(golden("resampler", "state.")[1]["config"])
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def unet_config(golden) -> dict:
     return json.loads(golden("unet_adapter", "unet.")[1]["unet_config"])

@@ -24,17 +24,6 @@ def adapter(released_checkpoint, tmp_path):
     return out
 
 
-def fails(capsys, *arguments) -> str:
-    """Run with bad input: exit status 2 and one line, which is returned."""
-    capsys.readouterr()
-    assert main([str(argument) for argument in arguments]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err
-
-
 @pytest.mark.parametrize("command", [[], ["inspect"], ["to-torch"], ["to-jax"], ["verify"]])
 def test_help_is_quick(command):
     fastest = 9.0
@@ -171,36 +160,34 @@ def test_verify_compares_numbers_not_precisions(tmp_path, golden):
 
 
 def test_nothing_is_overwritten_unless_forced(
-    adapter, released_checkpoint, same_bits, tmp_path, capsys
+    adapter, released_checkpoint, same_bits, tmp_path, refused
 ):
     before = read_file(adapter)[0]
     arguments = ["to-torch", released_checkpoint, adapter, "--dim-head", "8"]
-    assert "exists already" in fails(capsys, *arguments)
+    assert "exists already" in refused(*arguments)
     assert main([*map(str, arguments), "--force"]) == 0
     same_bits(before, read_file(adapter)[0])
     (tmp_path / "jax").mkdir()
     (tmp_path / "jax" / "mine").touch()
-    assert "exists already" in fails(capsys, "to-jax", adapter, tmp_path / "jax")
+    assert "exists already" in refused("to-jax", adapter, tmp_path / "jax")
     assert os.listdir(tmp_path / "jax") == ["mine"]
 
 
-def test_bad_input_is_one_line(adapter, released_checkpoint, tmp_path, capsys):
+def test_bad_input_is_one_line(adapter, released_checkpoint, tmp_path, refused):
     out = tmp_path / "out.safetensors"
-    assert "no such file" in fails(capsys, "inspect", tmp_path / "absent.ckpt")
-    assert "no weights that are known" in fails(capsys, "inspect", tmp_path)
-    assert "how wide a head of its resampler is" in fails(
-        capsys, "to-torch", released_checkpoint, out
-    )
-    assert "ends in .safetensors, .ckpt" in fails(capsys, "to-torch", adapter, tmp_path / "x.zip")
+    assert "no such file" in refused("inspect", tmp_path / "absent.ckpt")
+    assert "no weights that are known" in refused("inspect", tmp_path)
+    assert "how wide a head of its resampler is" in refused("to-torch", released_checkpoint, out)
+    assert "ends in .safetensors, .ckpt" in refused("to-torch", adapter, tmp_path / "x.zip")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(adapter.read_bytes()[:-100])
     for command in (["inspect", cut], ["to-torch", cut, out], ["to-jax", cut, tmp_path / "out"]):
-        assert "not a whole safetensors file" in fails(capsys, *command)
-    assert "not a whole" in fails(capsys, "verify", adapter, cut)
+        assert "not a whole safetensors file" in refused(*command)
+    assert "not a whole" in refused("verify", adapter, cut)
     state = read_file(adapter)[0] | {"surplus": np.zeros(1, np.float32)}
     odd = tmp_path / "odd.safetensors"
     write_safetensors(odd, state, {})
-    assert "1 unexpected (surplus)" in fails(capsys, "to-torch", odd, out, "--dim-head", "8")
+    assert "1 unexpected (surplus)" in refused("to-torch", odd, out, "--dim-head", "8")
     assert not out.exists()
 
 
@@ -244,11 +231,11 @@ def test_nothing_in_a_file_steers_the_terminal(adapter, tmp_path, capsys):
     assert all(line.isprintable() for line in (out + err).splitlines())
 
 
-def test_long_lists_are_cut(adapter, tmp_path, capsys):
+def test_long_lists_are_cut(adapter, tmp_path, refused):
     state, _ = read_file(adapter)
     surplus = {f"surplus{i:02d}": np.zeros(1, np.float32) for i in range(40)}
     write_safetensors(tmp_path / "x.safetensors", state | surplus, {})
-    err = fails(capsys, "to-torch", tmp_path / "x.safetensors", tmp_path / "y.ckpt")
+    err = refused("to-torch", tmp_path / "x.safetensors", tmp_path / "y.ckpt")
     assert "40 unexpected (surplus00, " in err
     assert "surplus09 and 30 more)" in err
     assert "surplus10" not in err

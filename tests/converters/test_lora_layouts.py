@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from fact_convert.cli.inspection import summary
-from fact_convert.cli.main import main
 from fact_convert.cli.opening import open_weights
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.weight_files import read_file
 from fact_convert.lora import merge_lora, merge_loras, read_lora
 from fact_jax.utils.errors import UserError
+from tests.converters.conftest import run
 from tests.pipelines import pndm_scheduler, small_parts
 
 peft = pytest.importorskip("peft")
@@ -27,10 +27,6 @@ LAYERS = {
     "clip_text": {"encoder.layers.1.self_attn.q_proj": 3, "encoder.layers.0.mlp.fc1": 3},
 }
 """Which layers have a LoRA, and of which rank."""
-
-
-def run(*arguments, status: int = 0) -> None:
-    assert main([str(argument) for argument in arguments]) == status
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ import pytest
 
 from tests.converters.mutants import write_seeds
 
+pytestmark = pytest.mark.heavy
+
 MEGABYTES = 2000
 """No file may make the converter larger."""
 

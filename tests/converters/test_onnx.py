@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,7 +11,6 @@ from fact_convert.models.onnx_export import write_onnx
 from fact_convert.weights import abstract_state, dump_state, load_state
 from fact_jax.models.transface import TransFaceConfig
 from fact_jax.utils.errors import UserError
-from tests.quick import quick_jit
 
 onnx = pytest.importorskip("onnx")
 # 4 x 4 patches and 4 pixels that belong to none.
@@ -48,7 +48,7 @@ def test_as_our_model(state, tmp_path):
         ["tokens", "embedding"], {"images": images.transpose(0, 3, 1, 2)}
     )
     graph, values = nnx.split(load_state("transface", state, CONFIG))
-    ours = quick_jit(lambda values, images: nnx.merge(graph, values)(images))(values, images)
+    ours = jax.jit(lambda values, images: nnx.merge(graph, values)(images))(values, images)
     assert 0.5 < tokens.std() < 5
     assert 0.5 < embedding.std() < 10
     assert tokens.shape == (3, 16, 24)

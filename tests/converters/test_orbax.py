@@ -1,6 +1,7 @@
 """Checkpoints of the trainer."""
 
 import json
+import shutil
 
 import jax
 import ml_dtypes
@@ -22,7 +23,7 @@ from fact_convert.models.training_checkpoint import (
 from fact_jax.utils.errors import UserError
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def adapted(golden, unet_config, resampler_config):
     """An adapted UNet and a resampler, and their state by released names."""
     adapter = golden("unet_adapter", "adapter.")[0]
@@ -32,9 +33,10 @@ def adapted(golden, unet_config, resampler_config):
     return unet, load_state("resampler", resampler, resampler_config), state
 
 
-@pytest.fixture
-def run(adapted, resampler_config, tmp_path):
+@pytest.fixture(scope="module")
+def written(adapted, resampler_config, tmp_path_factory):
     """A run's folder as the trainer writes it: two steps, the running average beside."""
+    folder = tmp_path_factory.mktemp("written") / "run"
     unet, resampler, _ = adapted
     faces = nnx.split(unet, nnx.PathContains("face"), ...)[1]
     params = {
@@ -42,7 +44,7 @@ def run(adapted, resampler_config, tmp_path):
         "resampler": nnx.to_pure_dict(nnx.state(resampler)),
     }
     with ocp.CheckpointManager(
-        (tmp_path / "run" / "checkpoints").resolve(),
+        (folder / "checkpoints").resolve(),
         options=ocp.CheckpointManagerOptions(step_format_fixed_length=8),
     ) as manager:
         for step, factor in ((10, 1.0), (20, 2.0)):
@@ -66,7 +68,13 @@ def run(adapted, resampler_config, tmp_path):
             items = {"state": ocp.args.StandardSave(state), "meta": ocp.args.JsonSave(meta)}
             manager.save(step, args=ocp.args.Composite(**items))
             manager.wait_until_finished()
-    return tmp_path / "run"
+    return folder
+
+
+@pytest.fixture
+def run(written, tmp_path):
+    """A copy that a test may damage."""
+    return shutil.copytree(written, tmp_path / "run")
 
 
 def test_the_newest_step_is_found(run):
@@ -193,6 +201,14 @@ def test_orbax_itself_reads_what_we_write(adapted, tmp_path):
     assert flat == {}
 
 
+@pytest.fixture(scope="module")
+def plain(adapted, tmp_path_factory):
+    """The adapter as a checkpoint of ours."""
+    folder = tmp_path_factory.mktemp("plain")
+    save_jax(open_weights_of(adapted[2], folder), folder / "c", dim_head=8)
+    return folder / "c"
+
+
 def open_weights_of(state, folder):
     from fact_convert.io.safetensors_io import write_safetensors
 
@@ -200,8 +216,8 @@ def open_weights_of(state, folder):
     return open_weights(folder / "x.safetensors")
 
 
-def test_a_plain_leaf_is_mapped_and_compared_with_its_sum(adapted, tmp_path):
-    save_jax(open_weights_of(adapted[2], tmp_path), tmp_path / "c", dim_head=8)
+def test_a_plain_leaf_is_mapped_and_compared_with_its_sum(plain, tmp_path):
+    shutil.copytree(plain, tmp_path / "c")
     file = tmp_path / "c" / "state" / "params.resampler.latents" / "0.0.0"
     data = bytearray(file.read_bytes())
     data[5] ^= 1
@@ -230,8 +246,8 @@ def test_a_plain_leaf_is_mapped_and_compared_with_its_sum(adapted, tmp_path):
         ({"compressor": {"id": "bomb"}}, "damaged, params.resampler.latents cannot be read"),
     ],
 )
-def test_lies_about_a_leaf(adapted, tmp_path, about, reason):
-    save_jax(open_weights_of(adapted[2], tmp_path), tmp_path / "c", dim_head=8)
+def test_lies_about_a_leaf(plain, tmp_path, about, reason):
+    shutil.copytree(plain, tmp_path / "c")
     file = tmp_path / "c" / "state" / "params.resampler.latents" / ".zarray"
     file.write_text(json.dumps(json.loads(file.read_text()) | about))
     with pytest.raises(UserError, match=reason) as caught:
@@ -240,8 +256,8 @@ def test_lies_about_a_leaf(adapted, tmp_path, about, reason):
 
 
 @pytest.mark.parametrize("key", ["../../x", "a/b", "a\nb"])
-def test_leaves_that_lie_elsewhere(adapted, tmp_path, key):
-    save_jax(open_weights_of(adapted[2], tmp_path), tmp_path / "c", dim_head=8)
+def test_leaves_that_lie_elsewhere(plain, tmp_path, key):
+    shutil.copytree(plain, tmp_path / "c")
     file = tmp_path / "c" / "state" / "_METADATA"
     file.write_text(file.read_text().replace('"key": "latents"', f'"key": {json.dumps(key)}'))
     with pytest.raises(UserError, match="has leaves that are no names"):

@@ -16,6 +16,7 @@ from fact_convert.cli.main import main
 from fact_convert.cli.opening import open_weights
 from fact_convert.io.weight_files import read_file
 from fact_jax.utils.files import atomic_write, replace_folder
+from tests.converters.conftest import run
 
 
 @pytest.fixture
@@ -27,26 +28,6 @@ def encoder(golden, tmp_path) -> Path:
     text = {"ss_title": "a", "format": "pt", "configs": f'{{"transface": {metadata["config"]}}}'}
     save_file(state, tmp_path / "in" / "encoder.safetensors", text)
     return tmp_path / "in" / "encoder.safetensors"
-
-
-@pytest.fixture
-def refused(capsys):
-    """Run with something that must be refused: exit status 2 and one line, which is given."""
-
-    def run(*words) -> str:
-        capsys.readouterr()
-        assert main([os.fspath(word) for word in words]) == 2
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert err.startswith("error: ")
-        assert err.count("\n") == 1
-        return err
-
-    return run
-
-
-def done(*words) -> None:
-    assert main([os.fspath(word) for word in words]) == 0
 
 
 def snapshot(folder: Path) -> dict[str, bytes | None]:
@@ -61,8 +42,8 @@ def test_force_replaces_what_was_written_here_and_nothing_else(encoder, refused,
     out = tmp_path / "out"
     again = (command, encoder, out, "--force")
     out.mkdir()
-    done(*again)  # an empty folder
-    done(*again)
+    run(*again)  # an empty folder
+    run(*again)
     assert "exists already" in refused(command, encoder, out)
     (out / "sub").mkdir()
     for strange in ("notes.txt", "sub/photo.jpg"):
@@ -77,7 +58,7 @@ def test_force_replaces_what_was_written_here_and_nothing_else(encoder, refused,
     changed.write_bytes(whole + b" ")
     assert changed.name in refused(*again)
     changed.write_bytes(whole)
-    done(*again)
+    run(*again)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out"]
 
 
@@ -164,7 +145,7 @@ def test_outputs_that_cannot_be(encoder, refused, monkeypatch, tmp_path):
     ):
         assert reason in refused(command, encoder, out, "--force"), out
     assert sorted(tmp_path.rglob("*")) == before
-    done("to-torch", encoder, "v1.5")
+    run("to-torch", encoder, "v1.5")
 
 
 @pytest.mark.parametrize("out", ["x.safetensors", "x.ckpt", "x", "jax"])
@@ -242,11 +223,11 @@ def test_numbers_that_a_precision_cannot_hold(
         assert snapshot(tmp_path) == before
     state["norm.bias"] = np.full(state["norm.bias"].shape, np.inf, np.float32)  # they were before
     save_file(state, large, text)
-    done("to-torch", large, tmp_path / "x.safetensors", "--dtype", "bfloat16", *options)
+    run("to-torch", large, tmp_path / "x.safetensors", "--dtype", "bfloat16", *options)
 
 
 def test_to_jax_rounds(encoder, tmp_path):
-    done("to-jax", encoder, tmp_path / "jax", "--dtype", "bfloat16")
+    run("to-jax", encoder, tmp_path / "jax", "--dtype", "bfloat16")
     found = open_weights(tmp_path / "jax").states["transface"]
     for key, array in read_file(encoder)[0].items():
         if array.dtype == np.float32:
@@ -291,7 +272,7 @@ def test_bytes_do_not_depend_on_paths_or_the_clock(encoder, pipeline_folder, mon
             found = tmp_path / folder / (folder + out)
             monkeypatch.setattr(time, "time", lambda clock=clock: clock)
             monkeypatch.setattr("sys.argv", [folder])
-            done("to-jax" if out == "jax" else "to-torch", source, found)
+            run("to-jax" if out == "jax" else "to-torch", source, found)
             made.append(snapshot(found) if found.is_dir() else found.read_bytes())
         assert made[0] == made[1], out
         assert str(tmp_path) not in str(made)
@@ -300,9 +281,9 @@ def test_bytes_do_not_depend_on_paths_or_the_clock(encoder, pipeline_folder, mon
 
 
 def test_what_a_source_says_beside_is_kept(encoder, tmp_path):
-    done("to-torch", encoder, tmp_path / "x.safetensors")
-    done("to-jax", tmp_path / "x.safetensors", tmp_path / "jax")
-    done("to-torch", tmp_path / "jax", tmp_path / "y.safetensors")
+    run("to-torch", encoder, tmp_path / "x.safetensors")
+    run("to-jax", tmp_path / "x.safetensors", tmp_path / "jax")
+    run("to-torch", tmp_path / "jax", tmp_path / "y.safetensors")
     for name in ("x", "y"):
         metadata = read_file(tmp_path / f"{name}.safetensors")[1]
         assert metadata["ss_title"] == "a"
@@ -313,5 +294,5 @@ def test_what_a_source_says_beside_is_kept(encoder, tmp_path):
 def test_a_whole_base_has_no_file_of_its_own_names(pipeline_folder, refused, tmp_path):
     words = ("to-torch", pipeline_folder, tmp_path / "x.safetensors")
     assert "has the original layout" in refused(*words, "--format", "file")
-    done(*words)
+    run(*words)
     assert "model.diffusion_model.out.0.bias" in read_file(tmp_path / "x.safetensors")[0]

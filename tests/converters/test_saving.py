@@ -10,19 +10,15 @@ import pytest
 import torch
 
 from fact_convert import load_encoder
-from fact_convert.cli.main import main
 from fact_convert.cli.opening import Weights, open_weights
 from fact_convert.cli.saving import save_jax
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.torch_io import write_torch_file
 from fact_convert.io.weight_files import read_file
 from fact_convert.models.adapter import DIM_HEAD_KEY
+from tests.converters.conftest import run
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
-
-
-def run(*arguments, status: int = 0) -> None:
-    assert main([str(argument) for argument in arguments]) == status
 
 
 @pytest.fixture

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from fact_convert import load_adapter, load_pipeline, load_state
-from fact_convert.cli.main import main
 from fact_convert.cli.opening import check_supported, open_weights
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.torch_io import write_torch_file
@@ -30,6 +29,9 @@ from fact_jax.models.transface import TransFaceConfig
 from fact_jax.models.unet import UNetConfig
 from fact_jax.models.vae import VAEConfig
 from fact_jax.utils.errors import UserError
+from tests.converters.conftest import run
+
+pytestmark = pytest.mark.heavy
 
 MINI_NET = ControlNetConfig(
     block_out_channels=(8, 16),
@@ -40,20 +42,6 @@ MINI_NET = ControlNetConfig(
     norm_num_groups=4,
     conditioning_embedding_out_channels=(4, 8),
 )
-
-
-def run(*arguments, status: int = 0) -> None:
-    assert main([str(argument) for argument in arguments]) == status
-
-
-def error(capsys, *arguments) -> str:
-    """The one line that a command ends in."""
-    capsys.readouterr()
-    run(*arguments, status=2)
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    return err.removeprefix("error: ").removesuffix("\n")
 
 
 def zeros(kind: str, config) -> dict[str, np.ndarray]:
@@ -108,7 +96,7 @@ def test_every_kind_is_checked(states, way, tmp_path):
         check_supported(open_weights(tmp_path / "whole.safetensors"))
 
 
-def test_every_command_checks(peer_state, tmp_path, capsys):
+def test_every_command_checks(peer_state, tmp_path, capsys, refused):
     state, config = peer_state("unet")
     wrong, key = damaged(state, "deleted")
     with pytest.raises(UserError) as caught:
@@ -130,14 +118,14 @@ def test_every_command_checks(peer_state, tmp_path, capsys):
             ("to-torch", source, out),
             ("verify", source, file),
         ):
-            assert error(capsys, *command).endswith(message), command
+            assert refused(*command).endswith(message), command
     assert {path.name for path in tmp_path.iterdir()} == {"x.safetensors", "x.ckpt", "checkpoint"}
     capsys.readouterr()
     run("inspect", file, "--json")
     assert key in json.loads(capsys.readouterr().out)["difference"]
 
 
-def test_a_damaged_pipeline_is_opened_by_none(pipeline_folder, peer_state, tmp_path, capsys):
+def test_a_damaged_pipeline_is_opened_by_none(pipeline_folder, peer_state, tmp_path, refused):
     from fact_infer.torch.pipeline import TorchPipeline
 
     folder = shutil.copytree(pipeline_folder, tmp_path / "base")
@@ -146,8 +134,8 @@ def test_a_damaged_pipeline_is_opened_by_none(pipeline_folder, peer_state, tmp_p
     message = f"the weights do not fit the vae: 1 missing ({key})"
     for command in ("to-jax", "to-torch"):
         for name in ("out", "out.ckpt") if command == "to-torch" else ("out",):
-            assert error(capsys, command, folder, tmp_path / name) == f"{folder}: {message}"
-    assert error(capsys, "verify", folder, folder) == f"{folder}: {message}"
+            assert refused(command, folder, tmp_path / name) == f"{folder}: {message}"
+    assert refused("verify", folder, folder) == f"{folder}: {message}"
     for load in (load_pipeline, TorchPipeline.load):
         with pytest.raises(UserError) as caught:
             load(folder)
@@ -169,7 +157,7 @@ ODD_CONFIGS = (
 
 
 @pytest.mark.parametrize("odd", ODD_CONFIGS, ids=lambda odd: next(iter(odd)))
-def test_configurations_that_load_state_refuses(peer_state, odd, tmp_path, capsys):
+def test_configurations_that_load_state_refuses(peer_state, odd, tmp_path, refused):
     state, config = peer_state("unet")
     with pytest.raises(UserError) as caught:
         load_state("unet", state, config | odd)
@@ -181,7 +169,7 @@ def test_configurations_that_load_state_refuses(peer_state, odd, tmp_path, capsy
         ("to-torch", folder, "o.ckpt"),
         ("verify", folder, folder),
     ):
-        assert error(capsys, *command, *(["--dry-run"] if command[0] != "verify" else [])) == (
+        assert refused(*command, *(["--dry-run"] if command[0] != "verify" else [])) == (
             f"{folder}: {caught.value}"
         )
 
@@ -202,48 +190,48 @@ def test_configurations_that_load_state_refuses(peer_state, odd, tmp_path, capsy
     ],
     ids=str,
 )
-def test_what_a_configuration_dictates_costs_nothing(peer_state, odd, tmp_path, capsys):
+def test_what_a_configuration_dictates_costs_nothing(peer_state, odd, tmp_path, refused):
     state, config = peer_state("unet")
     folder = tmp_path / "unet"
     write_safetensors(folder / "diffusion_pytorch_model.safetensors", state, {})
     (folder / "config.json").write_text(json.dumps(config | odd))
     began = time.process_time()
-    said = error(capsys, "to-jax", folder, tmp_path / "out")
+    said = refused("to-jax", folder, tmp_path / "out")
     with pytest.raises(UserError, match=r"unet configuration|no unet can be"):
         read_config("unet", config | odd)
     assert time.process_time() - began < 2
     assert "unet" in said
 
 
-def test_folders_and_files_with_nothing_to_read(states, tmp_path, capsys):
+def test_folders_and_files_with_nothing_to_read(states, tmp_path, refused):
     write_safetensors(tmp_path / "none.safetensors", {}, {})
-    assert error(capsys, "to-jax", tmp_path / "none.safetensors", "out").endswith("no tensors")
+    assert refused("to-jax", tmp_path / "none.safetensors", "out").endswith("no tensors")
     folder = tmp_path / "folder"
     folder.mkdir()
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {}}))
     write_safetensors(folder / "diffusion_pytorch_model-1.safetensors", states["vae"], {})
-    assert "weight_map names no file" in error(capsys, "to-jax", folder, "out")
+    assert "weight_map names no file" in refused("to-jax", folder, "out")
     (tmp_path / "run" / "checkpoints" / "²" / "state").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "²" / "state" / "_METADATA").write_text("{}")
-    assert "no weights that are known here" in error(capsys, "to-jax", tmp_path / "run", "out")
+    assert "no weights that are known here" in refused("to-jax", tmp_path / "run", "out")
     params, kept = to_jax({"vae": states["vae"]})
     write_checkpoint(tmp_path / "7", params, {"kept": kept, "steps_before": "many"})
-    line = error(capsys, "to-torch", tmp_path / "7", tmp_path / "out.safetensors")
+    line = refused("to-torch", tmp_path / "7", tmp_path / "out.safetensors")
     assert "steps_before 'many'" in line
 
 
-def test_an_adapter_that_lacks_a_block(states, tmp_path, capsys):
+def test_an_adapter_that_lacks_a_block(states, tmp_path, refused):
     gone = "mid_block.attentions.0.transformer_blocks.0."
     state = {k: a for k, a in states["adapter"].items() if not k.startswith(gone)}
     write_safetensors(tmp_path / "x.safetensors", state | states["resampler"], {})
-    line = error(capsys, "to-torch", tmp_path / "x.safetensors", "x.ckpt", "--dim-head", 8)
+    line = refused("to-torch", tmp_path / "x.safetensors", "x.ckpt", "--dim-head", 8)
     assert f"17 missing ({gone}" in line
     write_safetensors(tmp_path / "y.safetensors", states["adapter"], {})
-    assert "no local_fac_prj" in error(capsys, "to-jax", tmp_path / "y.safetensors", "out")
+    assert "no local_fac_prj" in refused("to-jax", tmp_path / "y.safetensors", "out")
 
 
-def test_the_miniature_adapter_keeps_its_heads(miniature, same_bits, tmp_path, capsys):
+def test_the_miniature_adapter_keeps_its_heads(miniature, same_bits, tmp_path, refused):
     source = miniature / "adapter" / "adapter.safetensors"
     run("to-torch", source, tmp_path / "a.ckpt")
     run("to-jax", tmp_path / "a.ckpt", tmp_path / "jax")
@@ -263,11 +251,11 @@ def test_the_miniature_adapter_keeps_its_heads(miniature, same_bits, tmp_path, c
     same_bits(held, read_file(source)[0])
     run("verify", tmp_path / "a.ckpt", source)
     for width in (64, 0):
-        line = error(capsys, "to-torch", source, "x.safetensors", "--dim-head", width)
+        line = refused("to-torch", source, "x.safetensors", "--dim-head", width)
         assert f"its resampler is 32 wide, not {width}" in line
     write_torch_file(tmp_path / "bare.ckpt", held)
     for command in (("to-torch", "x.safetensors"), ("to-jax", "out")):
-        line = error(capsys, command[0], tmp_path / "bare.ckpt", tmp_path / command[1])
+        line = refused(command[0], tmp_path / "bare.ckpt", tmp_path / command[1])
         assert "how wide a head of its resampler is" in line
         assert "--dim-head" in line
     with pytest.raises(UserError, match="how wide a head of its resampler is"):
@@ -281,7 +269,7 @@ def test_the_miniature_adapter_keeps_its_heads(miniature, same_bits, tmp_path, c
     assert "other settings: resampler" in line
     assert "dim_head 64, not 32" in line
     for width, reason in ((0, "cannot be 0 wide"), (-32, "cannot be -32"), (48, "cannot be 48")):
-        line = error(capsys, "to-jax", tmp_path / "bare.ckpt", "out", "--dim-head", width)
+        line = refused("to-jax", tmp_path / "bare.ckpt", "out", "--dim-head", width)
         assert reason in line
 
 
@@ -339,7 +327,7 @@ def test_published_sizes_are_known_and_said(kind, config, said):
     assert said in note
 
 
-def test_settings_that_nobody_could_tell_are_asked_for(states, tmp_path, capsys):
+def test_settings_that_nobody_could_tell_are_asked_for(states, tmp_path, refused):
     for kind, untold in (
         ("unet", "heads and norm_num_groups"),
         ("controlnet", "heads and norm_num_groups"),
@@ -348,7 +336,7 @@ def test_settings_that_nobody_could_tell_are_asked_for(states, tmp_path, capsys)
         ("transface", "heads"),
     ):
         write_safetensors(tmp_path / f"{kind}.safetensors", states[kind], {})
-        line = error(capsys, "to-torch", tmp_path / f"{kind}.safetensors", tmp_path / "out")
+        line = refused("to-torch", tmp_path / f"{kind}.safetensors", tmp_path / "out")
         assert untold in line
         # A file needs no configuration, and gets none.
         run("to-torch", tmp_path / f"{kind}.safetensors", tmp_path / f"{kind}.ckpt")
@@ -422,13 +410,13 @@ def test_the_class_of_a_pipeline_is_kept(pipeline_folder, channels, name, tmp_pa
             load_pipeline(folder)
 
 
-def test_a_class_that_cannot_be_kept_is_said(pipeline_folder, tmp_path, capsys):
+def test_a_class_that_cannot_be_kept_is_said(pipeline_folder, tmp_path, capsys, refused):
     name = "StableDiffusionControlNetPipeline"
     folder = with_inputs(shutil.copytree(pipeline_folder, tmp_path / "base"), 4, name)
     run("to-torch", folder, tmp_path / "copy")
     assert f"{name} becomes StableDiffusionPipeline" in capsys.readouterr().err
     with_inputs(folder, 5, name)
-    assert "from 5 to 4 channels" in error(capsys, "to-torch", folder, tmp_path / "out")
+    assert "from 5 to 4 channels" in refused("to-torch", folder, tmp_path / "out")
 
 
 def scheduler(folder) -> dict:
@@ -454,7 +442,7 @@ def test_the_same_numbers_of_other_settings(pipeline_folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("betas", [{}, {"beta_schedule": "linear", "beta_start": 1e-4}])
-def test_v_prediction_is_kept(pipeline_folder, betas, tmp_path, capsys):
+def test_v_prediction_is_kept(pipeline_folder, betas, tmp_path, refused):
     folder = shutil.copytree(pipeline_folder, tmp_path / "base")
     config = scheduler(folder) | betas | {"prediction_type": "v_prediction"}
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
@@ -474,9 +462,9 @@ def test_v_prediction_is_kept(pipeline_folder, betas, tmp_path, capsys):
     text = read_file(tmp_path / "b.safetensors")[1]
     assert text["modelspec.prediction_type"] == "v"
     # A folder of diffusers without its scheduler is not whole: what its UNet predicts is unknown.
-    assert "it has no scheduler" in error(capsys, "to-torch", beside, tmp_path / "out")
-    assert "it has no scheduler" in error(capsys, "to-torch", beside, tmp_path / "out.ckpt")
-    assert "it has no scheduler" in error(capsys, "to-jax", beside, tmp_path / "out")
+    assert "it has no scheduler" in refused("to-torch", beside, tmp_path / "out")
+    assert "it has no scheduler" in refused("to-torch", beside, tmp_path / "out.ckpt")
+    assert "it has no scheduler" in refused("to-jax", beside, tmp_path / "out")
 
 
 def test_a_file_that_says_nothing_of_its_schedule(pipeline_folder, tmp_path, capsys):

@@ -12,7 +12,8 @@ from fact_jax.fact import Guidance, combine_photos, guided_model, initial_noise
 from fact_jax.regions import region_masks
 from fact_jax.utils.errors import UserError
 from tests.fact_jax.tiny import FACE_DIM, TEXT_DIM, normal, tiny_unet
-from tests.quick import quick_jit
+
+pytestmark = pytest.mark.heavy
 
 X, T = normal(1, 2, 4, 6, 4), jnp.asarray(321)
 TEXT, NEGATIVE = normal(2, 2, 5, TEXT_DIM), normal(3, 2, 5, TEXT_DIM)
@@ -21,7 +22,7 @@ STEPS = 10
 GRAPH, STATE = nnx.split(tiny_unet())
 
 
-@quick_jit
+@jax.jit
 def _unet(state, text, face, scale):
     return nnx.merge(GRAPH, state)(X, T, text, face=face, face_scale=scale)
 
@@ -34,7 +35,7 @@ def unet(text, face, scale=0.8):
 def guided(guidance: Guidance, face=FACE, no_face=NULL, regions=None):
     """The guided model at a step of the trajectory."""
 
-    @quick_jit
+    @jax.jit
     def run(state, i):
         model = guided_model(
             nnx.merge(GRAPH, state),

@@ -10,7 +10,6 @@ from PIL import ExifTags, Image
 
 from fact_infer.png_metadata import PNG_XMP, SOURCE_TYPES
 from tests.pipelines import save_pipeline, small_parts
-from tests.quick import quick_compilation as quick_compilation
 
 POINTS = [[24.0, 28.0], [41.0, 27.0], [33.0, 38.0], [26.0, 46.0], [40.0, 45.0]]
 FACE_TOKENS, FACE_DIM = 5, 20
@@ -44,8 +43,6 @@ def base_folder(tmp_path_factory) -> Path:
     from fact_convert.models.tokenizer import Tokenizer, write_tokenizer
     from fact_jax.portraits.vocabulary import caption_vocabulary
 
-    # Threads that wait for each other cost more than such small sums.
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     vocab, merges = caption_vocabulary()
     words = tmp_path_factory.mktemp("words")

@@ -21,6 +21,8 @@ from fact_jax.diffusion.samplers import num_model_calls
 from fact_jax.fact import Guidance
 from tests.infer.conftest import _write_adapter, difference
 
+pytestmark = pytest.mark.heavy
+
 # Mean difference of 8-bit pictures; the rest is rounding of the two libraries' sums.
 SAME = 1.0
 OTHER = 3.0

@@ -15,6 +15,8 @@ from fact_infer.parts import save_face_files
 from fact_jax.diffusion.samplers import SAMPLERS
 from tests.infer.conftest import read_text
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def arguments(files, tmp_path):

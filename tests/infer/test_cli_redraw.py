@@ -11,6 +11,8 @@ from fact_infer.cli.main import main
 from fact_jax.utils.errors import UserError
 from tests.infer.conftest import POINTS, read_text
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def template(tmp_path):

@@ -15,6 +15,8 @@ from fact_jax.models.adapter import FaceAdapter, FaceControls
 from fact_jax.regions import region_masks
 from fact_jax.utils.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 DIM, HEADS, FACE_DIM, PEOPLE, TOKENS, CELLS = 8, 2, 6, 2, 3, 10
 
 

@@ -11,6 +11,8 @@ from fact_jax.portraits import SPLITS
 from fact_jax.portraits.metric_networks import ATTRIBUTES
 from fact_jax.utils.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 COUNT = 3
 
 

@@ -23,6 +23,8 @@ from fact_jax.fact import Guidance
 from fact_jax.utils.errors import UserError
 from tests.infer.conftest import difference
 
+pytestmark = pytest.mark.heavy
+
 # Mean difference of 8-bit pictures; the rest is rounding of the two libraries' sums.
 SAME, OTHER = 1.0, 3.0
 PROMPTS, SEEDS = ("a smiling woman", "a man in a red coat"), (3, 4)

@@ -14,6 +14,8 @@ from fact_infer.guidance import block_strengths, keep_programs, pad_photos, spli
 from fact_infer.torch.unet_calls import strengths
 from fact_jax.fact import Guidance
 
+pytestmark = pytest.mark.heavy
+
 BLOCKS = ("down_blocks.0", "mid_block", "up_blocks.0", "up_blocks.1")
 
 

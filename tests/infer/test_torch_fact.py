@@ -18,6 +18,8 @@ from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
 from fact_jax.utils.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 

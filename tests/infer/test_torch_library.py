@@ -32,6 +32,8 @@ from fact_jax.fact import Guidance
 from fact_jax.utils.errors import UserError
 from tests.infer.test_torch_pipes import GUIDANCE, low_rank, people
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def drawer(files):

@@ -30,6 +30,8 @@ from fact_infer.torch.unet_calls import StepScales
 from fact_jax.fact import Guidance
 from fact_jax.utils.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 GUIDANCE = Guidance(text=3.0)
 
 

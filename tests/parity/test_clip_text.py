@@ -1,5 +1,6 @@
 """The text model against transformers."""
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -7,7 +8,6 @@ from flax import nnx
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.parity.peers import assert_close, convert, randomize
-from tests.quick import quick_jit
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
@@ -30,7 +30,7 @@ def test_as_transformers(activation):
     ids = np.random.default_rng(2).integers(0, 88, (3, 77))
     ids[:, 0], ids[0, 9:], ids[1, 40:], ids[2, 76] = 88, 89, 89, 89
     graph, state = nnx.split(convert("clip_text", peer))
-    ours = quick_jit(lambda s, ids: nnx.merge(graph, s)(ids))(state, ids)
+    ours = jax.jit(lambda s, ids: nnx.merge(graph, s)(ids))(state, ids)
     with torch.no_grad():
         theirs = peer(torch.from_numpy(ids)).last_hidden_state.numpy()
     assert_close(ours, theirs)

@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from fact_convert.models.controlnet import load_controlnet, save_controlnet
 from fact_jax.models.controlnet import ControlNetConfig
 from fact_jax.utils.errors import UserError
 from tests.parity.peers import assert_close, channels_last, convert, normal, randomize, to_torch
-from tests.quick import quick_jit
+
+pytestmark = pytest.mark.heavy
 
 CROSS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
 CASES = {
@@ -81,7 +83,7 @@ def test_residuals_as_diffusers(case):
         )
     graph, state = nnx.split(case.ours)
 
-    @quick_jit
+    @jax.jit
     def run(state, picture, scale, *inputs):
         model = nnx.merge(graph, state)
         return model(*inputs, model.embed(picture), scale)
@@ -117,7 +119,7 @@ def test_steered_unet_as_diffusers():
         ).sample
     graph, state = nnx.split(convert("unet", peer))
 
-    @quick_jit
+    @jax.jit
     def run(state, residuals, *inputs):
         return nnx.merge(graph, state)(*inputs, residuals=residuals)
 

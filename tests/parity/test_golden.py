@@ -3,6 +3,7 @@
 import json
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.diffusion.samplers import SAMPLERS
 from fact_jax.fact import Guidance, encode_face, guided_model, null_face
 from tests.parity.peers import assert_close, channels_last
-from tests.quick import quick_jit
+
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def outputs(golden, name: str) -> dict[str, np.ndarray]:
 def test_transface(golden, transface):
     graph, state = nnx.split(transface)
     image = inputs(golden, "transface").image
-    tokens, embedding = quick_jit(lambda s, x: nnx.merge(graph, s)(x))(state, image)
+    tokens, embedding = jax.jit(lambda s, x: nnx.merge(graph, s)(x))(state, image)
     expected = outputs(golden, "transface")
     assert_close(tokens, expected["local"])
     assert_close(embedding, expected["global"])
@@ -49,7 +51,7 @@ def test_transface(golden, transface):
 def test_resampler(golden, resampler):
     graph, state = nnx.split(resampler)
     tokens = inputs(golden, "resampler").tokens
-    run = quick_jit(lambda s, x: nnx.merge(graph, s)(x))
+    run = jax.jit(lambda s, x: nnx.merge(graph, s)(x))
     expected = outputs(golden, "resampler")
     assert_close(run(state, tokens), expected["face_tokens"])
     assert_close(run(state, 0 * tokens), expected["null_face_tokens"])
@@ -60,7 +62,7 @@ def test_null_face(golden, resampler):
     expected = outputs(golden, "resampler")["null_face_tokens"][:1]
     graph, state = nnx.split(resampler)
     count = inputs(golden, "resampler").tokens.shape[1]
-    ours = quick_jit(lambda s: null_face(nnx.merge(graph, s), count, photos=3))(state)
+    ours = jax.jit(lambda s: null_face(nnx.merge(graph, s), count, photos=3))(state)
     assert_close(ours, np.tile(expected, (1, 3, 1)))
 
 
@@ -70,7 +72,7 @@ def test_encode_face(golden, transface, resampler):
     crops = np.stack([image, image[::-1], -image], axis=1)
     modules = nnx.split((transface, resampler))
 
-    @quick_jit
+    @jax.jit
     def run(state, crops):
         return encode_face(*nnx.merge(modules[0], state), crops)
 
@@ -94,7 +96,7 @@ def test_noise_prediction(golden, unet):
     graph, state = unet
     given, expected = inputs(golden, "unet_adapter"), outputs(golden, "unet_adapter")
 
-    @quick_jit
+    @jax.jit
     def run(state, scale):
         unet = nnx.merge(graph, state)
         return unet(given.latents, given.timesteps, given.text, given.face, face_scale=scale)
@@ -102,7 +104,7 @@ def test_noise_prediction(golden, unet):
     assert_close(run(state, 1.0), expected["noise_pred"])
     silent = run(state, 0.0)
     assert_close(silent, expected["base_noise_pred"])
-    base = quick_jit(lambda s: nnx.merge(graph, s)(given.latents, given.timesteps, given.text))
+    base = jax.jit(lambda s: nnx.merge(graph, s)(given.latents, given.timesteps, given.text))
     np.testing.assert_array_equal(silent, base(state))
 
 
@@ -114,7 +116,7 @@ def test_final_latents(golden, unet):
     steps = int(settings["steps"])
     guidance = Guidance(text=float(settings["guidance"]), face_scale=float(settings["scale"]))
 
-    @quick_jit
+    @jax.jit
     def run(state):
         model = guided_model(
             nnx.merge(graph, state),

@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,6 @@ from tests.parity.peers import (
     to_torch,
 )
 from tests.parity.reference import adapted, random_adapters
-from tests.quick import quick_jit
 
 
 def count(kind: str, config, mark: str = "") -> int:
@@ -85,7 +85,7 @@ def full():
 @pytest.mark.slow
 def test_plain_unet_as_diffusers(full):
     graph, state = full.unet
-    run = quick_jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs))
+    run = jax.jit(lambda state, *inputs: nnx.merge(graph, state)(*inputs))
     assert_close(run(state, *full.inputs), full.base)
 
 
@@ -94,7 +94,7 @@ def test_adapted_unet_as_the_equations(full):
     """Three photos at scale 0.7; at scale 0 nothing of them is left."""
     graph, state = full.unet
 
-    @quick_jit
+    @jax.jit
     def run(state, scale, face, *inputs):
         return nnx.merge(graph, state)(*inputs, face=face, face_scale=scale)
 

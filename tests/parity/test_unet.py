@@ -2,6 +2,7 @@
 
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from tests.parity.peers import (
     to_torch,
 )
 from tests.parity.reference import SHAPES, adapted, face_adapter, random_adapters, weights_under
-from tests.quick import quick_jit
+
+pytestmark = pytest.mark.heavy
 
 FACE_DIM = 20
 CROSS = ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
@@ -78,7 +80,7 @@ def run_peer(case) -> np.ndarray:
 def test_plain_as_diffusers(case):
     graph, state = nnx.split(case.unet)
 
-    @quick_jit
+    @jax.jit
     def run(state, latents, timesteps, text):
         return nnx.merge(graph, state)(latents, timesteps, text)
 
@@ -94,7 +96,7 @@ def test_adapted_as_the_equations(case):
         sizes.append(size)
         return x, increment
 
-    @quick_jit
+    @jax.jit
     def run(state, latents, timesteps, text, face, scale):
         unet = nnx.merge(graph, state)
         return unet(latents, timesteps, text, face, face_scale=scale, on_increment=keep)

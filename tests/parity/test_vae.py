@@ -1,5 +1,6 @@
 """The autoencoder against diffusers."""
 
+import jax
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -13,7 +14,8 @@ from tests.parity.peers import (
     randomize,
     to_torch,
 )
-from tests.quick import quick_jit
+
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def test_encode_as_diffusers(peer, vae):
     """28 x 20 pixels are 7 x 5 latents: an odd level in both directions."""
     images = normal(2, 3, 28, 20, 3)
     graph, state = vae
-    mean, log_variance = quick_jit(lambda s, x: nnx.merge(graph, s).encode(x))(state, images)
+    mean, log_variance = jax.jit(lambda s, x: nnx.merge(graph, s).encode(x))(state, images)
     with torch.no_grad():
         theirs = peer.encode(to_torch(images)).latent_dist
     assert mean.shape == (3, 7, 5, 5)
@@ -51,7 +53,7 @@ def test_encode_as_diffusers(peer, vae):
 def test_decode_as_diffusers(peer, vae):
     latents = normal(3, 3, 7, 4, 5)
     graph, state = vae
-    images = quick_jit(lambda s, x: nnx.merge(graph, s).decode(x))(state, latents)
+    images = jax.jit(lambda s, x: nnx.merge(graph, s).decode(x))(state, latents)
     with torch.no_grad():
         theirs = peer.decode(to_torch(latents)).sample
     assert images.shape == (3, 28, 16, 3)

@@ -1,10 +1,11 @@
-"""The toy experiment that the engine's tests train."""
+"""What the tests of training share: the toy experiment, and a random miniature."""
 
 from pathlib import Path
 
 import pytest
 
 from fact_train.config import load_config
+from tests.train.tiny import write_tiny_miniature
 
 TOY = Path(__file__).with_name("toy.py")
 
@@ -17,3 +18,11 @@ def toy_file():
 @pytest.fixture
 def toy_config():
     return load_config(TOY)[1]
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory):
+    """The folder of :func:`tests.train.tiny.write_tiny_miniature`."""
+    folder = tmp_path_factory.mktemp("miniature")
+    write_tiny_miniature(folder)
+    return folder

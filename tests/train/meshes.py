@@ -5,9 +5,7 @@ python -m tests.train.meshes MINIATURE [VARIANT ...]
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
 import dataclasses
 import itertools
@@ -19,12 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from fact_jax.ops.attention import attention_query_chunked
 from fact_jax.sharding import MeshConfig, batch_sharding, global_batch, make_mesh, replicated, shard
 from fact_train.config import TrainConfig, override
 from fact_train.engine.state import make_optimizer, path_name, place_state
 from fact_train.engine.step import frozen_shardings, make_train_step
+from fact_train.run.checksums import checksums
 from fact_train.tasks import make_task
 from tests.fact_jax.tiny import FACE_DIM, TEXT_DIM, normal, tiny_unet
 from tests.train.random_rows import BATCH, config
@@ -36,6 +37,7 @@ VARIANTS = {
     "1x8x1": {"mesh": MeshConfig(fsdp=8)},
     "2x2x2": {"mesh": MeshConfig(fsdp=2, tensor=2)},
     "base split": {"mesh": MeshConfig(fsdp=8, base="fsdp")},
+    "2x2x2 accumulate": {"mesh": MeshConfig(fsdp=2, tensor=2), "accumulate": 2},
     "accumulate": {"accumulate": 2},
     "remat": {"remat": "block"},
 }
@@ -111,7 +113,16 @@ def without_text_attention() -> dict[str, float]:
     return {name: float(np.abs(a - b).max()) for name, (a, b) in {"on": on, "off": off}.items()}
 
 
+def checksums_when_split() -> list[dict[str, int]]:
+    """Of the array that :mod:`tests.train.test_mesh` sums too, split in several ways."""
+    array = np.random.default_rng(0).standard_normal((8, 6, 4)).astype(np.float32)
+    mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    specs = (P(), P("a"), P("b", None, "a"), P(("a", "b")))
+    return [checksums([jax.device_put(array, NamedSharding(mesh, spec))]) for spec in specs]
+
+
 def main(folder: Path, names: list[str]) -> None:
+    print(json.dumps({"name": "checksums", "split": checksums_when_split()}), flush=True)
     print(json.dumps({"name": "attention", "text": attention_text()}), flush=True)
     print(json.dumps({"name": "text attention", **without_text_attention()}), flush=True)
     paths = [f"options.base={folder / 'base'}", f"options.encoder={folder / 'encoder'}"]

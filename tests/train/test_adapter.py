@@ -18,15 +18,16 @@ from fact_train.engine.state import make_optimizer, make_state
 from fact_train.engine.step import make_train_step
 from fact_train.run.loop import run
 from fact_train.tasks.adapter import AdapterTask, PairedArrays
-from tests.quick import quick_compilation as quick_compilation
-from tests.train.tiny import RESAMPLER, tiny_config, write_tiny_miniature
+from tests.train.tiny import RESAMPLER, tiny_config
+
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("miniature")
-    write_tiny_miniature(folder)
-    return folder
+def finished(miniature, tmp_path_factory):
+    """(folder, outcome) of the eight steps run through."""
+    folder = tmp_path_factory.mktemp("adapter") / "run"
+    return folder, run(tiny_config(miniature), folder)
 
 
 def assert_same(left, right):
@@ -35,21 +36,21 @@ def assert_same(left, right):
 
 
 @pytest.mark.parametrize("start", ["zero_gates", "zero_projections"])
-def test_the_start_is_the_base_bit_for_bit(folder, start):
-    task = AdapterTask(tiny_config(folder, start=start))
+def test_the_start_is_the_base_bit_for_bit(miniature, start):
+    task = AdapterTask(tiny_config(miniature, start=start))
     trainable, frozen = task.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (2, 8, 8, 4))
     text = jax.random.normal(jax.random.key(2), (2, 32, 12))
     face = jax.random.normal(jax.random.key(3), (2, 4, 12))
     t = jnp.asarray([7, 900])
     adapted = task.unet(trainable["adapter"], frozen["unet"])
-    base = load_pipeline(folder / "base").unet
+    base = load_pipeline(miniature / "base").unet
     np.testing.assert_array_equal(adapted(x, t, text, face=face), base(x, t, text))
 
 
 @pytest.mark.parametrize("start", ["zero_gates", "zero_projections"])
-def test_fifty_steps_move_the_adapter_and_nothing_else(folder, start):
-    config = tiny_config(folder, start=start)
+def test_fifty_steps_move_the_adapter_and_nothing_else(miniature, start):
+    config = tiny_config(miniature, start=start)
     task = AdapterTask(config)
     trainable, frozen = task.init(jax.random.key(0))
     before = jax.tree.map(np.array, frozen)
@@ -75,16 +76,19 @@ def test_fifty_steps_move_the_adapter_and_nothing_else(folder, start):
     assert float(first["loss/fair"]) == 0.0 < float(metrics["loss/fair"])
 
 
-def test_stopped_and_resumed_is_uninterrupted(folder, tmp_path):
-    config = tiny_config(folder)
-    whole = run(config, tmp_path / "whole").state
-    run(dataclasses.replace(config, steps=4), tmp_path / "parts")
-    assert_same(whole, run(config, tmp_path / "parts").state)
+def test_stopped_and_resumed_is_uninterrupted(miniature, finished, tmp_path, monkeypatch):
+    config = tiny_config(miniature)
+    with monkeypatch.context() as patched:
+        # Asked to stop after the fourth step: another number of steps would be another program.
+        asked = itertools.count(1)
+        patched.setattr("fact_train.run.loop.SignalHandler.decide", lambda *_: next(asked) == 4)
+        assert run(config, tmp_path / "parts").state.step == 4
+    assert_same(finished[1].state, run(config, tmp_path / "parts").state)
 
 
-def test_the_export_opens_as_an_adapter_for_the_base(folder, tmp_path):
-    state = run(tiny_config(folder), tmp_path / "run").state
-    path = tmp_path / "run" / "export" / "adapter.safetensors"
+def test_the_export_opens_as_an_adapter_for_the_base(finished):
+    state = finished[1].state
+    path = finished[0] / "export" / "adapter.safetensors"
     assert load_adapter(path).metadata["step"] in (8, "8")
     saved = load_file(path)[
         "mid_block.attentions.0.transformer_blocks.0.attn2.processor.alpha_attn"
@@ -93,10 +97,9 @@ def test_the_export_opens_as_an_adapter_for_the_base(folder, tmp_path):
     assert saved == adapter["face"]["alpha_attn"]
 
 
-def test_going_on_from_an_adapter_file(folder, tmp_path):
-    run(tiny_config(folder), tmp_path / "first")
-    weights = tmp_path / "first" / "export" / "adapter.safetensors"
-    task = AdapterTask(tiny_config(folder, weights=str(weights)))
+def test_going_on_from_an_adapter_file(miniature, finished, tmp_path):
+    weights = finished[0] / "export" / "adapter.safetensors"
+    task = AdapterTask(tiny_config(miniature, weights=str(weights)))
     trainable, frozen = task.init(jax.random.key(0))
     gate = trainable["adapter"]["mid_block"]["attentions"][0]["transformer_blocks"][0]["face"]
     key = "mid_block.attentions.0.transformer_blocks.0.attn2.processor.alpha_attn"
@@ -107,8 +110,8 @@ def test_going_on_from_an_adapter_file(folder, tmp_path):
     assert json.loads(said["started_from"]) == {"file": str(weights), "step": 8}
 
 
-def test_a_resampler_of_the_wrong_width_is_refused(folder):
-    config = tiny_config(folder)
+def test_a_resampler_of_the_wrong_width_is_refused(miniature):
+    config = tiny_config(miniature)
     wrong = dataclasses.replace(RESAMPLER, output_dim=13)
     options = dataclasses.replace(config.options, resampler=wrong)
     with pytest.raises(UserError, match=r"to 13, but .* takes 12"):
@@ -148,11 +151,11 @@ def test_every_epoch_visits_every_row_once():
     assert not np.array_equal(first, second)
 
 
-def test_null_condition_is_the_resampler_of_zeros(folder):
+def test_null_condition_is_the_resampler_of_zeros(miniature):
     """With every face dropped, the condition no longer depends on whose photo it was."""
     from fact_jax.curriculum import Drop
 
-    config = tiny_config(folder, drop=Drop(face=1.0, text=0.0, both=0.0))
+    config = tiny_config(miniature, drop=Drop(face=1.0, text=0.0, both=0.0))
     task = AdapterTask(config)
     trainable, frozen = task.init(jax.random.key(0))
     batch = {k: jnp.asarray(v) for k, v in next(task.source().batches(0, np.arange(4))).items()}

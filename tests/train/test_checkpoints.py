@@ -3,7 +3,6 @@
 import collections
 import errno
 import json
-import os
 import re
 import resource
 import signal
@@ -26,8 +25,9 @@ from fact_train.run.checkpoints import Keep, revision
 from fact_train.run.checksums import checksums, content_hash
 from fact_train.run.loop import run
 from fact_train.run.signal_handler import SignalHandler
-from tests.train.test_loop import ROOT
 from tests.train.toy import ToyTask
+
+pytestmark = pytest.mark.heavy
 
 
 def kept(keep, steps):
@@ -87,29 +87,6 @@ def test_the_content_hash_sees_values_names_types_and_places():
     ]
     assert len({content_hash(tree) for tree in trees}) == 5
     assert content_hash(trees[0]) == content_hash({"a": np.float32([1.0, 2.0])})
-
-
-def test_sums_do_not_depend_on_the_mesh():
-    program = """
-import numpy as np, jax
-from jax.sharding import NamedSharding, PartitionSpec as P
-from fact_train.run.checksums import checksums
-array = np.random.default_rng(0).standard_normal((8, 6, 4)).astype(np.float32)
-mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-for spec in (P(), P("a"), P("b", None, "a"), P(("a", "b"))):
-    print(checksums([jax.device_put(array, NamedSharding(mesh, spec))]))
-"""
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=os.environ | flags,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    array = np.random.default_rng(0).standard_normal((8, 6, 4)).astype(np.float32)
-    assert done.stdout.splitlines() == [str(checksums([jnp.asarray(array)]))] * 4
 
 
 def test_another_base_is_refused(toy_config, tmp_path, monkeypatch):

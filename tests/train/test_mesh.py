@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -17,18 +18,14 @@ from fact_jax.sharding import make_mesh
 from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig
 from fact_train.engine.step import check_batch
-from tests.train.tiny import write_tiny_miniature
+from fact_train.run.checksums import checksums
+
+pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).parents[2]
-QUICK = ("8x1x1", "1x8x1", "2x2x2", "accumulate")
-SLOW = ("base split", "remat")
-
-
-@pytest.fixture(scope="module")
-def miniature(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("miniature")
-    write_tiny_miniature(folder)
-    return folder
+# All axes of the mesh and the microbatches at once; those that are slow take them one by one.
+QUICK = ("8x1x1", "2x2x2 accumulate")
+SLOW = ("1x8x1", "2x2x2", "accumulate", "base split", "remat")
 
 
 def train_in(miniature, names):
@@ -72,7 +69,7 @@ def test_the_numbers_of_one_device(found, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SLOW)
-def test_the_numbers_of_one_device_with_settings_for_memory(found_slowly, name):
+def test_the_numbers_of_one_device_one_setting_at_a_time(found_slowly, name):
     assert_the_numbers_of_one_device(found_slowly, name)
 
 
@@ -108,6 +105,11 @@ def test_data_parallelism_moves_the_trained_parameters_and_nothing_else(found):
     assert moved["all-gather"] <= trained
 
 
+def test_checksums_do_not_depend_on_the_mesh(found):
+    array = np.random.default_rng(0).standard_normal((8, 6, 4)).astype(np.float32)
+    assert found["checksums"]["split"] == [checksums([jnp.asarray(array)])] * 4
+
+
 def test_text_attention_is_off_on_every_device(found):
     """Bit for bit: with it off the pictures do not depend on the text."""
     assert found["text attention"]["off"] == 0.0
@@ -124,23 +126,22 @@ def held(found, name, pattern):
     return {part for path, part in found[name]["held"].items() if re.search(pattern, path)}
 
 
-@pytest.mark.parametrize("name", ["8x1x1", "1x8x1", "2x2x2"])
-def test_an_eighth_of_the_optimizer_and_of_the_average(found, name):
-    assert held(found, name, "(mu|nu|ema)/.*face/.*/kernel$") == {1 / 8}
-
-
 def test_what_the_axes_split(found):
+    for name in QUICK:
+        assert held(found, name, "(mu|nu|ema)/.*face/.*/kernel$") == {1 / 8}
     assert held(found, "8x1x1", "params/.*kernel$") == {1.0}
-    assert held(found, "1x8x1", "params/.*face/.*kernel$") <= {1 / 8, 1.0}
-    assert 1 / 8 in held(found, "1x8x1", "params/.*face/.*kernel$")
-    assert held(found, "1x8x1", "unet/.*kernel$") == {1.0}
-    assert held(found, "2x2x2", "params/.*face/attn/to_q/kernel$") == {1 / 4}
-    assert held(found, "2x2x2", "unet/.*(to_q|to_out/0)/kernel$") == {1 / 2}
-    assert held(found, "2x2x2", "alpha_attn|norm1/bias") == {1.0}
+    mixed = QUICK[1]
+    assert held(found, mixed, "params/.*face/attn/to_q/kernel$") == {1 / 4}
+    assert held(found, mixed, "unet/.*(to_q|to_out/0)/kernel$") == {1 / 2}
+    assert held(found, mixed, "alpha_attn|norm1/bias") == {1.0}
 
 
 @pytest.mark.slow
-def test_the_base_is_split_if_asked(found_slowly):
+def test_what_one_axis_splits(found_slowly):
+    assert held(found_slowly, "1x8x1", "(mu|nu|ema)/.*face/.*/kernel$") == {1 / 8}
+    assert held(found_slowly, "1x8x1", "params/.*face/.*kernel$") <= {1 / 8, 1.0}
+    assert 1 / 8 in held(found_slowly, "1x8x1", "params/.*face/.*kernel$")
+    assert held(found_slowly, "1x8x1", "unet/.*kernel$") == {1.0}
     assert 1 / 8 in held(found_slowly, "base split", "unet/.*kernel$")
 
 

@@ -13,8 +13,11 @@ import pytest
 from safetensors.numpy import load_file
 
 from fact_jax.utils.errors import UserError
+from fact_train.config import override
 from fact_train.multihost.processes import initialize
-from tests.train.tiny import write_tiny_miniature
+from fact_train.run.loop import run
+
+pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENT = Path(__file__).with_name("random_rows.py")
@@ -27,7 +30,7 @@ def free_address():
 
 
 def start(*arguments, devices=1, cwd=ROOT):
-    flags = f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=cwd,
@@ -48,47 +51,27 @@ def finish(programs, limit=600):
     return [(program.returncode, *texts) for program, texts in zip(programs, ends, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def train(tmp_path_factory):
-    """Train by the program itself on so many processes: (errors of each, rows, exported arrays)."""
-    miniature = tmp_path_factory.mktemp("miniature")
-    write_tiny_miniature(miniature)
-    settings = [f"options.{part}={miniature / part}" for part in ("base", "encoder")]
-
-    def run(processes, *overrides, devices=1):
-        out = tmp_path_factory.mktemp("run")
-        command = [
-            "-m",
-            "fact_train",
-            "run",
-            str(EXPERIMENT),
-            "--out",
-            str(out),
-            *settings,
-        ]
-        arguments = [[]]
-        if processes > 1:
-            place = ["--coordinator", free_address(), "--processes", str(processes)]
-            arguments = [[*place, "--process", str(i)] for i in range(processes)]
-        programs = [start(*command, *more, *overrides, devices=devices) for more in arguments]
-        ends = finish(programs)
-        assert [status for status, _, _ in ends] == [0] * processes, ends
-        rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        weights = load_file(out / "export" / "adapter.safetensors")
-        return [errors for _, _, errors in ends], rows, weights
-
-    return run
+def exported(out):
+    """(rows of the metrics, exported arrays) of a run."""
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    (weights,) = (out / "export").glob("*.safetensors")
+    return rows, load_file(weights)
 
 
-@pytest.fixture(scope="module")
-def alone(train):
-    return train(1)
+def train(out, processes, experiment, *settings, devices=1):
+    """Train by the program itself on so many processes: the errors of each, and the above."""
+    command = ["-m", "fact_train", "run", str(experiment), "--out", str(out), *settings]
+    place = ["--coordinator", free_address(), "--processes", str(processes), "--process"]
+    together = [[*place, str(i)] for i in range(processes)] if processes > 1 else [[]]
+    ends = finish([start(*command, *more, devices=devices) for more in together])
+    assert [status for status, _, _ in ends] == [0] * processes, ends
+    return [errors for _, _, errors in ends], *exported(out)
 
 
 def assert_the_same_training(ours, alone):
-    (_, rows, weights), (_, rows_alone, weights_alone) = ours, alone
+    (rows, weights), (rows_alone, weights_alone) = ours, alone
     assert [row["step"] for row in rows] == [row["step"] for row in rows_alone]
-    for name in ("loss", "loss/mse", "loss/fair", "gradient_norm"):
+    for name in rows_alone[0].keys() & {"loss", "loss/mse", "loss/fair", "gradient_norm"}:
         curves = [[row[name] for row in both] for both in (rows, rows_alone)]
         np.testing.assert_allclose(*curves, rtol=1e-5, atol=1e-7, err_msg=name)
     assert len({row["loss"] for row in rows}) == len(rows)
@@ -98,18 +81,23 @@ def assert_the_same_training(ours, alone):
         np.testing.assert_allclose(weights[name], one, atol=1e-5 * scale, rtol=0, err_msg=name)
 
 
-def test_two_processes_train_as_one(train, alone):
-    ours = train(2, devices=2)
-    assert_the_same_training(ours, alone)
-    errors = ours[0]
+def test_two_processes_train_as_one(toy_file, toy_config, tmp_path):
+    settings = ["steps=6", "log.every=1", "optimizer.learning_rate=1", "optimizer.eps=1"]
+    run(override(toy_config, settings), tmp_path / "alone")
+    errors, *ours = train(tmp_path / "together", 2, toy_file, *settings, devices=2)
+    assert_the_same_training(ours, exported(tmp_path / "alone"))
     assert "step 6/6" in errors[0]
     assert "step" not in errors[1]  # process 0 alone tells of it
 
 
 @pytest.mark.slow
-def test_four_processes_train_as_one(train, alone):
-    assert_the_same_training(train(4), alone)
-    assert_the_same_training(train(4, "mesh.fsdp=4"), alone)
+def test_processes_train_the_adapter_as_one(miniature, tmp_path):
+    given = [EXPERIMENT, *(f"options.{part}={miniature / part}" for part in ("base", "encoder"))]
+    _, *alone = train(tmp_path / "alone", 1, *given)
+    for processes, devices, split in ((2, 2, 1), (4, 1, 1), (4, 1, 4)):
+        out = tmp_path / f"{processes}-{split}"
+        _, *ours = train(out, processes, *given, f"mesh.fsdp={split}", devices=devices)
+        assert_the_same_training(ours, alone)
 
 
 MEET = """
@@ -185,13 +173,13 @@ def test_what_one_process_lacks_is_told_by_all(tmp_path):
     assert [path.name for path in (tmp_path / "shared").rglob("*")] == ["run"]
 
 
-@pytest.mark.parametrize("process", [0, 1])
-def test_waiting_in_vain_ends_in_one_line(process):
+def test_waiting_in_vain_ends_in_one_line():
     program = "from fact_train.multihost.processes import initialize; import sys\n"
     program += "initialize(sys.argv[1], 2, int(sys.argv[2]), arrival_seconds=2)"
-    (end,) = finish([start("-c", program, free_address(), str(process))])
-    assert end[0] == 2
-    assert f"error: process {process}: its 2 processes did not all meet at 127.0.0.1" in end[2]
+    ends = finish([start("-c", program, free_address(), str(process)) for process in (0, 1)])
+    for process, (status, _, errors) in enumerate(ends):
+        assert status == 2
+        assert f"error: process {process}: its 2 processes did not all meet at 127.0" in errors
 
 
 @pytest.mark.parametrize(

@@ -12,22 +12,17 @@ from fact_jax.curriculum import Drop, Stage
 from fact_jax.losses import min_snr_weight
 from fact_train.engine.state import path_name
 from fact_train.tasks.adapter import AdapterTask
-from tests.train.tiny import tiny_config, write_tiny_miniature
+from tests.train.tiny import tiny_config
+
+pytestmark = pytest.mark.heavy
 
 NEVER = Drop(face=0.0, text=0.0, both=0.0)
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("miniature")
-    write_tiny_miniature(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def parts(folder):
+def parts(miniature):
     """(task, trainable with open gates, frozen, a batch)."""
-    task = AdapterTask(tiny_config(folder, drop=NEVER))
+    task = AdapterTask(tiny_config(miniature, drop=NEVER))
     trainable, frozen = task.init(jax.random.key(0))
     batch = {k: jnp.asarray(v) for k, v in next(task.source().batches(0, np.arange(4))).items()}
     return task, jax.tree.map(lambda leaf: leaf + 0.3, trainable), frozen, batch

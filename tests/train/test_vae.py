@@ -16,6 +16,8 @@ from fact_train.engine.partition import merge, paths
 from fact_train.tasks.common import load_vae
 from fact_train.tasks.vae import VAEOptions, VAETask
 
+pytestmark = pytest.mark.heavy
+
 TINY = VAEConfig(sample_size=64, block_out_channels=(4, 4), layers_per_block=1, norm_num_groups=2)
 
 

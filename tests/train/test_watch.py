@@ -11,14 +11,14 @@ from fact_jax.portraits import SPLITS
 from fact_jax.utils.errors import UserError
 from fact_train.tasks.adapter import AdapterTask
 from fact_train.tasks.validation import PEOPLE, ValidationCallback, change, draw_validation
-from tests.train.tiny import tiny_config, write_tiny_miniature
+from tests.train.tiny import tiny_config
+
+pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
-def task(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("miniature")
-    write_tiny_miniature(folder)
-    return AdapterTask(tiny_config(folder))
+def task(miniature):
+    return AdapterTask(tiny_config(miniature))
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ RESAMPLER = ResamplerConfig(
 
 
 def write_tiny_miniature(folder: Path) -> None:
-    """``base/`` (16 x 16 pictures, 8 x 8 latents, one adapted level) and ``encoder/``."""
+    """``base/`` (16 x 16 pictures, 8 x 8 latents, two adapted blocks) and ``encoder/``."""
     rngs = nnx.Rngs(0)
     vocab, merges = caption_vocabulary()
     text = dataclasses.replace(
@@ -37,7 +37,7 @@ def write_tiny_miniature(folder: Path) -> None:
         sample_size=8,
         block_out_channels=(8,),
         down_attention=(True,),
-        up_attention=(True,),
+        up_attention=(False,),
         layers_per_block=1,
         cross_attention_dim=12,
         heads=(2,),

@@ -13,7 +13,8 @@ from fact_jax.models.unet import UNet, UNetConfig
 from fact_jax.ops.remat import CPU_OPTIONS
 from fact_jax.utils.errors import UserError
 from tests.fact_jax.tiny import FACE_DIM, TEXT_DIM, normal, tiny_unet
-from tests.quick import quick_jit
+
+pytestmark = pytest.mark.heavy
 
 LATENTS, TEXT = normal(1, 3, 6, 4, 4), normal(2, 3, 7, TEXT_DIM)
 FACE = normal(3, 3, 48, FACE_DIM)
@@ -24,7 +25,7 @@ def eager(unet, *args):
     return unet(*args)
 
 
-@functools.partial(quick_jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=0)
 def _jitted(graph, state, *args):
     return nnx.merge(graph, state)(*args)
 

@@ -1,19 +1,11 @@
-"""A random miniature and a few made-up people as records, written once."""
+"""A few made-up people as records, written once."""
 
 import pytest
 
 from fact_train.data.portraits import portrait_examples
 from fact_train.data.records import write_records
-from tests.train.tiny import write_tiny_miniature
 
 PEOPLE, PHOTOS = 5, 3
-
-
-@pytest.fixture(scope="session")
-def miniature(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("miniature")
-    write_tiny_miniature(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,8 @@ from fact_train.tasks.adapter import AdapterTask
 from fact_train.tasks.frozen_encoders import FrozenEncoders
 from tests.train.tiny import tiny_config
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def parts(miniature, records):

@@ -16,6 +16,8 @@ from fact_train.data.pixel_dataset import PixelDataset
 from fact_train.data.records import DamagedError, Records, decode
 from tests.train.data.conftest import PHOTOS
 
+pytestmark = pytest.mark.heavy
+
 
 class NumberRows:
     """Rows that hold nothing but their own number and their partner's."""

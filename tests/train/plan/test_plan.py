@@ -11,6 +11,8 @@ from fact_train.cli.main import main
 from fact_train.config import load_config, override
 from fact_train.plan.abstract_task import build
 
+pytestmark = pytest.mark.heavy
+
 needs_compiler = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None,
     reason="the TPU compiler is not installed: pip install 'jax[tpu]'",
