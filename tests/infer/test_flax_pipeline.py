@@ -92,8 +92,8 @@ def test_means_of_photos_that_were_filled_up(flax, torch, crops, combine):
 
 def test_programs_of_many_sizes_are_let_go_of(files, monkeypatch):
     flax = FlaxPipeline.load(files.base)
-    monkeypatch.setattr(flax_pipeline, "MAX_SHAPES", 2)
-    for width in (16, 24, 32):
+    monkeypatch.setattr(flax_pipeline, "MAX_SHAPES", 1)
+    for width in (16, 24):
         flax.draw(PROMPTS[:1], SEEDS[:1], None, Settings(steps=1, sampler="ddim", width=width))
     assert flax._denoise._cache_size() == 1
 
@@ -149,8 +149,6 @@ from fact_infer.jax.pipeline import FlaxPipeline
 from fact_infer.request import Settings
 from tqdm import tqdm
 assert jax.device_count() == 8
-jax.config.update("jax_disable_most_optimizations", True)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 flax = FlaxPipeline.load(*sys.argv[1:4])
 settings = Settings(sampler="lcm", steps=2, guidance=Guidance(text=2.0))
 crops = np.load(sys.argv[4])
