@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.heavy
+
 ROOT = Path(__file__).parents[1]
 SHORT = "import fact_convert.mapping, fact_infer.request, fact_train.config, fact_jax.losses"
 

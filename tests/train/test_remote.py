@@ -24,6 +24,8 @@ from tests.train.conftest import TOY
 from tests.train.test_loop import assert_same, rows
 from tests.train.test_processes import finish, free_address, start
 
+pytestmark = pytest.mark.heavy
+
 URL, FOLDER = "s3://bucket/some/run", Path("runs/s3/bucket/some/run")
 
 
