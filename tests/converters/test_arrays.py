@@ -179,4 +179,4 @@ def test_where_weights_came_from(tmp_path):
 )
 def test_the_precision_that_holds_a_number_is_named(number, hint):
     with pytest.raises(UserError, match=f"too large for float16; {hint} holds them"):
-        np.asarray(rounded(np.array([1, number]), np.dtype("float16"), "x"))
+        np.asarray(cast(np.array([1, number]), np.dtype("float16"), "x"))

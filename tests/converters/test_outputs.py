@@ -255,7 +255,7 @@ def test_every_command_speaks_json(encoder, pipeline_folder, released_checkpoint
     assert said("to-jax", file, tmp_path / "jax", "--dry-run")["written"] is False
     found = said("extract", released_checkpoint, tmp_path / "a.ckpt")
     assert found["notes"][0].endswith("leaves out those that BASE has too")
-    assert said("verify", file, encoder) == {"same": True, "differences": []}
+    assert said("verify", file, encoder) == {"same": True, "differences": [], "settings": {}}
     assert said("verify", file, tmp_path / "a.ckpt", status=1)["differences"]
     assert said("inspect", file)["kind"] == "transface"
 
