@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.inference_jax import unet_config
 from fact_infer.torch.attention_processors import FaceContext, FaceProcessor, installed, text_blocks
-from fact_infer.torch.guidance_hooks import Steering
+from fact_infer.torch.guidance_hooks import GuidanceHooks
 from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.fact import Guidance
 from fact_jax.models.vae import VAEConfig
@@ -197,7 +197,7 @@ def _pictures(unet, adapters, size, arguments) -> dict:
         found[f"plain, {batch} at a time"] = _best(draw, batch, arguments.runs, pipe)
         with _adapted(unet, adapters, FaceProcessor) as context:
             null, face = torch.randn(2, batch, size.face_tokens, size.face_dim, device=device)
-            with Steering(pipe, context, Guidance(text=5.0)).through(face, null):
+            with GuidanceHooks(pipe, context, Guidance(text=5.0)).through(face, null):
                 found[f"face, {batch} at a time"] = _best(draw, batch, arguments.runs, pipe)
     return found
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import fact_infer.evaluation.evaluate as evaluation
 from fact_infer.jax.pipeline import FlaxPipeline
-from fact_infer.request import Settings
+from fact_infer.request import GenerationParams
 from fact_jax.curriculum import Stage
 from fact_jax.fact import Guidance
 from fact_jax.utils.files import atomic_write
@@ -56,13 +56,15 @@ def variant(start: str, pull: str, steps: int, batch: int) -> TrainConfig:
     )
 
 
-def judge(folder: Path, people: evaluation.People, judges: evaluation.Judges) -> dict[str, float]:
+def judge(
+    folder: Path, people: evaluation.People, judges: evaluation.MetricNetworks
+) -> dict[str, float]:
     """What a trained adapter does to the pictures, and where its gates and FAIR ended."""
     pipeline = FlaxPipeline.load(
         MINIATURE / "base", folder / "export" / "adapter.safetensors", MINIATURE / "encoder"
     )
-    settings = Settings(sampler="ddim", steps=15, guidance=Guidance(text=3.0, face_scale=1.0))
-    pictures = evaluation.draw_pictures(pipeline, people, settings, seed=0, batch=32)
+    params = GenerationParams(sampler="ddim", steps=15, guidance=Guidance(text=3.0, face_scale=1.0))
+    pictures = evaluation.draw_pictures(pipeline, people, params, seed=0, batch=32)
     measures = evaluation.measure(judges, people, pictures)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     found = {
@@ -86,7 +88,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/starts"))
     arguments = parser.parse_args()
     people = evaluation.draw_people(arguments.people, 1, 48, "encoder")
-    judges = evaluation.Judges(MINIATURE / "judge")
+    judges = evaluation.MetricNetworks(MINIATURE / "judge")
     rows = []
     for start, pull in itertools.product(STARTS, PULLS):
         folder = arguments.out / f"{start}-{pull.replace(' ', '-')}"

@@ -42,19 +42,18 @@ class Guidance:
     the first pattern (a regular expression) that is found in its path, as ``up_blocks``.
 
     ``cap`` and ``adain`` see ``fact_jax.models.adapter.FaceControls``; ``combine``:
-    :func:`combine_photos`. Numbers may be traced, then nothing is checked of them, and a traced
-    ``text`` always has its negative branch.
+    :func:`combine_photos`. ``face_scale`` may be traced.
     """
 
-    text: Number = 5.0
-    face: Number | None = None
+    text: float = 5.0
+    face: float | None = None
     negative_face: Literal["null", "same"] = "null"
     face_scale: Number | tuple[float, ...] | Float[Array, " knots"] = 1.0
-    block_scales: tuple[tuple[str, Number], ...] = ()
+    block_scales: tuple[tuple[str, float], ...] = ()
     start: float = 0.0
     stop: float = 1.0
-    cap: Number | None = None
-    adain: bool | Bool[Array, ""] = False
+    cap: float | None = None
+    adain: bool = False
     combine: Combine = "concat"
 
     def __post_init__(self):
@@ -74,7 +73,7 @@ class Guidance:
             )
         if isinstance(self.face_scale, tuple) and not self.face_scale:
             raise UserError("a schedule of face scales needs at least one")
-        if isinstance(self.cap, int | float) and not (math.isfinite(self.cap) and self.cap > 0):
+        if self.cap is not None and not (math.isfinite(self.cap) and self.cap > 0):
             raise UserError(f"the cap of the face's increment must be above 0, got {self.cap:g}")
         for pattern, _ in self.block_scales:
             try:
@@ -93,7 +92,7 @@ class Guidance:
             knots = jnp.interp(i * last / max(steps - 1, 1), jnp.arange(last + 1), knots)
         return jnp.where(inside, knots, 0.0)
 
-    def block_factors(self, paths: Sequence[str]) -> tuple[Number, ...]:
+    def block_factors(self, paths: Sequence[str]) -> tuple[float, ...]:
         """What the strength is multiplied by in each of the blocks with these paths.
 
         Raises UserError for a pattern that is found in none.
@@ -157,11 +156,35 @@ def null_face(resampler: Resampler, tokens: int, photos: int = 1) -> Float[Array
     return jnp.tile(resampler(zeros), (1, photos, 1))
 
 
-class Conditions(NamedTuple):
-    """What all calls of the UNet in one generation share, a row for each branch and picture.
+class Branch(NamedTuple):
+    """A branch of a guided call: with the prompt or the negative one, with the face or without."""
 
-    Branches, first to last: negative, (text without face,) text with face; of each the ``b``
-    pictures. ``face`` are the adapters' keys and values. ``regions``: ``fact_jax.regions``.
+    prompt: bool
+    face: bool
+
+
+def guidance_branches(guidance: Guidance, *, with_face: bool) -> tuple[Branch, ...]:
+    """The branches of each call of the UNet, in the order of their rows."""
+    if with_face and guidance.face is not None:
+        return Branch(False, False), Branch(True, False), Branch(True, True)
+    positive = Branch(True, with_face)
+    if guidance.text == 1.0:
+        return (positive,)
+    return Branch(False, with_face and guidance.negative_face == "same"), positive
+
+
+def guidance_weights(guidance: Guidance, *, with_face: bool) -> tuple[float, ...]:
+    """What the output of each of :func:`guidance_branches` is multiplied by; they add up to 1."""
+    if with_face and guidance.face is not None:
+        # e(0, 0) + g_t (e(t, 0) - e(0, 0)) + g_f (e(t, f) - e(t, 0))
+        return 1.0 - guidance.text, guidance.text - guidance.face, guidance.face
+    return (1.0,) if guidance.text == 1.0 else (1.0 - guidance.text, guidance.text)
+
+
+class Conditions(NamedTuple):
+    """What all calls of the UNet in one generation share, ``b`` rows for each branch in turn.
+
+    ``face`` are the adapters' keys and values. ``regions``: ``fact_jax.regions``.
     """
 
     text: Float[Array, "rows n d"]
@@ -177,60 +200,49 @@ def guided_conditions(
     face: Float[Array, "b m f"] | None = None,
     no_face: Float[Array, "#b m f"] | None = None,
     regions: Mapping[int, Bool[Array | np.ndarray, "#b k _"]] | None = None,
-    guidance: Guidance,
+    branches: Sequence[Branch],
 ) -> Conditions:
-    """Text and face of every branch of the guidance; face keys and values, once a generation.
+    """Text and face of every branch; face keys and values, once a generation.
 
     With ``face`` None the adapters are left out and the result is the base model's. ``no_face`` is
-    what a branch without the face sees; the guidance that has no such branch needs none. With
+    what a branch without the face sees; where there is no such branch it may be None. With
     ``regions`` (``fact_jax.regions``) ``face`` holds the tokens of several people, an equal share
     each.
     """
-    texts, faces = [negative_text, text], []
-    guided = _is_guided(guidance)
+    keys = None
     if face is not None:
-        away = guidance.negative_face == "null" and guided
-        if no_face is None and (away or guidance.face is not None):
+        if no_face is None and not all(branch.face for branch in branches):
             raise UserError("guidance away from the null face needs no_face (see null_face)")
-        empty = face if no_face is None else jnp.broadcast_to(no_face, face.shape)
-        faces = [face if guidance.negative_face == "same" else empty, face]
-        if guidance.face is not None:
-            texts, faces = [negative_text, text, text], [empty, empty, face]
-    count = len(_branch_weights(guidance, with_face=face is not None))
+        empty = None if no_face is None else jnp.broadcast_to(no_face, face.shape)
+        keys = unet.face_keys(
+            jnp.concatenate([face if branch.face else empty for branch in branches])
+        )
     seen = {
-        n: jnp.tile(jnp.broadcast_to(mask, (len(text), *mask.shape[1:])), (count, 1, 1))
+        n: jnp.tile(jnp.broadcast_to(mask, (len(text), *mask.shape[1:])), (len(branches), 1, 1))
         for n, mask in (regions or {}).items()
     }
-    return Conditions(
-        text=jnp.concatenate(texts[-count:]),
-        face=unet.face_keys(jnp.concatenate(faces[-count:])) if faces else None,
-        regions=seen or None,
-    )
+    texts = [text if branch.prompt else negative_text for branch in branches]
+    return Conditions(text=jnp.concatenate(texts), face=keys, regions=seen or None)
 
 
 def guided_output(
     unet: UNet,
     conditions: Conditions,
-    guidance: Guidance,
+    weights: Sequence[Number],
     x: Float[Array, "b h w c"],
     t: Array,
     scales: Sequence[Number],
     control: Control | None = None,
     token_mask: Bool[Array, " m"] | None = None,
+    cap: Number | None = None,
+    adain: bool | Bool[Array, ""] = False,
 ) -> Float[Array, "b h w c"]:
-    """The UNet's output under guidance, all branches in one batch.
+    """The UNet's output under guidance, all branches in one batch, summed by their ``weights``.
 
-    ``scales`` is the adapter's strength in each block; of the guidance this takes the numbers
-    alone: ``text``, ``face``, ``cap`` and ``adain``. ``token_mask``: see ``FaceControls``.
+    ``scales`` is the adapter's strength in each block. ``token_mask``, ``cap`` and ``adain``: see
+    ``fact_jax.models.adapter.FaceControls``. All numbers may be traced.
     """
-    weights = _branch_weights(guidance, with_face=conditions.face is not None)
     rows = jnp.tile(x, (len(weights), 1, 1, 1))
-    controls = FaceControls(
-        cap=guidance.cap,
-        adain=guidance.adain,
-        regions=conditions.regions,
-        token_mask=token_mask,
-    )
     out = unet(
         rows,
         t,
@@ -238,7 +250,9 @@ def guided_output(
         face=conditions.face,
         face_scale=tuple(scales),
         residuals=None if control is None else control(rows, t, conditions.text),
-        controls=controls,
+        controls=FaceControls(
+            cap=cap, adain=adain, regions=conditions.regions, token_mask=token_mask
+        ),
     )
     parts = jnp.split(out, len(weights))
     return sum(weight * part for weight, part in zip(weights, parts, strict=True))
@@ -254,9 +268,12 @@ def guided_model(
 ) -> Model:
     """The function that samplers call: :func:`guided_output` at the strengths of each step.
 
-    ``conditions`` are what :func:`guided_conditions` takes.
+    ``conditions`` are what :func:`guided_conditions` takes beside the branches.
     """
-    found = guided_conditions(unet, guidance=guidance, **conditions)
+    with_face = conditions.get("face") is not None
+    branches = guidance_branches(guidance, with_face=with_face)
+    weights = guidance_weights(guidance, with_face=with_face)
+    found = guided_conditions(unet, branches=branches, **conditions)
     factors = ()
     if found.face is not None:
         factors = guidance.block_factors([path for path, _ in unet.transformer_blocks()])
@@ -264,21 +281,10 @@ def guided_model(
     def model(x: Float[Array, "b h w c"], t: Array, i: Int[Array, ""]) -> Float[Array, "b h w c"]:
         scale = guidance.scale_at(i, steps)
         scales = [scale * factor for factor in factors]
-        return guided_output(unet, found, guidance, x, t, scales, control)
+        controls = {"cap": guidance.cap, "adain": guidance.adain}
+        return guided_output(unet, found, weights, x, t, scales, control, **controls)
 
     return model
-
-
-def _is_guided(guidance: Guidance) -> bool:
-    return not (isinstance(guidance.text, int | float) and guidance.text == 1.0)
-
-
-def _branch_weights(guidance: Guidance, *, with_face: bool) -> list[Number]:
-    """What the output of every branch is multiplied by."""
-    if with_face and guidance.face is not None:
-        # e(0, 0) + g_t (e(t, 0) - e(0, 0)) + g_f (e(t, f) - e(t, 0))
-        return [1.0 - guidance.text, guidance.text - guidance.face, guidance.face]
-    return [1.0 - guidance.text, guidance.text] if _is_guided(guidance) else [1.0]
 
 
 def initial_noise(

@@ -40,6 +40,11 @@ def listed(names: Iterable[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + more
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def run_program(run: Callable[[], int | None]) -> int:
     """Run a command line and give its exit status: that of ``run``, or 0 where it gives None.
 

@@ -6,23 +6,23 @@ import math
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
-from fact_infer.base_model import Base
-from fact_infer.request import Settings
+from fact_infer.parts import BaseModel
+from fact_infer.request import GenerationParams
 from fact_jax.utils.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Canvas:
+class Img2ImgInput:
     """What a generation starts from, one picture for each that is drawn.
 
-    ``cells`` are the latents' cells that are drawn anew; those of the others are the picture's own
-    latents, noised to each step's level. ``strength`` in (0, 1] is the share of the steps that are
+    ``latent_mask`` says which latents are drawn anew; the others are the picture's own, noised to
+    each step's level. ``strength`` in (0, 1] is the share of the steps that are
     taken: the pictures are noised to the level of the first one. ``masks``, in [0, 1], are what
     :meth:`finish` takes of what was drawn; None: all of it.
     """
 
     images: UInt8[np.ndarray, "b h w 3"]
-    cells: Bool[np.ndarray, "b rows columns"]
+    latent_mask: Bool[np.ndarray, "b rows columns"]
     strength: float
     masks: Float[np.ndarray, "b h w"] | None = None
 
@@ -30,11 +30,15 @@ class Canvas:
         check_strength(self.strength)
 
     @classmethod
-    def whole(cls, images: UInt8[np.ndarray, "b h w 3"], strength: float, base: Base) -> "Canvas":
+    def whole(
+        cls, images: UInt8[np.ndarray, "b h w 3"], strength: float, base: BaseModel
+    ) -> "Img2ImgInput":
         """Image-to-image: every cell is drawn anew."""
         count, height, width, _ = images.shape
-        cells = np.ones((count, height // base.vae.downscale, width // base.vae.downscale), bool)
-        return cls(images=images, cells=cells, strength=strength)
+        latent_mask = np.ones(
+            (count, height // base.vae.downscale, width // base.vae.downscale), bool
+        )
+        return cls(images=images, latent_mask=latent_mask, strength=strength)
 
     @classmethod
     def masked(
@@ -42,11 +46,11 @@ class Canvas:
         images: UInt8[np.ndarray, "b h w 3"],
         masks: Float[np.ndarray, "b h w"],
         strength: float,
-        base: Base,
-    ) -> "Canvas":
+        base: BaseModel,
+    ) -> "Img2ImgInput":
         """Masked image-to-image: what the masks cover is drawn anew."""
-        cells = np.stack([touched_cells(mask, base.vae.downscale) for mask in masks])
-        return cls(images=images, cells=cells, strength=strength, masks=masks)
+        latent_mask = np.stack([to_latent_mask(mask, base.vae.downscale) for mask in masks])
+        return cls(images=images, latent_mask=latent_mask, strength=strength, masks=masks)
 
     def finish(self, drawn: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n h w 3"]:
         """The first pictures, as drawn, with their own pixels where the masks are 0."""
@@ -59,23 +63,24 @@ class Canvas:
         """The first step that is taken."""
         return first_step(self.strength, steps)
 
-    def check(self, base: Base, settings: Settings, count: int) -> None:
-        """UserError unless the canvas fits what is to be drawn on it."""
-        rows, columns = base.latent_size(settings)
+    def check(self, base: BaseModel, params: GenerationParams, count: int) -> None:
+        """UserError unless the input fits what is to be drawn."""
+        rows, columns = base.latent_size(params)
         factor = base.vae.downscale
         wanted = (count, rows * factor, columns * factor)
-        if self.images.shape[:3] != wanted or self.cells.shape != (count, rows, columns):
+        masks = self.latent_mask
+        if self.images.shape[:3] != wanted or masks.shape != (count, rows, columns):
             raise UserError(
                 f"the canvas has {len(self.images)} pictures of {self.images.shape[2]} x "
-                f"{self.images.shape[1]}, {len(self.cells)} masks of {self.cells.shape[2]} x "
-                f"{self.cells.shape[1]} cells; {count} of {wanted[2]} x {wanted[1]} with "
+                f"{self.images.shape[1]}, {len(masks)} masks of {masks.shape[2]} x "
+                f"{masks.shape[1]} cells; {count} of {wanted[2]} x {wanted[1]} with "
                 f"{columns} x {rows} cells are to be drawn"
             )
-        self.start(settings.steps)
+        self.start(params.steps)
 
 
-def touched_cells(mask: Float[np.ndarray, "h w"], factor: int) -> Bool[np.ndarray, "rows columns"]:
-    """The cells, ``factor`` pixels a side, that a mask touches anywhere.
+def to_latent_mask(mask: Float[np.ndarray, "h w"], factor: int) -> Bool[np.ndarray, "rows columns"]:
+    """Which latents, ``factor`` pixels a side, a mask touches anywhere.
 
     So that all that is blended in has been drawn.
     """

@@ -8,9 +8,9 @@ import numpy as np
 from jaxtyping import Float, Shaped
 from PIL import Image, ImageOps
 
-from fact_infer.base_model import Base
-from fact_infer.img2img import Canvas
-from fact_infer.request import Request
+from fact_infer.img2img import Img2ImgInput
+from fact_infer.parts import BaseModel
+from fact_infer.request import GenerationRequest
 from fact_jax.face import read_image
 from fact_jax.face.mask import read_mask
 from fact_jax.regions import region_masks
@@ -20,9 +20,9 @@ Note = Callable[[str], None]
 
 
 def read_inputs(
-    request: Request, base: Base, batch: int, note: Note = lambda line: None
+    request: GenerationRequest, base: BaseModel, batch: int, note: Note = lambda line: None
 ) -> dict[str, Any]:
-    """What ``Drawer.draw`` takes of a request beside prompts and people, for ``batch`` pictures.
+    """What ``Pipeline.draw`` takes of a request beside prompts and people, for ``batch`` pictures.
 
     Files of another size than the pictures are fitted (:func:`fit`); ``note`` is told which.
     Raises UserError for a file that cannot be used.
@@ -34,8 +34,8 @@ def read_inputs(
         # Said now if a person has no place.
         region_masks(found["regions"], base.latent_size(request), len(base.unet.block_out_channels))
     if request.image is not None:
-        found["canvas"] = _read_canvas(request, base, batch, note)
-        found["canvas"].start(request.steps)
+        found["img2img"] = _read_img2img(request, base, batch, note)
+        found["img2img"].start(request.steps)
     if request.control is not None:
         control = read_image(request.control)
         found["control"] = fit(control, size, request.control, note)[None]
@@ -75,11 +75,13 @@ def _same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     return abs(h * width - w * height) <= max(height, width)
 
 
-def _read_canvas(request: Request, base: Base, batch: int, note: Note) -> Canvas:
+def _read_img2img(
+    request: GenerationRequest, base: BaseModel, batch: int, note: Note
+) -> Img2ImgInput:
     size, image = base.picture_size(request), read_image(request.image)
     images = np.repeat(fit(image, size, request.image, note)[None], batch, axis=0)
     if request.image_mask is None:
-        return Canvas.whole(images, request.strength, base)
+        return Img2ImgInput.whole(images, request.strength, base)
     mask = read_mask(request.image_mask)
     if mask.shape != size and not _same_shape(mask.shape, image.shape):
         raise UserError(
@@ -92,4 +94,4 @@ def _read_canvas(request: Request, base: Base, batch: int, note: Note) -> Canvas
             f"the mask {request.image_mask} is black: it must be white where {request.image} is to "
             "be drawn anew"
         )
-    return Canvas.masked(images, np.repeat(mask[None], batch, axis=0), request.strength, base)
+    return Img2ImgInput.masked(images, np.repeat(mask[None], batch, axis=0), request.strength, base)

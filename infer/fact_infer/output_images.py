@@ -14,8 +14,8 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from fact_infer import png_metadata as provenance
-from fact_infer.base_model import Base
-from fact_infer.request import Request
+from fact_infer.parts import BaseModel
+from fact_infer.request import GenerationRequest
 from fact_jax.fact import Guidance
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import create
@@ -26,7 +26,7 @@ _NAME_BYTES = 200
 
 
 def parameters(
-    request: Request, prompt: str, seed: int, base: Base, **files: object
+    request: GenerationRequest, prompt: str, seed: int, base: BaseModel, **files: object
 ) -> dict[str, Any]:
     """Everything that one picture of a request was made from, ready for JSON.
 

@@ -37,11 +37,11 @@ class Photo:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class GenerationParams:
     """How pictures are drawn, whatever is in them.
 
-    ``height`` and ``width`` are pixels; None is the base's own size. Raises UserError, one line,
-    for what no base could draw; ``fact_infer.base_model.Base`` checks what depends on the base.
+    ``height`` and ``width`` are pixels; None is the base's own size. Raises UserError for what
+    no base could draw; ``fact_infer.parts.BaseModel`` checks what depends on the base.
     """
 
     negative: str = ""
@@ -63,14 +63,14 @@ class Settings:
             if pixels is not None and not 1 <= pixels <= MAX_SIDE:
                 raise UserError(f"{name} must lie in 1..{MAX_SIDE} pixels, got {pixels}")
 
-    def settings(self) -> "Settings":
-        """These settings alone, hashable, without what a request adds."""
-        fields = dataclasses.fields(Settings)
-        return Settings(**{field.name: getattr(self, field.name) for field in fields})
+    def generation_params(self) -> "GenerationParams":
+        """The parameters alone, hashable, without what a request adds."""
+        fields = dataclasses.fields(GenerationParams)
+        return GenerationParams(**{field.name: getattr(self, field.name) for field in fields})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Request(Settings):
+class GenerationRequest(GenerationParams):
     """Every prompt with every seed, with the people of ``photos`` or, without any, by the base.
 
     Photos come person after person, an equal number of each. ``regions`` are mask files of the

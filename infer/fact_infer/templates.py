@@ -16,10 +16,11 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from tqdm import tqdm
 
-from fact_infer.base_model import Base
-from fact_infer.img2img import Canvas, blend, check_strength, first_step, touched_cells
-from fact_infer.pipeline import BATCH, Drawer
-from fact_infer.request import MAX_SCALE, Settings, check_prompt, check_range, check_seed
+from fact_infer.batches import padded_batches
+from fact_infer.img2img import Img2ImgInput, blend, check_strength, first_step, to_latent_mask
+from fact_infer.parts import BaseModel
+from fact_infer.pipeline import BATCH, Pipeline
+from fact_infer.request import MAX_SCALE, GenerationParams, check_prompt, check_range, check_seed
 from fact_jax.face import Face, face_mask, find_faces, read_image, read_profile
 from fact_jax.utils.errors import UserError
 
@@ -57,7 +58,7 @@ class Template:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Place:
+class FaceTarget:
     """Where in a template a person (aligned crops) is put: a face's number, or a mask (h, w).
 
     A mask, in [0, 1], is redrawn as it is; of a face what its points tell is.
@@ -76,14 +77,14 @@ class Place:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class InpaintRequest:
     """One picture to make of a template.
 
     ``control`` is what a ControlNet looks at (the template's pose, its edges), as large.
     """
 
     template: Template
-    places: tuple[Place, ...]
+    targets: tuple[FaceTarget, ...]
     prompt: str
     seed: int = 0
     control: UInt8[np.ndarray, "h w 3"] | None = None
@@ -93,11 +94,11 @@ class Job:
             self._check_size("control picture", self.control)
         check_seed(self.seed)
         check_prompt(self.prompt)
-        for place in self.places:
-            if place.index is not None:
-                self.template.check_face(place.index)
+        for target in self.targets:
+            if target.index is not None:
+                self.template.check_face(target.index)
             else:
-                self._check_size("mask", place.mask)
+                self._check_size("mask", target.mask)
 
     def _check_size(self, what: str, image: np.ndarray) -> None:
         height, width = self.template.image.shape[:2]
@@ -109,7 +110,7 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Redrawing:
+class InpaintParams:
     """How faces of templates are redrawn.
 
     ``strength``: of image-to-image. ``control_scale``: how much a ControlNet steers. ``fill``: the
@@ -145,83 +146,94 @@ def read_template(path: str | os.PathLike) -> Template:
     return Template(name=Path(path).name, image=read_image(path), profile=read_profile(path))
 
 
-def check_jobs(
-    base: Base, jobs: Sequence[Job], settings: Settings, how: Redrawing, batch: int
-) -> Settings:
-    """What ``redraw_templates`` cannot do is said, as UserError; gives the settings of a square.
+def check_requests(
+    base: BaseModel,
+    requests: Sequence[InpaintRequest],
+    params: GenerationParams,
+    how: InpaintParams,
+    batch: int,
+) -> GenerationParams:
+    """What ``inpaint_faces`` cannot do is said, as UserError; gives the parameters of a square.
 
     Needs no model: it can be called before one is loaded.
     """
-    places = [(job, place) for job in jobs for place in job.places]
-    photos = {len(place.crops) for _, place in places}
-    if not places or len(photos) > 1 or batch < 1:
+    targets = [(request, target) for request in requests for target in request.targets]
+    photos = {len(target.crops) for _, target in targets}
+    if not targets or len(photos) > 1 or batch < 1:
         raise UserError(
             "templates need at least one face, a batch of at least one, and the same number of "
-            f"photos of every person; got {len(places)} faces, a batch of {batch}, "
+            f"photos of every person; got {len(targets)} faces, a batch of {batch}, "
             f"{' or '.join(map(str, sorted(photos)))} photos"
         )
-    if len({job.control is None for job, _ in places}) > 1:
+    if len({request.control is None for request, _ in targets}) > 1:
         raise UserError("a ControlNet needs a control picture of every template")
-    settings = _square_settings(base, settings)
-    base.check(settings)
-    first_step(how.strength, settings.steps)
-    for job, place in places:
-        _mask(job, place)
-    return settings
+    params = _square_params(base, params)
+    base.check(params)
+    first_step(how.strength, params.steps)
+    for request, target in targets:
+        _mask(request, target)
+    return params
 
 
-def redraw_templates(
-    drawer: Drawer,
-    jobs: Sequence[Job],
-    settings: Settings,
-    how: Redrawing,
+def inpaint_faces(
+    pipeline: Pipeline,
+    requests: Sequence[InpaintRequest],
+    params: GenerationParams,
+    how: InpaintParams,
     *,
     batch: int = BATCH,
     bar: tqdm | None = None,
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
-    """The templates of all jobs with their faces redrawn, one after another, in their own sizes.
+    """The templates of all requests with their faces redrawn, one after another, each in its size.
 
     ``batch`` squares are drawn at a time, of whatever templates they are. All people need the same
-    number of photos, and all jobs a control picture or none. What cannot be done is said, as
+    number of photos, and all requests a control picture or none. What cannot be done is said, as
     UserError, before anything is drawn.
     """
-    settings = check_jobs(drawer.base, jobs, settings, how, batch)
-    return _redraw(drawer, jobs, settings, how, batch, bar)
+    params = check_requests(pipeline.base, requests, params, how, batch)
+    return _redraw(pipeline, requests, params, how, batch, bar)
 
 
-def _redraw(drawer, jobs, settings, how, batch, bar) -> Iterator[np.ndarray]:
-    places = [(number, place) for number, job in enumerate(jobs) for place in job.places]
-    batch, done, images = min(batch, len(places)), 0, {}
-    for start in range(0, len(places), batch):
-        part = places[start : start + batch]
-        cuts = [_cut(drawer.base, jobs[number], place, settings, how) for number, place in part]
-        # The last batch is filled up: another shape would be compiled anew.
-        drawn = _draw(drawer, cuts + cuts[-1:] * (batch - len(cuts)), settings, how, bar)
-        for (number, _), cut, pixels in zip(part, cuts, drawn, strict=False):
-            image = images.get(number, jobs[number].template.image)
+def _redraw(pipeline, requests, params, how, batch, bar) -> Iterator[np.ndarray]:
+    targets = [
+        (number, target) for number, request in enumerate(requests) for target in request.targets
+    ]
+    batch, done, images = min(batch, len(targets)), 0, {}
+    for rows, count in padded_batches(len(targets), batch):
+        part = [targets[i] for i in rows]
+        cuts = [
+            _cut(pipeline.base, requests[number], target, params, how) for number, target in part
+        ]
+        drawn = _draw(pipeline, cuts, params, how, bar)
+        for (number, _), cut, pixels in zip(part[:count], cuts, drawn, strict=False):
+            image = images.get(number, requests[number].template.image)
             images[number] = paste(image, pixels, cut.mask, cut.square)
-        following = places[start + batch :]
-        ready = following[0][0] if following else len(jobs)
+        following = rows[count - 1] + 1
+        ready = targets[following][0] if following < len(targets) else len(requests)
         for number in range(done, ready):
-            yield images.pop(number, jobs[number].template.image)
+            yield images.pop(number, requests[number].template.image)
         done = ready
 
 
 def _draw(
-    drawer: Drawer, cuts: Sequence["_Cut"], settings: Settings, how: Redrawing, bar: tqdm | None
+    pipeline: Pipeline,
+    cuts: Sequence["_FaceSquare"],
+    params: GenerationParams,
+    how: InpaintParams,
+    bar: tqdm | None,
 ) -> UInt8[np.ndarray, "b side side 3"]:
     control = {}
     if cuts[0].control is not None:
         control["control"] = np.stack([cut.control for cut in cuts])
         control["control_scale"] = how.control_scale
-    return drawer.draw(
-        [cut.job.prompt for cut in cuts],
-        [cut.job.seed for cut in cuts],
-        np.stack([cut.place.crops for cut in cuts]),
-        settings,
-        canvas=Canvas(
+    return pipeline.generate(
+        [cut.request.prompt for cut in cuts],
+        [cut.request.seed for cut in cuts],
+        np.stack([cut.target.crops for cut in cuts]),
+        params,
+        img2img=Img2ImgInput(
             images=np.stack([cut.pixels for cut in cuts]),
-            cells=np.stack([cut.cells for cut in cuts]),
+            latent_mask=np.stack([cut.latent_mask for cut in cuts]),
             strength=how.strength,
         ),
         **control,
@@ -230,60 +242,66 @@ def _draw(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Cut:
+class _FaceSquare:
     """One face's square: what is drawn over, and where it belongs."""
 
-    job: Job
-    place: Place
+    request: InpaintRequest
+    target: FaceTarget
     square: Square
     mask: Float[np.ndarray, "s s"]
     pixels: UInt8[np.ndarray, "side side 3"]
-    cells: Bool[np.ndarray, "rows rows"]
+    latent_mask: Bool[np.ndarray, "rows rows"]
     control: UInt8[np.ndarray, "side side 3"] | None
 
 
-def _square_settings(base: Base, settings: Settings) -> Settings:
+def _square_params(base: BaseModel, params: GenerationParams) -> GenerationParams:
     own = base.unet.sample_size * base.vae.downscale
-    side = settings.height or settings.width or own
-    if (settings.height or side) != (settings.width or side):
+    side = params.height or params.width or own
+    if (params.height or side) != (params.width or side):
         raise UserError(
-            f"faces of templates are drawn in squares, got {settings.width} x {settings.height}"
+            f"faces of templates are drawn in squares, got {params.width} x {params.height}"
         )
-    return dataclasses.replace(settings.settings(), height=side, width=side)
+    return dataclasses.replace(params.generation_params(), height=side, width=side)
 
 
-def _cut(base: Base, job: Job, place: Place, settings: Settings, how: Redrawing) -> _Cut:
-    image, mask = job.template.image, _mask(job, place)
+def _cut(
+    base: BaseModel,
+    request: InpaintRequest,
+    target: FaceTarget,
+    params: GenerationParams,
+    how: InpaintParams,
+) -> _FaceSquare:
+    image, mask = request.template.image, _mask(request, target)
     size = float(np.sqrt(mask.sum()))
     mask = widen(mask, how.grow * size, how.soften * size)
     square = square_around(mask, how.fill)
     mask = cut_square(mask, square, mode="constant")
-    drawn_size = settings.height, settings.height
+    drawn_size = params.height, params.height
 
     def seen(image: np.ndarray) -> np.ndarray:
         cut = Image.fromarray(cut_square(image, square, mode="edge"))
         return np.asarray(cut.resize(drawn_size, Image.Resampling.LANCZOS))
 
     inside = np.asarray(Image.fromarray(mask).resize(drawn_size, Image.Resampling.BOX))
-    return _Cut(
-        job=job,
-        place=place,
+    return _FaceSquare(
+        request=request,
+        target=target,
         square=square,
         mask=mask,
         pixels=seen(image),
-        cells=touched_cells(inside, base.vae.downscale),
-        control=None if job.control is None else seen(job.control),
+        latent_mask=to_latent_mask(inside, base.vae.downscale),
+        control=None if request.control is None else seen(request.control),
     )
 
 
-def _mask(job: Job, place: Place) -> Float[np.ndarray, "h w"]:
+def _mask(request: InpaintRequest, target: FaceTarget) -> Float[np.ndarray, "h w"]:
     """What is redrawn before it is widened; UserError if it is nothing."""
-    mask, template = place.mask, job.template
+    mask, template = target.mask, request.template
     if mask is None:
         whole = np.ones(template.image.shape[:2], np.float32)
-        mask = face_mask(whole, template.faces[place.index].points)
+        mask = face_mask(whole, template.faces[target.index].points)
     if mask.sum() < 1.0:
-        raise UserError(f"{template.name}: {place} is empty")
+        raise UserError(f"{template.name}: {target} is empty")
     return mask
 
 

@@ -15,7 +15,7 @@ from fact_convert.io.json_io import read_json
 from fact_infer.jax.pipeline import FlaxPipeline
 from fact_infer.photos import prepare_crops
 from fact_infer.pipeline import generate_batches
-from fact_infer.request import Photo, Request
+from fact_infer.request import GenerationRequest, Photo
 from fact_infer.torch.pipeline import TorchPipeline
 from fact_jax.diffusion.samplers import num_model_calls
 from fact_jax.fact import Guidance
@@ -33,9 +33,9 @@ def crops(files):
     return prepare_crops([Photo(path=files.photo), Photo(path=files.other_photo)], 32)[0]
 
 
-def request(**changes) -> Request:
+def request(**changes) -> GenerationRequest:
     plain = {"prompts": ("a smiling woman",), "seeds": (3,), "sampler": "ddim", "steps": 3}
-    return Request(**(plain | {"guidance": Guidance(text=3.0)} | changes))
+    return GenerationRequest(**(plain | {"guidance": Guidance(text=3.0)} | changes))
 
 
 @pytest.mark.parametrize(
@@ -72,45 +72,47 @@ def request(**changes) -> Request:
 )
 def test_same_picture(flax, torch, crops, changes, photos):
     asked = request(**changes)
-    ours, theirs = (p.generate(asked, crops[:photos]) for p in (flax, torch))
+    ours, theirs = (p.generate_request(asked, crops[:photos]) for p in (flax, torch))
     assert ours.dtype == np.uint8
     assert len(ours) == len(asked.pictures())
     assert difference(ours, theirs) <= SAME
     without = dataclasses.replace(asked.guidance, face_scale=0.0)
-    base = torch.generate(dataclasses.replace(asked, guidance=without), crops[:photos])
+    base = torch.generate_request(dataclasses.replace(asked, guidance=without), crops[:photos])
     assert difference(theirs, base) > OTHER
 
 
 def test_torch_controls(files, torch, crops):
     """What the controls promise, in the backend that needs no compilation."""
     plain = TorchPipeline.load(files.base)
-    base = plain.generate(request())
-    one = torch.generate(request(), crops[:1])
+    base = plain.generate_request(request())
+    one = torch.generate_request(request(), crops[:1])
     assert difference(one, base) > OTHER
     with tqdm(file=io.StringIO()) as bar:
         list(generate_batches(torch, request(sampler="pndm"), crops[:1], bar=bar))
         assert bar.n == num_model_calls("pndm", 3)
-    assert difference(torch.generate(request(), crops[1:]), one) > OTHER
+    assert difference(torch.generate_request(request(), crops[1:]), one) > OTHER
     nothing = Guidance(text=3.0, start=0.5, stop=0.5)
-    silent = torch.generate(request(guidance=nothing), crops[:1])
+    silent = torch.generate_request(request(guidance=nothing), crops[:1])
     np.testing.assert_array_equal(silent, base)
-    same = torch.generate(request(guidance=Guidance(text=3.0, negative_face="same")), crops[:1])
+    same = torch.generate_request(
+        request(guidance=Guidance(text=3.0, negative_face="same")), crops[:1]
+    )
     assert (same != one).any()
     # A face guidance equal to the text's is the two branches of null face.
-    third = torch.generate(request(guidance=Guidance(text=3.0, face=3.0)), crops[:1])
+    third = torch.generate_request(request(guidance=Guidance(text=3.0, face=3.0)), crops[:1])
     assert difference(third, one) <= SAME
 
 
 def test_flax_window_of_nothing_is_the_base(files, flax, crops):
     nothing = request(steps=1, guidance=Guidance(text=1.0, start=1.0))
-    base = FlaxPipeline.load(files.base).generate(nothing)
-    np.testing.assert_array_equal(flax.generate(nothing, crops[:1]), base)
+    base = FlaxPipeline.load(files.base).generate_request(nothing)
+    np.testing.assert_array_equal(flax.generate_request(nothing, crops[:1]), base)
 
 
 def test_stochastic_samplers_repeat_by_seed_in_any_batch(flax, crops):
     """A picture's seed is all that it needs: the noise on the way is its own."""
     asked = request(sampler="lcm", steps=2, seeds=(7, 8), guidance=Guidance(text=1.0))
-    together = flax.generate(asked, crops[:1])
+    together = flax.generate_request(asked, crops[:1])
     with tqdm(file=io.StringIO()) as bar:
         one_by_one = np.concatenate(
             list(generate_batches(flax, asked, crops[:1], batch=1, bar=bar))
@@ -122,13 +124,13 @@ def test_stochastic_samplers_repeat_by_seed_in_any_batch(flax, crops):
 
 def test_half_precision(files, torch, crops):
     """Eight bits of mantissa change less than who is in the picture."""
-    exact = torch.generate(request(steps=2), crops[:1])
-    someone_else = difference(torch.generate(request(steps=2), crops[1:]), exact)
+    exact = torch.generate_request(request(steps=2), crops[:1])
+    someone_else = difference(torch.generate_request(request(steps=2), crops[1:]), exact)
     for pipeline in (
         FlaxPipeline.load(files.base, files.adapter, files.encoder, jnp.bfloat16),
         TorchPipeline.load(files.base, files.adapter, files.encoder, bfloat16),
     ):
-        half = pipeline.generate(request(steps=2), crops[:1])
+        half = pipeline.generate_request(request(steps=2), crops[:1])
         assert 0 < difference(half, exact) < someone_else / 2
 
 
@@ -152,9 +154,9 @@ def test_sizes_that_the_unet_does_not_halve_evenly(files, base_folder, crops, tm
     for kind in (FlaxPipeline, TorchPipeline):
         pipeline = kind.load(deep, tmp_path / "adapter.safetensors", files.encoder)
         assert pipeline.base.factor == 8
-        settings = request(steps=1, height=24, width=40, guidance=Guidance(text=1.0))
+        params = request(steps=1, height=24, width=40, guidance=Guidance(text=1.0))
         pictures.append(
-            pipeline.draw(["a woman"], [3], crops[None], settings, regions=halves[None])
+            pipeline.generate(["a woman"], [3], crops[None], params, regions=halves[None])
         )
     assert pictures[0].shape == (1, 24, 40, 3)
     assert difference(*pictures) <= SAME

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fact_infer.base_model import read_face_files
 from fact_infer.cli.main import main
-from fact_infer.parts import save_face_files
+from fact_infer.parts import read_face_models, save_face_models
 from fact_jax.diffusion.samplers import SAMPLERS
 from tests.infer.conftest import read_text
 
@@ -102,8 +101,8 @@ def test_base_alone(arguments, tmp_path, capsys):
 
 
 def test_an_adapter_with_its_own_encoder(arguments, files, tmp_path, capsys):
-    opened = read_face_files(files.adapter, files.encoder)
-    save_face_files(opened, tmp_path / "both", opened.metadata["config"])
+    opened = read_face_models(files.adapter, files.encoder)
+    save_face_models(opened, tmp_path / "both", opened.metadata["config"])
     drawn = []
     for out, adapter in (("one", files.adapter), ("two", tmp_path / "both")):
         words = replaced([*arguments, "--backend", "torch"], "--adapter", str(adapter))

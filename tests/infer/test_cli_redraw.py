@@ -101,14 +101,14 @@ def test_bad_input_is_one_line(
     command, files, template, steered, options, message, capsys, tmp_path, monkeypatch
 ):
     """All of it before a model is loaded."""
-    monkeypatch.setattr(fact_infer.cli.redraw, "load_drawer", None)
+    monkeypatch.setattr(fact_infer.cli.redraw, "load_pipeline", None)
     Image.new("L", (20, 30), "white").save(tmp_path / "small.png")
     Image.new("L", (140, 90)).save(tmp_path / "black.png")
     net = steered[0] / "controlnet"
     config = json.loads((net / "config.json").read_text())
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {"cross_attention_dim": 7}))
-    places = {
+    targets = {
         "TEMPLATE": template,
         "PHOTO": files.photo,
         "SMALL": tmp_path / "small.png",
@@ -117,7 +117,7 @@ def test_bad_input_is_one_line(
         "OTHER": tmp_path / "other",
         "UNET": files.base / "unet",
     }
-    assert main(command(*(places.get(option, option) for option in options))) == 2
+    assert main(command(*(targets.get(option, option) for option in options))) == 2
     err = capsys.readouterr().err
     assert message in err.splitlines()[-1]
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fact_infer.evaluation.evaluate import Judgement, People, draw_people, measure, save
+from fact_infer.evaluation.evaluate import MetricOutputs, People, draw_people, measure, save
 from fact_infer.evaluation.metrics import COLUMNS, SECTIONS
 from fact_jax.portraits import SPLITS
 from fact_jax.portraits.metric_networks import ATTRIBUTES
@@ -25,21 +25,23 @@ class KnowingJudges:
     """Judges that recognise a picture by its pixels and say what they were told of it."""
 
     def __init__(self):
-        self._known: list[tuple[np.ndarray, Judgement]] = []
+        self._known: list[tuple[np.ndarray, MetricOutputs]] = []
 
-    def tell(self, images: np.ndarray, judgement: Judgement) -> None:
+    def tell(self, images: np.ndarray, judgement: MetricOutputs) -> None:
         self._known.append((images, judgement))
 
-    def __call__(self, images: np.ndarray) -> Judgement:
+    def __call__(self, images: np.ndarray) -> MetricOutputs:
         (found,) = [said for known, said in self._known if np.array_equal(known, images)]
         return found
 
 
-def judgement(embeddings, people: People, *, attributes_right=True, colour_error=0.0) -> Judgement:
+def judgement(
+    embeddings, people: People, *, attributes_right=True, colour_error=0.0
+) -> MetricOutputs:
     truth = people.scenes.portrait
     head = np.zeros((COUNT, 64, 64), bool)
     head[:, 10:20, 10:20] = True
-    return Judgement(
+    return MetricOutputs(
         embeddings=np.asarray(embeddings, np.float32),
         head=head,
         face=head & False,

@@ -13,11 +13,11 @@ import pytest
 
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.weight_files import read_weights
-from fact_infer.img2img import Canvas
+from fact_infer.img2img import Img2ImgInput
 from fact_infer.jax import pipeline as flax_pipeline
 from fact_infer.jax.pipeline import FlaxPipeline
 from fact_infer.photos import prepare_crops
-from fact_infer.request import Photo, Settings
+from fact_infer.request import GenerationParams, Photo
 from fact_infer.torch.pipeline import TorchPipeline
 from fact_jax.fact import Guidance
 from fact_jax.utils.errors import UserError
@@ -51,14 +51,14 @@ def test_controls_of_both_backends_in_one_program(flax, torch, crops):
             block_scales=(("mid", 0.2), ("up_blocks", 1.5)),
         ),
     ):
-        settings = Settings(sampler="ddim", steps=3, guidance=guidance, negative="blurred")
-        asked = (PROMPTS, SEEDS, crops, settings)
-        ours, theirs = (p.draw(*asked, regions=regions) for p in (flax, torch))
+        params = GenerationParams(sampler="ddim", steps=3, guidance=guidance, negative="blurred")
+        asked = (PROMPTS, SEEDS, crops, params)
+        ours, theirs = (p.generate(*asked, regions=regions) for p in (flax, torch))
         assert difference(ours, theirs) <= SAME
         drawn.append(theirs)
     assert difference(*drawn) > OTHER
     assert flax._denoise._cache_size() == 1
-    base = torch.draw(PROMPTS, SEEDS, None, settings)
+    base = torch.generate(PROMPTS, SEEDS, None, params)
     assert difference(drawn[0], base) > OTHER
 
 
@@ -71,11 +71,11 @@ def test_one_program_for_samplers_steps_and_photos(files, torch, crops):
         ("pndm", 4, 4, {"face_scale": (0.5, 1.0)}),
         ("dpmpp_2m", 2, 3, {"start": 0.4}),
     ):
-        settings = Settings(sampler=sampler, steps=steps, guidance=Guidance(text=3.0, **more))
-        asked = (PROMPTS, SEEDS, photos[:, :count], settings)
-        ours, theirs = (p.draw(*asked) for p in (flax, torch))
+        params = GenerationParams(sampler=sampler, steps=steps, guidance=Guidance(text=3.0, **more))
+        asked = (PROMPTS, SEEDS, photos[:, :count], params)
+        ours, theirs = (p.generate(*asked) for p in (flax, torch))
         assert difference(ours, theirs) <= SAME
-    fewer = torch.draw(PROMPTS, SEEDS, photos[:, :2], settings)
+    fewer = torch.generate(PROMPTS, SEEDS, photos[:, :2], params)
     assert difference(fewer, theirs) > OTHER
     assert flax._denoise._cache_size() == flax._prepare._cache_size() == 1
 
@@ -83,10 +83,10 @@ def test_one_program_for_samplers_steps_and_photos(files, torch, crops):
 @pytest.mark.parametrize("combine", ["average", "normalized"])
 def test_means_of_photos_that_were_filled_up(flax, torch, crops, combine):
     photos = np.concatenate([crops, crops[:, 1:]], axis=1)
-    settings = Settings(
+    params = GenerationParams(
         sampler="ddim", steps=2, guidance=Guidance(text=3.0, combine=combine, adain=True)
     )
-    ours, theirs = (p.draw(PROMPTS, SEEDS, photos, settings) for p in (flax, torch))
+    ours, theirs = (p.generate(PROMPTS, SEEDS, photos, params) for p in (flax, torch))
     assert difference(ours, theirs) <= SAME
 
 
@@ -94,47 +94,48 @@ def test_programs_of_many_sizes_are_let_go_of(files, monkeypatch):
     flax = FlaxPipeline.load(files.base)
     monkeypatch.setattr(flax_pipeline, "MAX_SHAPES", 1)
     for width in (16, 24):
-        flax.draw(PROMPTS[:1], SEEDS[:1], None, Settings(steps=1, sampler="ddim", width=width))
+        params = GenerationParams(steps=1, sampler="ddim", width=width)
+        flax.generate(PROMPTS[:1], SEEDS[:1], None, params)
     assert flax._denoise._cache_size() == 1
 
 
 @pytest.mark.parametrize(("sampler", "strength"), [("pndm", 0.7), ("euler", 1.0)])
-def test_canvas_of_both_backends(flax, torch, crops, sampler, strength):
+def test_img2img_of_both_backends(flax, torch, crops, sampler, strength):
     """A part is drawn over; with PLMS from the middle of the trajectory, else from noise."""
     images = np.random.default_rng(0).integers(0, 256, (2, 4, 5, 3), np.uint8)
     images = images.repeat(8, axis=1).repeat(8, axis=2)
-    cells = np.zeros((2, 16, 20), bool)
-    cells[0, 3:12, 4:15] = cells[1, :, :10] = True
-    settings = Settings(
+    latent_mask = np.zeros((2, 16, 20), bool)
+    latent_mask[0, 3:12, 4:15] = latent_mask[1, :, :10] = True
+    params = GenerationParams(
         sampler=sampler, steps=5, height=32, width=40, guidance=Guidance(text=2.0, stop=0.5)
     )
-    canvas = Canvas(images=images, cells=cells, strength=strength)
-    asked = (PROMPTS, SEEDS, crops[:, :1], settings)
-    ours, theirs = (p.draw(*asked, canvas=canvas) for p in (flax, torch))
+    img2img = Img2ImgInput(images=images, latent_mask=latent_mask, strength=strength)
+    asked = (PROMPTS, SEEDS, crops[:, :1], params)
+    ours, theirs = (p.generate(*asked, img2img=img2img) for p in (flax, torch))
     assert difference(ours, theirs) <= SAME
-    forgotten = torch.draw(*asked)
+    forgotten = torch.generate(*asked)
     assert difference(theirs, forgotten) > OTHER
 
 
 @pytest.mark.parametrize("backend", [FlaxPipeline, TorchPipeline])
 def test_faces_without_an_adapter(files, crops, backend):
     with pytest.raises(UserError, match="loaded without an adapter"):
-        backend.load(files.base).draw(PROMPTS, SEEDS, crops, Settings(steps=1))
+        backend.load(files.base).generate(PROMPTS, SEEDS, crops, GenerationParams(steps=1))
 
 
-def test_canvas_on_wider_latents():
+def test_img2img_on_wider_latents():
     """The miniature's have 16 channels, which diffusers' own inpainting refuses."""
     images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)
     images = images.repeat(8, axis=1).repeat(8, axis=2)
     masks = np.zeros((1, 64, 64), np.float32)
     masks[:, 10:40, 20:60] = 1.0
-    settings = Settings(sampler="ddim", steps=4, guidance=Guidance(text=3.0))
+    params = GenerationParams(sampler="ddim", steps=4, guidance=Guidance(text=3.0))
     pictures = []
     for backend in (FlaxPipeline, TorchPipeline):
-        drawer = backend.load("miniature/base")
-        canvas = Canvas.masked(images, masks, 0.75, drawer.base)
-        drawn = drawer.draw(PROMPTS[:1], SEEDS[:1], None, settings, canvas=canvas)
-        pictures.append(canvas.finish(drawn))
+        pipeline = backend.load("miniature/base")
+        img2img = Img2ImgInput.masked(images, masks, 0.75, pipeline.base)
+        drawn = pipeline.generate(PROMPTS[:1], SEEDS[:1], None, params, img2img=img2img)
+        pictures.append(img2img.finish(drawn))
         same = (pictures[-1] == images).all(-1)
         assert same[masks == 0].all()
         assert same[masks == 1].mean() < 0.1
@@ -146,15 +147,15 @@ import os, sys
 import jax, numpy as np
 from fact_jax.fact import Guidance
 from fact_infer.jax.pipeline import FlaxPipeline
-from fact_infer.request import Settings
+from fact_infer.request import GenerationParams
 from tqdm import tqdm
 assert jax.device_count() == 8
 flax = FlaxPipeline.load(*sys.argv[1:4])
-settings = Settings(sampler="lcm", steps=2, guidance=Guidance(text=2.0))
+settings = GenerationParams(sampler="lcm", steps=2, guidance=Guidance(text=2.0))
 crops = np.load(sys.argv[4])
 bar = tqdm(file=open("/dev/null", "w"))
 with bar:
-    drawn = flax.draw(["a man"] * 4, [1, 2, 3, 4], crops, settings, bar=bar)
+    drawn = flax.generate(["a man"] * 4, [1, 2, 3, 4], crops, settings, bar=bar)
 assert bar.n == 2, bar.n
 spread = {str(a.sharding.num_devices) for a in jax.tree.leaves(flax._states)}
 assert spread == {"4"}, spread
@@ -185,8 +186,8 @@ def test_a_batch_over_several_devices(files, flax, crops, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    settings = Settings(sampler="lcm", steps=2, guidance=Guidance(text=2.0))
-    alone = flax.draw(["a man"] * 4, [1, 2, 3, 4], crops, settings)
+    params = GenerationParams(sampler="lcm", steps=2, guidance=Guidance(text=2.0))
+    alone = flax.generate(["a man"] * 4, [1, 2, 3, 4], crops, params)
     assert difference(np.load(tmp_path / "drawn.npy"), alone) <= SAME
     assert difference(alone[:1], alone[1:2]) > OTHER
 
@@ -241,8 +242,8 @@ def test_loras_are_the_same_in_both_backends(files, tmp_path):
         state = {f"base_model.model.{module}.{k}": a.astype(np.float32) for k, a in state.items()}
         (tmp_path / name).mkdir()
         write_safetensors(tmp_path / name / "adapter_model.safetensors", state, {})
-        settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": dora}
-        (tmp_path / name / "adapter_config.json").write_text(json.dumps(settings))
+        params = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "use_dora": dora}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(params))
         # The weight file alone is named, or its folder.
         file = tmp_path / name / ("" if dora else "adapter_model.safetensors")
         loras.append((file, 0.5 if dora else 0.25))
@@ -265,8 +266,10 @@ def test_controlnet_of_diffusers(files, torch, steered):
     folder, controlnet, _ = steered
     flax = FlaxPipeline.load(files.base, controlnet=folder / "controlnet")
     picture = np.random.default_rng(8).integers(0, 256, (32, 40, 3), np.uint8)
-    settings = Settings(sampler="ddim", steps=3, height=32, width=40, guidance=Guidance(text=3.0))
-    ours = flax.draw(PROMPTS, SEEDS, None, settings, control=picture[None], control_scale=0.8)
+    params = GenerationParams(
+        sampler="ddim", steps=3, height=32, width=40, guidance=Guidance(text=3.0)
+    )
+    ours = flax.generate(PROMPTS, SEEDS, None, params, control=picture[None], control_scale=0.8)
     pipe = StableDiffusionControlNetPipeline(
         **torch.pipe.components
         | {"scheduler": DDIMScheduler.from_pretrained(files.base / "scheduler")},
@@ -288,6 +291,6 @@ def test_controlnet_of_diffusers(files, torch, steered):
         output_type="np",
     ).images
     assert difference(ours, np.round(255 * theirs).astype(np.uint8)) <= SAME
-    assert difference(ours, torch.draw(PROMPTS, SEEDS, None, settings)) > OTHER
+    assert difference(ours, torch.generate(PROMPTS, SEEDS, None, params)) > OTHER
     with pytest.raises(UserError, match="no ControlNet to look at it"):
-        FlaxPipeline.load(files.base).draw(PROMPTS, SEEDS, None, settings, control=picture[None])
+        FlaxPipeline.load(files.base).generate(PROMPTS, SEEDS, None, params, control=picture[None])

@@ -8,16 +8,21 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-from fact_infer.base_model import read_base, read_face_files
-from fact_infer.parts import find_face_files, has_encoder, save_face_files
+from fact_infer.parts import (
+    find_face_models,
+    has_encoder,
+    read_base,
+    read_face_models,
+    save_face_models,
+)
 from fact_jax.utils.errors import UserError
 
 
 @pytest.fixture
 def saved(files, tmp_path) -> Path:
     """Both in one folder, as they are published."""
-    opened = read_face_files(files.adapter, files.encoder)
-    save_face_files(opened, tmp_path / "saved", opened.metadata["config"])
+    opened = read_face_models(files.adapter, files.encoder)
+    save_face_models(opened, tmp_path / "saved", opened.metadata["config"])
     return tmp_path / "saved"
 
 
@@ -47,13 +52,13 @@ def hub(saved, tmp_path, monkeypatch) -> dict[str, list[str]]:
 
 
 def test_saved_folder_holds_the_same(files, saved):
-    found = find_face_files(saved)
+    found = find_face_models(saved)
     assert found == (saved / "adapter.safetensors", saved / "encoder")
-    assert find_face_files(files.adapter, files.encoder) == (files.adapter, files.encoder)
-    assert find_face_files(saved, files.encoder) == (found[0], files.encoder)
+    assert find_face_models(files.adapter, files.encoder) == (files.adapter, files.encoder)
+    assert find_face_models(saved, files.encoder) == (found[0], files.encoder)
     assert [has_encoder(path) for path in (saved, found[0], "someone/face")] == [True] * 3
     assert not has_encoder(shutil.copy(files.adapter, saved.parent))
-    before, after = (read_face_files(*pair) for pair in ((files.adapter, files.encoder), found))
+    before, after = (read_face_models(*pair) for pair in ((files.adapter, files.encoder), found))
     assert after.metadata["config"] == before.metadata["config"]
     assert after.encoder_config == before.encoder_config
     for name in ("adapter_state", "encoder_state"):
@@ -78,13 +83,13 @@ def test_saved_folder_holds_the_same(files, saved):
     ],
 )
 def test_a_repository_gives_what_is_needed_and_no_more(hub, files, tmp_path, name, fetched):
-    adapter, encoder = find_face_files(name)
+    adapter, encoder = find_face_models(name)
     assert hub["someone/face"] == fetched
-    read_face_files(adapter, encoder)
+    read_face_models(adapter, encoder)
     shutil.rmtree(tmp_path / "cache")
-    adapter, encoder = find_face_files(f"{name}/adapter.safetensors", f"{name}/encoder")
+    adapter, encoder = find_face_models(f"{name}/adapter.safetensors", f"{name}/encoder")
     assert hub["someone/face"] == fetched
-    read_face_files(adapter, encoder)
+    read_face_models(adapter, encoder)
 
 
 def test_what_is_nowhere_is_said_in_one_line(hub, files, tmp_path):
@@ -95,13 +100,13 @@ def test_what_is_nowhere_is_said_in_one_line(hub, files, tmp_path):
         "no such name": "no such file or folder$",
     }.items():
         with pytest.raises(UserError, match=error) as caught:
-            find_face_files(name)
+            find_face_models(name)
         assert "\n" not in str(caught.value)
     alone = shutil.copy(files.adapter, tmp_path / "alone.safetensors")
     with pytest.raises(UserError, match=r"alone.safetensors: no encoder/model.safetensors beside"):
-        find_face_files(alone)
+        find_face_models(alone)
     with pytest.raises(UserError, match=r"holds no adapter.safetensors"):
-        find_face_files(tmp_path, files.encoder)
+        find_face_models(tmp_path, files.encoder)
 
 
 def test_the_weights_of_a_base_are_fetched_only_to_be_loaded(files, tmp_path, monkeypatch):
@@ -116,4 +121,4 @@ def test_the_weights_of_a_base_are_fetched_only_to_be_loaded(files, tmp_path, mo
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     base = read_base("someone/base")
     assert not list(tmp_path.rglob("*.safetensors"))
-    assert len(list(base.whole().rglob("*.safetensors"))) == 3
+    assert len(list(base.weights_folder().rglob("*.safetensors"))) == 3

@@ -5,16 +5,16 @@ import json
 import numpy as np
 from PIL import Image
 
-from fact_infer.base_model import read_base
 from fact_infer.output_images import describe, parameters, picture_path, save_picture
-from fact_infer.request import Photo, Request
+from fact_infer.parts import read_base
+from fact_infer.request import GenerationRequest, Photo
 from fact_jax.fact import Guidance
 
 IMAGE = np.arange(2 * 3 * 3, dtype=np.uint8).reshape(2, 3, 3)
 
 
 def test_metadata_in_both_forms(base_folder, tmp_path):
-    asked = Request(
+    asked = GenerationRequest(
         prompts=("Zoë, smiling",),
         negative="blurred",
         photos=(Photo(path=tmp_path / "one.png"), Photo(path=tmp_path / "two.png")),

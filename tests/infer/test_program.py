@@ -1,6 +1,5 @@
-"""What a program is compiled for, and what it is fed."""
+"""Guidance as arrays, padded photos, and JAX's settings."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -10,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fact_infer.guidance import block_strengths, keep_programs, pad_photos, split_guidance
-from fact_infer.torch.unet_calls import strengths
+from fact_infer.guidance import resolve_guidance
+from fact_infer.jax.pipeline import pad_photos
+from fact_infer.jax_config import enable_compilation_cache
 from fact_jax.fact import Guidance
 
 pytestmark = pytest.mark.heavy
@@ -23,7 +23,7 @@ BLOCKS = ("down_blocks.0", "mid_block", "up_blocks.0", "up_blocks.1")
     "guidance",
     [
         Guidance(),
-        Guidance(text=1.0, face=2.0, cap=0.3),
+        Guidance(text=1.5, face=2.0, cap=0.3),
         Guidance(
             text=3.0,
             negative_face="same",
@@ -36,38 +36,43 @@ BLOCKS = ("down_blocks.0", "mid_block", "up_blocks.0", "up_blocks.1")
         ),
     ],
 )
-def test_a_program_and_its_numbers(guidance):
-    """Put together again they are the guidance, and strengths are those of each step and block."""
-    shape, numbers = split_guidance(guidance)
-    joined = dataclasses.replace(shape, **{k: jnp.asarray(v) for k, v in numbers.items()})
-    for name in ("text", "face", "negative_face", "adain", "combine"):
-        value = getattr(guidance, name)
-        assert getattr(joined, name) == (np.float32(value) if isinstance(value, float) else value)
+def test_guidance_is_resolved_to_arrays(guidance):
+    """Branches and their weights add up to the guidance; strengths are by step and by block."""
+    found = resolve_guidance(guidance, 6, BLOCKS, with_face=True)
+    assert sum(found.weights) == pytest.approx(1.0)
+    prompted = [w for branch, w in zip(found.branches, found.weights, strict=True) if branch.prompt]
+    assert sum(prompted) == pytest.approx(guidance.text)
+    if guidance.face is not None:
+        assert [branch.face for branch in found.branches] == [False, False, True]
+        assert found.weights[-1] == guidance.face
+    else:
+        same = guidance.negative_face == "same"
+        assert [branch.face for branch in found.branches] == [same, True]
+    controlled = guidance.cap is not None or guidance.adain
+    assert found.adain == (np.bool_(guidance.adain) if controlled else None)
     cap = np.inf if guidance.cap is None and guidance.adain else guidance.cap
-    assert joined.cap == (cap and np.float32(cap))
-    scales = block_strengths(guidance, 6, 0, BLOCKS, 9)
-    assert scales.shape == (9, 4)
-    by_hand = [
-        [guidance.scale_at(jnp.asarray(i), 6) * factor for factor in guidance.block_factors(BLOCKS)]
-        for i in range(6)
-    ]
-    np.testing.assert_allclose(scales[:6], by_hand, rtol=1e-6)
-    other = dataclasses.replace(guidance, face_scale=0.9, block_scales=(), start=0.1)
-    assert split_guidance(other)[0] == shape
+    assert found.cap == (cap and np.float32(cap))
+    by_hand = [guidance.scale_at(jnp.asarray(i), 6) for i in range(6)]
+    np.testing.assert_allclose(found.step_scales, by_hand, rtol=1e-6)
+    np.testing.assert_allclose(found.block_factors, guidance.block_factors(BLOCKS), rtol=1e-6)
 
 
 def test_window_and_schedule_are_over_the_steps_that_are_drawn():
     guidance = Guidance(face_scale=(0.9, 0.3), stop=0.5)
-    scales = block_strengths(guidance, 6, 2, BLOCKS, 6)
-    np.testing.assert_allclose(scales[:, 0], [0, 0, 0.9, 0.7, 0, 0], rtol=1e-6)
-    assert strengths(guidance, np.arange(2, 6) - 2, 4) == scales[2:, 0].tolist()
+    found = resolve_guidance(guidance, 4, BLOCKS, with_face=True)
+    np.testing.assert_allclose(found.step_scales, [0.9, 0.7, 0, 0], rtol=1e-6)
 
 
 def test_guidance_and_controls_take_a_program_each():
-    texts = {split_guidance(Guidance(text=text))[0] for text in (1.0, 3.0, 5.0)}
-    assert len(texts) == 2
+    """What a program is compiled for: the branches, and whether there are controls."""
+
+    def static(**changes):
+        found = resolve_guidance(Guidance(**changes), 4, BLOCKS, with_face=True)
+        return found.branches, found.cap is None, found.adain is None
+
+    assert len({static(text=text) for text in (1.0, 3.0, 5.0)}) == 2
     controls = ({"cap": 0.2}, {"cap": 0.4}, {"adain": True}, {"cap": 0.2, "adain": True})
-    assert len({split_guidance(Guidance(**more))[0] for more in controls}) == 1
+    assert len({static(**more) for more in controls}) == 1
 
 
 @pytest.mark.parametrize(
@@ -93,10 +98,10 @@ def test_where_programs_are_kept(tmp_path, monkeypatch):
     before = jax.config.jax_compilation_cache_dir
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        assert keep_programs() == tmp_path / "fact-jax" / "programs"
+        assert enable_compilation_cache() == tmp_path / "fact-jax" / "programs"
         assert jax.config.jax_compilation_cache_dir == str(tmp_path / "fact-jax" / "programs")
         jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))
-        assert keep_programs() == tmp_path / "mine"
+        assert enable_compilation_cache() == tmp_path / "mine"
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 

@@ -8,10 +8,10 @@ import pytest
 from PIL import Image
 
 from fact_convert import load_encoder
-from fact_infer.base_model import read_face_files
 from fact_infer.cli.main import main
 from fact_infer.evaluation import ranking
 from fact_infer.evaluation.metrics import cosine
+from fact_infer.parts import read_face_models
 from fact_jax.face.align import align_face, template_points
 from fact_jax.face.landmarks import Face
 from fact_jax.face.mask import head_mask
@@ -37,11 +37,11 @@ def face_at(left: float, top: float, side: float) -> Face:
 def test_similarity_is_the_cosine_of_the_largest_face(files, detector):
     faces, pack = detector
     chance = np.random.default_rng(0)
-    found = read_face_files(files.adapter, files.encoder)
+    found = read_face_models(files.adapter, files.encoder)
     size = found.encoder_config.img_size
     crops, picture = (chance.integers(0, 256, (n, size * 2, size * 2, 3), np.uint8) for n in (2, 1))
     crops, picture = crops[:, :size, :size], picture[0]
-    judge = ranking.Ranking(found, crops, pack)
+    judge = ranking.IdentityRanking(found, crops, pack)
     assert judge.similarity(picture) is None
     large = face_at(4, 2, 1.5 * size)
     faces[:] = [face_at(0, 0, size / 2), large]
@@ -59,10 +59,10 @@ def test_similarity_is_the_cosine_of_the_largest_face(files, detector):
 
 
 def test_a_missing_pack_is_said(files, tmp_path):
-    found = read_face_files(files.adapter, files.encoder)
+    found = read_face_models(files.adapter, files.encoder)
     size = found.encoder_config.img_size
     with pytest.raises(UserError, match="no model pack"):
-        ranking.Ranking(found, np.zeros((1, size, size, 3), np.uint8), tmp_path / "none")
+        ranking.IdentityRanking(found, np.zeros((1, size, size, 3), np.uint8), tmp_path / "none")
 
 
 def test_without_a_detector_the_face_is_where_it_lies_in_the_photo(
@@ -113,7 +113,7 @@ def test_a_sheet_is_no_wider_than_a_jpeg():
 def test_generate_keeps_the_best(files, detector, monkeypatch, tmp_path, capsys):
     _, pack = detector
     likeness = iter([0.2, None, 0.9, 0.5])
-    monkeypatch.setattr(ranking.Ranking, "similarity", lambda self, picture: next(likeness))
+    monkeypatch.setattr(ranking.IdentityRanking, "similarity", lambda self, picture: next(likeness))
     arguments = ["generate", "--base", files.base, "--adapter", files.adapter]
     arguments += ["--encoder", files.encoder, "--photo", files.photo, "--prompt", "a woman"]
     arguments += ["--sampler", "ddim", "--steps", 1, "--count", 4, "--best", 2, "--sheet"]

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from fact_convert import tokenize
-from fact_infer.base_model import read_base
 from fact_infer.input_images import read_inputs, read_regions
-from fact_infer.pipeline import Drawer
-from fact_infer.request import Photo, Request, Settings
+from fact_infer.parts import Parts, read_base
+from fact_infer.pipeline import Pipeline
+from fact_infer.request import GenerationParams, GenerationRequest, Photo
 from fact_jax.fact import Guidance
 from fact_jax.utils.errors import UserError
 
@@ -50,13 +50,13 @@ def photos(*people: int) -> list[Photo]:
 )
 def test_refused(changes, message):
     with pytest.raises(UserError, match=message):
-        Request(**({"prompts": ("a man",)} | changes))
+        GenerationRequest(**({"prompts": ("a man",)} | changes))
 
 
 def test_base_refuses_what_it_cannot_draw(base_folder):
     base = read_base(base_folder)
-    assert base.latent_size(Settings()) == (16, 16)
-    assert base.latent_size(Settings(height=16, width=40)) == (8, 20)
+    assert base.latent_size(GenerationParams()) == (16, 16)
+    assert base.latent_size(GenerationParams(height=16, width=40)) == (8, 20)
     for changes, message in (
         ({"width": 36}, "width 36: with this base it must be a multiple of 8"),
         ({"steps": 1001}, "steps must lie in 1..1000, got 1001"),
@@ -64,18 +64,19 @@ def test_base_refuses_what_it_cannot_draw(base_folder):
         ({"guidance": Guidance(block_scales=(("top", 1.0),))}, "'top': found in the path of no"),
     ):
         with pytest.raises(UserError, match=message):
-            base.check(Settings(**changes))
+            base.check(GenerationParams(**changes))
 
 
-class Recorder(Drawer):
+class Recorder(Pipeline):
     """Draws the first letter of the prompt and the seed."""
 
-    face = None
+    from_parts = _generate = None
 
     def __init__(self, base):
-        self.base, self.batches = base, []
+        super().__init__(Parts(base=base))
+        self.batches = []
 
-    def draw(self, prompts, seeds, crops, settings, *, bar=None):
+    def generate(self, prompts, seeds, crops, params, *, bar=None):
         assert crops is None
         self.batches.append(len(prompts))
         return np.array(
@@ -84,15 +85,15 @@ class Recorder(Drawer):
 
 
 def test_pictures_in_order_in_batches_of_one_shape(base_folder):
-    drawer = Recorder(read_base(base_folder))
-    asked = Request(prompts=("a", "b", "c"), seeds=range(5, 7))
-    pictures = drawer.generate(asked, batch=4)
-    assert drawer.batches == [4, 4]
+    pipeline = Recorder(read_base(base_folder))
+    asked = GenerationRequest(prompts=("a", "b", "c"), seeds=range(5, 7))
+    pictures = pipeline.generate_request(asked, batch=4)
+    assert pipeline.batches == [4, 4]
     assert pictures[:, 0, 0, :2].tolist() == [
         [ord(prompt), seed] for prompt, seed in asked.pictures()
     ]
     with pytest.raises(UserError, match="a batch holds at least one"):
-        drawer.generate(asked, batch=0)
+        pipeline.generate_request(asked, batch=0)
 
 
 def test_files_are_fitted_to_the_picture(tmp_path):
@@ -137,17 +138,21 @@ def test_an_image_and_its_mask_are_fitted_alike(base_folder, tmp_path):
     Image.fromarray(image[:, 20:28, 0]).save(tmp_path / "narrow.png")
     asked = {"prompts": ("a",), "image": tmp_path / "image.png", "steps": 4}
     mask = {"image_mask": tmp_path / "mask.png"}
-    canvas = read_inputs(Request(**asked, **mask), base, 2)["canvas"]
-    assert canvas.images.shape == (2, 32, 32, 3)
-    white = canvas.images[0, :, :, 0] > 200
-    np.testing.assert_array_equal(canvas.masks[0] > 0.8, white)
+    img2img = read_inputs(GenerationRequest(**asked, **mask), base, 2)["img2img"]
+    assert img2img.images.shape == (2, 32, 32, 3)
+    white = img2img.images[0, :, :, 0] > 200
+    np.testing.assert_array_equal(img2img.masks[0] > 0.8, white)
     assert white[:, 9:23].all()
     assert not white[:, :7].any()
     with pytest.raises(UserError, match=r"narrow.png is 8 x 64, .*image.png is 96 x 64: they must"):
-        read_inputs(Request(**asked, image_mask=tmp_path / "narrow.png"), base, 1)
+        read_inputs(GenerationRequest(**asked, image_mask=tmp_path / "narrow.png"), base, 1)
     # As large as what is drawn, whatever the image was.
     Image.new("L", (32, 32), 255).save(tmp_path / "drawn.png")
-    whole = read_inputs(Request(**asked, image_mask=tmp_path / "drawn.png"), base, 1)["canvas"]
+    whole = read_inputs(GenerationRequest(**asked, image_mask=tmp_path / "drawn.png"), base, 1)[
+        "img2img"
+    ]
     np.testing.assert_array_equal(whole.masks, 1.0)
-    control = read_inputs(Request(prompts=("a",), control=tmp_path / "image.png"), base, 1)
+    control = read_inputs(
+        GenerationRequest(prompts=("a",), control=tmp_path / "image.png"), base, 1
+    )
     np.testing.assert_array_equal(control["control"], whole.images)

@@ -109,7 +109,7 @@ def test_no_memory_is_one_line(base_folder, tmp_path, capsys, monkeypatch):
     def full(*files, **options):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes\nand more")
 
-    monkeypatch.setattr("fact_infer.cli.generate.load_drawer", full)
+    monkeypatch.setattr("fact_infer.cli.generate.load_pipeline", full)
     assert main(words(base_folder, tmp_path)) == 2
     *_, last = capsys.readouterr().err.splitlines()
     assert last.startswith("error: not enough memory: draw fewer pictures at a time (--batch)")

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fact_infer.base_model import read_base
-from fact_infer.img2img import Canvas
-from fact_infer.request import Settings
+from fact_infer.img2img import Img2ImgInput
+from fact_infer.parts import read_base
+from fact_infer.request import GenerationParams
 from fact_infer.templates import (
-    Job,
-    Place,
-    Redrawing,
+    FaceTarget,
+    InpaintParams,
+    InpaintRequest,
     cut_square,
     find_template,
+    inpaint_faces,
     paste,
-    redraw_templates,
     square_around,
     widen,
 )
@@ -29,15 +29,15 @@ POINTS = np.array([[24.0, 28.0], [41.0, 27.0], [33.0, 38.0], [26.0, 46.0], [40.0
 
 
 class Inverter:
-    """Stands for a backend: gives back the canvas inverted, and remembers what it was asked."""
+    """Stands for a backend: gives back its input inverted, and remembers what it was asked."""
 
     def __init__(self, base):
         self.base, self.asked = base, []
 
-    def draw(self, prompts, seeds, crops, settings, *, canvas=None, bar=None):
-        canvas.check(self.base, settings, len(prompts))
-        self.asked.append((list(prompts), list(seeds), crops[:, 0, 0, 0, 0].tolist(), canvas))
-        return 255 - canvas.images
+    def generate(self, prompts, seeds, crops, params, *, img2img=None, bar=None):
+        img2img.check(self.base, params, len(prompts))
+        self.asked.append((list(prompts), list(seeds), crops[:, 0, 0, 0, 0].tolist(), img2img))
+        return 255 - img2img.images
 
 
 @pytest.fixture(scope="module")
@@ -136,25 +136,27 @@ def test_only_what_the_masks_cover_changes(base, template, tmp_path):
     small, _ = find_template(tmp_path / "small.png")
     mask = np.zeros(template.image.shape[:2], np.float32)
     mask[20:70, 0:40] = 1.0
-    jobs = [
-        Job(
+    requests = [
+        InpaintRequest(
             template=template,
-            places=(Place(crops=crops(1), mask=mask), Place(index=2, crops=crops(2))),
+            targets=(FaceTarget(crops=crops(1), mask=mask), FaceTarget(index=2, crops=crops(2))),
             prompt="a man",
             seed=5,
         ),
-        Job(template=small, places=(), prompt="nobody"),
-        Job(template=small, places=(Place(index=0, crops=crops(3)),), prompt="a woman", seed=6),
+        InpaintRequest(template=small, targets=(), prompt="nobody"),
+        InpaintRequest(
+            template=small, targets=(FaceTarget(index=0, crops=crops(3)),), prompt="a woman", seed=6
+        ),
     ]
-    drawer = Inverter(base)
-    how = Redrawing(strength=0.5, grow=0.0, soften=0.0)
-    group, same, one = redraw_templates(drawer, jobs, Settings(steps=4), how, batch=2)
-    (prompts, seeds, people, canvas), second = drawer.asked
+    pipeline = Inverter(base)
+    how = InpaintParams(strength=0.5, grow=0.0, soften=0.0)
+    group, same, one = inpaint_faces(pipeline, requests, GenerationParams(steps=4), how, batch=2)
+    (prompts, seeds, people, img2img), second = pipeline.asked
     assert (prompts, seeds, people) == (["a man", "a man"], [5, 5], [1, 2])
     assert second[:3] == (["a woman"] * 2, [6] * 2, [3] * 2)
-    assert canvas.images.shape == (2, 32, 32, 3)
-    assert canvas.cells.any()
-    assert not canvas.cells.all()
+    assert img2img.images.shape == (2, 32, 32, 3)
+    assert img2img.latent_mask.any()
+    assert not img2img.latent_mask.all()
     np.testing.assert_array_equal(same, small.image)
     changed = (group != template.image).any(-1)
     by_points = changed & (mask == 0)
@@ -166,8 +168,12 @@ def test_only_what_the_masks_cover_changes(base, template, tmp_path):
 
 
 def test_a_job_twice_is_done_twice(base, template):
-    job = Job(template=template, places=(Place(index=1, crops=crops(1)),), prompt="")
-    one, other = redraw_templates(Inverter(base), [job, job], Settings(steps=4), Redrawing())
+    request = InpaintRequest(
+        template=template, targets=(FaceTarget(index=1, crops=crops(1)),), prompt=""
+    )
+    one, other = inpaint_faces(
+        Inverter(base), [request, request], GenerationParams(steps=4), InpaintParams()
+    )
     assert (one != template.image).any()
     np.testing.assert_array_equal(one, other)
 
@@ -175,43 +181,45 @@ def test_a_job_twice_is_done_twice(base, template):
 def test_a_place_is_a_face_or_a_mask():
     for where in ({}, {"index": 0, "mask": np.ones((5, 7), np.float32)}):
         with pytest.raises(UserError, match="either the number of a face or a mask"):
-            Place(crops=crops(1), **where)
+            FaceTarget(crops=crops(1), **where)
 
 
 def test_what_cannot_be_done_is_said_before_anything_is_drawn(base, template):
-    place = Place(index=0, crops=crops(1))
+    target = FaceTarget(index=0, crops=crops(1))
     with pytest.raises(UserError, match="is 7 x 5, the template is 180 x 100"):
-        Job(
+        InpaintRequest(
             template=template,
-            places=(Place(crops=crops(1), mask=np.ones((5, 7), np.float32)),),
+            targets=(FaceTarget(crops=crops(1), mask=np.ones((5, 7), np.float32)),),
             prompt="",
         )
     with pytest.raises(UserError, match="no face 4 in"):
-        Job(template=template, places=(Place(index=4, crops=crops(1)),), prompt="")
+        InpaintRequest(template=template, targets=(FaceTarget(index=4, crops=crops(1)),), prompt="")
 
-    def redraw(*places, settings=None, how=None):
-        job = Job(template=template, places=places, prompt="")
-        redraw_templates(Inverter(base), [job], settings or Settings(steps=4), how or Redrawing())
+    def redraw(*targets, params=None, how=None):
+        request = InpaintRequest(template=template, targets=targets, prompt="")
+        inpaint_faces(
+            Inverter(base), [request], params or GenerationParams(steps=4), how or InpaintParams()
+        )
 
     for error, arguments in {
-        "the same number of photos": {"places": (place, Place(index=1, crops=crops(2, 2)))},
-        "drawn in squares": {"settings": Settings(width=64, height=32)},
-        "multiple of": {"settings": Settings(width=20, height=20)},
+        "the same number of photos": {"targets": (target, FaceTarget(index=1, crops=crops(2, 2)))},
+        "drawn in squares": {"params": GenerationParams(width=64, height=32)},
+        "multiple of": {"params": GenerationParams(width=20, height=20)},
         "group.png: the mask is empty": {
-            "places": (Place(crops=crops(1), mask=np.zeros((100, 180), np.float32)),)
+            "targets": (FaceTarget(crops=crops(1), mask=np.zeros((100, 180), np.float32)),)
         },
     }.items():
         with pytest.raises(UserError, match=error):
-            redraw(*arguments.pop("places", (place,)), **arguments)
+            redraw(*arguments.pop("targets", (target,)), **arguments)
     with pytest.raises(UserError, match="fill must lie in"):
-        Redrawing(fill=0.0)
+        InpaintParams(fill=0.0)
     with pytest.raises(UserError, match="strength must lie above 0"):
-        Redrawing(strength=1.5)
+        InpaintParams(strength=1.5)
     with pytest.raises(UserError, match="leaves none of 4 steps"):
-        redraw(place, how=Redrawing(strength=0.2))
+        redraw(target, how=InpaintParams(strength=0.2))
 
 
-def test_torch_draws_over_a_canvas(files, base):
+def test_torch_masked_image_to_image(files, base):
     from fact_infer.photos import prepare_crops
     from fact_infer.request import Photo
     from fact_infer.torch.pipeline import TorchPipeline
@@ -224,26 +232,26 @@ def test_torch_draws_over_a_canvas(files, base):
     torch.pipe.vae.post_quant_conv.register_forward_pre_hook(lambda _, args: latents.append(*args))
     torch.pipe.unet.register_forward_pre_hook(lambda _, args: calls.append(float(args[1])))
 
-    def draw(canvas, sampler="ddim", steps=4):
+    def draw(img2img, sampler="ddim", steps=4):
         calls.clear()
-        settings = Settings(
+        params = GenerationParams(
             sampler=sampler, steps=steps, guidance=Guidance(text=3.0), height=32, width=40
         )
-        return torch.draw(["a man"], [3], face, settings, canvas=canvas)[0].astype(float)
+        return torch.generate(["a man"], [3], face, params, img2img=img2img)[0].astype(float)
 
     plain = draw(None)
-    np.testing.assert_array_equal(draw(Canvas.whole(image, 1.0, base)), plain)
-    start = draw(Canvas.whole(image, 0.25, base))
+    np.testing.assert_array_equal(draw(Img2ImgInput.whole(image, 1.0, base)), plain)
+    start = draw(Img2ImgInput.whole(image, 0.25, base))
     assert len(calls) == 1
-    nothing = Canvas(images=image, cells=np.zeros((1, 16, 20), bool), strength=0.8)
+    nothing = Img2ImgInput(images=image, latent_mask=np.zeros((1, 16, 20), bool), strength=0.8)
     decoded = draw(nothing)
     assert np.abs(start - decoded).mean() < np.abs(plain - decoded).mean()
     own = latents.pop()
-    half = nothing.cells.copy()
+    half = nothing.latent_mask.copy()
     half[:, :, 10:] = True
-    draw(Canvas(images=image, cells=half, strength=1.0))
+    draw(Img2ImgInput(images=image, latent_mask=half, strength=1.0))
     assert (latents[-1][..., :10] == own[..., :10]).all()
     assert (latents[-1][..., 10:] != own[..., 10:]).all()
     for sampler in ("pndm", "euler", "dpmpp_2m_karras"):
-        draw(Canvas.whole(image, 0.6, base), sampler, 5)
+        draw(Img2ImgInput.whole(image, 0.6, base), sampler, 5)
         assert calls == model_calls(sampler, base.schedule, 5, 2)[1].tolist(), sampler

@@ -10,7 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 
-from fact_infer.base_model import check_fit, read_base, read_face_files
+from fact_infer.parts import check_fit, read_base, read_face_models
 from fact_infer.torch.attention_processors import FaceContext, FaceProcessor, installed, text_blocks
 from fact_infer.torch.models import Resampler, encoder_from, load_strictly
 from fact_jax.fact import Guidance
@@ -136,7 +136,7 @@ def test_every_wrong_key_is_listed():
 
 
 def test_adapter_for_another_base_is_refused_before_weights_are_read(files):
-    face = read_face_files(files.adapter, files.encoder)
+    face = read_face_models(files.adapter, files.encoder)
     base = read_base(files.base)
     check_fit(base, face)
     longer = dataclasses.replace(base.unet, block_out_channels=(8, 24))

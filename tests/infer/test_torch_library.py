@@ -23,8 +23,8 @@ from diffusers import (
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
-from fact_infer.img2img import Canvas
-from fact_infer.request import Settings
+from fact_infer.img2img import Img2ImgInput
+from fact_infer.request import GenerationParams
 from fact_infer.torch.adapter import FactTorch, load_fact, unload_fact
 from fact_infer.torch.attention_processors import installed
 from fact_infer.torch.pipeline import TorchPipeline
@@ -36,30 +36,30 @@ pytestmark = pytest.mark.heavy
 
 
 @pytest.fixture(scope="module")
-def drawer(files):
+def pipeline(files):
     """Our own program's pipeline, with the face in it."""
-    drawer = TorchPipeline.load(files.base, files.adapter, files.encoder)
-    drawer.pipe.scheduler = DDIMScheduler.from_config(drawer.pipe.scheduler.config)
-    drawer.pipe.set_progress_bar_config(disable=True)
-    return drawer
+    pipeline = TorchPipeline.load(files.base, files.adapter, files.encoder)
+    pipeline.pipe.scheduler = DDIMScheduler.from_config(pipeline.pipe.scheduler.config)
+    pipeline.pipe.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 @pytest.fixture
-def pipe(drawer):
-    processors = dict(drawer.pipe.unet.attn_processors)
-    yield drawer.pipe
+def pipe(pipeline):
+    processors = dict(pipeline.pipe.unet.attn_processors)
+    yield pipeline.pipe
     # diffusers leaves its own in place when a picture fails.
-    drawer.pipe.unet.set_attn_processor(processors)
+    pipeline.pipe.unet.set_attn_processor(processors)
 
 
 @pytest.fixture
-def fact(drawer):
-    return drawer.fact
+def fact(pipeline):
+    return pipeline.fact
 
 
 @pytest.fixture(scope="module")
-def face(drawer):
-    return people(drawer.fact)
+def face(pipeline):
+    return people(pipeline.fact)
 
 
 @pytest.fixture(scope="module")
@@ -223,16 +223,16 @@ def test_windows_count_the_steps_that_are_drawn(fact, pipe, face, image):
     np.testing.assert_allclose(scales, [0.9, 0.7, 0.0, 0.0], rtol=1e-6)
 
 
-def test_image_to_image_as_our_program_draws_it(drawer, fact, pipe, image):
+def test_image_to_image_as_our_program_draws_it(pipeline, fact, pipe, image):
     """With the window over what is drawn, in both."""
     crops = np.random.default_rng(0).integers(0, 256, (1, 1, 32, 32, 3), np.uint8)
     pixels = np.uint8(255 * image.permute(0, 2, 3, 1).numpy())
     guidance = Guidance(text=3.0, face_scale=0.8, start=0.25)
-    settings = Settings(sampler="ddim", steps=8, guidance=guidance)
-    canvas = Canvas.whole(pixels, 0.5, drawer.base)
-    wanted = drawer.draw(["a man"], [5], crops, settings, canvas=canvas)
+    settings = GenerationParams(sampler="ddim", steps=8, guidance=guidance)
+    img2img = Img2ImgInput.whole(pixels, 0.5, pipeline.base)
+    wanted = pipeline.generate(["a man"], [5], crops, settings, img2img=img2img)
     other = around(pipe, StableDiffusionImg2ImgPipeline)
-    noise = drawer._noise([5], 16, 16)
+    noise = pipeline._noise([5], 16, 16)
 
     def from_mean(image, timestep, *_, **__):
         mean = other.vae.encode(torch.tensor(pixels).permute(0, 3, 1, 2) / 127.5 - 1)

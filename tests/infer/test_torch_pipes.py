@@ -21,8 +21,8 @@ from diffusers import (
 )
 from diffusers.models.attention_processor import AttnProcessor2_0
 
-from fact_infer.img2img import Canvas
-from fact_infer.request import Settings
+from fact_infer.img2img import Img2ImgInput
+from fact_infer.request import GenerationParams
 from fact_infer.torch.adapter import FactTorch, load_fact, unload_fact
 from fact_infer.torch.attention_processors import installed
 from fact_infer.torch.pipeline import TorchPipeline
@@ -251,21 +251,21 @@ def test_saved_and_loaded_again(fact, pipe, tmp_path):
         np.testing.assert_array_equal(draw(pipe), wanted)
 
 
-def test_canvas_under_a_controlnet(files):
-    drawer = TorchPipeline.load(files.base)
-    drawer.controlnet = controlnet(drawer.pipe)
+def test_img2img_under_a_controlnet(files):
+    pipeline = TorchPipeline.load(files.base)
+    pipeline.controlnet = controlnet(pipeline.pipe)
     seen, under = np.random.default_rng(2).integers(0, 256, (2, 1, 32, 32, 3), np.uint8)
-    settings = Settings(sampler="ddim", steps=2, guidance=GUIDANCE)
+    params = GenerationParams(sampler="ddim", steps=2, guidance=GUIDANCE)
 
     def picture(**more):
-        return drawer.draw(["a man"], [1], None, settings, **more).astype(float)
+        return pipeline.generate(["a man"], [1], None, params, **more).astype(float)
 
     steered = picture(control=seen)
-    whole = Canvas.whole(under, 1.0, drawer.base)
-    np.testing.assert_array_equal(picture(control=seen, canvas=whole), steered)
-    half = Canvas.whole(under, 0.5, drawer.base)
-    assert np.abs(picture(control=seen, canvas=half) - picture(canvas=half)).mean() > 1.0
-    assert np.abs(picture(control=seen, canvas=half) - steered).mean() > 1.0
+    whole = Img2ImgInput.whole(under, 1.0, pipeline.base)
+    np.testing.assert_array_equal(picture(control=seen, img2img=whole), steered)
+    half = Img2ImgInput.whole(under, 0.5, pipeline.base)
+    assert np.abs(picture(control=seen, img2img=half) - picture(img2img=half)).mean() > 1.0
+    assert np.abs(picture(control=seen, img2img=half) - steered).mean() > 1.0
 
 
 def test_offloaded_models(fact, pipe):
@@ -294,11 +294,11 @@ def test_half_precision(files):
     """float16 as on a GPU: the picture is whole and still somebody's."""
     half = TorchPipeline.load(files.base, files.adapter, files.encoder, torch.float16)
     crops = np.random.default_rng(0).integers(0, 256, (1, 1, 32, 32, 3), np.uint8)
-    settings = Settings(steps=2, guidance=GUIDANCE)
-    face = half.draw(["a man"], [0], crops, settings).astype(float)
-    base = half.draw(["a man"], [0], None, settings).astype(float)
+    params = GenerationParams(steps=2, guidance=GUIDANCE)
+    face = half.generate(["a man"], [0], crops, params).astype(float)
+    base = half.generate(["a man"], [0], None, params).astype(float)
     exact = TorchPipeline.load(files.base, files.adapter, files.encoder)
-    wanted = exact.draw(["a man"], [0], crops, settings).astype(float)
+    wanted = exact.generate(["a man"], [0], crops, params).astype(float)
     assert {p.dtype for p in half.pipe.unet.parameters()} == {torch.float16}
     assert np.abs(face - wanted).mean() < 1.0
     assert np.abs(face - base).mean() > 3.0

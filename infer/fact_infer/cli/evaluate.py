@@ -97,7 +97,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from fact_infer.jax.pipeline import FlaxPipeline
     from fact_infer.output_images import check_folder
     from fact_infer.parts import has_encoder
-    from fact_infer.request import Settings, check_seed
+    from fact_infer.request import GenerationParams, check_seed
     from fact_jax.fact import Guidance
 
     if arguments.batch < 1:
@@ -107,25 +107,25 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     check_folder(out)
     if out != arguments.out:
         print(f"note: {arguments.out} is taken, this goes to {out}", file=sys.stderr)
-    settings = Settings(
+    params = GenerationParams(
         sampler=arguments.sampler,
         steps=arguments.steps,
         guidance=Guidance(text=arguments.guidance, face_scale=arguments.face_scale),
     )
-    judges = evaluate.Judges(arguments.judge)
+    judges = evaluate.MetricNetworks(arguments.judge)
     encoder = arguments.encoder
     if encoder is None and not has_encoder(arguments.adapter):
         encoder = Path("miniature/encoder")
     pipeline = FlaxPipeline.load(arguments.base, arguments.adapter, encoder)
-    pipeline.base.check(settings)
+    pipeline.base.check(params)
     crop_size = pipeline.face.encoder_config.img_size
     people = evaluate.draw_people(arguments.people, arguments.photos, crop_size)
     print(f"drawing {2 * arguments.people} pictures", file=sys.stderr)
     pictures = evaluate.draw_pictures(
-        pipeline, people, settings, seed=arguments.seed, batch=arguments.batch
+        pipeline, people, params, seed=arguments.seed, batch=arguments.batch
     )
     measures = evaluate.measure(judges, people, pictures)
-    about = evaluate.describe(pipeline, people, settings, arguments.seed)
+    about = evaluate.describe(pipeline, people, params, arguments.seed)
     print(evaluate.save(out, about, measures, people, pictures), end="")
 
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fact_infer.cli.evaluate import add_commands
-from fact_infer.cli.generate import add_generate, add_photo_options
+from fact_infer.cli.generate import add_generate
+from fact_infer.cli.options import add_photo_options
 from fact_infer.cli.redraw import add_redraw
 from fact_infer.cli.unused_options import without_effect
 from fact_jax.utils.command_line import ArgumentParser, add_version
@@ -29,9 +30,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for line in without_effect(arguments, words):
             print(f"warning: {line}", file=sys.stderr)
         if getattr(arguments, "backend", None) == "torch":
-            from fact_infer.guidance import keep_jax_on_cpu
+            from fact_infer.jax_config import pin_jax_to_cpu
 
-            keep_jax_on_cpu()
+            pin_jax_to_cpu()
         try:
             arguments.run(arguments)
         except RuntimeError as error:

@@ -2,28 +2,28 @@
 
 import argparse
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
-from fact_infer.cli.generate import (
-    add_files,
-    add_models,
-    add_photo_options,
-    add_sampling,
+from fact_infer.cli.models import (
     drawing_files,
-    load_drawer,
+    load_pipeline,
     load_safety_checker,
-    read_photos,
+    note,
+    open_parts,
     warn_of_cut_prompts,
 )
-from fact_infer.cli.guidance_options import (
-    add_base_options,
+from fact_infer.cli.options import (
     add_control_scale,
+    add_files,
+    add_guidance_options,
+    add_models,
     add_person_option,
-    add_steering_options,
+    add_photo_options,
+    add_sampling,
     check_control,
     read_guidance,
+    read_photos,
 )
 from fact_jax.utils.errors import UserError
 
@@ -43,18 +43,16 @@ def add_redraw(commands: argparse._SubParsersAction) -> None:
     )
     command.set_defaults(run=_redraw)
     command.add_argument("templates", nargs="+", type=Path, metavar="TEMPLATE")
-    models = command.add_argument_group("models")
-    add_models(models)
-    add_base_options(models)
+    add_models(command.add_argument_group("models"))
     group = command.add_argument_group("people")
     add_photo_options(group, several=True)
     add_person_option(group, "whose photo it is, if they are of several people")
-    _add_places(group)
-    add_steering_options(command.add_argument_group("face"))
+    _add_targets(group)
+    add_guidance_options(command.add_argument_group("face"))
     _add_picture_options(command.add_argument_group("picture"))
 
 
-def _add_places(group: argparse._ActionsContainer) -> None:
+def _add_targets(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--face",
         type=int,
@@ -110,45 +108,40 @@ def _redraw(arguments: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from fact_infer.base_model import check_controlnet, read_base, read_face_files
     from fact_infer.output_images import check_folder, picture_path, recorded, save_image
-    from fact_infer.parts import find_face_files
     from fact_infer.photos import prepare_crops
-    from fact_infer.request import Settings
-    from fact_infer.templates import Redrawing, check_jobs, redraw_templates
+    from fact_infer.request import GenerationParams
+    from fact_infer.templates import InpaintParams, check_requests, inpaint_faces
 
-    settings = Settings(
+    params = GenerationParams(
         negative=arguments.negative,
         sampler=arguments.sampler,
         steps=arguments.steps,
         guidance=read_guidance(arguments),
     )
-    how = Redrawing(**{name: getattr(arguments, name) for name in _HOW})
+    how = InpaintParams(**{name: getattr(arguments, name) for name in _HOW})
     check_folder(arguments.out)
-    base = read_base(arguments.base)
-    base.check(settings)
-    if arguments.controlnet:
-        check_controlnet(base, arguments.controlnet)
+    parts = open_parts(arguments)
+    base, size = parts.base, parts.face.encoder_config.img_size
+    base.check(params)
     warn_of_cut_prompts(base, [arguments.prompt, arguments.negative])
-    face = read_face_files(*find_face_files(arguments.adapter, arguments.encoder))
-    prepared = [prepare_crops(photos, face.encoder_config.img_size) for photos in people]
-    notes = [note for _, found in prepared for note in found]
-    jobs = _jobs(arguments, [crops for crops, _ in prepared], notes)
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
-    check_jobs(base, jobs, settings, how, arguments.batch)
-    more = {"loras": arguments.lora, "controlnet": arguments.controlnet}
+    prepared = [prepare_crops(photos, size) for photos in people]
+    notes = [line for _, found in prepared for line in found]
+    requests = _requests(arguments, [crops for crops, _ in prepared], notes)
+    for line in notes:
+        note(line)
+    check_requests(base, requests, params, how, arguments.batch)
     check_safety = load_safety_checker(base, arguments.safety_checker)
-    drawer = load_drawer(arguments.backend, arguments.precision, base, face, **more)
-    total = sum(len(job.places) for job in jobs)
-    with tqdm(total=len(jobs), desc=f"redrawing {total} faces", disable=None) as bar:
-        pictures = redraw_templates(drawer, jobs, settings, how, batch=arguments.batch)
-        for job, path, picture in zip(jobs, arguments.templates, pictures, strict=True):
+    pipeline = load_pipeline(arguments, parts)
+    total = sum(len(request.targets) for request in requests)
+    with tqdm(total=len(requests), desc=f"redrawing {total} faces", disable=None) as bar:
+        pictures = inpaint_faces(pipeline, requests, params, how, batch=arguments.batch)
+        for request, path, picture in zip(requests, arguments.templates, pictures, strict=True):
             out = picture_path(arguments.out, f"{path.stem}-redrawn", f".{arguments.format}")
-            text = recorded(_values(arguments, settings, job))
+            text = recorded(_values(arguments, params, request))
             part = "compositeWithTrainedAlgorithmicMedia"
             (picture,) = check_safety(picture[None])
-            out = save_image(picture, out, text, part, job.template.profile)
+            out = save_image(picture, out, text, part, request.template.profile)
             bar.update()
             tqdm.write(str(out))
 
@@ -164,7 +157,7 @@ def _people(arguments: argparse.Namespace) -> list[list]:
         raise UserError("give --control once for each template, in their order")
     people = by_person(read_photos(arguments))
     chosen = [getattr(arguments, name) for name in _WHERE if getattr(arguments, name)]
-    if len(chosen) > 1 or any(len(places) != len(people) for places in chosen):
+    if len(chosen) > 1 or any(len(targets) != len(people) for targets in chosen):
         raise UserError(
             "give --face, --box or --area once for each person, in their order, or none of them "
             f"(people: {len(people)}; --person with each --photo says whose it is)"
@@ -172,15 +165,15 @@ def _people(arguments: argparse.Namespace) -> list[list]:
     return people
 
 
-def _jobs(arguments: argparse.Namespace, people: list, notes: list[str]) -> list:
+def _requests(arguments: argparse.Namespace, people: list, notes: list[str]) -> list:
     """What is to be done with each template; lines for the user are added to ``notes``."""
-    from fact_infer.templates import Job, find_template, read_template
+    from fact_infer.templates import InpaintRequest, find_template, read_template
     from fact_jax.face import can_find_faces, read_image
     from fact_jax.face.mask import read_mask
 
     areas = [read_mask(file) for file in arguments.area]
     controls = [read_image(file) for file in arguments.control] or [None] * len(arguments.templates)
-    jobs = []
+    requests = []
     for path, control in zip(arguments.templates, controls, strict=True):
         if areas:
             template = read_template(path)
@@ -188,23 +181,23 @@ def _jobs(arguments: argparse.Namespace, people: list, notes: list[str]) -> list
             template = read_template(path)
             notes.append(f"{path}: no points and no detector: the ellipse in the box is redrawn")
         else:
-            template, note = find_template(path, pack=arguments.detector)
-            notes += [note] if note else []
-        jobs.append(
-            Job(
+            template, found = find_template(path, pack=arguments.detector)
+            notes += [found] if found else []
+        requests.append(
+            InpaintRequest(
                 template=template,
-                places=_places(template, people, areas, arguments),
+                targets=_targets(template, people, areas, arguments),
                 prompt=arguments.prompt,
                 seed=arguments.seed,
                 control=control,
             )
         )
-    return jobs
+    return requests
 
 
-def _places(template, people: list, areas: list, arguments: argparse.Namespace) -> tuple:
+def _targets(template, people: list, areas: list, arguments: argparse.Namespace) -> tuple:
     """Where in a template each person is put."""
-    from fact_infer.templates import Place
+    from fact_infer.templates import FaceTarget
     from fact_jax.face.mask import box_mask
 
     boxes = [_box(text) for text in arguments.box or ()]
@@ -218,7 +211,7 @@ def _places(template, people: list, areas: list, arguments: argparse.Namespace) 
                     f"which is {shape[1]} x {shape[0]}"
                 )
     if areas:
-        return tuple(Place(crops=c, mask=area) for c, area in zip(people, areas, strict=True))
+        return tuple(FaceTarget(crops=c, mask=area) for c, area in zip(people, areas, strict=True))
     if arguments.face:
         indices = arguments.face
     elif arguments.box:
@@ -230,7 +223,7 @@ def _places(template, people: list, areas: list, arguments: argparse.Namespace) 
         indices = range(len(people))
     if len(set(indices)) < len(indices):
         raise UserError(f"{template.name}: two people are meant for the same face")
-    return tuple(Place(crops=c, index=i) for c, i in zip(people, indices, strict=True))
+    return tuple(FaceTarget(crops=c, index=i) for c, i in zip(people, indices, strict=True))
 
 
 def _box(text: str) -> list[float]:
@@ -243,7 +236,7 @@ def _box(text: str) -> list[float]:
     return [left, top, right, bottom]
 
 
-def _values(arguments: argparse.Namespace, settings, job) -> dict[str, Any]:
+def _values(arguments: argparse.Namespace, params, request) -> dict[str, Any]:
     """Everything that a picture was made from, ready for JSON."""
     from fact_infer.output_images import steering
 
@@ -251,17 +244,17 @@ def _values(arguments: argparse.Namespace, settings, job) -> dict[str, Any]:
     values = {
         "prompt": arguments.prompt,
         "negative": arguments.negative,
-        "template": job.template.name,
+        "template": request.template.name,
         **{name: getattr(arguments, name) for name in ("seed", "sampler", "steps", "guidance")},
         **{name: getattr(arguments, name) for name in _HOW},
-        "face": {"photos": photos, **steering(settings.guidance)},
+        "face": {"photos": photos, **steering(params.guidance)},
         "person": arguments.person or [0] * len(photos),
         "base": arguments.base,
         **drawing_files(arguments),
     }
-    places = [(name, place) for name in _WHERE for place in getattr(arguments, name) or ()]
+    targets = [(name, target) for name in _WHERE for target in getattr(arguments, name) or ()]
     named = {
-        "where": [f"{k} {v.name if isinstance(v, Path) else v}" for k, v in places],
+        "where": [f"{k} {v.name if isinstance(v, Path) else v}" for k, v in targets],
         "control": [path.name for path in arguments.control],
     }
     return values | {name: given for name, given in named.items() if given}

@@ -31,7 +31,7 @@ from fact_infer.evaluation.metrics import (
     share_interval,
 )
 from fact_infer.jax.pipeline import FlaxPipeline
-from fact_infer.request import MAX_SEED, Settings
+from fact_infer.request import MAX_SEED, GenerationParams
 from fact_jax.diffusion.samplers import num_model_calls
 from fact_jax.face import align_batch
 from fact_jax.portraits import SPLITS, Batch, make_batch
@@ -97,7 +97,7 @@ def draw_people(count: int, photos: int, crop_size: int, split: str = "test") ->
     )
 
 
-class Judgement(NamedTuple):
+class MetricOutputs(NamedTuple):
     """What the judges see in pictures."""
 
     embeddings: Float[np.ndarray, "n k"]
@@ -108,19 +108,19 @@ class Judgement(NamedTuple):
     attributes: dict[str, Int[np.ndarray, " n"]]
 
 
-class Judges:
+class MetricNetworks:
     """The recogniser and the parser of a folder, compiled once."""
 
     def __init__(self, folder: Path):
         self._recognise = _compiled(load_network(IdentityNet, folder / "recogniser.safetensors"))
         self._parse = _compiled(load_network(AttributeNet, folder / "parser.safetensors"))
 
-    def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> Judgement:
+    def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> MetricOutputs:
         """Judge whole pictures."""
         found = self._parse(images)
         masks = {name: 1 / (1 + np.exp(-found[name].astype(np.float32))) for name in _MASKS}
         crops = align_batch(images, found["points"], masks["head"], CROP)
-        return Judgement(
+        return MetricOutputs(
             embeddings=self._recognise(crops),
             **{name: mask >= 0.5 for name, mask in masks.items()},
             skin=found["skin"],
@@ -148,14 +148,14 @@ def _compiled(module: nnx.Module) -> Callable:
 
 
 def draw_pictures(
-    pipeline: FlaxPipeline, people: People, settings: Settings, *, seed: int, batch: int
+    pipeline: FlaxPipeline, people: People, params: GenerationParams, *, seed: int, batch: int
 ) -> dict[str, UInt8[np.ndarray, "n h w 3"]]:
     """``base`` and ``fact`` pictures of everybody's caption; person i starts from noise seed + i.
 
     Two functions are compiled; progress goes to stderr, a bar or a line a batch.
     """
     prompts, count = people.scenes.captions, len(people.crops)
-    height, width = pipeline.base.latent_size(settings)
+    height, width = pipeline.base.latent_size(params)
     if (height, width) != (SIZE // pipeline.base.vae.downscale,) * 2:
         raise UserError(f"the judges look at pictures of {SIZE} x {SIZE}: this base draws others")
     if not 0 <= seed <= MAX_SEED - count:
@@ -163,7 +163,7 @@ def draw_pictures(
     if batch < 1:
         raise UserError(f"a batch holds at least one picture, got {batch}")
     batch = min(batch, count)
-    calls = num_model_calls(settings.sampler, settings.steps)
+    calls = num_model_calls(params.sampler, params.steps)
     pictures = {}
     total = 2 * -(-count // batch) * calls
     with tqdm(total=total, unit="step", disable=None) as bar:
@@ -173,11 +173,11 @@ def draw_pictures(
             for start in range(0, count, batch):
                 # The last batch is filled up: another shape would be compiled anew.
                 rows = np.minimum(np.arange(start, start + batch), count - 1)
-                part = pipeline.draw(
+                part = pipeline.generate(
                     [prompts[i] for i in rows],
                     [seed + int(i) for i in rows],
                     None if crops is None else crops[rows],
-                    settings,
+                    params,
                     bar=None if bar.disable else bar,
                 )
                 parts.append(part)
@@ -189,7 +189,7 @@ def draw_pictures(
 
 
 def measure(
-    judges: Judges, people: People, pictures: dict[str, UInt8[np.ndarray, "n h w 3"]]
+    judges: MetricNetworks, people: People, pictures: dict[str, UInt8[np.ndarray, "n h w 3"]]
 ) -> dict[str, Estimate]:
     """All measures, by the keys of ``fact_infer.evaluation.metrics.SECTIONS`` and the column."""
     seen = {name: judges(images) for name, images in pictures.items()}
@@ -204,7 +204,7 @@ def measure(
     }
 
 
-def _identity(seen: dict[str, Judgement]) -> dict[str, Estimate]:
+def _identity(seen: dict[str, MetricOutputs]) -> dict[str, Estimate]:
     reference, another = seen["reference"].embeddings, seen["another"].embeddings
     measures, to_reference = {}, {}
     for column, source in (("fact", "fact"), ("base", "base"), ("true", "another")):
@@ -223,7 +223,9 @@ def _identity(seen: dict[str, Judgement]) -> dict[str, Estimate]:
     return measures | {"over_base/fact": mean_interval(gain)}
 
 
-def _changes(seen: dict[str, Judgement], pictures: dict[str, np.ndarray]) -> dict[str, Estimate]:
+def _changes(
+    seen: dict[str, MetricOutputs], pictures: dict[str, np.ndarray]
+) -> dict[str, Estimate]:
     measures = {}
     for region in _MASKS:
         mask = dilate(getattr(seen["base"], region) | getattr(seen["fact"], region))
@@ -234,7 +236,7 @@ def _changes(seen: dict[str, Judgement], pictures: dict[str, np.ndarray]) -> dic
     return measures
 
 
-def _colours(seen: dict[str, Judgement], people: People) -> dict[str, Estimate]:
+def _colours(seen: dict[str, MetricOutputs], people: People) -> dict[str, Estimate]:
     measures = {}
     for name in ("hair", "skin"):
         truth = getattr(people.scenes.portrait, name)
@@ -244,7 +246,7 @@ def _colours(seen: dict[str, Judgement], people: People) -> dict[str, Estimate]:
     return measures
 
 
-def _captions(seen: dict[str, Judgement], people: People) -> dict[str, Estimate]:
+def _captions(seen: dict[str, MetricOutputs], people: People) -> dict[str, Estimate]:
     measures = {}
     for column, source in (("fact", "fact"), ("base", "base"), ("true", "scene")):
         found = seen[source].attributes
@@ -255,15 +257,15 @@ def _captions(seen: dict[str, Judgement], people: People) -> dict[str, Estimate]
     return measures
 
 
-def describe(pipeline: FlaxPipeline, people: People, settings: Settings, seed: int) -> dict:
+def describe(pipeline: FlaxPipeline, people: People, params: GenerationParams, seed: int) -> dict:
     """What was evaluated and how, for the record."""
-    guidance = dataclasses.asdict(settings.guidance)
+    guidance = dataclasses.asdict(params.guidance)
     return {
         "people": len(people.crops),
         "first person": int(people.references.ids[0]),
         "photos of each": people.crops.shape[1],
-        "sampler": settings.sampler,
-        "steps": settings.steps,
+        "sampler": params.sampler,
+        "steps": params.steps,
         "guidance": guidance,
         "seed": seed,
         "base": str(pipeline.base.folder),

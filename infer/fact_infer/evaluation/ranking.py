@@ -11,8 +11,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from fact_convert.models.face_encoder import load_encoder
-from fact_infer.base_model import FaceFiles
 from fact_infer.evaluation.metrics import cosine
+from fact_infer.parts import FaceModels
 from fact_jax.face.align import align_face
 from fact_jax.face.landmarks import DEFAULT_PACK, detect_faces, find_pack, local_pack
 from fact_jax.face.mask import head_mask
@@ -22,7 +22,7 @@ _WIDEST = 65_000
 _INK = (38, 42, 52)
 
 
-class Ranking:
+class IdentityRanking:
     """Compares pictures with a person's photos by the face encoder's own identity embedding.
 
     The adapter was trained on what this encoder sees: the order is good for choosing among
@@ -34,7 +34,7 @@ class Ranking:
 
     def __init__(
         self,
-        face: FaceFiles,
+        face: FaceModels,
         crops: UInt8[np.ndarray, "p s s 3"],
         pack: str | Path | None = None,
         points: Float[np.ndarray, "5 2"] | None = None,

@@ -2,8 +2,7 @@
 
 import dataclasses
 import functools
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -12,21 +11,15 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 from tqdm import tqdm
 
-from fact_convert.lora import read_lora
 from fact_convert.models.adapter import attach_adapter, load_adapter
 from fact_convert.models.controlnet import load_controlnet
 from fact_convert.models.face_encoder import load_encoder
 from fact_convert.models.pipeline import load_pipeline
-from fact_convert.models.tokenizer import tokenize
-from fact_infer.base_model import Base, FaceFiles, check_crops
-from fact_infer.guidance import Shape, block_strengths, pad_photos, split_guidance
-from fact_infer.img2img import Canvas
-from fact_infer.parts import open_parts
-from fact_infer.pipeline import Drawer
-from fact_infer.request import Settings
+from fact_infer.parts import Parts
+from fact_infer.pipeline import GenerationInputs, Pipeline
 from fact_jax.diffusion.samplers import (
     SAMPLERS,
     masked_denoiser,
@@ -34,6 +27,8 @@ from fact_jax.diffusion.samplers import (
     python_loop,
 )
 from fact_jax.fact import (
+    Branch,
+    Combine,
     Model,
     encode_face,
     guided_conditions,
@@ -41,28 +36,41 @@ from fact_jax.fact import (
     initial_noise,
     null_face,
 )
-from fact_jax.regions import region_masks
-from fact_jax.utils.errors import UserError
 
 _HALF_PARTS = ("unet", "text_encoder", "controlnet")
 _AXIS = "pictures"
+_UNMASKED_PHOTOS = 2
 MAX_SHAPES = 8
 """Of so many shapes of requests the compiled programs stay in memory."""
 
 
-class FlaxPipeline(Drawer):
-    """A base model, with or without a face adapter, ready to draw.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StaticParams:
+    """What the programs depend on beside the shapes of their arrays.
 
-    Three programs are compiled for each shape of a request (``fact_infer.guidance.Shape``): what is
-    done once before the steps, the guided UNet, and what is done once after them. With several
-    devices each draws its share of a batch.
+    Samplers, steps, prompts, seeds and all numbers of a guidance need no new one. ``count`` is how
+    many pictures there are, of which each of ``devices`` draws its share.
     """
 
-    def __init__(
-        self, base: Base, face: FaceFiles | None, models: dict[str, nnx.Module], dtype=jnp.float32
-    ):
-        self.base, self.face, self.dtype = base, face, jnp.dtype(dtype)
-        self.blocks = tuple(path for path, _ in models["unet"].transformer_blocks())
+    count: int
+    size: tuple[int, int]
+    people: int
+    branches: tuple[Branch, ...]
+    combine: Combine
+    devices: int = 1
+
+
+class FlaxPipeline(Pipeline):
+    """Generation in JAX, whose UNet, text encoder and ControlNet compute in ``dtype``.
+
+    Three programs are compiled for each ``StaticParams``: what is done once before the steps, the
+    guided UNet, and what is done once after them. With several devices each draws its share of a
+    batch.
+    """
+
+    def __init__(self, parts: Parts, models: dict[str, nnx.Module], dtype: Any = "float32"):
+        super().__init__(parts)
+        self.dtype = jnp.dtype(dtype)
         split = {name: nnx.split(model) for name, model in models.items()}
         self._graphs = {name: graph for name, (graph, _) in split.items()}
         self._states = {name: nnx.as_pure(state) for name, (_, state) in split.items()}
@@ -75,92 +83,49 @@ class FlaxPipeline(Drawer):
         self._decode = _over_devices(self._decode_rows)
 
     @classmethod
-    def load(
-        cls,
-        base: str | os.PathLike | Base,
-        adapter: str | os.PathLike | None = None,
-        encoder: str | os.PathLike | None = None,
-        dtype=jnp.float32,
-        *,
-        face: FaceFiles | None = None,
-        loras: Sequence[tuple[str | os.PathLike, float]] = (),
-        controlnet: str | os.PathLike | None = None,
-    ) -> "FlaxPipeline":
-        """Read a diffusers folder and, for faces, an adapter file and an encoder.
-
-        UNet, text encoder and ControlNet compute in ``dtype``, the rest in float32. ``face`` are
-        adapter and encoder as ``read_face_files`` opened them, instead of their names. ``loras``
-        are files that are added to the base, each times its factor.
-        """
-        base, face = open_parts(base, adapter, encoder, face=face, controlnet=controlnet)
-        added = [(read_lora(file), factor) for file, factor in loras]
-        pipeline = load_pipeline(base.whole(), dtype=dtype, loras=added)
+    def from_parts(cls, parts: Parts, dtype: Any = "float32") -> "FlaxPipeline":
+        pipeline = load_pipeline(parts.base.weights_folder(), dtype=dtype, loras=parts.loras)
         models = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
-        if controlnet is not None:
-            models["controlnet"] = load_controlnet(controlnet, dtype=dtype)
-        if face is not None:
+        if parts.controlnet is not None:
+            models["controlnet"] = load_controlnet(parts.controlnet, dtype=dtype)
+        if (face := parts.face) is not None:
             trained = load_adapter(face.adapter, resampler_config=face.resampler_config)
             models["unet"] = attach_adapter(models["unet"], trained)
             models["resampler"] = trained.resampler
             models["encoder"] = load_encoder(face.encoder, config=face.encoder_config)
-        return cls(base, face, models, dtype)
+        return cls(parts, models, dtype)
 
-    def draw(
-        self,
-        prompts: Sequence[str],
-        seeds: Sequence[int],
-        crops: UInt8[np.ndarray, "#b p s s 3"] | None,
-        settings: Settings,
-        *,
-        canvas: Canvas | None = None,
-        regions: Float[np.ndarray, "#b k h w"] | None = None,
-        control: UInt8[np.ndarray, "#b h w 3"] | None = None,
-        control_scale: float = 1.0,
-        bar: tqdm | None = None,
-    ) -> UInt8[np.ndarray, "b h w 3"]:
-        """One picture for each prompt, seed and person (``fact_infer.pipeline.Drawer``).
-
-        ``control`` are pictures for the ControlNet (poses, edges), as large as what is drawn.
-        """
-        check_crops(self.face, crops)
-        ids, _ = tokenize(self.base.tokenizer, [settings.negative, *prompts])
-        size, start, photo_mask = self.base.latent_size(settings), 0, None
-        people = 1 if regions is None else regions.shape[1]
-        inputs = {"ids": ids[1:], "seeds": np.asarray(seeds, np.int32)}
-        if crops is not None:
-            inputs["crops"], photo_mask = pad_photos(crops, people)
-        if canvas is not None:
-            canvas.check(self.base, settings, len(prompts))
-            start = canvas.start(settings.steps)
-            inputs["images"] = canvas.images
-        if regions is not None:
-            levels = len(self.base.unet.block_out_channels)
-            inputs["regions"] = dict(region_masks(regions, size, levels))
-        if control is not None:
-            if "controlnet" not in self._graphs:
-                raise UserError("a control picture was given, but no ControlNet to look at it")
-            inputs["control"] = np.broadcast_to(control, (len(seeds), *control.shape[1:]))
-        guidance, numbers = split_guidance(settings.guidance)
-        shape = Shape(
-            count=len(seeds),
-            size=size,
-            people=people,
-            guidance=guidance,
-            devices=_share(len(seeds), jax.local_device_count()),
+    def _generate(self, inputs: GenerationInputs, bar: tqdm | None) -> UInt8[np.ndarray, "b h w 3"]:
+        guidance, photo_mask = inputs.guidance, None
+        rows = {"ids": inputs.token_ids[1:], "seeds": inputs.seeds}
+        if inputs.crops is not None:
+            rows["crops"], photo_mask = pad_photos(inputs.crops, guidance.people)
+        if inputs.img2img is not None:
+            rows["images"] = inputs.img2img.images
+        if guidance.regions is not None:
+            rows["regions"] = dict(guidance.regions)
+        if inputs.control is not None:
+            rows["control"] = inputs.control
+        shape = StaticParams(
+            count=len(inputs.seeds),
+            size=inputs.size,
+            people=guidance.people,
+            branches=guidance.branches,
+            combine=inputs.params.guidance.combine,
+            devices=_share(len(inputs.seeds), jax.local_device_count()),
         )
-        self._forget_programs(shape, inputs)
+        controls = {} if guidance.cap is None else {"cap": guidance.cap, "adain": guidance.adain}
+        self._limit_programs(shape, {**rows, **controls})
         states = self._placed(shape.devices)
         if bar is not None and not bar.n:
             bar.set_description("compiling")
-        shared = {"negative": ids[:1], "photo_mask": photo_mask}
-        conditions, noise, keys, x0 = self._prepare(states, shared, inputs, shape=shape)
-        bound = self.base.schedule.num_train_timesteps
+        shared = {"negative": inputs.token_ids[:1], "photo_mask": photo_mask}
+        conditions, noise, keys, x0 = self._prepare(states, shared, rows, shape=shape)
         shared = {
-            "numbers": numbers,
-            "strengths": block_strengths(
-                settings.guidance, settings.steps, start, self.blocks, bound
-            ),
-            "control": np.float32(control_scale),
+            "weights": guidance.weights,
+            "controls": controls,
+            "strengths": self._strengths(inputs),
+            "control": np.float32(inputs.control_scale),
             "photo_mask": photo_mask,
         }
         denoise = functools.partial(self._denoise, states, jax.device_put(shared), shape=shape)
@@ -170,8 +135,18 @@ class FlaxPipeline(Drawer):
                 rows = {"x": x, "conditions": conditions}
                 return progress(denoise(rows, t.astype(jnp.float32), i))
 
-            latents = self._sample(model, settings, start, noise, keys, canvas, x0)
+            latents = self._sample(model, inputs, noise, keys, x0)
         return np.asarray(self._decode(states, {}, latents, shape=shape))
+
+    def _strengths(self, inputs: GenerationInputs) -> Float[np.ndarray, "bound blocks"]:
+        """The adapter's strength by step and block, of one shape however many steps there are."""
+        guidance, start = inputs.guidance, inputs.start
+        bound, blocks = self.base.schedule.num_train_timesteps, len(guidance.block_factors)
+        strengths = np.zeros((bound, blocks), np.float32)
+        strengths[start : inputs.params.steps] = (
+            guidance.step_scales[:, None] * guidance.block_factors
+        )
+        return strengths
 
     def _placed(self, devices: int) -> dict:
         """The models' parameters, on so many devices."""
@@ -180,9 +155,9 @@ class FlaxPipeline(Drawer):
             self._states = jax.device_put(self._states, NamedSharding(_mesh(devices), P()))
         return self._states
 
-    def _forget_programs(self, shape: Shape, inputs: dict) -> None:
+    def _limit_programs(self, shape: StaticParams, arrays: dict) -> None:
         """Keep the memory of a long-lived process bounded, whatever sizes it is asked for."""
-        self._shapes.add((shape, str(jax.tree.map(np.shape, inputs))))
+        self._shapes.add((shape, str(jax.tree.map(np.shape, arrays))))
         if len(self._shapes) > MAX_SHAPES:
             self._shapes = set()
             for program in (self._prepare, self._denoise, self._decode):
@@ -191,31 +166,31 @@ class FlaxPipeline(Drawer):
     def _sample(
         self,
         model: Model,
-        settings: Settings,
-        start: int,
+        inputs: GenerationInputs,
         noise: Float[Array, "b h w c"],
         keys: Array,
-        canvas: Canvas | None,
         x0: Float[Array, "b h w c"] | None,
     ) -> Float[Array, "b h w c"]:
-        """Latents from noise, or from what is on the canvas."""
-        schedule, sampler = self.base.schedule, settings.sampler
-        along = {"steps": settings.steps, "start": start}
+        """Latents from noise, or from the picture that is drawn over, whose latents are ``x0``."""
+        schedule, sampler = self.base.schedule, inputs.params.sampler
+        along = {"steps": inputs.params.steps, "start": inputs.start}
         sample = functools.partial(
             SAMPLERS[sampler], schedule=schedule, key=keys, loop=python_loop, **along
         )
-        if canvas is None:
+        if inputs.img2img is None:
             return sample(model, noise)
-        mask = jax.device_put(canvas.cells, x0.sharding)
-        inputs = {"latent_mask": mask, "x0": x0, "noise": noise}
-        model = masked_denoiser(model, sampler, schedule, **inputs, **along)
-        # A canvas of which everything is to be forgotten is none, as in diffusers.
+        mask = jax.device_put(inputs.img2img.latent_mask, x0.sharding)
+        masked = {"latent_mask": mask, "x0": x0, "noise": noise}
+        model = masked_denoiser(model, sampler, schedule, **masked, **along)
+        # At strength 1 nothing of the picture is kept, as in diffusers.
         first = noise
-        if start:
+        if inputs.start:
             first = noise_latents_for_start(schedule, sampler, x0, noise, **along)
         return jnp.where(mask[..., None], sample(model, first), x0)
 
-    def _prepare_rows(self, states: dict, shared: dict, inputs: dict, *, shape: Shape) -> tuple:
+    def _prepare_rows(
+        self, states: dict, shared: dict, inputs: dict, *, shape: StaticParams
+    ) -> tuple:
         """Conditions, unit noise, each picture's key, and the latents of what is drawn over."""
         models = self._models(states)
         seeds, count = inputs["seeds"], len(inputs["seeds"])
@@ -224,11 +199,11 @@ class FlaxPipeline(Drawer):
         if "crops" in inputs:
             faces = self._faces(models, inputs, shared["photo_mask"], count, shape)
         conditions = {
-            "branches": guided_conditions(
+            "text and face": guided_conditions(
                 models["unet"],
                 text=text[1:],
                 negative_text=jnp.repeat(text[:1], count, axis=0),
-                guidance=shape.guidance,
+                branches=shape.branches,
                 **faces,
             )
         }
@@ -243,13 +218,11 @@ class FlaxPipeline(Drawer):
         return conditions, noise, jax.vmap(jax.random.key)(seeds), x0
 
     def _faces(
-        self, models: dict, inputs: dict, photo_mask: Array | None, count: int, shape: Shape
+        self, models: dict, inputs: dict, photo_mask: Array | None, count: int, shape: StaticParams
     ) -> dict[str, Any]:
         encoder, resampler = models["encoder"], models["resampler"]
         crops = inputs["crops"].astype(jnp.float32) / 127.5 - 1
-        face = encode_face(
-            encoder, resampler, crops, shape.guidance.combine, shape.people, photo_mask
-        )
+        face = encode_face(encoder, resampler, crops, shape.combine, shape.people, photo_mask)
         face = jnp.broadcast_to(face, (count, *face.shape[1:]))
         photos = face.shape[1] // resampler.config.num_queries
         no_face = null_face(resampler, encoder.config.tokens, photos)
@@ -260,7 +233,7 @@ class FlaxPipeline(Drawer):
         }
 
     def _denoise_rows(
-        self, states: dict, shared: dict, rows: dict, t: Array, i: Array, *, shape: Shape
+        self, states: dict, shared: dict, rows: dict, t: Array, i: Array, *, shape: StaticParams
     ) -> Float[Array, "b h w c"]:
         """The UNet's output for latents, float32."""
         models, conditions, control = self._models(states), rows["conditions"], None
@@ -272,23 +245,24 @@ class FlaxPipeline(Drawer):
                 return models["controlnet"](x, t, text, embedded, shared["control"])
 
         token_mask = None
-        if shared["photo_mask"] is not None and shape.guidance.combine == "concat":
+        if shared["photo_mask"] is not None and shape.combine == "concat":
             queries = models["resampler"].config.num_queries
             token_mask = jnp.tile(jnp.repeat(shared["photo_mask"], queries), shape.people)
         out = guided_output(
             models["unet"],
-            conditions["branches"],
-            dataclasses.replace(shape.guidance, **shared["numbers"]),
+            conditions["text and face"],
+            shared["weights"],
             rows["x"].astype(self.dtype),
             t,
             list(shared["strengths"][i]),
             control,
             token_mask,
+            **shared["controls"],
         )
         return out.astype(jnp.float32)
 
     def _decode_rows(
-        self, states: dict, shared: dict, latents: Array, *, shape: Shape
+        self, states: dict, shared: dict, latents: Array, *, shape: StaticParams
     ) -> UInt8[Array, "b h w 3"]:
         vae = self._models(states)["vae"]
         decoded = vae.decode(latents / self.base.vae.scaling_factor)
@@ -333,7 +307,7 @@ def _over_devices(function: Callable) -> Callable:
     Nothing passes between devices: a picture needs no other.
     """
 
-    def run(states: dict, shared: dict, rows: Any, *more: Array, shape: Shape) -> Any:
+    def run(states: dict, shared: dict, rows: Any, *more: Array, shape: StaticParams) -> Any:
         call = functools.partial(function, shape=shape)
         if shape.devices == 1:
             return call(states, shared, rows, *more)
@@ -362,3 +336,18 @@ def _share(pictures: int, devices: int) -> int:
 
 def _mesh(devices: int) -> Mesh:
     return Mesh(np.asarray(jax.local_devices()[:devices]), (_AXIS,))
+
+
+def pad_photos(
+    crops: UInt8[np.ndarray, "c p s s 3"], people: int
+) -> tuple[UInt8[np.ndarray, "c q s s 3"], Bool[np.ndarray, " photos"] | None]:
+    """Everybody's photos up to a power of two, and which of them there are.
+
+    None where two photos or fewer are all there: their programs need no mask.
+    """
+    count, photos = len(crops), crops.shape[1] // people
+    own = crops.reshape(count, people, photos, *crops.shape[2:])
+    padded = 1 << (photos - 1).bit_length()
+    rows = np.minimum(np.arange(padded), photos - 1)
+    mask = None if padded <= _UNMASKED_PHOTOS else np.arange(padded) < photos
+    return own[:, :, rows].reshape(count, people * padded, *crops.shape[2:]), mask

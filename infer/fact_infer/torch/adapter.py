@@ -15,9 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from fact_convert.models.adapter import check_blocks, model_configs, split_state
-from fact_infer.base_model import FaceFiles, read_face_files
-from fact_infer.guidance import keep_jax_on_cpu
-from fact_infer.parts import find_face_files, save_face_files
+from fact_infer.jax_config import pin_jax_to_cpu
+from fact_infer.parts import FaceModels, find_face_models, read_face_models, save_face_models
 from fact_infer.photos import prepare_crops
 from fact_infer.request import MAX_SCALE, Photo, check_guidance, check_range
 from fact_infer.torch.attention_processors import (
@@ -25,9 +24,9 @@ from fact_infer.torch.attention_processors import (
     FaceProcessor,
     installed,
     text_blocks,
-    whole,
+    unwrap_compiled,
 )
-from fact_infer.torch.guidance_hooks import SEQUENTIAL, Steering
+from fact_infer.torch.guidance_hooks import SEQUENTIAL, GuidanceHooks
 from fact_infer.torch.models import Resampler, TransFaceTokens, encoder_from, load_strictly
 from fact_jax.face.mask import read_mask
 from fact_jax.fact import Combine, Guidance
@@ -52,11 +51,11 @@ class FactTorch:
     encoder: TransFaceTokens
     resampler: Resampler
     context: FaceContext
-    files: FaceFiles
+    files: FaceModels
 
     def on(self, pipe: Any) -> "FactTorch":
         """The same for another pipe around the same UNet, as ``Other.from_pipe(pipe)`` gives."""
-        if whole(pipe.unet) is not whole(self.pipe.unet):
+        if unwrap_compiled(pipe.unet) is not unwrap_compiled(self.pipe.unet):
             raise UserError("this pipe has another UNet: load_fact into it")
         return dataclasses.replace(self, pipe=pipe)
 
@@ -185,7 +184,7 @@ class FactTorch:
         people = 1 if regions is None else _people(regions)
         null = self.null_tokens(self._check_tokens(face, people)).to(face)
         strength = _strength(scale)
-        steering = Steering(self.pipe, self.context, guidance, scales, regions, follow=follow)
+        steering = GuidanceHooks(self.pipe, self.context, guidance, scales, regions, follow=follow)
         with steering.through(face, null):
             self.context.strength = strength
             yield
@@ -239,7 +238,7 @@ class FactTorch:
         As it is, the folder can be uploaded as a repository of the Hub and be named instead.
         """
         config = model_configs(dict(self.pipe.unet.config), self.resampler.config)
-        save_face_files(self.files, folder, config)
+        save_face_models(self.files, folder, config)
 
 
 def load_fact(
@@ -247,17 +246,17 @@ def load_fact(
     adapter: str | os.PathLike | None = None,
     encoder: str | os.PathLike | None = None,
     *,
-    files: FaceFiles | None = None,
+    files: FaceModels | None = None,
 ) -> FactTorch:
     """Put an adapter into a Stable Diffusion pipeline of diffusers.
 
-    ``adapter`` and ``encoder`` are paths or names on the Hub, as ``find_face_files`` takes them;
-    ``files`` is both as ``read_face_files`` opened them, instead.
+    ``adapter`` and ``encoder`` are paths or names on the Hub, as ``find_face_models`` takes them;
+    ``files`` is both as ``read_face_models`` opened them, instead.
     JAX, which makes noise and schedules, stays on the CPU, unless this process used it before.
     Raises UserError if they are not what they should be or the adapter is for another base.
     """
-    keep_jax_on_cpu()
-    files = files or read_face_files(*find_face_files(adapter, encoder))
+    pin_jax_to_cpu()
+    files = files or read_face_models(*find_face_models(adapter, encoder))
     if installed(pipe.unet):
         raise UserError("this pipe has a face adapter already: unload_fact it first")
     if pipe.unet.device.type == "meta":

@@ -229,12 +229,12 @@ def _put_back(attention: Attention, state: dict[str, Tensor], prefix: str, *_: A
 
 def text_blocks(unet: nn.Module) -> Iterator[tuple[str, BasicTransformerBlock]]:
     """Every transformer block with text cross-attention, by its path in the UNet."""
-    for path, module in whole(unet).named_modules():
+    for path, module in unwrap_compiled(unet).named_modules():
         if isinstance(module, BasicTransformerBlock) and module.attn2 is not None:
             yield path, module
 
 
-def whole(unet: nn.Module) -> nn.Module:
+def unwrap_compiled(unet: nn.Module) -> nn.Module:
     """The UNet itself, if ``torch.compile`` has wrapped it."""
     return getattr(unet, "_orig_mod", unet)
 

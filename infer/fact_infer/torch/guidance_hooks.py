@@ -24,7 +24,7 @@ Masks = Sequence[Float[np.ndarray, "h w"]]
 """One of each person, of any size, in [0, 1]."""
 
 
-class Steering:
+class GuidanceHooks:
     """Keys of the face, the adapter's strength in each call, and the third branch if any.
 
     A call of the UNet holds one branch (the prompt), two (negative, positive) or more, each with a

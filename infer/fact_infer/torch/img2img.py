@@ -1,7 +1,7 @@
 """Masked image-to-image by diffusers' image-to-image pipelines, as the JAX backend has it.
 
-diffusers' inpainting pipelines take latents of 4 channels only. What they do beyond image-to-image
-is little: after each step the cells outside of the mask become the picture's own again. A callback
+diffusers' inpainting pipelines take latents of 4 channels only. Beyond image-to-image they do
+little: after each step the latents outside of the mask become the picture's own again. A callback
 does that here, for latents of any width.
 """
 
@@ -13,30 +13,30 @@ from diffusers import (
 )
 from torch import Tensor
 
-from fact_infer.img2img import Canvas
+from fact_infer.img2img import Img2ImgInput
 
 
-class _OnCanvas:
+class _MaskedImg2Img:
     """What both pipelines do otherwise than diffusers' own.
 
     The noise is given, the picture's latents are the mean of their distribution, and ``visited``
     are the timesteps: a slice of PLMS' own would lack the step that warms it up.
     """
 
-    def put(self, canvas: Canvas, noise: Tensor, visited: np.ndarray) -> None:
+    def set_inputs(self, img2img: Img2ImgInput, noise: Tensor, visited: np.ndarray) -> None:
         """What the next call draws on, from which noise (b, c, h, w), at which timesteps."""
         self._noise, self._visited = noise, torch.from_numpy(np.asarray(visited))
-        self._cells = torch.from_numpy(canvas.cells)[:, None].to(noise.device)
-        # A canvas of which everything is to be forgotten is none.
-        self._forgotten = canvas.strength == 1.0
+        self._latent_mask = torch.from_numpy(img2img.latent_mask)[:, None].to(noise.device)
+        # At strength 1 nothing of the picture is kept.
+        self._forgotten = img2img.strength == 1.0
 
-    def keep_outside(self, step: int, latents: Tensor) -> Tensor:
+    def restore_unmasked(self, step: int, latents: Tensor) -> Tensor:
         """The latents after a step, those of the picture outside of the mask."""
         own = self._own
         if step < len(self._timesteps) - 1:
             following = self._timesteps[step + 1].expand(len(own))
             own = self.scheduler.add_noise(own, self._noise, following)
-        return torch.where(self._cells, latents, own)
+        return torch.where(self._latent_mask, latents, own)
 
     def get_timesteps(self, num_inference_steps, strength, device):
         super().get_timesteps(num_inference_steps, strength, device)
@@ -52,9 +52,9 @@ class _OnCanvas:
         return self.scheduler.add_noise(self._own, self._noise, timestep)
 
 
-class OnCanvas(_OnCanvas, StableDiffusionImg2ImgPipeline):
+class MaskedImg2ImgPipeline(_MaskedImg2Img, StableDiffusionImg2ImgPipeline):
     """Masked image-to-image."""
 
 
-class OnCanvasUnderControl(_OnCanvas, StableDiffusionControlNetImg2ImgPipeline):
+class MaskedImg2ImgControlNetPipeline(_MaskedImg2Img, StableDiffusionControlNetImg2ImgPipeline):
     """Masked image-to-image with a ControlNet."""

@@ -8,14 +8,14 @@ from PIL import Image
 from transformers import CLIPImageProcessor
 
 from fact_convert.io.hub import local_folder
-from fact_infer.base_model import Base
+from fact_infer.parts import BaseModel
 from fact_jax.utils.errors import UserError
 
 
 class SafetyChecker:
     """diffusers' ``StableDiffusionSafetyChecker`` of a base; UserError where it has none."""
 
-    def __init__(self, base: Base):
+    def __init__(self, base: BaseModel):
         files = (
             "safety_checker/config.json",
             "safety_checker/*.safetensors",

@@ -5,13 +5,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from fact_infer.torch.attention_processors import whole
+from fact_infer.guidance import step_scales
+from fact_infer.torch.attention_processors import unwrap_compiled
 from fact_jax.fact import Guidance
 from fact_jax.utils.errors import UserError
 
@@ -29,7 +27,7 @@ def calling_pipe(unet: nn.Module) -> DiffusionPipeline | None:
             caller = frame.f_locals.get("self")
             if isinstance(caller, DiffusionPipeline):
                 own = getattr(caller, "unet", None)
-                if own is not None and whole(own) is whole(unet):
+                if own is not None and unwrap_compiled(own) is unwrap_compiled(unet):
                     return caller
         frame = frame.f_back
     return None
@@ -144,12 +142,6 @@ def _scales(guidance: Guidance, scheduler: Any, timesteps: list[float]) -> list[
     """For each call to come; a scheduler may call twice a step."""
     if len(scheduler.timesteps) == getattr(scheduler, "num_inference_steps", None):
         # A call a step, even where two of the timesteps are rounded to one.
-        return strengths(guidance, range(len(timesteps)), len(timesteps))
+        return step_scales(guidance, range(len(timesteps)), len(timesteps)).tolist()
     order = {t: i for i, t in enumerate(sorted(set(timesteps), reverse=True))}
-    return strengths(guidance, [order[t] for t in timesteps], len(order))
-
-
-def strengths(guidance: Guidance, indices: Sequence[int], steps: int) -> list[float]:
-    """The adapter's strength in calls of the UNet at these step numbers of ``steps``."""
-    scales = jax.vmap(lambda i: guidance.scale_at(i, steps))(jnp.asarray(indices))
-    return np.asarray(scales).tolist()
+    return step_scales(guidance, [order[t] for t in timesteps], len(order)).tolist()

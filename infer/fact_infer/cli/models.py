@@ -1,0 +1,93 @@
+"""What ``generate`` and ``redraw`` load: parts, the pipeline of a backend, the safety checker."""
+
+import argparse
+import sys
+
+from fact_jax.utils.errors import UserError
+
+
+def note(line: str) -> None:
+    """Tell the user something that changes no picture that was asked for."""
+    print(f"note: {line}", file=sys.stderr)
+
+
+def open_parts(arguments: argparse.Namespace):
+    """What is named on the command line, opened and checked against each other."""
+    from fact_infer.parts import load_parts
+
+    if arguments.encoder and not arguments.adapter:
+        raise UserError("--encoder is for an adapter: give --adapter too, or neither")
+    return load_parts(
+        arguments.base,
+        arguments.adapter,
+        arguments.encoder,
+        loras=arguments.lora,
+        controlnet=arguments.controlnet,
+    )
+
+
+def drawing_files(arguments: argparse.Namespace) -> dict[str, str | None]:
+    """What draws, for the record."""
+    names = ("adapter", "encoder", "controlnet", "backend", "precision")
+    loras = " + ".join(f"{file}={factor:g}" for file, factor in arguments.lora)
+    checked = "on" if arguments.safety_checker else None
+    files = {name: getattr(arguments, name) for name in names}
+    return files | {"loras": loras or None, "safety checker": checked}
+
+
+def warn_of_cut_prompts(base, prompts: list[str]) -> None:
+    """Say what the text encoder will not read."""
+    for line in base.cut_prompts(prompts):
+        print(f"warning: {line}", file=sys.stderr)
+
+
+def load_pipeline(arguments: argparse.Namespace, parts):
+    """The pipeline of the backend; UserError where PyTorch is asked for and not there."""
+    if arguments.backend == "flax":
+        from fact_infer.jax.pipeline import FlaxPipeline
+        from fact_infer.jax_config import enable_compilation_cache
+
+        enable_compilation_cache()
+        return FlaxPipeline.from_parts(parts, arguments.precision)
+    try:
+        import transformers
+
+        # Its start tells a user of diffusers nothing that they could act on.
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        import diffusers
+
+        diffusers.utils.logging.disable_progress_bar()
+        from fact_infer.torch.pipeline import TorchPipeline
+    except ImportError as error:
+        raise UserError(
+            f"--backend torch needs PyTorch and diffusers ({error}): pip install 'fact-jax[torch]'"
+        ) from None
+    return TorchPipeline.from_parts(parts, arguments.precision)
+
+
+def load_safety_checker(base, wanted: bool):
+    """What pictures go through before they are written; a line where a base's own is left out."""
+    if not wanted:
+        if base.has_safety_checker:
+            note(f"the safety checker of {base.name} is left out (--safety-checker keeps it)")
+        return lambda pictures: pictures
+    try:
+        from fact_infer.torch.safety_checker import SafetyChecker
+    except ImportError as error:
+        raise UserError(
+            f"--safety-checker needs PyTorch and diffusers ({error}): pip install 'fact-jax[torch]'"
+        ) from None
+    checker = SafetyChecker(base)
+
+    def check(pictures):
+        pictures, marked = checker(pictures)
+        if marked.any():
+            print(
+                f"warning: the safety checker marked {marked.sum()} of {len(pictures)} pictures: "
+                "they are black",
+                file=sys.stderr,
+            )
+        return pictures
+
+    return check
