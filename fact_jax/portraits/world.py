@@ -13,6 +13,7 @@ from fact_jax.portraits.captions import captions
 from fact_jax.portraits.identity import sample_identity
 from fact_jax.portraits.render import Portrait, render
 from fact_jax.portraits.scene import sample_scene
+from fact_jax.utils.batches import padded_batches
 
 
 @partial(jax.jit, static_argnames="size")
@@ -51,10 +52,8 @@ def make_batch(
     if chunk is None:
         # Small enough to stay in a core's cache on a CPU; large enough to fill an accelerator.
         chunk = 16 if jax.default_backend() == "cpu" else 512
-    padded = -ids.size % chunk
     pieces, lines = [], []
-    for start in range(0, ids.size + padded, chunk):
-        rows = np.minimum(np.arange(start, start + chunk), ids.size - 1)
+    for rows, _ in padded_batches(ids.size, chunk):
         piece = portraits(jnp.asarray(ids[rows]), jnp.asarray(seeds[rows]), size)
         lines += captions(sample_scene(jnp.asarray(seeds[rows])))
         pieces.append(jax.tree.map(np.asarray, piece))

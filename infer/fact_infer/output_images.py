@@ -1,4 +1,8 @@
-"""Pictures as PNG or JPEG files that say how they were made."""
+"""Pictures as PNG or JPEG files that say how they were made, and that a model drew them.
+
+The mark is IPTC's Digital Source Type in an XMP packet, which picture agencies, search engines and
+social networks read (https://cv.iptc.org/newscodes/digitalsourcetype/).
+"""
 
 import dataclasses
 import json
@@ -6,20 +10,26 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from xml.sax.saxutils import quoteattr
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import ExifTags, Image, PngImagePlugin
 
-from fact_infer import png_metadata as provenance
 from fact_infer.parts import BaseModel
 from fact_infer.request import GenerationRequest
 from fact_jax.fact import Guidance
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import create
 
+Source = Literal["trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"]
+"""Drawn by a model altogether, or a photo of which a model drew a part."""
+SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
+PNG_XMP = "XML:com.adobe.xmp"
+JPEG_QUALITY = 95
 _NAME_LENGTH = 60
 _NAME_BYTES = 200
 """File systems take 255, of which a number, a suffix and a temporary name need some."""
@@ -36,7 +46,7 @@ def parameters(
     faced = {"guidance": request.guidance.text}
     if request.photos:
         photos = [photo.path.name for photo in request.photos]
-        faced["face"] = {"photos": photos, **steering(request.guidance)}
+        faced["face"] = {"photos": photos, **guidance_record(request.guidance)}
     if request.regions:
         faced["regions"] = [path.name for path in request.regions]
     if request.image:
@@ -59,7 +69,7 @@ def parameters(
     }
 
 
-def steering(guidance: Guidance) -> dict[str, Any]:
+def guidance_record(guidance: Guidance) -> dict[str, Any]:
     """The face's part of a guidance as JSON holds it, without what is switched off."""
     fields = {k: v for k, v in dataclasses.asdict(guidance).items() if k != "text"}
     used = {k: v for k, v in fields.items() if not (v is None or v is False or v == ())}
@@ -86,7 +96,7 @@ def save_picture(
     values: Mapping[str, Any],
     *,
     suffix: str = ".png",
-    source: provenance.Source = "trainedAlgorithmicMedia",
+    source: Source = "trainedAlgorithmicMedia",
 ) -> Path:
     """Write a picture to ``folder`` under its prompt and seed, and return its path.
 
@@ -107,7 +117,7 @@ def save_image(
     image: UInt8[np.ndarray, "h w 3"],
     path: str | os.PathLike,
     text: Mapping[str, str],
-    source: provenance.Source | None = "trainedAlgorithmicMedia",
+    source: Source | None = "trainedAlgorithmicMedia",
     profile: bytes | None = None,
 ) -> Path:
     """Write a new ``.png``, ``.jpg`` or ``.jpeg`` with text metadata; gives the path that it got.
@@ -116,7 +126,7 @@ def save_image(
     drawn by a model (IPTC Digital Source Type); None leaves the mark out. ``profile`` is the ICC
     profile in which its colours are meant; None: sRGB.
     """
-    writers = {".png": provenance.save_png, ".jpg": provenance.save_jpeg}
+    writers = {".png": save_png, ".jpg": save_jpeg}
     writers[".jpeg"] = writers[".jpg"]
     suffix = Path(path).suffix.lower()
     if suffix not in writers:
@@ -144,3 +154,44 @@ def check_folder(folder: str | os.PathLike) -> None:
             pass
     except OSError as error:
         raise UserError(f"{folder}: no file can be written in {there}: {error.strerror}") from None
+
+
+def xmp_packet(source: Source) -> str:
+    """The XMP packet that carries the mark."""
+    tool = quoteattr(f"FACT-JAX {version('fact-jax')}")
+    return (
+        '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
+        '<x:xmpmeta xmlns:x="adobe:ns:meta/">'
+        '<rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+        '<rdf:Description rdf:about=""'
+        ' xmlns:xmp="http://ns.adobe.com/xap/1.0/"'
+        ' xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/"'
+        f" xmp:CreatorTool={tool}"
+        f" Iptc4xmpExt:DigitalSourceType={quoteattr(SOURCE_TYPES + source)}/>"
+        '</rdf:RDF></x:xmpmeta><?xpacket end="w"?>'
+    )
+
+
+def save_png(
+    image: Image.Image, path: Path, text: Mapping[str, str], source: Source | None
+) -> None:
+    """A PNG: ``text`` in text chunks, the mark in an iTXt chunk; its ICC profile if it has one."""
+    info = PngImagePlugin.PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    if source is not None:
+        info.add_itxt(PNG_XMP, xmp_packet(source))
+    image.save(path, format="PNG", pnginfo=info, icc_profile=image.info.get("icc_profile"))
+
+
+def save_jpeg(
+    image: Image.Image, path: Path, text: Mapping[str, str], source: Source | None
+) -> None:
+    """A JPEG: ``text`` as JSON in EXIF's user comment, the mark in its XMP segment; its profile."""
+    exif = Image.Exif()
+    # EXIF's own way to say that the comment is Unicode.
+    comment = b"UNICODE\0" + json.dumps(dict(text), ensure_ascii=False).encode("utf-16-be")
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.BaseModel.UserComment] = comment
+    more = {} if source is None else {"xmp": xmp_packet(source).encode()}
+    more["icc_profile"] = image.info.get("icc_profile")
+    image.save(path, format="JPEG", quality=JPEG_QUALITY, exif=exif, **more)

@@ -11,7 +11,6 @@ from jaxtyping import Float, Int, UInt8
 from tqdm import tqdm
 
 from fact_convert.models.tokenizer import tokenize
-from fact_infer.batches import padded_batches
 from fact_infer.guidance import ResolvedGuidance, resolve_guidance
 from fact_infer.img2img import Img2ImgInput
 from fact_infer.input_images import read_inputs
@@ -19,6 +18,7 @@ from fact_infer.parts import BaseModel, FaceModels, Parts, load_parts
 from fact_infer.photos import prepare_crops
 from fact_infer.request import GenerationParams, GenerationRequest
 from fact_jax.regions import region_masks
+from fact_jax.utils.batches import padded_batches
 from fact_jax.utils.errors import UserError
 
 BATCH = 4

@@ -16,12 +16,12 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt
 from tqdm import tqdm
 
-from fact_infer.batches import padded_batches
 from fact_infer.img2img import Img2ImgInput, blend, check_strength, first_step, to_latent_mask
 from fact_infer.parts import BaseModel
 from fact_infer.pipeline import BATCH, Pipeline
 from fact_infer.request import MAX_SCALE, GenerationParams, check_prompt, check_range, check_seed
 from fact_jax.face import Face, face_mask, find_faces, read_image, read_profile
+from fact_jax.utils.batches import padded_batches
 from fact_jax.utils.errors import UserError
 
 Square = tuple[int, int, int]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from fact_infer.png_metadata import PNG_XMP, SOURCE_TYPES
+from fact_infer.output_images import PNG_XMP, SOURCE_TYPES
 from tests.pipelines import save_pipeline, small_parts
 
 POINTS = [[24.0, 28.0], [41.0, 27.0], [33.0, 38.0], [26.0, 46.0], [40.0, 45.0]]

@@ -13,7 +13,6 @@ from fact_infer.evaluation.figures import (
     data_uri,
     difference,
     enlarge,
-    grid_picture,
     running_mean,
     svg_curves,
     ticks,
@@ -25,16 +24,6 @@ def test_difference_is_amplified_clipped_and_symmetric():
     b = np.array([[[0, 4, 100]]], np.uint8)
     assert difference(a, b).tolist() == [[[30, 12, 255]]]
     assert (difference(a, b) == difference(b, a)).all()
-
-
-def test_grid_has_a_tile_for_every_picture():
-    red, blue = np.zeros((2, 2, 8, 6, 3), np.uint8)
-    red[..., 0], blue[..., 2] = 255, 255
-    grid = grid_picture({"one": red, "two": blue}, ["a", "b"], factor=4)
-    is_red = (grid == [255, 0, 0]).all(-1)
-    is_blue = (grid == [0, 0, 255]).all(-1)
-    assert is_red.sum() == is_blue.sum() == 2 * 32 * 24
-    assert is_red.any(0).nonzero()[0].max() < is_blue.any(0).nonzero()[0].min()
 
 
 def test_enlarging_keeps_a_flat_colour():

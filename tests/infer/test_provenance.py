@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fact_infer.output_images import save_image, save_picture
-from fact_infer.png_metadata import xmp_packet
+from fact_infer.output_images import save_image, save_picture, xmp_packet
 from fact_jax.utils.errors import UserError
 from tests.infer.conftest import read_text
 

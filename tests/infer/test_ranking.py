@@ -96,20 +96,6 @@ def test_the_best_come_first_and_no_face_comes_last():
     assert ranking.best_first([0.1, None, 0.7, -0.2, 0.4]) == [2, 4, 0, 3, 1]
 
 
-def test_a_sheet_holds_every_picture():
-    chance = np.random.default_rng(0)
-    pictures = chance.integers(0, 256, (5, 20, 30, 3), np.uint8)
-    sheet = ranking.labelled_sheet(list(pictures), list("abcde"), columns=3)
-    windows = np.lib.stride_tricks.sliding_window_view(sheet, (20, 30, 3))
-    for picture in pictures:
-        assert (windows == picture).all((-3, -2, -1)).sum() == 1
-
-
-def test_a_sheet_is_no_wider_than_a_jpeg():
-    wide = np.zeros((2, 1, 40_000, 3), np.uint8)
-    assert ranking.labelled_sheet(list(wide), ["", ""], columns=2).shape[1] < 2**16
-
-
 def test_generate_keeps_the_best(files, detector, monkeypatch, tmp_path, capsys):
     _, pack = detector
     likeness = iter([0.2, None, 0.9, 0.5])

@@ -141,16 +141,18 @@ def _best(group: list, count: int | None) -> list:
 
 def _save_sheet(written: list, arguments: argparse.Namespace, source: str) -> Path:
     """A row for each prompt; returns the path."""
-    from fact_infer.evaluation.ranking import labelled_sheet
+    import numpy as np
+
     from fact_infer.output_images import picture_path, save_image
+    from fact_jax.utils.contact_sheet import contact_sheet
 
     labels = []
     for _, values in written:
         likeness = values.get("similarity")
         labels.append(f"seed {values['seed']}" + ("" if likeness is None else f"  {likeness:.2f}"))
-    sheet = labelled_sheet(
-        [image for image, _ in written], labels, arguments.best or arguments.count
-    )
+    images = np.stack([image for image, _ in written])
+    columns = arguments.best or arguments.count
+    sheet = contact_sheet(images, columns, gap=6, border=6, captions=labels)
     path = picture_path(arguments.out, "sheet", f".{arguments.format}")
     return save_image(sheet, path, {"prompts": "\n".join(arguments.prompt)}, source)
 

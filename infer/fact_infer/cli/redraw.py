@@ -238,7 +238,7 @@ def _box(text: str) -> list[float]:
 
 def _values(arguments: argparse.Namespace, params, request) -> dict[str, Any]:
     """Everything that a picture was made from, ready for JSON."""
-    from fact_infer.output_images import steering
+    from fact_infer.output_images import guidance_record
 
     photos = [path.name for path in arguments.photo]
     values = {
@@ -247,7 +247,7 @@ def _values(arguments: argparse.Namespace, params, request) -> dict[str, Any]:
         "template": request.template.name,
         **{name: getattr(arguments, name) for name in ("seed", "sampler", "steps", "guidance")},
         **{name: getattr(arguments, name) for name in _HOW},
-        "face": {"photos": photos, **steering(params.guidance)},
+        "face": {"photos": photos, **guidance_record(params.guidance)},
         "person": arguments.person or [0] * len(photos),
         "base": arguments.base,
         **drawing_files(arguments),

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, UInt8
@@ -42,8 +41,10 @@ from fact_jax.portraits.metric_networks import (
     IdentityNet,
     load_network,
 )
+from fact_jax.utils.batches import in_batches, padded_batches
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import create
+from fact_jax.utils.pixels import to_signed
 
 SIZE = 64
 FILES = ("pictures.npz", "evaluation.txt", "evaluation.json")
@@ -135,16 +136,9 @@ def _compiled(module: nnx.Module) -> Callable:
 
     @jax.jit
     def run(images: UInt8[Array, "b h w 3"]):
-        return nnx.merge(graph, state)(images.astype(jnp.float32) / 127.5 - 1)
+        return nnx.merge(graph, state)(to_signed(images))
 
-    def chunked(images: UInt8[np.ndarray, "n h w 3"]):
-        pieces = []
-        for start in range(0, len(images), _CHUNK):
-            rows = np.minimum(np.arange(start, start + _CHUNK), len(images) - 1)
-            pieces.append(jax.tree.map(np.asarray, run(images[rows])))
-        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(images)], *pieces)
-
-    return chunked
+    return lambda images: in_batches(run, images, _CHUNK)
 
 
 def draw_pictures(
@@ -170,9 +164,7 @@ def draw_pictures(
         for name, crops in (("base", None), ("fact", people.crops)):
             parts = []
             bar.set_postfix_str(name)
-            for start in range(0, count, batch):
-                # The last batch is filled up: another shape would be compiled anew.
-                rows = np.minimum(np.arange(start, start + batch), count - 1)
+            for rows, _ in padded_batches(count, batch):
                 part = pipeline.generate(
                     [prompts[i] for i in rows],
                     [seed + int(i) for i in rows],
@@ -182,8 +174,8 @@ def draw_pictures(
                 )
                 parts.append(part)
                 if bar.disable:
-                    done = min(start + batch, count)
-                    print(f"{name} pictures: {done} of {count}", file=sys.stderr, flush=True)
+                    done = f"{name} pictures: {rows[-1] + 1} of {count}"
+                    print(done, file=sys.stderr, flush=True)
             pictures[name] = np.concatenate(parts)[:count]
     return pictures
 

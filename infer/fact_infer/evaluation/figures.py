@@ -1,4 +1,4 @@
-"""Pictures for reports: the grid of portraits, curves as SVG, images inside HTML."""
+"""Figures of reports: differences of pictures, curves as SVG, images inside HTML."""
 
 import base64
 import html
@@ -9,12 +9,10 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 AMPLIFY = 3
 """How much stronger differences are shown than they are."""
-_GAP, _HEADER, _MARGIN = 6, 30, 76
-_INK, _FAINT = (38, 42, 52), (120, 126, 138)
 
 
 def difference(
@@ -29,35 +27,6 @@ def enlarge(image: UInt8[np.ndarray, "h w 3"], factor: int) -> UInt8[np.ndarray,
     """Larger by a whole factor, smoothly."""
     size = (image.shape[1] * factor, image.shape[0] * factor)
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
-
-
-def grid_picture(
-    columns: dict[str, UInt8[np.ndarray, "n h w 3"]], labels: Sequence[str], factor: int = 3
-) -> UInt8[np.ndarray, "H W 3"]:
-    """A column of pictures for each title, a row for each label, enlarged, on white."""
-    count, height, width, _ = next(iter(columns.values())).shape
-    height, width = height * factor, width * factor
-    size = (
-        _MARGIN + len(columns) * (width + _GAP),
-        _HEADER + count * (height + _GAP),
-    )
-    canvas = Image.new("RGB", size, "white")
-    brush = ImageDraw.Draw(canvas)
-    font = ImageFont.load_default(15)
-    small = ImageFont.load_default(12)
-    for row, label in enumerate(labels[:count]):
-        middle = _HEADER + row * (height + _GAP) + height // 2
-        lines = label.split("\n")
-        for i, line in enumerate(lines):
-            at = (_MARGIN // 2, middle + 16 * (i - (len(lines) - 1) / 2))
-            brush.text(at, line, fill=_FAINT, font=small, anchor="mm")
-    for column, (title, pictures) in enumerate(columns.items()):
-        left = _MARGIN + column * (width + _GAP)
-        brush.text((left + width // 2, _HEADER // 2), title, fill=_INK, font=font, anchor="mm")
-        for row, picture in enumerate(pictures):
-            tile = Image.fromarray(enlarge(picture, factor))
-            canvas.paste(tile, (left, _HEADER + row * (height + _GAP)))
-    return np.asarray(canvas)
 
 
 def data_uri(pixels: UInt8[np.ndarray, "h w 3"]) -> str:

@@ -1,14 +1,12 @@
-"""Candidates in the order of how much they look like the person, and all of them on one sheet."""
+"""Candidates in the order of how much they look like the person."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont
 
 from fact_convert.models.face_encoder import load_encoder
 from fact_infer.evaluation.metrics import cosine
@@ -16,10 +14,7 @@ from fact_infer.parts import FaceModels
 from fact_jax.face.align import align_face
 from fact_jax.face.landmarks import DEFAULT_PACK, detect_faces, find_pack, local_pack
 from fact_jax.face.mask import head_mask
-
-_GAP, _LINE = 6, 18
-_WIDEST = 65_000
-_INK = (38, 42, 52)
+from fact_jax.utils.pixels import to_signed
 
 
 class IdentityRanking:
@@ -66,7 +61,7 @@ class IdentityRanking:
         return max(faces, key=lambda face: np.prod(face.box[2:] - face.box[:2])).points
 
     def _embeddings(self, crops: UInt8[np.ndarray, "b s s 3"]) -> Float[np.ndarray, "b k"]:
-        return np.array(self._embed(jnp.asarray(crops, jnp.float32) / 127.5 - 1))
+        return np.array(self._embed(to_signed(crops)))
 
 
 def best_first(similarities: Sequence[float | None]) -> list[int]:
@@ -76,21 +71,3 @@ def best_first(similarities: Sequence[float | None]) -> list[int]:
         key=lambda i: -np.inf if similarities[i] is None else similarities[i],
         reverse=True,
     )
-
-
-def labelled_sheet(
-    pictures: Sequence[UInt8[np.ndarray, "h w 3"]], labels: Sequence[str], columns: int
-) -> UInt8[np.ndarray, "H W 3"]:
-    """All pictures on white, row by row, each over its label; no wider than a JPEG can be."""
-    height, width, _ = pictures[0].shape
-    columns = max(1, min(columns, _WIDEST // (width + _GAP)))
-    rows = -(-len(pictures) // columns)
-    size = (columns * (width + _GAP) + _GAP, rows * (height + _LINE + _GAP) + _GAP)
-    sheet = Image.new("RGB", size, "white")
-    brush, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for i, (picture, label) in enumerate(zip(pictures, labels, strict=True)):
-        left = _GAP + i % columns * (width + _GAP)
-        top = _GAP + i // columns * (height + _LINE + _GAP)
-        sheet.paste(Image.fromarray(picture), (left, top))
-        brush.text((left, top + height + 2), label, fill=_INK, font=font)
-    return np.asarray(sheet)

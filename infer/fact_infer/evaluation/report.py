@@ -25,11 +25,11 @@ from fact_infer.evaluation.figures import (
     data_uri,
     difference,
     enlarge,
-    grid_picture,
     svg_curves,
 )
 from fact_infer.evaluation.metrics import COLUMNS, Estimate, table
 from fact_jax.face import ASTRONAUT_POINTS, draw_face, prepare_photo, read_image
+from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import create
 
@@ -150,7 +150,10 @@ def _grid(path: Path) -> tuple[np.ndarray, dict[int, str]]:
         f"difference x {AMPLIFY}": difference(arrays["fact"], arrays["base"]),
     }
     captions = dict(zip(arrays["ids"].tolist(), arrays["captions"].tolist(), strict=True))
-    return grid_picture(columns, [f"person\n{number}" for number in captions]), captions
+    tiles = [enlarge(image, 3) for row in zip(*columns.values(), strict=True) for image in row]
+    labels = [f"person\n{number}" for number in captions]
+    grid = contact_sheet(np.stack(tiles), len(columns), gap=6, titles=list(columns), labels=labels)
+    return grid, captions
 
 
 def _grid_section(grid: np.ndarray, captions: dict[int, str], evaluation: dict[str, Any]) -> str:

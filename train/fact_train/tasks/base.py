@@ -14,8 +14,9 @@ from fact_jax.diffusion.samplers import sample_ddim
 from fact_jax.face import resize_area
 from fact_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from fact_jax.models.unet import UNet, UNetConfig
-from fact_jax.portraits import SPLITS, captions, contact_sheet, sample_scene
+from fact_jax.portraits import SPLITS, captions, sample_scene
 from fact_jax.portraits.vocabulary import caption_vocabulary
+from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.ranges import Name, NonNegative, Probability, check_fields
 from fact_train.config import TrainConfig
 from fact_train.tasks.common import (

@@ -14,7 +14,7 @@ from flax import nnx
 
 from fact_convert.models.pipeline import save_part
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
-from fact_jax.portraits import contact_sheet
+from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.ranges import Name, NonNegative, check_fields
 from fact_train.config import TrainConfig
 from fact_train.engine.partition import merge, split_by_paths

@@ -22,7 +22,8 @@ from fact_jax.diffusion.samplers import noise_latents_for_start, sample_ddim
 from fact_jax.face import align_batch
 from fact_jax.fact import Guidance, encode_face, guided_model, null_face
 from fact_jax.losses import normalize
-from fact_jax.portraits import SPLITS, contact_sheet
+from fact_jax.portraits import SPLITS
+from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.errors import UserError
 from fact_train.data.datasets import open_records
 from fact_train.data.records import PICTURES, DamagedError, Records
