@@ -99,7 +99,7 @@ def _adapted(unet, adapters: dict[str, FaceProcessor], kind: type) -> Iterator[F
         yield context
     finally:
         for processor in installed(unet).values():
-            processor.forget()
+            processor.clear()
             processor.remove()
 
 
@@ -197,7 +197,7 @@ def _pictures(unet, adapters, size, arguments) -> dict:
         found[f"plain, {batch} at a time"] = _best(draw, batch, arguments.runs, pipe)
         with _adapted(unet, adapters, FaceProcessor) as context:
             null, face = torch.randn(2, batch, size.face_tokens, size.face_dim, device=device)
-            with GuidanceHooks(pipe, context, Guidance(text=5.0)).through(face, null):
+            with GuidanceHooks(pipe, context, Guidance(text=5.0)).active(face, null):
                 found[f"face, {batch} at a time"] = _best(draw, batch, arguments.runs, pipe)
     return found
 

@@ -57,15 +57,15 @@ def variant(start: str, pull: str, steps: int, batch: int) -> TrainConfig:
 
 
 def judge(
-    folder: Path, people: evaluation.People, judges: evaluation.MetricNetworks
+    folder: Path, people: evaluation.People, networks: evaluation.MetricNetworks
 ) -> dict[str, float]:
     """What a trained adapter does to the pictures, and where its gates and FAIR ended."""
     pipeline = FlaxPipeline.load(
         MINIATURE / "base", folder / "export" / "adapter.safetensors", MINIATURE / "encoder"
     )
     params = GenerationParams(sampler="ddim", steps=15, guidance=Guidance(text=3.0, face_scale=1.0))
-    pictures = evaluation.draw_pictures(pipeline, people, params, seed=0, batch=32)
-    measures = evaluation.measure(judges, people, pictures)
+    pictures = evaluation.generate_pictures(pipeline, people, params, seed=0, batch=32)
+    measures = evaluation.measure(networks, people, pictures)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     found = {
         "similarity": measures["reference/fact"].mean,
@@ -87,13 +87,13 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("runs/starts"))
     arguments = parser.parse_args()
-    people = evaluation.draw_people(arguments.people, 1, 48, "encoder")
-    judges = evaluation.MetricNetworks(MINIATURE / "judge")
+    people = evaluation.render_people(arguments.people, 1, 48, "encoder")
+    networks = evaluation.MetricNetworks(MINIATURE / "judge")
     rows = []
     for start, pull in itertools.product(STARTS, PULLS):
         folder = arguments.out / f"{start}-{pull.replace(' ', '-')}"
         run(variant(start, pull, arguments.steps, arguments.batch), folder)
-        rows.append({"start": start, "lambda": pull, **judge(folder, people, judges)})
+        rows.append({"start": start, "lambda": pull, **judge(folder, people, networks)})
         print(json.dumps(rows[-1]), flush=True)
         with atomic_write(arguments.out / "starts.json") as temporary:
             temporary.write_text(json.dumps(rows, indent=1) + "\n")

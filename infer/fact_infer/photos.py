@@ -10,7 +10,7 @@ from fact_infer.request import Photo
 from fact_jax.face import PreparedFace, draw_face, prepare_photo
 
 
-def prepare(photo: Photo, size: int) -> PreparedFace:
+def prepare_face(photo: Photo, size: int) -> PreparedFace:
     """One photo's face, its crop ``size`` pixels a side."""
     return prepare_photo(
         photo.path,
@@ -27,11 +27,11 @@ def prepare_crops(
     photos: Sequence[Photo], size: int
 ) -> tuple[UInt8[np.ndarray, "p s s 3"], list[str]]:
     """The crops of all photos, and the lines that the user should see about them."""
-    faces = [prepare(photo, size) for photo in photos]
+    faces = [prepare_face(photo, size) for photo in photos]
     return np.stack([face.crop for face in faces]), [note for face in faces for note in face.notes]
 
 
-def show(face: PreparedFace) -> UInt8[np.ndarray, "h w 3"]:
+def visualize_face(face: PreparedFace) -> UInt8[np.ndarray, "h w 3"]:
     """The photo with points and mask, and beside it the crop, as high as the photo."""
     drawn = draw_face(face.image, face.points, face.mask)
     side = len(drawn)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from fact_infer.evaluation.evaluate import MetricOutputs, People, draw_people, measure, save
+from fact_infer.evaluation.evaluate import MetricOutputs, People, measure, render_people, save
 from fact_infer.evaluation.metrics import COLUMNS, SECTIONS
 from fact_jax.portraits import SPLITS
 from fact_jax.portraits.metric_networks import ATTRIBUTES
@@ -18,7 +18,7 @@ COUNT = 3
 
 @pytest.fixture(scope="module")
 def people() -> People:
-    return draw_people(COUNT, 2, 32)
+    return render_people(COUNT, 2, 32)
 
 
 class KnowingJudges:
@@ -58,14 +58,14 @@ def scored(people):
     fact = base.copy()
     fact[:, 9:21, 9:21] += 51  # the head, grown by one pixel
     basis = np.eye(4)
-    judges = KnowingJudges()
-    judges.tell(fact, judgement(basis[:3] + basis[3], people, colour_error=0.1))
-    judges.tell(base, judgement(basis[[1, 2, 0]], people, attributes_right=False))
-    judges.tell(people.first_references, judgement(basis[:3], people))
-    judges.tell(people.another, judgement(basis[:3], people))
-    judges.tell(people.scenes.images, judgement(basis[:3], people))
+    networks = KnowingJudges()
+    networks.tell(fact, judgement(basis[:3] + basis[3], people, colour_error=0.1))
+    networks.tell(base, judgement(basis[[1, 2, 0]], people, attributes_right=False))
+    networks.tell(people.first_references, judgement(basis[:3], people))
+    networks.tell(people.another, judgement(basis[:3], people))
+    networks.tell(people.scenes.images, judgement(basis[:3], people))
     pictures = {"base": base, "fact": fact}
-    return measure(judges, people, pictures), pictures
+    return measure(networks, people, pictures), pictures
 
 
 @pytest.mark.parametrize(
@@ -147,4 +147,4 @@ def test_saved_evaluation_holds_all_that_the_table_shows(scored, people, tmp_pat
 @pytest.mark.parametrize(("count", "photos"), [(1, 1), (2001, 1), (3, 0), (3, 9)])
 def test_impossible_numbers_are_refused(count, photos):
     with pytest.raises(UserError, match="must be"):
-        draw_people(count, photos, 32)
+        render_people(count, photos, 32)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fact_infer.cli.main import main
-from fact_infer.evaluation.evaluate import FILES, free_folder
+from fact_infer.evaluation.evaluate import FILES, unused_folder
 from fact_infer.evaluation.portrait_files import write_portraits
 
 
@@ -63,14 +63,14 @@ def test_portraits_keep_what_is_there(tmp_path):
 
 
 def test_an_evaluation_gets_a_folder_of_its_own(tmp_path, monkeypatch):
-    assert free_folder(tmp_path / "new") == tmp_path / "new"
+    assert unused_folder(tmp_path / "new") == tmp_path / "new"
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "notes.txt").touch()
-    assert free_folder(tmp_path / "new") == tmp_path / "new"
+    assert unused_folder(tmp_path / "new") == tmp_path / "new"
     (tmp_path / "new" / FILES[-1]).touch()
-    assert free_folder(tmp_path / "new") == tmp_path / "new-2"
+    assert unused_folder(tmp_path / "new") == tmp_path / "new-2"
     monkeypatch.chdir(tmp_path / "new")
-    assert free_folder(".") == tmp_path / "new-2"
+    assert unused_folder(".") == tmp_path / "new-2"
 
 
 @pytest.mark.parametrize(

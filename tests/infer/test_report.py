@@ -12,7 +12,7 @@ from PIL import Image
 from fact_infer.cli.main import main
 from fact_infer.evaluation.figures import AMPLIFY
 from fact_infer.evaluation.metrics import Estimate
-from fact_infer.evaluation.report import Sources, read_metrics, write_report
+from fact_infer.evaluation.report import ReportSources, read_metrics, write_report
 from fact_jax.utils.errors import UserError
 
 
@@ -42,7 +42,7 @@ class Outline(HTMLParser):
 
 
 @pytest.fixture
-def sources(tmp_path) -> Sources:
+def sources(tmp_path) -> ReportSources:
     """A run of 20 steps, an evaluation of 7 people, one picture by each backend."""
     run, evaluation = tmp_path / "run", tmp_path / "evaluation"
     for folder in (run, evaluation, tmp_path / "flax" / "a", tmp_path / "torch" / "a"):
@@ -76,7 +76,7 @@ def sources(tmp_path) -> Sources:
     image[5, 6] += 1
     Image.fromarray(image).save(tmp_path / "torch" / "a" / "x-seed1.png")
     (tmp_path / "stages.json").write_text(json.dumps({"train": {"seconds": 61.4, "done": True}}))
-    return Sources(
+    return ReportSources(
         training=run,
         evaluation=evaluation,
         flax=tmp_path / "flax",
@@ -85,7 +85,7 @@ def sources(tmp_path) -> Sources:
     )
 
 
-def report(sources: Sources, out) -> Outline:
+def report(sources: ReportSources, out) -> Outline:
     grid, page = write_report(sources, out)
     assert grid == out / "grid.png"
     return Outline(page.read_text())

@@ -103,7 +103,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if arguments.batch < 1:
         raise UserError(f"--batch must be at least 1, got {arguments.batch}")
     check_seed(arguments.seed)
-    out = evaluate.free_folder(arguments.out)
+    out = evaluate.unused_folder(arguments.out)
     check_folder(out)
     if out != arguments.out:
         print(f"note: {arguments.out} is taken, this goes to {out}", file=sys.stderr)
@@ -112,29 +112,29 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         guidance=Guidance(text=arguments.guidance, face_scale=arguments.face_scale),
     )
-    judges = evaluate.MetricNetworks(arguments.judge)
+    networks = evaluate.MetricNetworks(arguments.judge)
     encoder = arguments.encoder
     if encoder is None and not has_encoder(arguments.adapter):
         encoder = Path("miniature/encoder")
     pipeline = FlaxPipeline.load(arguments.base, arguments.adapter, encoder)
     pipeline.base.check(params)
     crop_size = pipeline.face.encoder_config.img_size
-    people = evaluate.draw_people(arguments.people, arguments.photos, crop_size)
+    people = evaluate.render_people(arguments.people, arguments.photos, crop_size)
     print(f"drawing {2 * arguments.people} pictures", file=sys.stderr)
-    pictures = evaluate.draw_pictures(
+    pictures = evaluate.generate_pictures(
         pipeline, people, params, seed=arguments.seed, batch=arguments.batch
     )
-    measures = evaluate.measure(judges, people, pictures)
+    measures = evaluate.measure(networks, people, pictures)
     about = evaluate.describe(pipeline, people, params, arguments.seed)
     print(evaluate.save(out, about, measures, people, pictures), end="")
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from fact_infer.evaluation.report import Sources, write_report
+    from fact_infer.evaluation.report import ReportSources, write_report
     from fact_infer.output_images import check_folder
 
     check_folder(arguments.out)
-    sources = Sources(
+    sources = ReportSources(
         training=arguments.training,
         before=arguments.before,
         evaluation=arguments.evaluation,

@@ -118,12 +118,12 @@ def _generate(arguments: argparse.Namespace) -> None:
 def _ranking(request, face, crops):
     """What orders a prompt's pictures, with a line for the user where no detector finds faces."""
     from fact_infer.evaluation.ranking import IdentityRanking
-    from fact_infer.photos import prepare
+    from fact_infer.photos import prepare_face
     from fact_jax.face.landmarks import local_pack
 
     photo, points = request.photos[0], None
     if local_pack(photo.pack) is None:
-        found = prepare(photo, face.encoder_config.img_size)
+        found = prepare_face(photo, face.encoder_config.img_size)
         points = found.points / found.image.shape[1::-1]
         note(f"no detector: likeness is judged where the face lies in {photo.path}")
     return IdentityRanking(face, crops, photo.pack, points)

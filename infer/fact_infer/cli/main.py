@@ -73,7 +73,7 @@ def _add_face(commands: argparse._SubParsersAction) -> None:
 
 def _face(arguments: argparse.Namespace) -> None:
     from fact_infer.output_images import check_folder, save_image
-    from fact_infer.photos import prepare, show
+    from fact_infer.photos import prepare_face, visualize_face
     from fact_infer.request import Photo
 
     if arguments.out.suffix.lower() != ".png":
@@ -91,7 +91,7 @@ def _face(arguments: argparse.Namespace) -> None:
         pack=arguments.detector,
         index=arguments.face_index,
     )
-    found = prepare(photo, arguments.size)
+    found = prepare_face(photo, arguments.size)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(save_image(show(found), arguments.out, {"photo": arguments.photo.name}, None))
+    print(save_image(visualize_face(found), arguments.out, {"photo": arguments.photo.name}, None))

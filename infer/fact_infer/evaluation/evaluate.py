@@ -79,7 +79,7 @@ class People(NamedTuple):
         return self.references.images[:: self.crops.shape[1]]
 
 
-def draw_people(count: int, photos: int, crop_size: int, split: str = "test") -> People:
+def render_people(count: int, photos: int, crop_size: int, split: str = "test") -> People:
     """The first people of a split; crops are made as for any photo with known points and mask."""
     if not 2 <= count <= len(SPLITS[split]):
         raise UserError(f"people must be 2 to {len(SPLITS[split])}, got {count}")
@@ -141,7 +141,7 @@ def _compiled(module: nnx.Module) -> Callable:
     return lambda images: in_batches(run, images, _CHUNK)
 
 
-def draw_pictures(
+def generate_pictures(
     pipeline: FlaxPipeline, people: People, params: GenerationParams, *, seed: int, batch: int
 ) -> dict[str, UInt8[np.ndarray, "n h w 3"]]:
     """``base`` and ``fact`` pictures of everybody's caption; person i starts from noise seed + i.
@@ -181,13 +181,13 @@ def draw_pictures(
 
 
 def measure(
-    judges: MetricNetworks, people: People, pictures: dict[str, UInt8[np.ndarray, "n h w 3"]]
+    networks: MetricNetworks, people: People, pictures: dict[str, UInt8[np.ndarray, "n h w 3"]]
 ) -> dict[str, Estimate]:
     """All measures, by the keys of ``fact_infer.evaluation.metrics.SECTIONS`` and the column."""
-    seen = {name: judges(images) for name, images in pictures.items()}
-    seen["reference"] = judges(people.first_references)
-    seen["another"] = judges(people.another)
-    seen["scene"] = judges(people.scenes.images)
+    seen = {name: networks(images) for name, images in pictures.items()}
+    seen["reference"] = networks(people.first_references)
+    seen["another"] = networks(people.another)
+    seen["scene"] = networks(people.scenes.images)
     return {
         **_identity(seen),
         **_changes(seen, pictures),
@@ -266,7 +266,7 @@ def describe(pipeline: FlaxPipeline, people: People, params: GenerationParams, s
     }
 
 
-def sentence(about: dict) -> str:
+def summary_line(about: dict) -> str:
     """One line of ``describe``, for people."""
     guidance = about["guidance"]
     return (
@@ -276,7 +276,7 @@ def sentence(about: dict) -> str:
     )
 
 
-def free_folder(folder: str | os.PathLike) -> Path:
+def unused_folder(folder: str | os.PathLike) -> Path:
     """``folder``, or where it holds an evaluation already ``folder-2`` and so on."""
     free, number = Path(folder), 1
     while any(os.path.lexists(free / name) for name in FILES):
@@ -294,7 +294,7 @@ def save(
 ) -> str:
     """Write ``pictures.npz``, ``evaluation.txt`` and, last, ``evaluation.json``; gives the text.
 
-    See ``free_folder`` for where: files that are there are never replaced.
+    See ``unused_folder`` for where: files that are there are never replaced.
     """
 
     def write_pictures(path: Path) -> None:
@@ -307,7 +307,7 @@ def save(
                 **pictures,
             )
 
-    text = f"{sentence(about)}\n\n{plain_table(measures, NOTES)}"
+    text = f"{summary_line(about)}\n\n{plain_table(measures, NOTES)}"
     content = {
         **about,
         "measures": {name: estimate.to_dict() for name, estimate in measures.items()},

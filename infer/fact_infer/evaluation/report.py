@@ -18,7 +18,7 @@ from PIL import Image
 
 from fact_convert.io.weight_files import read_file
 from fact_convert.models.adapter import read_metadata
-from fact_infer.evaluation.evaluate import sentence
+from fact_infer.evaluation.evaluate import summary_line
 from fact_infer.evaluation.figures import (
     AMPLIFY,
     Series,
@@ -65,7 +65,7 @@ svg path { fill: none; } svg .raw { opacity: .3; } svg .mean { stroke-width: 2; 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sources:
+class ReportSources:
     """What a report is made of; ``fact-infer report --help`` says what each is."""
 
     training: Path
@@ -78,7 +78,7 @@ class Sources:
     points: Path | None = None
 
 
-def write_report(sources: Sources, out: Path) -> list[Path]:
+def write_report(sources: ReportSources, out: Path) -> list[Path]:
     """Write ``grid.png`` and ``report.html``; gives their paths. UserError names what is absent.
 
     Names that are taken get a number.
@@ -178,12 +178,12 @@ def _table_section(evaluation: dict[str, Any]) -> str:
     head = "".join(f"<th>{name}</th>" for name in ("", *COLUMNS.values()))
     notes = "".join(f"<p class='quiet'>{html.escape(note)}</p>" for note in evaluation["notes"])
     return (
-        f"<p>{html.escape(sentence(evaluation))}</p><table><thead><tr>{head}</tr></thead>"
+        f"<p>{html.escape(summary_line(evaluation))}</p><table><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(lines)}</tbody></table>{notes}"
     )
 
 
-def _training_section(sources: Sources, config: dict[str, Any]) -> str:
+def _training_section(sources: ReportSources, config: dict[str, Any]) -> str:
     rows = read_metrics(sources.training / "metrics.jsonl")
     last = rows[-1]["step"] if rows else 0
     weights = config.get("options.weights")
@@ -263,7 +263,7 @@ def _pairs(flax: Path, torch: Path) -> Iterator[tuple[str, np.ndarray, np.ndarra
         yield str(name.with_suffix("")), one, other
 
 
-def _face_section(sources: Sources) -> str:
+def _face_section(sources: ReportSources) -> str:
     if sources.photo is None:
         what = "scikit-image's astronaut photo"
         with tempfile.TemporaryDirectory() as folder:

@@ -99,7 +99,7 @@ class FactTorch:
         tokens = self.encoder.to(device)(pixels.to(device, torch.float32) / 127.5 - 1)
         tokens = self.resampler.to(device)(tokens)
         tokens = tokens.unflatten(0, (pictures, people, photos // people))
-        return _together(tokens, combine).flatten(1, 2)
+        return _combine_photos(tokens, combine).flatten(1, 2)
 
     @torch.no_grad()
     def null_tokens(self, photos: int = 1) -> Float[Tensor, "1 m d"]:
@@ -180,12 +180,12 @@ class FactTorch:
             raise UserError(f"regions must be a mask for each person, got {regions!r}")
         if regions is not None and not isinstance(regions, Mapping):
             regions = [_mask(mask) for mask in regions]
-        face = face if isinstance(face, Tensor) else _side_by_side(face, regions)
+        face = face if isinstance(face, Tensor) else _concatenate_people(face, regions)
         people = 1 if regions is None else _people(regions)
         null = self.null_tokens(self._check_tokens(face, people)).to(face)
         strength = _strength(scale)
-        steering = GuidanceHooks(self.pipe, self.context, guidance, scales, regions, follow=follow)
-        with steering.through(face, null):
+        hooks = GuidanceHooks(self.pipe, self.context, guidance, scales, regions, follow=follow)
+        with hooks.active(face, null):
             self.context.strength = strength
             yield
 
@@ -342,7 +342,7 @@ def _people(regions: Regions | Sequence[np.ndarray]) -> int:
     return next(iter(regions.values())).shape[1] if isinstance(regions, Mapping) else len(regions)
 
 
-def _side_by_side(faces: Sequence[Tensor], regions: object) -> Float[Tensor, "b m d"]:
+def _concatenate_people(faces: Sequence[Tensor], regions: object) -> Float[Tensor, "b m d"]:
     """The tokens of several people of one picture."""
     tensors = isinstance(faces, list | tuple) and all(isinstance(face, Tensor) for face in faces)
     if not (tensors and faces):
@@ -355,7 +355,7 @@ def _side_by_side(faces: Sequence[Tensor], regions: object) -> Float[Tensor, "b 
     return torch.cat(tuple(faces), dim=1)
 
 
-def _together(tokens: Tensor, combine: Combine) -> Tensor:
+def _combine_photos(tokens: Tensor, combine: Combine) -> Tensor:
     """``fact_jax.fact.combine_photos`` of tokens (b, k, p, m, d): (b, k, tokens, d)."""
     if combine == "concat":
         return tokens.flatten(2, 3)

@@ -55,11 +55,11 @@ class _GatedAttention(nn.Module):
         own = self.to_k(x), self.to_v(x)
         if adain:
             people = 1 if regions is None else regions.shape[1]
-            face = tuple(_moved(a, to, people) for a, to in zip(face, own, strict=True))
+            face = tuple(_match_mean(a, to, people) for a, to in zip(face, own, strict=True))
         keys, values = (
             torch.cat([a, added.to(a.dtype)], dim=1) for a, added in zip(own, face, strict=True)
         )
-        mask = None if regions is None else _visible(regions, face[0].shape[1])
+        mask = None if regions is None else _attention_mask(regions, face[0].shape[1])
         return self.to_out[0](attend(self.to_q(x), keys, values, self.heads, mask))
 
 
@@ -98,9 +98,9 @@ class FaceProcessor(nn.Module):
         # To diffusers its own processor is still there: slicing and the like replace that one.
         attention.set_processor, attention.get_processor = self._set_inner, self._get_inner
         self._hooks = [
-            block.norm2.register_forward_pre_hook(self._adapt),
-            attention.register_state_dict_post_hook(_leave_out),
-            attention.register_load_state_dict_pre_hook(_put_back),
+            block.norm2.register_forward_pre_hook(self._add_increment),
+            attention.register_state_dict_post_hook(_drop_adapter_state),
+            attention.register_load_state_dict_pre_hook(_keep_adapter_state),
         ]
         if self.ln is not None:
             self._hooks.append(block.norm2.register_forward_hook(self._copied_norm))
@@ -113,7 +113,7 @@ class FaceProcessor(nn.Module):
         del block.attn2.set_processor, block.attn2.get_processor
         block.attn2.set_processor(self.inner)
 
-    def forget(self) -> None:
+    def clear(self) -> None:
         """Drop what belongs to a generation."""
         self.keys = self._increment = None
 
@@ -132,7 +132,7 @@ class FaceProcessor(nn.Module):
         added = first + scale * self.alpha_dense.tanh() * self.ff(self.norm2(x + first))
         if regions is not None:
             added = added.where(regions.any(dim=1)[..., None], 0)
-        return added if guidance.cap is None else _capped(added, x, guidance.cap)
+        return added if guidance.cap is None else _cap_norm(added, x, guidance.cap)
 
     def __call__(
         self,
@@ -143,7 +143,7 @@ class FaceProcessor(nn.Module):
         temb: Tensor | None = None,
         ip_adapter_masks: Any = None,
     ) -> Tensor:
-        """diffusers' call of a processor: the text's attention, and the increment of ``_adapt``.
+        """diffusers' call of a processor: the attention to the text, plus the kept increment.
 
         diffusers passes on what the signature names: that is all that its own processors take.
         """
@@ -158,7 +158,7 @@ class FaceProcessor(nn.Module):
         )
         return text if increment is None else text + increment
 
-    def _adapt(self, norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
+    def _add_increment(self, norm: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
         """Before the block's ``norm2``: the tokens with the increment, which is kept for later."""
         scale = self.context.scale
         if self.keys is None:
@@ -189,28 +189,30 @@ class FaceProcessor(nn.Module):
 _PLAIN = Guidance()
 
 
-def _moved(face: Tensor, to: Tensor, people: int) -> Tensor:
+def _match_mean(face: Tensor, to: Tensor, people: int) -> Tensor:
     """Each person's tokens (b, m, c), their mean replaced by that of ``to`` (arXiv 2403.11781)."""
     own = face.unflatten(1, (people, -1))
     mean = to.mean(dim=1)[:, None, None].to(face.dtype)
     return (own - own.mean(dim=2, keepdim=True) + mean).flatten(1, 2)
 
 
-def _visible(regions: Tensor, tokens: int) -> Tensor:
+def _attention_mask(regions: Tensor, tokens: int) -> Tensor:
     """Which of all visual and then ``tokens`` face tokens each visual token sees: (b, n, keys)."""
     batch, people, n = regions.shape
     faces = regions.transpose(1, 2).repeat_interleave(tokens // people, dim=2)
     return torch.cat([faces.new_ones(batch, n, n), faces], dim=2)
 
 
-def _capped(added: Tensor, x: Tensor, cap: float) -> Tensor:
+def _cap_norm(added: Tensor, x: Tensor, cap: float) -> Tensor:
     """``added`` times min(1, cap |x| / |added|), norms of a whole sample in float32."""
     length, limit = (a.float().flatten(1).norm(dim=1)[:, None, None] for a in (added, x))
     limit = cap * limit
     return added * torch.where(length > limit, limit / length, 1.0).to(added.dtype)
 
 
-def _leave_out(attention: Attention, state: dict[str, Tensor], prefix: str, _: dict) -> None:
+def _drop_adapter_state(
+    attention: Attention, state: dict[str, Tensor], prefix: str, _: dict
+) -> None:
     """A UNet's state is without the adapter's, but has that of the processor inside."""
     own, inner = f"{prefix}processor.", f"{prefix}processor.inner."
     for key in [key for key in state if key.startswith(own)]:
@@ -219,7 +221,9 @@ def _leave_out(attention: Attention, state: dict[str, Tensor], prefix: str, _: d
             state[own + key.removeprefix(inner)] = tensor
 
 
-def _put_back(attention: Attention, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _keep_adapter_state(
+    attention: Attention, state: dict[str, Tensor], prefix: str, *_: Any
+) -> None:
     """The other way: a UNet takes such a state, and the adapter keeps its own."""
     for key, tensor in attention.processor.state_dict().items():
         name = f"{prefix}processor.{key}"

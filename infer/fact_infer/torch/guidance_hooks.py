@@ -53,29 +53,29 @@ class GuidanceHooks:
         self._scales = StepScales(guidance, scales)
         self._pictures = 0
         self._text = 1.0
-        self._arranged: tuple | None = None
+        self._expanded_for: tuple | None = None
         self._strength: Tensor | None = None
 
     @contextlib.contextmanager
-    def through(self, face: Tensor, null: Tensor) -> Iterator[None]:
+    def active(self, face: Tensor, null: Tensor) -> Iterator[None]:
         """While this is entered, the UNet draws the faces (b, m, d); ``null`` is their absence."""
         if self.context.guidance is not None:
             raise UserError("faces are being drawn already: leave that `with` before the next")
         unet = self.pipe.unet
         hooks = [
-            unet.register_forward_pre_hook(self._before, with_kwargs=True),
-            unet.register_forward_hook(self._after),
+            unet.register_forward_pre_hook(self._pre_forward, with_kwargs=True),
+            unet.register_forward_hook(self._post_forward),
         ]
         try:
-            self._prepare(face, null)
+            self._prepare_keys(face, null)
             yield
         finally:
-            self._forget()
+            self._clear()
             for hook in hooks:
                 hook.remove()
 
     @torch.no_grad()
-    def _prepare(self, face: Tensor, null: Tensor) -> None:
+    def _prepare_keys(self, face: Tensor, null: Tensor) -> None:
         """Compute the keys of the null face and the face (b, m, d), in every block."""
         unet = self.pipe.unet
         if unet.device.type == "meta":
@@ -88,29 +88,29 @@ class GuidanceHooks:
         self._keys = [processor.face_keys(tokens) for processor in self.processors.values()]
         self.context.guidance = self.guidance
 
-    def _forget(self) -> None:
+    def _clear(self) -> None:
         """Leave nothing of the generation behind, even if it ended within a block."""
         for processor in self.processors.values():
-            processor.forget()
+            processor.clear()
         self.context.guidance = self.context.scale = self.context.regions = None
         self.context.strength = None
 
     # Which call this is, torch.compile need not know: it would compile each of them.
     @torch.compiler.disable
     @torch.no_grad()
-    def _before(self, unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def _pre_forward(self, unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """A hook: what the pipe passes on, widened by the third branch."""
         inputs = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
         sample = inputs["sample"]
         caller = calling_pipe(unet)
         scale = self._scales.at((caller or self.pipe).scheduler, inputs["timestep"])
         self._text = self._text_guidance(caller)
-        self._arrange(self._branches(caller, len(sample)), sample)
+        self._expand_rows(self._branches(caller, len(sample)), sample)
         self._set_scale(scale, sample)
-        return tuple(self._widen(values, len(sample)) for values in (args, kwargs))
+        return tuple(self._add_branch(values, len(sample)) for values in (args, kwargs))
 
     @torch.compiler.disable
-    def _after(self, unet: nn.Module, args: tuple, output: Any) -> Any:
+    def _post_forward(self, unet: nn.Module, args: tuple, output: Any) -> Any:
         """A hook: the pipe's own branches, the last one made of two."""
         if self.guidance.face is None:
             return None
@@ -168,13 +168,13 @@ class GuidanceHooks:
         same = self.guidance.negative_face == "same"
         return tuple(branch or same for branch in branches)
 
-    def _arrange(self, branches: tuple[bool, ...], sample: Tensor) -> None:
+    def _expand_rows(self, branches: tuple[bool, ...], sample: Tensor) -> None:
         """The rows of face keys and regions for a call with these branches."""
         size, device = tuple(sample.shape[2:]), sample.device
         arranged = (branches, self._pictures, size, device)
-        if arranged == self._arranged:
+        if arranged == self._expanded_for:
             return
-        self._arranged, self._strength = arranged, None
+        self._expanded_for, self._strength = arranged, None
         each = self._pictures // self.faces
         row = torch.arange(self.faces, device=device).repeat_interleave(each)
         seen = torch.cat([row + self.faces * sees for sees in branches])
@@ -203,19 +203,19 @@ class GuidanceHooks:
         """The strength in this call: the step's times what the user has set by now."""
         strength = self.context.strength
         if self._strength is None or strength is not self._strength[0]:
-            self._strength = strength, self._spread(strength, sample)
-        spread = self._strength[1]
-        if not scale or (isinstance(spread, float) and not spread):
+            self._strength = strength, self._row_scales(strength, sample)
+        scales = self._strength[1]
+        if not scale or (isinstance(scales, float) and not scales):
             self.context.scale = None
-        elif isinstance(spread, Mapping):
-            self.context.scale = {n: scale * each for n, each in spread.items()}
-        elif isinstance(spread, Tensor):
-            self.context.scale = scale * spread
+        elif isinstance(scales, Mapping):
+            self.context.scale = {n: scale * each for n, each in scales.items()}
+        elif isinstance(scales, Tensor):
+            self.context.scale = scale * scales
         else:
             # Filled on the device: copying a number there would wait for it.
-            self.context.scale = torch.full((), scale * spread, device=sample.device)
+            self.context.scale = torch.full((), scale * scales, device=sample.device)
 
-    def _spread(
+    def _row_scales(
         self, strength: Tensor | None, sample: Tensor
     ) -> float | Tensor | Mapping[int, Tensor]:
         """A strength, or one for each picture (b,) or person (b, k), over rows and tokens."""
@@ -240,14 +240,14 @@ class GuidanceHooks:
             for n, mask in regions.items()
         }
 
-    def _widen(self, value: Any, batch: int) -> Any:
+    def _add_branch(self, value: Any, batch: int) -> Any:
         """The last branch a second time, in everything that has a row for each sample."""
         if self.guidance.face is None:
             return value
         if isinstance(value, Tensor) and value.ndim and len(value) == batch:
             return torch.cat([value, value[-self._pictures :]])
         if isinstance(value, dict):
-            return {key: self._widen(part, batch) for key, part in value.items()}
+            return {key: self._add_branch(part, batch) for key, part in value.items()}
         if isinstance(value, tuple | list):
-            return type(value)(self._widen(part, batch) for part in value)
+            return type(value)(self._add_branch(part, batch) for part in value)
         return value

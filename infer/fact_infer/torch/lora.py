@@ -32,14 +32,16 @@ def merge_loras(pipe: Any, folder: Path, loras: Sequence[tuple[Lora, float]]) ->
 def _merge(module: nn.Module, kind: str, state: State, loras: Sequence[tuple[Lora, float]]) -> None:
     dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
     touched = {layer.key for lora, _ in loras for layer in lora.layers}
-    tensors = {_bare(kind, key): tensor for key, tensor in module.state_dict().items()}
+    tensors = {_without_prefix(kind, key): tensor for key, tensor in module.state_dict().items()}
     for key, merged in merge_into_model(kind, state, loras, dtype).items():
-        if _bare(kind, key) in touched:
+        if _without_prefix(kind, key) in touched:
             # Exact: PyTorch takes no bfloat16 of NumPy's.
             numbers = torch.from_numpy(np.array(merged, np.float32))
-            tensors[_bare(kind, key)].copy_(numbers.reshape(tensors[_bare(kind, key)].shape))
+            tensors[_without_prefix(kind, key)].copy_(
+                numbers.reshape(tensors[_without_prefix(kind, key)].shape)
+            )
 
 
-def _bare(kind: str, key: str) -> str:
+def _without_prefix(kind: str, key: str) -> str:
     prefix = next(p for p in (*TABLES[kind].prefixes, "") if key.startswith(p))
     return key.removeprefix(prefix)
