@@ -7,9 +7,9 @@ import shutil
 import huggingface_hub
 import numpy as np
 import pytest
+from fact_infer.parts import read_base
 from PIL import Image
 
-from fact_infer.base_model import read_base
 from fact_infer.cli.main import main
 from fact_infer.torch.safety_checker import SafetyChecker
 
@@ -91,7 +91,7 @@ def test_the_checker_of_a_repository(checked, tmp_path, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     base = read_base("someone/base")
-    base.whole()
+    base.weights_folder()
     assert not (tmp_path / "safety_checker").exists()
     pictures, marked = SafetyChecker(base)(np.full((2, 32, 32, 3), 255, np.uint8))
     assert marked.all()
