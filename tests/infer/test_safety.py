@@ -7,10 +7,10 @@ import shutil
 import huggingface_hub
 import numpy as np
 import pytest
-from fact_infer.parts import read_base
 from PIL import Image
 
 from fact_infer.cli.main import main
+from fact_infer.parts import read_base
 from fact_infer.torch.safety_checker import SafetyChecker
 
 
