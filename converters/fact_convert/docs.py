@@ -1,4 +1,4 @@
-"""docs/weights.md, made from the rule tables: ``python -m fact_convert.docs`` writes it."""
+"""Generates docs/weights.md from the rule tables: ``python -m fact_convert.docs``."""
 
 import re
 from collections import defaultdict
@@ -83,7 +83,7 @@ def _model(kind: str, table: Table) -> list[str]:
 
 
 def _sections(table: Table) -> dict[tuple[str, ...], list[tuple[str, str, str, str]]]:
-    """Rows by the places that all of them are in: what stands in many blocks is said once."""
+    """Table rows grouped by the blocks that they occur in."""
     places: dict[tuple[str, str, str, str], list[str]] = defaultdict(list)
     seen: set[str] = set()
     for rule in table.rules:

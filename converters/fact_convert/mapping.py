@@ -1,4 +1,4 @@
-"""The mechanism behind ``rules``: which tensor goes where, in both directions, and nothing else.
+"""Maps PyTorch keys to module paths and back by the rule tables.
 
 Both directions are strict: what is missing, unexpected or of the wrong shape is collected and
 said in one error.
@@ -22,7 +22,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class KeyMapping:
-    """One tensor's two names, and how it turns from one layout to the other."""
+    """A tensor's PyTorch key and module path, and the transform between their layouts."""
 
     torch: str
     jax: str

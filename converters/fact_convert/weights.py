@@ -1,4 +1,4 @@
-"""From a PyTorch state to a module and back, bit for bit: ``load_state`` and ``dump_state``."""
+"""PyTorch state dicts to modules and back, bit for bit: ``load_state`` and ``dump_state``."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ _MOST_LAYERS = 512
 
 @dataclasses.dataclass(frozen=True)
 class TensorInfo:
-    """What a tensor was called and looked like in the file it came from.
+    """Key, dtype and shape of a tensor in the file it came from.
 
     ``bits`` holds the numbers of tensors that the module has no place for.
     """
@@ -132,7 +132,7 @@ def _build(
 def _base_tensors(
     base: nnx.Module | None, replaced: Mapping[str, str], state: Mapping
 ) -> list[TensorInfo]:
-    """What is known of the base's own file; numbers that an adapter's replace are kept aside."""
+    """The base's tensors; data that an adapter's copies override are kept aside."""
     if base is None:
         return []
     origin = getattr(base, "origin", None)

@@ -5,7 +5,7 @@ import contextlib
 import io
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from fact_jax.utils.signals import EndingSignals
 
@@ -43,6 +43,17 @@ def listed(names: Iterable[str], most: int = 10) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its kind where it says nothing."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def error_context(source: object) -> Iterator[None]:
+    """Put ``source`` (a path) before the message of a UserError that does not begin with it."""
+    try:
+        yield
+    except UserError as error:
+        if str(error).startswith(str(source)):
+            raise
+        raise UserError(f"{source}: {error}") from error
 
 
 def run_program(run: Callable[[], int | None]) -> int:

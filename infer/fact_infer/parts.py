@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fact_convert.io.hub import fetch_snapshot
 from fact_convert.io.json_io import read_json, write_json
 from fact_convert.io.lazy_tensor import State
 from fact_convert.io.safetensors_io import write_safetensors
@@ -32,7 +33,7 @@ from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
 from fact_jax.models.unet import UNetConfig
 from fact_jax.models.vae import VAEConfig
-from fact_jax.utils.errors import UserError, first_line
+from fact_jax.utils.errors import UserError
 
 ADAPTER, ENCODER = "adapter.safetensors", "encoder"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -278,15 +279,7 @@ def _locate(name: str | os.PathLike, files: Sequence[str], beside: str | None = 
     else:
         folder = inner
     wanted = [str(folder / file) for file in (*files, *([beside] if beside else ()))]
-    from huggingface_hub import snapshot_download
-
-    try:
-        found = Path(snapshot_download(repository, allow_patterns=wanted)) / inner
-    except Exception as error:  # the client has a dozen sorts for offline, absent and forbidden
-        raise UserError(
-            f"{name}: no such file or folder here, and the Hub does not give it "
-            f"({first_line(error)})"
-        ) from error
+    found = fetch_snapshot(name, "file or folder", repository, wanted) / inner
     if not found.exists():
         raise UserError(f"{name}: the repository {repository} holds no {inner}")
     return found

@@ -1,4 +1,4 @@
-"""An adapter among other weights: taken out, without copies of its base; its configuration."""
+"""Extracts an adapter from a checkpoint, drops copies of base norms, finds its configuration."""
 
 import dataclasses
 
@@ -10,13 +10,13 @@ from fact_convert.mapping import key_prefix
 from fact_convert.models.adapter import find_resampler_config
 from fact_convert.rules.key_tables import ADAPTER_INFIX
 from fact_convert.weights import read_config
-from fact_jax.utils.errors import UserError, listed
+from fact_jax.utils.errors import UserError, error_context, listed
 
 _COPY = f"{ADAPTER_INFIX}ln."
 
 
 def extract_adapter(weights: Weights) -> Weights:
-    """The adapter among other weights, alone. UserError if there is none, or not all of it."""
+    """The adapter's tensors alone. UserError if there are none, or not all of them."""
     states: dict[str, State] = {kind: {} for kind in ("adapter", "resampler")}
     for kind, state in weights.states.items():
         if kind in ADAPTER_PARTS:
@@ -30,7 +30,7 @@ def extract_adapter(weights: Weights) -> Weights:
 
 
 def drop_norm_copies(weights: Weights, base: Weights | None) -> tuple[Weights, list[str]]:
-    """An adapter without its copies of the base's norm2, and what there is to say of them.
+    """An adapter without its copies of the base's norm2, and notes about them.
 
     Released files may hold such copies, which win over the base's own. Those that are the base's
     bit for bit are left out; those that differ stay. Without ``base`` all stay.
@@ -74,7 +74,7 @@ def _same(one, other) -> bool:
 
 
 def adapter_config(weights: Weights, dim_head: int | None, guess: bool = True) -> dict:
-    """What a file shall say of the adapter's models: what its source says, else the shapes.
+    """The configuration for an adapter file's metadata: its source's, else inferred from shapes.
 
     Without ``guess`` it is empty where the heads are not known for certain.
     """
@@ -84,10 +84,8 @@ def adapter_config(weights: Weights, dim_head: int | None, guess: bool = True) -
         return {}
     prefix = key_prefix("resampler", weights.states["resampler"])
     own = {key.removeprefix(prefix): a for key, a in weights.states["resampler"].items()}
-    try:
+    with error_context(weights.path):
         found, note = find_resampler_config(own, metadata, dim_head)
         config = read_config("resampler", found, own)
-    except UserError as err:
-        raise UserError(f"{weights.path}: {err}") from err
     weights.notes.extend([note] if note else [])
     return {**said, "resampler": config.to_dict()}

@@ -1,4 +1,4 @@
-"""What weights are, and whether two of them are the same: for ``fact-convert``."""
+"""``fact-convert inspect`` and ``verify``: summary and comparison of weights."""
 
 import contextlib
 import dataclasses
@@ -37,7 +37,7 @@ _ROWS = 1 << 22
 
 
 def summary(weights: Weights, *, sums: bool = False) -> dict[str, object]:
-    """What ``fact-convert inspect`` says, as plain data.
+    """The summary that ``fact-convert inspect`` prints, as plain data.
 
     ``hash`` does not depend on the format; ``content`` is what a file carries of itself. With
     ``sums`` also a SHA-256 of every part, as ``hash`` is worked out, and of every weight file.
@@ -103,7 +103,7 @@ def nearest(state: State) -> str:
 
 
 def _about_lora(weights: Weights) -> dict[str, object]:
-    """What a LoRA changes; of one that is not for these bases, why."""
+    """Algorithm, layers, ranks and alphas of a LoRA, or why it fits no supported base."""
     try:
         lora = read_lora(weights.path)
     except UserError as err:

@@ -216,7 +216,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _say(text: str, file=None) -> None:
-    """One line at the terminal, which nothing that a file says can steer."""
+    """Print a line with control characters escaped, since it may quote a file."""
     print(printable(text), file=file)
 
 
@@ -286,7 +286,7 @@ def _write_adapter(arguments: argparse.Namespace, weights) -> int:
 
 
 def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None = None) -> int:
-    """Write weights as OUT and the options say, with a bar; what was noticed is said at the end."""
+    """Write weights to OUT with a progress bar, then print notes."""
 
     from fact_convert.cli.opening import added_tokens
     from fact_convert.cli.saving import cast_weights, save
@@ -378,7 +378,7 @@ def _check_torch_out(arguments: argparse.Namespace, inputs: Sequence[Path | None
 def _check_out(
     arguments: argparse.Namespace, inputs: Iterable[Path | None], *, folder: bool
 ) -> None:
-    """Refuse what OUT must not be before anything is read."""
+    """Check OUT before anything is read."""
     from fact_convert.io.output_paths import check_output, claim_output
 
     if not arguments.dry_run:

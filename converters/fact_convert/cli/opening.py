@@ -1,4 +1,4 @@
-"""Any file or folder of weights, opened without being told what it is: for ``fact-convert``."""
+"""Opens weights of any supported format and layout, which is detected."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ from fact_convert.models.training_checkpoint import (
 from fact_convert.models.validation import check_all
 from fact_convert.rules.key_tables import RESAMPLER_PREFIX
 from fact_convert.rules.layer_transforms import POINTWISE
-from fact_jax.utils.errors import UserError, listed
+from fact_jax.utils.errors import UserError, error_context, listed
 
 ADAPTER_PARTS = {"adapter", "resampler"}
 BASE_PARTS = {"unet", "vae", "clip_text"}
@@ -51,7 +51,7 @@ _SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weights:
-    """What was found at a path: flat PyTorch states by kind of model.
+    """Opened weights: flat PyTorch state dicts by kind of model.
 
     ``format`` is how it is stored. ``metadata`` is what it says of itself: for an adapter file its
     metadata, for a checkpoint of the trainer its ``meta`` and the step. ``configs`` are the
@@ -89,7 +89,7 @@ class Weights:
 
 
 def canonical(kind: str, state: State, *, matrices: bool = False) -> State:
-    """The state by the names that we write, without a prefix and without what carries no weight.
+    """The state dict under canonical names, without prefix and without ignored keys.
 
     With ``matrices``, a weight that files hold as a matrix or as a 1 x 1 convolution is a matrix.
     """
@@ -197,7 +197,7 @@ def _open_file(path: Path, weights: str) -> Weights:
 
 
 def _pipeline_in(said: object) -> dict[str, object]:
-    """What our own metadata says of the pipeline that weights come from, as fields of Weights."""
+    """Scheduler and pipeline class from our own metadata, as fields of :class:`Weights`."""
     said = said if isinstance(said, Mapping) else {}
     scheduler, name = said.get("scheduler"), said.get("class")
     return {
@@ -207,7 +207,7 @@ def _pipeline_in(said: object) -> dict[str, object]:
 
 
 def pipeline_said(weights: Weights) -> dict[str, object]:
-    """:func:`_pipeline_in`, the other way."""
+    """Scheduler and pipeline class for metadata; inverse of :func:`_pipeline_in`."""
     said = {"class": weights.pipeline_class, "scheduler": weights.scheduler}
     return {name: value for name, value in said.items() if value is not None}
 
@@ -246,7 +246,7 @@ def _open_pipeline(path: Path, variant: str | None) -> Weights:
 
 
 def split_kinds(state: State) -> dict[str, State]:
-    """One file's tensors, by the kind of model that they belong to."""
+    """The tensors of one file by kind of model."""
     if any(key.startswith(RESAMPLER_PREFIX) for key in state):
         parts: dict[str, State] = {"adapter": {}, "resampler": {}}
         for key, array in state.items():
@@ -258,7 +258,7 @@ def split_kinds(state: State) -> dict[str, State]:
 
 
 def unknown_keys(weights: Weights) -> dict[str, list[str]]:
-    """For every kind, the keys in it that its rules do not know."""
+    """Keys that no rule maps, by kind."""
     found = {}
     for kind, state in weights.states.items():
         best = infer_kind(state)[0] if kind == "unknown" else kind
@@ -277,7 +277,7 @@ def unknown_keys(weights: Weights) -> dict[str, list[str]]:
 
 
 def step_of(weights: Weights) -> int | None:
-    """The step of training at which these weights were, if anything says it."""
+    """The training step of these weights, if it is recorded."""
     said = weights.metadata.get("step")
     if isinstance(said, int) or (isinstance(said, str) and said.isdecimal()):
         return int(said)
@@ -319,15 +319,12 @@ def check_supported(weights: Weights) -> None:
 def check_complete(weights: Weights) -> None:
     """:func:`check_supported` of the models that are known; other tensors may stand beside them."""
     states = {kind: state for kind, state in weights.states.items() if kind != "unknown"}
-    try:
+    with error_context(weights.path):
         if "adapter" in states:
             resampler, blocks = split_state(_in_one(weights, ADAPTER_PARTS), weights.path)
             check_adapter(resampler, blocks, adapter_said(weights).get("resampler"))
         if weights.scheduler is not None:
             read_schedule_config(weights.scheduler)
-    except UserError as err:
-        where = "" if str(err).startswith(str(weights.path)) else f"{weights.path}: "
-        raise UserError(f"{where}{err}") from err
     rest = {k: s for k, s in states.items() if k not in ADAPTER_PARTS or "adapter" not in states}
     check_all(weights.path, rest, weights.configs)
 
@@ -339,7 +336,7 @@ def _in_one(weights: Weights, parts: Collection[str]) -> State:
 
 
 def added_tokens(weights: Weights) -> list[AddedToken]:
-    """Tokens beside CLIP's own that the text encoder among these weights has rows for."""
+    """Added tokens (as of textual inversion) that the text encoder has embeddings for."""
     if "clip_text" not in weights.states:
         return []
     folder = weights.path / "tokenizer"
@@ -354,7 +351,7 @@ def added_tokens(weights: Weights) -> list[AddedToken]:
 
 
 def adapter_said(weights: Weights) -> dict[str, object]:
-    """What an adapter's source says of the models that it belongs to; it may be nothing."""
+    """UNet and resampler configuration that an adapter's source records; may be empty."""
     config = weights.metadata.get("config")
     config = config if isinstance(config, Mapping) else {}
     for said in (weights.metadata.get("adapter"), config, _trained_with(config)):

@@ -1,4 +1,4 @@
-"""Weights to whatever a path and a person ask for: for ``fact-convert``."""
+"""Writes opened weights in the layout that the output path and options ask for."""
 
 import dataclasses
 import functools
@@ -23,7 +23,7 @@ from fact_convert.cli.opening import (
     step_of,
 )
 from fact_convert.io.hashing import CONTENT
-from fact_convert.io.lazy_tensor import State, prefetch, release
+from fact_convert.io.lazy_tensor import State, release
 from fact_convert.io.parallel import thread_map
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.torch_io import write_torch_file
@@ -51,20 +51,20 @@ from fact_convert.models.training_checkpoint import provenance, to_jax, write_ch
 from fact_convert.models.validation import reshape_pointwise, vocab_size
 from fact_convert.weights import cast_state, read_config
 from fact_jax.diffusion.noise_schedules import NoiseSchedule
-from fact_jax.utils.errors import UserError, listed
+from fact_jax.utils.errors import UserError, error_context, listed
 
 _OWN = {"format", "version", "config", "software", "command", "sources", "step"}
 
 
 def check_numbers(weights: Weights) -> None:
-    """Work out every tensor and drop it: UserError for one that is damaged or cannot be rounded."""
+    """Compute every tensor and drop it: UserError if one is damaged or overflows its dtype."""
     arrays = [array for _, array in weights.tensors()]
-    for _ in thread_map(lambda array: release(np.asarray(array)), arrays, prefetch):
+    for _ in thread_map(lambda array: release(np.asarray(array)), arrays):
         pass
 
 
 def cast_weights(weights: Weights, dtype: str | None) -> Weights:
-    """The weights rounded to a precision, each when it is wanted; None leaves them as they are."""
+    """The weights lazily cast to a dtype (a name); None leaves them as they are."""
     states = {kind: cast_state(state, dtype) for kind, state in weights.states.items()}
     return dataclasses.replace(weights, states=states)
 
@@ -117,7 +117,7 @@ def save(
 
 
 def _overruled(source: Weights, weights: Weights, beside: Path) -> Iterator[str]:
-    """A line for all that the folder ``beside`` says otherwise than the source itself."""
+    """Notes on every setting in which the folder ``beside`` differs from the source."""
     for name, differing in differing_settings(source, weights):
         yield (
             f"{name}: taken from {beside} (--config), though the source says otherwise: "
@@ -126,7 +126,7 @@ def _overruled(source: Weights, weights: Weights, beside: Path) -> Iterator[str]
 
 
 def is_folder(out: Path, layout: str | None) -> bool:
-    """Whether a folder is to be written there, as far as it shows before anything is read."""
+    """Whether the output is a folder, decided from its name and ``--format`` alone."""
     if layout is not None:
         return layout == "diffusers"
     return out.suffix.lower() != ".onnx" and file_format(out) is None
@@ -231,7 +231,7 @@ def save_torch(
 
 
 def _with_settings(weights: Weights, state: State, pickled: bool) -> tuple[State, dict[str, str]]:
-    """A file's tensors and metadata with what its source says of its models beside weights.
+    """A file's tensors and metadata with its source's configurations and noise schedule.
 
     A pickle has no metadata: of a base the noise schedule stands in tensors that such files have,
     and what is lost is noted.
@@ -258,7 +258,7 @@ def _with_settings(weights: Weights, state: State, pickled: bool) -> tuple[State
 
 
 def _is_told(weights: Weights, kind: str, config: Mapping) -> bool:
-    """Whether a model's tensors alone give its own configuration."""
+    """Whether a model's configuration can be inferred from its tensors."""
     try:
         found, _ = infer_config(kind, weights.states[kind])
     except UserError:
@@ -275,10 +275,8 @@ def _original(weights: Weights) -> State:
         else state
         for kind, state in weights.states.items()
     }
-    try:
+    with error_context(weights.path):
         return write_ldm({kind: canonical(kind, state) for kind, state in states.items()})
-    except UserError as err:
-        raise UserError(f"{weights.path}: {err}") from err
 
 
 def save_jax(
@@ -315,7 +313,7 @@ def _with_origin(weights: Weights, meta: Mapping[str, object]) -> dict[str, obje
 
 
 def checkpoint_metadata(weights: Weights) -> dict[str, object]:
-    """Where weights come from, for the metadata of what is made of them.
+    """Metadata of a file made from these weights: provenance, step, the source's own metadata.
 
     What their own file says beside that (as kohya's ``ss_*``) is kept.
     """
@@ -332,7 +330,7 @@ def _origin(weights: Weights) -> dict[str, object]:
 
 
 def _said_beside(weights: Weights) -> dict[str, str]:
-    """The texts in the metadata of a weight file that are not those that are written here."""
+    """The source's own metadata: texts under keys that fact-convert does not write."""
     if weights.format in ("diffusers", "folder"):  # whose metadata is a configuration
         return {}
     said = weights.metadata

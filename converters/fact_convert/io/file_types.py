@@ -1,6 +1,6 @@
-"""What a file is that is none of ours: by its first bytes, and by what its tensors are called.
+"""Recognises other file formats by their first bytes and other model families by their keys.
 
-For messages alone: whoever has the wrong file shall read what it is.
+For error messages alone.
 """
 
 import re
@@ -44,7 +44,7 @@ _TEXT_WIDTHS = {768, 1024, 1280}
 
 
 def file_type_of(head: bytes) -> str | None:
-    """What a file is that begins with these bytes; None if they tell nothing."""
+    """The format of a file that begins with these bytes; None if unknown."""
     if not head:
         return "empty"
     if head[2:9] == b"\0\0\0\0\0\0{":
@@ -59,7 +59,7 @@ def file_type_of(head: bytes) -> str | None:
 
 
 def foreign_family(held: Mapping[str, object]) -> str | None:
-    """The family of models that tensors of these names (nested ones too) are of, if not ours."""
+    """The unsupported model family that these keys (nested ones too) belong to, or None."""
     if inversion := _inversion(held):
         return inversion
     keys = [key if hasattr(held[key], "shape") else f"{key}." for key in held]
@@ -74,7 +74,7 @@ def foreign_family(held: Mapping[str, object]) -> str | None:
 
 
 def foreign_pipeline_family(name: object) -> str | None:
-    """The family of a pipeline by the name of diffusers' class, if it is not ours."""
+    """The unsupported model family of a diffusers pipeline class, or None."""
     return next((f for start, f in _CLASSES.items() if str(name).startswith(start)), None)
 
 

@@ -1,4 +1,4 @@
-"""Names for what weights hold and where they came from: for the metadata of files."""
+"""SHA-256 of tensors and files: the content hash in our files' metadata."""
 
 import hashlib
 import os
@@ -8,18 +8,17 @@ from pathlib import Path
 
 import numpy as np
 
-from fact_convert.io.lazy_tensor import LazyTensor, prefetch, release
+from fact_convert.io.lazy_tensor import LazyTensor, release
 from fact_convert.io.parallel import thread_map
 from fact_jax.utils.errors import UserError
 
 CONTENT = "content"
 """Where a file's metadata says what it holds: the :func:`content_hash` of its tensors."""
 _HASH = re.compile(r"[0-9a-f]{64}")
-_BLOCK = 1 << 25
 
 
 def content_hash(tensors: Iterable[tuple[str, np.ndarray | LazyTensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and numbers; their order and the file do not matter."""
+    """SHA-256 over names, dtypes, shapes and data, independent of order and file format."""
     named = list(tensors)
 
     def line(entry: tuple[str, np.ndarray | LazyTensor]) -> str:
@@ -28,7 +27,7 @@ def content_hash(tensors: Iterable[tuple[str, np.ndarray | LazyTensor]]) -> str:
         release(array)
         return text
 
-    return combined_sha256(thread_map(line, named, lambda entry: prefetch(entry[1])))
+    return combined_sha256(thread_map(line, named))
 
 
 def check_content(
@@ -47,7 +46,7 @@ def check_content(
 
 
 def tensor_sha256(array: np.ndarray) -> str:
-    """SHA-256 of an array's numbers in C order."""
+    """SHA-256 of an array's data in C order."""
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return hashlib.sha256(flat.data).hexdigest()
 
@@ -58,19 +57,11 @@ def tensor_line(name: str, array: np.ndarray | LazyTensor, numbers: str) -> str:
 
 
 def combined_sha256(lines: Iterable[str]) -> str:
-    """The content hash of tensors that are described line by line."""
+    """The content hash of tensors given by their :func:`tensor_line`."""
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    size = path.stat().st_size
-    if not size:
-        return hashlib.sha256().hexdigest()
-    data, found = np.memmap(path, np.uint8, "r"), hashlib.sha256()
-    for begin in range(0, size, _BLOCK):
-        prefetch(
-            data[begin : begin + 2 * _BLOCK]
-        )  # the next one is on its way while this is hashed
-        found.update(data[begin : begin + _BLOCK].data)
-        release(data)
-    return found.hexdigest()
+    """SHA-256 of a file, as sha256sum has it."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()

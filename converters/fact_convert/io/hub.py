@@ -2,10 +2,10 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from fact_jax.utils.errors import UserError
+from fact_jax.utils.errors import UserError, first_line
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -32,25 +32,33 @@ def local_folder(
         )
     if not _HUB_NAME.fullmatch(str(name)) or path.parent.exists():
         raise UserError(f"{path}: no such folder")
-    from huggingface_hub import snapshot_download
-
     wanted = [f"*/*.{variant}*safetensors"] if variant else ["*/*model*.safetensors"]
     wanted = [*patterns, *(wanted if weights else ())]
     unwanted = [] if variant else ["*.fp16.*", "*.non_ema.*"]
     if not any(pattern.startswith("safety_checker/") for pattern in wanted):
         unwanted.append("safety_checker/*")
+    found = fetch_snapshot(name, "folder", str(name), wanted, ignore_patterns=unwanted)
+    rest = _without_variant(found, variant) if weights and variant else []
+    if rest:
+        unwanted += ["*.fp16.*", "*.non_ema.*"]
+        fetch_snapshot(name, "folder", str(name), rest, ignore_patterns=unwanted)
+    return found
+
+
+def fetch_snapshot(
+    name: str | os.PathLike, what: str, repository: str, wanted: Sequence[str], **options
+) -> Path:
+    """The Hub client's local copy of the files of a repository that are ``wanted`` (patterns).
+
+    Raises UserError in one line: that ``name`` is no ``what`` here, and why the Hub gives none.
+    """
+    from huggingface_hub import snapshot_download
+
     try:
-        found = snapshot_download(str(name), allow_patterns=wanted, ignore_patterns=unwanted)
-        rest = _without_variant(Path(found), variant) if weights and variant else []
-        if rest:
-            unwanted += ["*.fp16.*", "*.non_ema.*"]
-            snapshot_download(str(name), allow_patterns=rest, ignore_patterns=unwanted)
-        return Path(found)
+        return Path(snapshot_download(repository, allow_patterns=wanted, **options))
     except Exception as err:  # the client has a dozen sorts for offline, absent and forbidden
-        line = str(err).strip().splitlines()
         raise UserError(
-            f"{name}: no such folder here, and the Hub does not give it "
-            f"({line[0] if line else type(err).__name__})"
+            f"{name}: no such {what} here, and the Hub does not give it ({first_line(err)})"
         ) from err
 
 

@@ -1,8 +1,7 @@
-"""Arrays that are not in memory: read when wanted, turned to another layout tensor by tensor."""
+"""Lazy tensors: read, cast and transposed only when they are used, so never all in memory."""
 
 import mmap
 import os
-import threading
 from collections.abc import Callable
 
 import ml_dtypes
@@ -12,10 +11,10 @@ from fact_jax.utils.errors import UserError
 
 
 class LazyTensor:
-    """Stands for an array that is read, or computed, every time it is wanted.
+    """An array that is read, or computed, every time it is used.
 
     Transpositions, views and ``astype`` give a ``LazyTensor`` again; ``np.asarray`` and everything
-    else that arrays can do reads it. ``source`` is the array that it is made of, if it is one.
+    else that arrays can do reads it.
     """
 
     def __init__(
@@ -23,10 +22,9 @@ class LazyTensor:
         shape: tuple[int, ...],
         dtype: np.dtype,
         read: Callable[[], np.ndarray],
-        source: "np.ndarray | LazyTensor | None" = None,
     ):
         self.shape, self.dtype, self._read = tuple(shape), np.dtype(dtype), read
-        self.ndim, self.source = len(self.shape), source
+        self.ndim = len(self.shape)
 
     @property
     def size(self) -> int:
@@ -50,7 +48,7 @@ class LazyTensor:
         return self._viewed(lambda array: array[index])
 
     def astype(self, dtype) -> "LazyTensor":
-        return LazyTensor(self.shape, dtype, lambda: np.asarray(self).astype(dtype), self)
+        return LazyTensor(self.shape, dtype, lambda: np.asarray(self).astype(dtype))
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -69,11 +67,15 @@ class LazyTensor:
 
     def _viewed(self, view: Callable[[np.ndarray], np.ndarray]) -> "LazyTensor":
         shape = view(np.broadcast_to(np.int8(0), self.shape)).shape
-        return LazyTensor(shape, self.dtype, lambda: view(np.asarray(self)), self)
+        return LazyTensor(shape, self.dtype, lambda: view(np.asarray(self)))
+
+
+State = dict[str, np.ndarray | LazyTensor]
+"""Tensors by their PyTorch names."""
 
 
 def cast(array: np.ndarray | LazyTensor, dtype: np.dtype, name: str) -> np.ndarray | LazyTensor:
-    """``array`` in another precision, computed when wanted; then :func:`check_range` applies."""
+    """``array`` lazily cast to a dtype, with :func:`check_range`."""
     if array.dtype == dtype:
         return array
 
@@ -82,7 +84,7 @@ def cast(array: np.ndarray | LazyTensor, dtype: np.dtype, name: str) -> np.ndarr
         with np.errstate(over="ignore"):
             return check_range(wide.astype(dtype), wide, name)
 
-    return LazyTensor(array.shape, dtype, read, array)
+    return LazyTensor(array.shape, dtype, read)
 
 
 def check_range(narrow: np.ndarray, wide: np.ndarray | LazyTensor, name: str) -> np.ndarray:
@@ -119,19 +121,8 @@ def contiguous(
     return out
 
 
-def prefetch(array: np.ndarray | LazyTensor) -> None:
-    """Have the disk read an array of a mapped file at once, not page by page as it is used."""
-    while isinstance(array, LazyTensor):
-        array = array.source
-    _advise(array, mmap.MADV_WILLNEED)
-
-
 def release(array: np.ndarray) -> None:
-    """Let go of the memory of an array of a mapped file: what is wanted again is read again."""
-    _advise(array, mmap.MADV_DONTNEED)
-
-
-def _advise(array: np.ndarray | None, advice: int) -> None:
+    """Free the memory of an array of a mapped file: what is wanted again is read again."""
     base = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -139,36 +130,23 @@ def _advise(array: np.ndarray | None, advice: int) -> None:
         low, high = np.lib.array_utils.byte_bounds(array)
         origin = np.frombuffer(base, np.uint8).ctypes.data
         begin = (low - origin) // mmap.PAGESIZE * mmap.PAGESIZE
-        base.madvise(advice, begin, high - origin - begin)
+        base.madvise(mmap.MADV_DONTNEED, begin, high - origin - begin)
 
 
-State = dict[str, np.ndarray | LazyTensor]
-
-
-_THREAD = threading.local()
-
-
-_PIECE = 1 << 18
-"""At once, as ``cp`` does. For more, Linux looks for larger pages, and may look for long."""
-
-
-def contiguous_buffer(array: np.ndarray | LazyTensor) -> np.ndarray:
-    """The numbers of a stored array in C order, until the next call in the same thread."""
+def in_c_order(array: np.ndarray | LazyTensor) -> np.ndarray:
+    """The numbers of a stored array in C order: the array itself, or a copy."""
     stored = np.asarray(array)
     if stored.flags.c_contiguous:
         return stored
-    if len(getattr(_THREAD, "room", b"")) < stored.nbytes:
-        _THREAD.room = np.empty(stored.nbytes, np.uint8)  # new memory costs as much as the copy
-    room = _THREAD.room[: stored.nbytes].view(stored.dtype).reshape(stored.shape)
-    copied = contiguous(stored, out=room)
+    copied = contiguous(stored)
     release(stored)
     return copied
 
 
-def pwrite_array(handle, array: np.ndarray, offset: int, flags: int = 0) -> None:
+def pwrite_array(handle, array: np.ndarray, offset: int) -> None:
     """Write an array in C order at a place in an open file, from any thread."""
     rest = memoryview(array.reshape(-1).view(np.uint8))
     while rest:
-        count = os.pwritev(handle.fileno(), [rest[:_PIECE]], offset, flags)
+        count = os.pwrite(handle.fileno(), rest, offset)
         rest, offset = rest[count:], offset + count
     release(array)

@@ -1,4 +1,4 @@
-"""Where fact-convert writes to: what may be replaced, and what is refused before anything is read.
+"""Output paths: what may be replaced, and what is refused before anything is read.
 
 A folder that was written here holds a list of its files, so that ``--force`` replaces those and
 never what somebody else put there.
@@ -112,7 +112,7 @@ def check_output(out: Path, inputs: Iterable[Path | None], *, folder: bool, forc
 
 
 def claim_output(out: Path, *, force: bool) -> None:
-    """Clear away what killed runs left of ``out``. UserError if another run is writing to it."""
+    """Remove temporary files of killed runs. UserError if another run is writing ``out``."""
     if recover(out) and not force:
         raise UserError(f"{out}: another run is writing it")
 

@@ -1,12 +1,10 @@
 """Safetensors files: every size that a file claims is compared with its bytes before it is used."""
 
-import concurrent.futures
 import contextlib
 import json
 import math
 import os
 import struct
-import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,7 +19,7 @@ from fact_convert.io.hashing import (
     tensor_sha256,
 )
 from fact_convert.io.json_io import JSON_LIMIT, check_file, check_names, parse_json
-from fact_convert.io.lazy_tensor import LazyTensor, State, contiguous_buffer, prefetch, pwrite_array
+from fact_convert.io.lazy_tensor import LazyTensor, State, in_c_order, pwrite_array
 from fact_convert.io.parallel import thread_map
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
@@ -117,10 +115,6 @@ def _counts(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-_DONTCACHE = 0x80
-"""Linux' RWF_DONTCACHE, since 6.14: what is written goes to disk at once and leaves the cache."""
-
-
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -157,33 +151,24 @@ def write_safetensors(
 
     start = 8 + len(text())
 
-    turn = threading.Lock()  # threads that write to one file at once wait without sleeping
-
     def write(key: str) -> str:
-        array = contiguous_buffer(state[key])
+        array = in_c_order(state[key])
         line = tensor_line(key, array, tensor_sha256(array))
-        with turn:
-            pwrite_array(handle, array, start + header[key]["data_offsets"][0], flags)
+        pwrite_array(handle, array, start + header[key]["data_offsets"][0])
         return line
 
     with (
         atomic_write(path, replace=replace) as temporary,
         open(temporary, "wb") as handle,
         # Whatever happens, the threads are done before their file is closed.
-        contextlib.closing(thread_map(write, keys, lambda key: prefetch(state[key]))) as written,
-        concurrent.futures.ThreadPoolExecutor(1) as beside,
+        contextlib.closing(thread_map(write, keys)) as written,
     ):
         handle.truncate(start + end)
-        flags = _past_the_cache(handle)
-        lines, flushed = [], beside.submit(int)
+        lines = []
         for key, line in zip(keys, written, strict=True):
             lines.append(line)
-            if flushed.done():  # the disk works all the while, not only at the end
-                flushed.result()
-                flushed = beside.submit(os.fdatasync, handle.fileno())
             if wrote is not None:
                 wrote(state[key].nbytes)
-        flushed.result()
         header["__metadata__"][CONTENT] = combined_sha256(lines)
         handle.write(struct.pack("<Q", start - 8) + text())
 
@@ -192,15 +177,3 @@ def _name(path: str | os.PathLike, key: str, dtype: np.dtype) -> str:
     if dtype not in _NAMES:
         raise UserError(f"{path}: {key} is {dtype}, which the format does not have")
     return _NAMES[dtype]
-
-
-def _past_the_cache(handle) -> int:
-    """The flag that has Linux keep nothing of a file in memory, 0 where it cannot.
-
-    To find room for a file of gigabytes takes the system longer than to write it.
-    """
-    try:
-        os.pwritev(handle.fileno(), [b"0"], 0, _DONTCACHE)
-    except (OSError, NotImplementedError, AttributeError):  # an older Linux, another system
-        return 0
-    return _DONTCACHE

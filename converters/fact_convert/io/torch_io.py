@@ -1,4 +1,4 @@
-"""Files that ``torch.save`` wrote, through the loader that runs no code.
+"""PyTorch checkpoint files: read by torch.load(weights_only=True), written without torch.
 
 The pickle in such a file says where each tensor's numbers lie. The archive around it is checked
 first, so that nothing is unpacked; and afterwards every tensor is compared with the archive, since
@@ -24,10 +24,10 @@ import numpy as np
 
 from fact_convert.io.file_types import FAMILIES_KNOWN, foreign_family
 from fact_convert.io.json_io import check_file, check_names
-from fact_convert.io.lazy_tensor import LazyTensor, State, contiguous_buffer, release
+from fact_convert.io.lazy_tensor import LazyTensor, State, in_c_order, release
 from fact_convert.io.parallel import thread_map
 from fact_convert.io.safetensors_io import DTYPES
-from fact_jax.utils.errors import UserError, listed
+from fact_jax.utils.errors import UserError, first_line, listed
 from fact_jax.utils.files import atomic_write
 
 _PICKLE_LIMIT = 16 * 2**20
@@ -94,7 +94,7 @@ def read_torch_file(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
 
 
 def _load(path: Path, *, mmap: bool) -> tuple[object, list[str]]:
-    """What the file holds, and the classes that only stand-ins were made of."""
+    """The loaded object, and the names of classes that were replaced by placeholders."""
     try:
         import torch
     except ImportError as err:
@@ -135,7 +135,7 @@ def _load(path: Path, *, mmap: bool) -> tuple[object, list[str]]:
 
 
 class _Held:
-    """Stands for an object of a class that is not imported: holds what the file gives, no more."""
+    """Placeholder for an object of a class that is not imported."""
 
     def __new__(cls, *args):
         self = super().__new__(cls)
@@ -150,7 +150,7 @@ class _Held:
 
 
 class _HeldItems:
-    """The same for dictionaries' classes: the loader puts items into its own sort alone."""
+    """Placeholder for subclasses of dict: the loader sets items of an OrderedDict alone."""
 
     def __new__(cls, *args):
         return OrderedDict(held=args)
@@ -180,13 +180,12 @@ def _unknown_classes(path: Path) -> list[str]:
 
 
 def _damaged(path: Path, err: Exception | str) -> UserError:
-    line = str(err).strip().splitlines()
-    reason = ascii(line[0])[1:-1] if line else type(err).__name__
+    reason = ascii(first_line(err) if isinstance(err, Exception) else err)[1:-1]
     return UserError(f"{path}: not a whole PyTorch file ({reason[:300]})")
 
 
 def _records(path: Path) -> dict[int, int]:
-    """Where each record of numbers begins and how long it is. UserError for a packed archive."""
+    """Offset and size of each data record. UserError for a compressed archive."""
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
@@ -265,7 +264,7 @@ def _tensors(held: object, seen: dict[int, object]) -> Iterator[tuple[int, objec
 
 
 def _places(path: Path, tensors: dict, records: dict[int, int]) -> dict[int, int]:
-    """Where in the file each storage lies, by its address. UserError unless all fit the records.
+    """File offset of each storage by its address. UserError unless all fit the records.
 
     The loader maps the file, and takes where a storage begins from the archive but how long it is
     from the pickle.
@@ -284,7 +283,7 @@ def _places(path: Path, tensors: dict, records: dict[int, int]) -> dict[int, int
 
 
 def _dtype(path: Path, key: str, tensor) -> np.dtype:
-    """What sort of numbers a tensor holds. UserError unless they lie plainly in memory."""
+    """The numpy dtype of a tensor. UserError unless it is strided and on the CPU."""
     dtype = _dtypes().get(tensor.dtype)
     if dtype is None or tensor.layout != _torch().strided or tensor.device.type != "cpu":
         raise UserError(f"{path}: {key} is {tensor.dtype}, {tensor.layout}, on {tensor.device}")
@@ -349,7 +348,7 @@ def write_torch_file(
         archive.writestr(zipfile.ZipInfo(f"{folder}/data.pkl"), _pickled(path, state))
         archive.writestr(zipfile.ZipInfo(f"{folder}/byteorder"), "little")
         for number, stored in enumerate(state.values()):
-            array = contiguous_buffer(stored)
+            array = in_c_order(stored)
             entry = zipfile.ZipInfo(f"{folder}/data/{number}")
             # A field without a meaning, so long that the numbers begin at a multiple of 64.
             begin = archive.fp.tell() + 30 + len(entry.filename.encode()) + 4
@@ -363,7 +362,7 @@ def write_torch_file(
 
 
 def _pickled(path: str | os.PathLike, state: Mapping[str, np.ndarray | LazyTensor]) -> bytes:
-    """The pickle that names the tensors: for each one a call that builds it from its storage."""
+    """The archive's ``data.pkl``: for each tensor a call that builds it from its storage."""
 
     def plain(value: str | int | tuple[int, ...]) -> bytes:
         return pickle.dumps(value, 2)[2:-1]

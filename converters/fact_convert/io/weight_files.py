@@ -1,8 +1,4 @@
-"""Files and folders to flat PyTorch states. Nothing here knows what a tensor means.
-
-Tensors come as memory maps: what is not used is not read. Sizes that a file claims are checked
-against the file before anything is allocated.
-"""
+"""Reads weight files, single or sharded, as flat PyTorch state dicts of memory maps."""
 
 import os
 import re
@@ -79,7 +75,7 @@ def read_weights(folder: str | os.PathLike, stem: str, variant: str | None = Non
 
 
 def _weight_files(stem: str, variant: str | None) -> list[str]:
-    """What a folder's weights may be called, one file or an index: the first one counts."""
+    """Possible names of a folder's weight file or shard index; the first that exists counts."""
     dotted = f".{variant}" if variant else ""
     return [
         name
@@ -91,7 +87,7 @@ def _weight_files(stem: str, variant: str | None) -> list[str]:
 def part_variants(
     folder: Path, stems: Mapping[str, str], variant: str | None
 ) -> tuple[dict[str, str | None], list[str]]:
-    """The variant to read of every part of a pipeline, and a line for each that has none of it.
+    """The variant to read of every part of a pipeline, and notes on parts without it.
 
     ``stems`` are what the weights are called, by part. As in diffusers the ordinary weights are
     read of a part that has none of the variant, unless no part has any.

@@ -1,29 +1,26 @@
-"""Nested arrays in a folder as Orbax keeps them: one Zarr array a leaf, and ``_METADATA``.
+"""Orbax's on-disk format of a pytree: one Zarr array a leaf, and ``_METADATA``.
 
 Orbax itself packs and compresses them, and reads or writes a whole tree. Here they are read leaf
 by leaf, whoever wrote them, and written leaf by leaf as plain files, which Orbax reads too and
 which can be mapped into memory.
 """
 
-import concurrent.futures
 import contextlib
 import json
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from fact_convert.io.json_io import read_json
-from fact_convert.io.lazy_tensor import LazyTensor, State, contiguous_buffer, prefetch, pwrite_array
+from fact_convert.io.lazy_tensor import LazyTensor, State, in_c_order, pwrite_array
 from fact_convert.io.parallel import thread_map
 from fact_convert.io.safetensors_io import DTYPES, MOST_AXES
-from fact_jax.utils.errors import UserError
+from fact_jax.utils.errors import UserError, first_line
 
 Array = np.ndarray | LazyTensor
 
-_LARGE = 2**20
 _ROOM = 2**30
 _PACKED = 64
 """Zeros pack far better than weights do: what unpacks to more than this is not a checkpoint."""
@@ -66,7 +63,7 @@ def _names(folder: Path, about: Mapping) -> Iterator[tuple[str, ...]]:
 
 
 def _open(folder: Path, names: list[str], zarr3: bool) -> list[Array]:
-    """The leaves, not yet read."""
+    """Open the leaves without reading them."""
     packed = (folder / "manifest.ocdbt").exists()
     if not packed and not zarr3:
         mapped = [_map(folder, name) for name in names]
@@ -93,7 +90,9 @@ def _open(folder: Path, names: list[str], zarr3: bool) -> list[Array]:
         try:
             store = future.result()
         except Exception as err:  # tensorstore's are of several types
-            raise UserError(f"{folder}: damaged, {name} cannot be read ({_first(err)})") from err
+            raise UserError(
+                f"{folder}: damaged, {name} cannot be read ({first_line(err):.200})"
+            ) from err
         dtype = store.dtype.numpy_dtype
         if dtype not in DTYPES.values():
             raise UserError(f"{folder}: {name} is {dtype}, which is not supported")
@@ -102,7 +101,7 @@ def _open(folder: Path, names: list[str], zarr3: bool) -> list[Array]:
 
 
 def _map(folder: Path, name: str) -> np.ndarray | None:
-    """A leaf that lies in one plain file, as a memory map; None if it does not."""
+    """Memory map of a leaf stored as one uncompressed chunk; None if it is not."""
     file = folder / name / ".zarray"
     if not file.exists():
         raise UserError(f"{folder}: damaged, {name} is not there")
@@ -129,18 +128,15 @@ def _checked(folder: Path, name: tuple[str, ...], array: Array, known: int | Non
             found = np.asarray(array)
         except Exception as err:  # tensorstore's are of several types
             path = ".".join(name[1:])
-            raise UserError(f"{folder}: damaged, {path} cannot be read ({_first(err)})") from err
+            raise UserError(
+                f"{folder}: damaged, {path} cannot be read ({first_line(err):.200})"
+            ) from err
         # Orbax itself hands out changed bytes without a word.
         if known is not None and known != checksum(found):
             raise UserError(f"{folder}: damaged, not what was written: {'.'.join(name[1:])}")
         return found
 
-    return LazyTensor(array.shape, array.dtype, read, array)
-
-
-def _first(err: Exception) -> str:
-    line = str(err).strip().splitlines()
-    return (line or [type(err).__name__])[0][:200]
+    return LazyTensor(array.shape, array.dtype, read)
 
 
 def write_tree(
@@ -153,21 +149,12 @@ def write_tree(
     def write(name: tuple[str, ...]) -> int | None:
         return None if leaves[name] is None else _write_leaf(folder / ".".join(name), leaves[name])
 
-    def read_ahead(name: tuple[str, ...]) -> None:
-        prefetch(leaves[name])
-
     sums = {}
-    with (
-        contextlib.closing(thread_map(write, list(leaves), read_ahead)) as written,
-        concurrent.futures.ThreadPoolExecutor(1) as beside,
-    ):
-        flushed = beside.submit(int)
+    with contextlib.closing(thread_map(write, list(leaves))) as written:
         for name, found in zip(leaves, written, strict=True):
             if found is None:
                 continue
             sums["/".join(name)] = found
-            if leaves[name].nbytes > _LARGE and flushed.done():
-                flushed = beside.submit(os.sync)  # the disk works all the while, not at the end
             if wrote is not None:
                 wrote(leaves[name].nbytes)
     about = {
@@ -196,7 +183,7 @@ def _leaf_metadata(name: tuple[str, ...], value: Array | None) -> dict:
 
 
 def _write_leaf(folder: Path, stored: Array) -> int:
-    array = contiguous_buffer(stored)
+    array = in_c_order(stored)
     found = checksum(array)
     folder.mkdir()
     about = {

@@ -1,4 +1,4 @@
-"""What a LoRA file changes of one weight, by algorithm: pure NumPy, one class each."""
+"""Weight deltas of LoRA, LoHa and LoKr layers, with DoRA: pure NumPy, one class each."""
 
 import abc
 import dataclasses
@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Layer(abc.ABC):
-    """The change of one weight: ``scalar * alpha / rank`` times a product of small ``parts``.
+    """The delta of one weight: ``scalar * alpha / rank`` times a product of small ``parts``.
 
     ``key`` is the weight's PyTorch name in a model of this ``kind``, without a prefix. Without a
     ``rank`` (a LoKr of two full matrices) nothing divides and alpha has no meaning. ``magnitude``
@@ -43,7 +43,7 @@ class Layer(abc.ABC):
 
     @property
     def factor(self) -> float:
-        """What the product of the parts is multiplied by."""
+        """The factor on the product of the parts."""
         return self.scalar * (1.0 if self.rank is None else self.alpha / self.rank)
 
     @abc.abstractmethod
@@ -51,7 +51,7 @@ class Layer(abc.ABC):
         """The product of the parts, in float32."""
 
     def delta(self) -> np.ndarray:
-        """What is added at scale 1, in float32, of :attr:`shape`."""
+        """The weight delta at scale 1, float32, of :attr:`shape`."""
         return self.product().reshape(self.shape) * np.float32(self.factor)
 
     def fits(self, base: Shape) -> bool:

@@ -22,7 +22,7 @@ from fact_convert.rules.key_tables import ADAPTER_INFIX, RESAMPLER_PREFIX
 from fact_convert.weights import add_state, dump_some, dump_state, load_state, read_config
 from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.unet import UNet
-from fact_jax.utils.errors import UserError, listed
+from fact_jax.utils.errors import UserError, error_context, listed
 
 FORMAT, VERSION = "fact-adapter", "1"
 DIM_HEAD_KEY = "fact_jax.resampler.dim_head"
@@ -84,14 +84,12 @@ def read_adapter(path: str | os.PathLike, resampler_config=None) -> AdapterFile:
     state, text = read_file(path)
     state, metadata = pop_dim_head(state, read_metadata(text, path), path)
     resampler, blocks = split_state(state, path)
-    try:
+    with error_context(path):
         config, note = resampler_config, None
         if config is None:
             config, note = find_resampler_config(resampler, metadata)
         config = read_config("resampler", config, resampler)
         check_adapter(resampler, blocks, config)
-    except UserError as err:
-        raise UserError(f"{path}: {err}") from err
     if note:
         log.warning("note: %s: %s", path, note)
     return AdapterFile(
@@ -178,7 +176,7 @@ def read_metadata(text: Mapping[str, str], source: str | os.PathLike) -> dict[st
 def pop_dim_head(
     state: State, metadata: Mapping[str, object], source: str | os.PathLike
 ) -> tuple[State, dict[str, object]]:
-    """The state without our side key, and the metadata with what it says as ``dim_head``."""
+    """The state without :data:`DIM_HEAD_KEY`, and the metadata with its ``dim_head``."""
     metadata = {name: value for name, value in metadata.items() if name != "dim_head"}
     if DIM_HEAD_KEY not in state:
         return state, metadata
@@ -191,7 +189,7 @@ def pop_dim_head(
 
 
 def add_dim_head(state: State, config: ResamplerConfig) -> State:
-    """A flat adapter state for a pickle, which has no metadata, that still tells its heads.
+    """An adapter state for a pickle, with :data:`DIM_HEAD_KEY` in place of metadata.
 
     Released files need no side key, and get none: they are recognised by their size.
     """
@@ -205,7 +203,7 @@ def add_dim_head(state: State, config: ResamplerConfig) -> State:
 def find_resampler_config(
     state: State, metadata: Mapping[str, object], dim_head: int | None = None
 ) -> tuple[Mapping[str, object], str | None]:
-    """A resampler's configuration, and a line about what of it was guessed.
+    """A resampler's configuration, and a note if part of it was assumed.
 
     It is what the metadata says (our file's ``config`` or the ``dim_head`` of a side key), else it
     follows from the tensors and ``dim_head``. Raises UserError where nothing tells the heads, or
@@ -231,7 +229,7 @@ def find_resampler_config(
 
 
 def infer_resampler(state: State) -> tuple[dict[str, int], str]:
-    """A resampler's configuration from its tensors, and what is no more than likely in it.
+    """A resampler's configuration from its tensors, and a note on what is assumed.
 
     Their shapes do not tell the heads: UserError unless these are those of the released one.
     """
@@ -314,7 +312,7 @@ def save_adapter(
 
 
 def model_configs(unet_config: Mapping, resampler: ResamplerConfig) -> dict[str, object]:
-    """What an adapter's metadata says about the models that it belongs to."""
+    """The UNet and resampler configuration for an adapter's metadata."""
     keys = ("block_out_channels", "cross_attention_dim", "attention_head_dim")
     return {
         "unet": {key: unet_config[key] for key in keys if key in unet_config},

@@ -13,7 +13,7 @@ from fact_convert.models.pipeline import save_part
 from fact_convert.models.validation import check_fits
 from fact_convert.weights import load_state, read_config
 from fact_jax.models.controlnet import ControlNet, ControlNetConfig
-from fact_jax.utils.errors import UserError
+from fact_jax.utils.errors import UserError, error_context
 
 _STEM = "diffusion_pytorch_model"
 
@@ -33,15 +33,12 @@ def find_controlnet(
     kind = config.get("_class_name", "ControlNetModel")
     if kind != "ControlNetModel":
         raise UserError(f"{folder}: not a ControlNet but a {kind}")
-    try:
+    with error_context(folder):
         if not weights:
             return folder, read_config("controlnet", config)
         state = read_weights(folder, _STEM, variant)
         config = read_config("controlnet", config, state)
         check_fits("controlnet", state, config)
-    except UserError as err:
-        where = "" if str(err).startswith(str(folder)) else f"{folder}: "
-        raise UserError(f"{where}{err}") from err
     return folder, config
 
 

@@ -24,7 +24,7 @@ from fact_convert.models.pipeline import (
 from fact_convert.models.tokenizer import AddedToken, Tokenizer, read_tokenizer, write_tokenizer
 from fact_convert.models.validation import reshape_pointwise
 from fact_jax.diffusion.noise_schedules import NoiseSchedule
-from fact_jax.utils.errors import UserError
+from fact_jax.utils.errors import UserError, error_context
 
 STEMS = {
     **dict(PARTS.values()),
@@ -36,7 +36,7 @@ _FOLDERS = {kind: part for part, (kind, _) in PARTS.items()}
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightFileOptions:
-    """What a folder's weight files are like.
+    """How a folder's weight files are named, sharded and stored.
 
     ``variant`` (as fp16) stands in their names, ``shard`` is how many bytes one may have, and
     ``legacy`` ones are pickles.
@@ -81,7 +81,7 @@ def plan_pipeline(
     class_name: str | None,
     notes: list[str],
 ) -> tuple[dict[str, Mapping], Tokenizer, Mapping, str]:
-    """What a pipeline folder holds beside weights: configurations, tokenizer, scheduler, class.
+    """A pipeline folder's configurations, tokenizer, scheduler and pipeline class.
 
     They come from the folder ``beside``, else from ``source`` if it is a pipeline folder, else
     from the tensors; ``added`` are tokens that the text encoder learned, ``scheduler`` and
@@ -109,11 +109,9 @@ def plan_pipeline(
     scheduler = {"_class_name": "DDIMScheduler", **scheduler}
     if not isinstance(scheduler["_class_name"], str):
         raise UserError(f"{source}: the _class_name of its scheduler is no name")
-    try:
+    with error_context(source):
         read_schedule_config(scheduler)
         name = pipeline_class(states["unet"], class_name)
-    except UserError as err:
-        raise UserError(f"{source}: {err}") from err
     if name != (class_name or pipeline_class(states["unet"], None)):
         notes.append(f"{class_name} becomes {name}, which its parts here are enough for")
     elif class_name is None and name != DEFAULT_CLASS:
@@ -150,15 +148,13 @@ def write_pipeline(
 def plan_model(
     source: Path, kind: str, state: State, configs: Mapping[str, Mapping], notes: list[str]
 ) -> Mapping:
-    """The configuration of one model's folder: what is said of it, else what its tensors tell."""
+    """The configuration of one model's folder: its source's, else inferred from tensors."""
     if kind not in STEMS:
         raise UserError(f"{source}: {kind} weights have no folder, only files")
     if config := configs.get(kind):
         return config
-    try:
+    with error_context(source):
         config, note = infer_config(kind, state)
-    except UserError as err:
-        raise UserError(f"{source}: {err}") from err
     notes.append(note)
     return config
 
@@ -229,7 +225,7 @@ _COMPONENT_WEIGHTS = (("model", ".safetensors"), ("pytorch_model", ".bin"))
 
 
 def copied_components(folder: Path) -> dict[str, list]:
-    """What is copied of a pipeline's folder: library and class by name, as its index says them."""
+    """Components that are copied unchanged: library and class by name, as in the index."""
     index = folder / "model_index.json"
     if not index.is_file():
         return {}
@@ -245,7 +241,7 @@ def copied_components(folder: Path) -> dict[str, list]:
 
 
 def copy_components(folder: Path, out: Path) -> dict[str, object]:
-    """Copy them from a pipeline's folder to another; what the other's index says of them."""
+    """Copy these components to another folder; returns their entries for its index."""
     found = copied_components(folder)
     for name in found:
         (out / name).mkdir()
@@ -276,7 +272,7 @@ def _component_files(folder: Path) -> Iterator[tuple[Path, str]]:
 
 
 def left_out(left: Mapping[str, list[str]], folder: Path) -> dict[str, list[str]]:
-    """What is left out of a folder, of what is left out of a file."""
+    """``left`` without the components that a folder holds as copies."""
     copied = copied_components(folder)
     rest = {reason: [key for key in keys if key not in copied] for reason, keys in left.items()}
     return {reason: keys for reason, keys in rest.items() if keys}

@@ -14,7 +14,7 @@ from fact_convert.io.weight_files import read_file
 from fact_convert.models.validation import RELEASED_SIZE, check_fits, encoder_shape
 from fact_convert.weights import dump_state, load_state, read_config
 from fact_jax.models.transface import TransFace, TransFaceConfig
-from fact_jax.utils.errors import UserError
+from fact_jax.utils.errors import UserError, error_context
 
 log = logging.getLogger(__name__)
 
@@ -41,23 +41,20 @@ def read_encoder(
     if path.is_dir():
         config = config or read_json(path / "config.json")
     state, text = read_file(path / "model.safetensors" if path.is_dir() else path)
-    try:
+    with error_context(path):
         if config is None:
             config = json_in(text, "configs", path).get("transface")
         if config is None:
             config, note = infer_encoder(state)
         config = read_config("transface", config, state)
         check_fits("transface", state, config)
-    except UserError as err:
-        where = "" if str(err).startswith(str(path)) else f"{path}: "
-        raise UserError(f"{where}{err}") from err
     if note:
         log.warning("note: %s: %s", path, note)
     return state, config
 
 
 def infer_encoder(state: State) -> tuple[dict[str, int], str]:
-    """A TransFace's configuration from its tensors, and what is no more than likely in it.
+    """A TransFace's configuration from its tensors, and a note on what is assumed.
 
     Their shapes do not tell the heads: UserError unless these are the widths of a public size.
     """

@@ -1,7 +1,7 @@
-"""Configurations that tensors give away, and where that is no more than likely.
+"""Model configurations inferred from tensor shapes.
 
-What no tensor tells (heads, groups of norms, the scale of latents, an activation) is taken from a
-published model of just these widths, which is said, and refused for all others.
+What shapes do not tell (heads, norm groups, latent scale, activation) is taken from a published
+model of the same widths, with a note; other models are refused.
 """
 
 import dataclasses
@@ -52,7 +52,7 @@ _USUAL = {"norm_eps", "layer_norm_eps", "sample_size"} | {
 
 
 def infer_config(kind: str, state: State) -> tuple[dict, str]:
-    """The peer's configuration of a model of these tensors, and a line about what was guessed.
+    """The diffusers or transformers configuration of a model, and a note on what is assumed.
 
     Raises UserError if they are no such model, or one whose settings nobody could tell.
     """

@@ -1,4 +1,4 @@
-"""The face encoder as ONNX, built from its PyTorch state: the weights keep their names."""
+"""ONNX export of the face encoder from its PyTorch state; weights keep their names."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def write_onnx(
 
 
 def _field(number: int, length: int) -> bytes:
-    """What stands before ``length`` bytes of a field of a protocol buffer."""
+    """Tag and length of a length-delimited protobuf field."""
     head = bytes([number << 3 | 2])
     while length > 127:
         head += bytes([length & 127 | 128])
@@ -77,7 +77,7 @@ def _field(number: int, length: int) -> bytes:
 
 
 class _Graph:
-    """Nodes one after the other; every value is known by a name."""
+    """A graph under construction: nodes in order, values by name."""
 
     def __init__(self):
         self.nodes, self.constants, self.weights = [], [], []
@@ -145,7 +145,7 @@ class _Graph:
 
 
 def _transface(config: TransFaceConfig) -> _Graph:
-    """The whole encoder, as ``fact_jax.models.transface`` computes it."""
+    """The encoder's graph, as in ``fact_jax.models.transface``."""
     g = _Graph()
     patch, dim = [config.patch_size] * 2, config.embed_dim
     weights = [g.weight(f"patch_embed.proj.{leaf}") for leaf in ("weight", "bias")]

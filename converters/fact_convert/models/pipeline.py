@@ -1,10 +1,9 @@
 """A Stable Diffusion 1.5 base as a diffusers pipeline folder, read and written."""
 
-import contextlib
 import dataclasses
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from fact_jax.diffusion.noise_schedules import NoiseSchedule, alphas_cumprod_num
 from fact_jax.models.clip_text import CLIPTextModel
 from fact_jax.models.unet import UNet, UNetConfig
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
-from fact_jax.utils.errors import UserError
+from fact_jax.utils.errors import UserError, error_context
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +52,7 @@ _SCHEDULERS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline:
-    """Everything that a base model is. ``scheduler_class`` is what diffusers is told to use."""
+    """A base model's parts. ``scheduler_class`` is the name of diffusers' scheduler."""
 
     unet: UNet
     vae: AutoencoderKL
@@ -118,7 +117,7 @@ def load_part(
     loras: Sequence[tuple[Lora, float]] = (),
 ):
     """One model of a pipeline folder, by the folder's name."""
-    with _named(folder):
+    with error_context(folder):
         kind, config, state = _read_part(folder, variant)
         if loras and kind in LORA_PARTS:
             check_fits(kind, state, config)
@@ -132,7 +131,7 @@ def check_pipeline(folder: Path, variant: str | None = None) -> None:
     For those who let diffusers open it, which fills what is missing with random numbers.
     """
     for part in PARTS:
-        with _named(folder / part):
+        with error_context(folder / part):
             kind, config, state = _read_part(folder / part, variant)
             check_fits(kind, state, config)
 
@@ -141,15 +140,6 @@ def _read_part(folder: Path, variant: str | None) -> tuple[str, dict, State]:
     kind, stem = PARTS[folder.name]
     config = read_json(folder / "config.json")
     return kind, config, read_weights(folder, stem, variant)
-
-
-@contextlib.contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except UserError as err:
-        where = "" if str(err).startswith(str(folder)) else f"{folder}: "
-        raise UserError(f"{where}{err}") from err
 
 
 def save_pipeline(
@@ -228,7 +218,7 @@ def pipeline_class(unet: State, said: str | None) -> str:
 
 
 def scheduler_config(name: str, schedule: NoiseSchedule) -> dict:
-    """What ``scheduler_config.json`` says for a diffusers scheduler of this name."""
+    """The ``scheduler_config.json`` of a diffusers scheduler of this name."""
     facts = schedule.to_dict()
     if name not in _SCHEDULERS:
         facts.pop("set_alpha_to_one")
@@ -236,7 +226,7 @@ def scheduler_config(name: str, schedule: NoiseSchedule) -> dict:
 
 
 def index_of(scheduler: str, name: str = DEFAULT_CLASS) -> dict:
-    """What ``model_index.json`` says of the parts that we write, with a scheduler of this name."""
+    """The ``model_index.json`` of a pipeline with a scheduler of this name."""
     return {
         "_class_name": name,
         "_diffusers_version": _LAYOUT,

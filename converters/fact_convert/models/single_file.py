@@ -1,8 +1,6 @@
-"""Stable Diffusion 1.x in one file, in the layout of the code that it was first trained with (LDM).
+"""Single-file checkpoints of Stable Diffusion 1.x in the original layout (LDM).
 
-The tensors are those of a diffusers folder under other names. Which index stands for which block
-follows from the model's size, so the names are spelled out for each size, as pairs that are read
-in both directions.
+The tensors are those of a diffusers folder under other names (``rules.ldm``).
 """
 
 import dataclasses
@@ -143,7 +141,7 @@ def prediction_texts(schedule: NoiseSchedule) -> dict[str, str]:
 
 
 def _schedule_of(abar: np.ndarray | LazyTensor) -> NoiseSchedule | None:
-    """The schedule that has this cumulative product, to the precision of its own rounding."""
+    """The noise schedule with this ``alphas_cumprod``, its betas rounded to three digits."""
     held = np.asarray(abar).astype(np.float64)
     if held.ndim != 1 or not 2 <= held.size <= _MOST_STEPS or not (held > 0).all():
         return None
@@ -173,7 +171,7 @@ def _why_ignored(key: str) -> str | None:
 
 
 class _Names:
-    """The two names of every layer of one model of this size."""
+    """LDM's and diffusers' names of the layers of one model."""
 
     def __init__(self, kind: str, keys: Iterable[str]):
         self._text = kind == "clip_text"

@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer without transformers: the files it reads and the ids it gives."""
+"""CLIP's byte-pair tokenizer without transformers: reading and writing its files, token ids."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from jaxtyping import Int
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from fact_convert.io.json_io import read_json, read_text, write_json
-from fact_jax.utils.errors import UserError
+from fact_jax.utils.errors import UserError, error_context
 from fact_jax.utils.files import atomic_write
 
 _WORDS = (
@@ -172,7 +172,7 @@ def _check_ids(vocab: Mapping[str, int], added: Sequence[AddedToken]) -> None:
 
 
 def _vectors(added: Iterable[AddedToken]) -> dict[str, str]:
-    """What stands for a token that was learned as several rows: ``<cat> <cat>_1 <cat>_2``."""
+    """Tokens learned as several vectors, spelled out: ``<cat> <cat>_1 <cat>_2``."""
     names = {token.content for token in added}
     found = {}
     for name in sorted(names):
@@ -232,34 +232,34 @@ def read_tokenizer(
     """
     folder = Path(folder)
     settings = _read_settings(folder)
-    try:
-        if (folder / "vocab.json").exists():
-            vocab = read_json(folder / "vocab.json")
-            lines = read_text(folder / "merges.txt").splitlines()
-            merges = [line.split() for line in lines if line and not line.startswith("#version")]
-        elif (folder / "tokenizer.json").exists():
-            model = read_json(folder / "tokenizer.json").get("model")
-            if not isinstance(model, dict) or not {"vocab", "merges"} <= set(model):
-                raise UserError(f"{folder / 'tokenizer.json'}: holds no byte-pair vocabulary")
-            vocab = dict(model["vocab"])
-            merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-        else:
-            raise UserError(f"{folder}: no vocab.json with merges.txt and no tokenizer.json")
-        known = {name: _plain(settings[name]) for name in _SPECIALS if name in settings}
-        tokenizer = Tokenizer(
-            vocab=vocab,
-            merges=[(a, b) for a, b in merges],
-            # No limit is written as infinity, or as a very large number.
-            model_max_length=int(min(settings.get("model_max_length", longest), longest)),
-            added_tokens=_read_added(folder, settings, vocab),
-            **known,
-        )
-        tokenizer = tokenizer.with_tokens(added)
-    except (TypeError, ValueError, AttributeError, OverflowError) as err:
-        raise UserError(f"{folder}: not a CLIP tokenizer ({err})") from err
-    except UserError as err:
-        where = "" if str(err).startswith(str(folder)) else f"{folder}: "
-        raise UserError(f"{where}{err}") from err
+    with error_context(folder):
+        try:
+            if (folder / "vocab.json").exists():
+                vocab = read_json(folder / "vocab.json")
+                lines = read_text(folder / "merges.txt").splitlines()
+                merges = [
+                    line.split() for line in lines if line and not line.startswith("#version")
+                ]
+            elif (folder / "tokenizer.json").exists():
+                model = read_json(folder / "tokenizer.json").get("model")
+                if not isinstance(model, dict) or not {"vocab", "merges"} <= set(model):
+                    raise UserError(f"{folder / 'tokenizer.json'}: holds no byte-pair vocabulary")
+                vocab = dict(model["vocab"])
+                merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+            else:
+                raise UserError(f"{folder}: no vocab.json with merges.txt and no tokenizer.json")
+            known = {name: _plain(settings[name]) for name in _SPECIALS if name in settings}
+            tokenizer = Tokenizer(
+                vocab=vocab,
+                merges=[(a, b) for a, b in merges],
+                # No limit is written as infinity, or as a very large number.
+                model_max_length=int(min(settings.get("model_max_length", longest), longest)),
+                added_tokens=_read_added(folder, settings, vocab),
+                **known,
+            )
+            tokenizer = tokenizer.with_tokens(added)
+        except (TypeError, ValueError, AttributeError, OverflowError) as err:
+            raise UserError(f"{folder}: not a CLIP tokenizer ({err})") from err
     if rows is not None and tokenizer.size > rows:
         raise UserError(
             f"{folder}: the tokenizer has more tokens ({tokenizer.size}) than the text encoder's "

@@ -1,4 +1,4 @@
-"""Checkpoints of ``train/``: nested JAX arrays in Orbax folders, to flat PyTorch states and back.
+"""Training checkpoints (Orbax folders of nested JAX arrays) to flat PyTorch states and back.
 
 A checkpoint is a folder with the items ``state`` (a dict with ``params`` and perhaps ``ema``, each
 nested as the modules are) and ``meta`` (JSON).
@@ -40,7 +40,7 @@ _TRAINING_ONLY = {"centres"}
 
 
 def find_checkpoint(path: str | os.PathLike) -> Path | None:
-    """The checkpoint that a folder is or holds: of a run or a folder of steps the newest."""
+    """The checkpoint that a folder is, or the newest one that it holds."""
     path = Path(path)
     for folder in (path, path / "checkpoints"):
         if (folder / "state" / "_METADATA").exists():
@@ -185,7 +185,7 @@ def file_sums(source: str | os.PathLike) -> dict[str, str]:
 
 
 def provenance(sources: Sequence[str | os.PathLike]) -> dict[str, str]:
-    """What weights were made of, for a file's metadata: the program, and hashes of the sources.
+    """Provenance metadata: the program, and hashes of the source files.
 
     Of a folder the SHA-256 of every weight file; of a training checkpoint that of its ``meta``,
     which holds the sum of every tensor. No name or path is in it: equal sources give equal texts.

@@ -1,7 +1,7 @@
-"""Whether a model is whole: what its tensors' shapes tell, and whether all of them fit.
+"""Validation of state dicts by shapes alone: no tensor is read.
 
-No tensor is read. Tensors tell widths, depths and which blocks attend; what they do not tell
-(heads, groups of norms) shapes nothing.
+Shapes tell widths, depths and which blocks have attention; what they do not tell (heads, norm
+groups) changes no shape.
 """
 
 import functools
@@ -57,7 +57,7 @@ def check_all(
 
 
 def reshape_pointwise(kind: str, state: State, config: Mapping) -> State:
-    """The state with every weight as a matrix or as a 1 x 1 convolution, whichever the model has.
+    """The state with 1 x 1 convolutions and matrices reshaped to what the model has.
 
     Files hold some linear layers over channels either way; diffusers opens only its own.
     """
@@ -74,7 +74,7 @@ def reshape_pointwise(kind: str, state: State, config: Mapping) -> State:
 
 
 def infer_shape(kind: str, state: State):
-    """Our configuration of a model of these tensors as far as it shapes them.
+    """A model's configuration inferred from the shapes of its tensors.
 
     What they do not tell is 1. A width is what most of the tensors that have it say, so that one
     of a wrong shape is the one that does not fit.

@@ -1,4 +1,4 @@
-"""What every PyTorch key means in our models: data, read in both directions by ``mapping``.
+"""Rule tables from PyTorch keys to module paths: data, read in both directions by ``mapping``.
 
 A rule names a layer on either side and its sort. ``{i}`` stands for an index and means the same
 on both sides. Our modules keep the peers' names, so most rules name the same path twice

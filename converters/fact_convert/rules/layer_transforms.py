@@ -1,4 +1,4 @@
-"""How one layer's tensors look in PyTorch and in JAX: each kind owns both directions, side by side.
+"""Layer transforms between PyTorch and JAX layouts, both directions side by side.
 
 Arrays are numpy; the results are views where a transposition suffices.
 """
@@ -9,12 +9,12 @@ from collections.abc import Callable
 import numpy as np
 
 TransformFn = Callable[[np.ndarray, int], np.ndarray]
-"""Turns a tensor to the other layout; the number is how many axes the other side has."""
+"""Transforms a tensor to the other layout; the number is how many axes the other side has."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterTransform:
-    """One tensor of a layer: its name on either side (empty: the path itself) and both turns."""
+    """One parameter of a layer: its name on either side (empty: the path itself)."""
 
     torch: str
     jax: str
@@ -24,7 +24,7 @@ class ParameterTransform:
 
 @dataclasses.dataclass(frozen=True)
 class LayerTransform:
-    """A sort of layer. Every parameter is optional: which ones exist, the model says."""
+    """A type of layer. Every parameter is optional."""
 
     name: str
     parameters: tuple[ParameterTransform, ...]
