@@ -274,7 +274,7 @@ def guided_model(
     branches = guidance_branches(guidance, with_face=with_face)
     weights = guidance_weights(guidance, with_face=with_face)
     found = guided_conditions(unet, branches=branches, **conditions)
-    factors = ()
+    factors: tuple[Number, ...] = ()
     if found.face is not None:
         factors = guidance.block_factors([path for path, _ in unet.transformer_blocks()])
 

@@ -32,7 +32,7 @@ def region_masks(
     for _ in range(levels):
         share = _resized(regions, size)
         found[size[0] * size[1]] = (share > 0.5).reshape(*share.shape[:2], -1)
-        size = tuple((side + 1) // 2 for side in size)
+        size = (size[0] + 1) // 2, (size[1] + 1) // 2
     return found
 
 

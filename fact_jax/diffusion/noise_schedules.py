@@ -179,7 +179,7 @@ def timesteps(schedule: NoiseSchedule, steps: int) -> np.ndarray:
     n = schedule.num_train_timesteps
     check_steps(schedule, steps)
     if schedule.timestep_spacing == "leading":
-        ts = np.arange(steps)[::-1] * (n // steps) + schedule.steps_offset
+        ts: np.ndarray = np.arange(steps)[::-1] * (n // steps) + schedule.steps_offset
     elif schedule.timestep_spacing == "linspace":
         ts = np.linspace(0, n - 1, steps)[::-1].round()
     else:

@@ -212,12 +212,13 @@ def faces_by_block(
     blocks: Sequence["Block"], keys: AllFaceKeys | None, scale: Scale | tuple[Scale, ...]
 ) -> list[BlockFaces]:
     """The adapters' keys and strengths, given in call order, for the transformers of each block."""
-    count = sum(len(block.attentions) for block in blocks)
-    pairs = itertools.repeat((None, 0.0))
+    counts = [len(block.attentions) for block in blocks]
+    pairs: list[tuple[AnyFaceKeys | None, Scale]] = [(None, 0.0)] * sum(counts)
     if keys is not None:
-        pairs = zip(keys, scale if isinstance(scale, tuple) else (scale,) * count, strict=True)
-    pairs = iter(pairs)
-    return [tuple(itertools.islice(pairs, len(block.attentions))) for block in blocks]
+        scales = scale if isinstance(scale, tuple) else (scale,) * sum(counts)
+        pairs = list(zip(keys, scales, strict=True))
+    ends = itertools.accumulate(counts)
+    return [tuple(pairs[end - count : end]) for count, end in zip(counts, ends, strict=True)]
 
 
 class TransformerBlock(nnx.Module):
@@ -250,6 +251,7 @@ class TransformerBlock(nnx.Module):
         """
         x, result = x + self.attn1(self.norm1(x)), None
         if face is not None:
+            assert self.face is not None  # UNet.face_keys has refused it
             adapted, increment = self.face(x, face, scale, controls)
             if on_increment is not None:
                 result = on_increment(x, increment, size)

@@ -40,7 +40,7 @@ class UNetConfig(UNetEncoderConfig):
     sample_size: int = 64
     out_channels: int = 4
     up_attention: tuple[bool, ...] = (False, True, True, True)
-    face_dim: int | None = None
+    face_dim: int | None = None  # type: ignore[misc]
 
     @classmethod
     def sd15(cls, *, face_dim: int | None = None) -> "UNetConfig":
@@ -120,9 +120,10 @@ class UNet(nnx.Module):
 
         Pass the result as ``face`` to the calls of a whole generation.
         """
-        if self.config.face_dim is None:
+        adapters = [block.face for _, block in self.transformer_blocks()]
+        if None in adapters:
             raise UserError("this UNet has no face adapter: load one before passing face tokens")
-        return tuple(block.face.keys(face) for _, block in self.transformer_blocks())
+        return tuple(adapter.keys(face) for adapter in adapters if adapter is not None)
 
     def __call__(
         self,

@@ -6,6 +6,7 @@ before diffusion and divide after.
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,8 +86,11 @@ class VAEConfig:
             },
         )
         names = [field.name for field in dataclasses.fields(cls)]
-        values = {name: config[name] for name in names if config.get(name) is not None}
-        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        values: dict[str, Any] = {
+            name: config[name] for name in names if config.get(name) is not None
+        }
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**values)
 
     def to_dict(self) -> dict:
         """Write diffusers' ``vae/config.json``."""
@@ -107,10 +111,10 @@ class PixelAttention(Attention):
         super().__init__(channels, heads=1, qkv_bias=True, rngs=rngs)
         self.group_norm = group_norm(channels, groups, _EPS, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:  # type: ignore[override]
         b, h, w, c = x.shape
         tokens = self.group_norm(x).reshape(b, h * w, c)
-        return x + super().__call__(tokens).reshape(b, h, w, c)
+        return x + self.attend(tokens, *self.keys_values(tokens)).reshape(b, h, w, c)
 
 
 class MiddleBlock(nnx.Module):

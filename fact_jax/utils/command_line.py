@@ -27,7 +27,7 @@ def version_of(package: str = "fact-jax") -> str:
 
 
 class _Version(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None) -> NoReturn:
+    def __call__(self, parser, namespace, values, option_string=None):
         with_python = f"Python {platform.python_version()}, jax {version_of('jax')}"
         print(f"{parser.prog} {version_of()} ({with_python})")
         parser.exit()

@@ -2,10 +2,10 @@
 
 import atexit
 import contextlib
-import io
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from typing import TextIO
 
 from fact_jax.utils.signals import EndingSignals
 
@@ -113,11 +113,12 @@ def _failed(line: str) -> int:
     return _BAD_INPUT
 
 
-def _settle(stream: io.TextIOBase | None) -> None:
+def _settle(stream: TextIO | None) -> None:
     """Flush, or drop what cannot be written: Python would fail over it again at its very end."""
+    if stream is None:
+        return
     try:
-        if stream is not None:
-            stream.flush()
+        stream.flush()
     except OSError:
         with contextlib.suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -27,7 +27,7 @@ class EndingSignals:
     is that number. Signals that somebody ignores or handles are left alone.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.caught: int | None = None
         self._before: dict[int, Any] = {}
         self._answered, self._done = threading.Event(), threading.Event()
@@ -74,9 +74,11 @@ class EndingSignals:
             (number,) = os.read(self._reader, 1)
             if self._done.is_set():
                 return
+        main = threading.main_thread().ident
+        assert main is not None  # it has been started
         while not self._done.wait(_EVERY):
             self._answered.clear()
-            signal.pthread_kill(threading.main_thread().ident, number)
+            signal.pthread_kill(main, number)
             if not self._answered.wait(_PATIENCE) and not self._done.is_set():
                 os._exit(128 + number)
 
