@@ -36,6 +36,7 @@ test-slow: .venv/installed
 lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(BIN)/mypy
 
 # The stamp holds how many seconds it took, for the demo's report. PyTorch comes first and without
 # CUDA, which would be several GB: from where pip looks anyhow, from PyTorch's own index, or else
