@@ -31,8 +31,7 @@ V5E_TERAFLOPS = 197.0
 
 def big_examples(count: int) -> Iterator:
     """Photos of 512 x 512 with detail at every scale, crops of 112 x 112, people of four photos."""
-    from fact_train.data.portraits import encode_mask
-    from fact_train.data.records import Example, encode_png
+    from fact_train.data.records import Example, encode_mask, encode_png
 
     rng = np.random.default_rng(0)
     sides = (8, 32, 128, 512)
@@ -135,7 +134,7 @@ def train(records: Path, steps: int, folder: Path) -> dict[str, float]:
 def prepare(folder: Path) -> dict[str, Path]:
     """The data sets: 1,000 and 100,000 miniature records, 200 of full size."""
     from fact_train.data.portraits import portrait_examples
-    from fact_train.data.records import write_records
+    from fact_train.data.record_writer import write_records
 
     small, large, big = (folder / name for name in ("small", "large", "big"))
     sizes = {"size": 64, "crop_size": 48}

@@ -10,8 +10,9 @@ import numpy as np
 
 from fact_convert import tokenize
 from fact_train.config import CheckpointConfig, LogConfig, OptimizerConfig
+from fact_train.data.array_source import PairedArrays
 from fact_train.tasks import TASKS
-from fact_train.tasks.adapter import AdapterTask, PairedArrays
+from fact_train.tasks.adapter import AdapterTask
 from tests.train.tiny import tiny_config
 
 PEOPLE, PHOTOS, BATCH = 12, 3, 16

@@ -13,11 +13,12 @@ from safetensors.numpy import load_file
 from fact_convert import load_adapter, load_pipeline
 from fact_jax.sharding import make_mesh
 from fact_jax.utils.errors import UserError
+from fact_train.data.array_source import PairedArrays
 from fact_train.engine.partition import paths
 from fact_train.engine.state import make_optimizer, make_state
 from fact_train.engine.step import make_train_step
 from fact_train.run.loop import run
-from fact_train.tasks.adapter import AdapterTask, PairedArrays
+from fact_train.tasks.adapter import AdapterTask
 from tests.train.tiny import RESAMPLER, tiny_config
 
 pytestmark = pytest.mark.heavy

@@ -19,8 +19,8 @@ import pytest
 from fact_jax.utils import errors
 from fact_jax.utils.errors import UserError, run_program
 from fact_train.cli.main import main
-from fact_train.config import override
 from fact_train.multihost.collectives import process_max
+from fact_train.overrides import override
 from fact_train.run.checkpoints import Keep, revision
 from fact_train.run.checksums import checksums, content_hash
 from fact_train.run.loop import run

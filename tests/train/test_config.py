@@ -14,7 +14,8 @@ import pytest
 from fact_jax.curriculum import Stage
 from fact_jax.utils.errors import UserError
 from fact_train.cli.main import main
-from fact_train.config import TrainConfig, defaults, list_configs, load_config, override, to_json
+from fact_train.config import TrainConfig, list_configs, load_config
+from fact_train.overrides import defaults, override, to_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

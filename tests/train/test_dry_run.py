@@ -6,7 +6,7 @@ import pytest
 
 from fact_jax.utils.errors import UserError
 from fact_train.cli.main import main
-from fact_train.config import override
+from fact_train.overrides import override
 from fact_train.run.dry_run import dry_run
 from fact_train.run.loop import run
 

@@ -12,7 +12,8 @@ import pytest
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
 from fact_train.cli.main import main
-from fact_train.config import load_config, override, settings_of_run, to_json
+from fact_train.config import load_config
+from fact_train.overrides import override, settings_of_run, to_json
 from fact_train.run.folder import claim_folder, lock_folder
 
 

@@ -18,7 +18,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from fact_jax.utils.errors import UserError
-from fact_train.config import CheckpointConfig, override
+from fact_train.config import CheckpointConfig
+from fact_train.overrides import override
 from fact_train.run.checkpoints import Checkpoints
 from fact_train.run.loop import prefetch, run
 from tests.train.toy import ToyTask

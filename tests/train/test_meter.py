@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from fact_train.config import override
-from fact_train.plan.chips import CHIPS
+from fact_train.chips import CHIPS
+from fact_train.overrides import override
 from fact_train.run.loop import run
 from fact_train.run.throughput import Profile, ThroughputMeter
 

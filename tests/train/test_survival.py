@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fact_train.config import load_config, override
+from fact_train.config import load_config
+from fact_train.overrides import override
 from fact_train.run.loop import run
 from tests.train.conftest import TOY
 from tests.train.test_loop import assert_same, rows, start_program, wait_for_step

@@ -13,8 +13,7 @@ from fact_jax.models.vae import AutoencoderKL, VAEConfig
 from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig
 from fact_train.engine.partition import merge, paths
-from fact_train.tasks.common import load_vae
-from fact_train.tasks.vae import VAEOptions, VAETask
+from fact_train.tasks.vae import VAEOptions, VAETask, load_vae
 
 pytestmark = pytest.mark.heavy
 

@@ -39,7 +39,7 @@ def test_change_by_hand():
 
 
 def test_templates_show_somebody_else_whom_nothing_else_sees(validation):
-    from fact_train.tasks.common import draw_portraits
+    from fact_train.data.portraits import draw_portraits
 
     first = len(SPLITS["test"]) - PEOPLE
     own, other = (draw_portraits("test", PEOPLE, 1, offset=i, size=16, first=first) for i in (0, 1))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from fact_train.tasks.resampler_init import whitening
+from fact_train.tasks.adapter_init import whitening
 
 
 def faces(people=400, positions=6, dim=24, rank=10):

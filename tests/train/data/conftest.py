@@ -3,7 +3,7 @@
 import pytest
 
 from fact_train.data.portraits import portrait_examples
-from fact_train.data.records import write_records
+from fact_train.data.record_writer import write_records
 
 PEOPLE, PHOTOS = 5, 3
 

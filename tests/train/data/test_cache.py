@@ -13,10 +13,10 @@ from fact_jax.utils.errors import UserError
 from fact_train.cli.main import main
 from fact_train.data.cached_dataset import CachedDataset, CacheWriter
 from fact_train.data.datasets import open_records
+from fact_train.data.frozen_encoders import FrozenEncoders
 from fact_train.data.records import data_libraries
 from fact_train.run.loop import run
 from fact_train.tasks.adapter import AdapterTask
-from fact_train.tasks.frozen_encoders import FrozenEncoders
 from tests.train.tiny import tiny_config
 
 pytestmark = pytest.mark.heavy

@@ -11,6 +11,8 @@ import pytest
 from PIL import Image
 
 from fact_jax.utils.errors import UserError
+from fact_train.data.portraits import align_portraits, draw_portraits
+from fact_train.data.record_writer import write_records
 from fact_train.data.records import (
     Example,
     Records,
@@ -18,9 +20,7 @@ from fact_train.data.records import (
     decode,
     encode_png,
     read_row,
-    write_records,
 )
-from fact_train.tasks.common import align_portraits, draw_portraits
 from fact_train.tasks.validation import read_validation
 from tests.train.data.conftest import PEOPLE, PHOTOS
 
@@ -168,7 +168,7 @@ def test_a_damaged_record_is_not_watched(records, monkeypatch):
         read_validation(str(records), pipeline, model)
 
 
-def test_missing_libraries_are_named(monkeypatch, tmp_path):
+def test_missing_libraries_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
     with pytest.raises(UserError, match=r"pip install 'fact-jax\[data\]'"):
-        write_records([make_example(0, "anna")], tmp_path / "out", size=SIZE, crop_size=CROP)
+        data_libraries()

@@ -8,7 +8,8 @@ import jax
 import pytest
 
 from fact_train.cli.main import main
-from fact_train.config import load_config, override
+from fact_train.config import load_config
+from fact_train.overrides import override
 from fact_train.plan.abstract_task import build
 
 pytestmark = pytest.mark.heavy

@@ -1,22 +1,22 @@
-"""The verdict and what it advises, from made-up facts."""
+"""The verdict and what it advises, from made-up stats."""
 
 import dataclasses
 
 import pytest
 
 from fact_jax.utils.errors import UserError
+from fact_train.chips import CHIPS
 from fact_train.cli.plan import read_gpu, read_topology
 from fact_train.config import load_config
-from fact_train.plan.chips import CHIPS
 from fact_train.plan.compiled_stats import read_overflow
-from fact_train.plan.report import lines_of, make_report, suggestions, verdict
+from fact_train.plan.report import format_report, make_report, suggestions, verdict
 
 GB = 1e9
 CONFIG = dataclasses.replace(load_config("mini")[1], batch_size=64, remat="block")
 PARTS = {"frozen": 2 * GB, "trainable": GB, "optimizer": 2 * GB, "ema": GB, "batch": 0}
 
 
-def facts(**changes):
+def stats(**changes):
     return {
         "notes": ["a note"],
         "parameters": {"frozen": 10, "trainable": 5},
@@ -35,7 +35,7 @@ def facts(**changes):
 
 
 def test_numbers_of_one_chip():
-    report = make_report(CONFIG, CHIPS["v5e"], 4, facts())
+    report = make_report(CONFIG, CHIPS["v5e"], 4, stats())
     assert report["samples_a_chip"] == 16
     assert report["flops"] == {"executed": 16e12, "model": 12e12}
     roofline = report["roofline"]
@@ -43,22 +43,18 @@ def test_numbers_of_one_chip():
     assert roofline["memory_seconds"] == pytest.approx(10 / 819)
     assert roofline["bound_by"] == "arithmetic"
     assert roofline["samples_a_second_a_chip"] == pytest.approx(16 / (16 / 197))
-    assert [row["chips"] for row in report["scaling"]][::9] == [8, 4096]
-    eight = report["scaling"][0]["communication"]
-    assert eight == pytest.approx(2 * GB * 7 / 8 / 200e9, rel=1e-3)
 
 
 def test_it_fits():
-    report = make_report(CONFIG, CHIPS["v5e"], 4, facts())
+    report = make_report(CONFIG, CHIPS["v5e"], 4, stats())
     assert report["memory"]["fits"]
     assert verdict(report) == "fits, with 2.91 GB to spare"
-    text = "\n".join(lines_of(report))
+    text = "\n".join(format_report(report))
     for part in (
         "note: a note",
         "16 samples a chip",
         "optimizer",
         "all-reduce",
-        "4096",
         "v5e: 197",
     ):
         assert part in text
@@ -68,10 +64,9 @@ def test_it_does_not_fit():
     """20 GB of 16 with 16 samples a chip: 14 GB are theirs, so 11 would fit."""
     used = {"bytes": PARTS | {"temporary": 14 * GB}, "used": 20 * GB, "usable": 16 * GB}
     used |= {"collectives": None, "accessed": None}
-    report = make_report(CONFIG, CHIPS["v5e"], 4, facts(**used))
+    report = make_report(CONFIG, CHIPS["v5e"], 4, stats(**used))
     assert not report["memory"]["fits"]
-    assert report["scaling"] is None
-    assert any("does not compile" in line for line in lines_of(report))
+    assert any("does not compile" in line for line in format_report(report))
     said = verdict(report)
     assert said.startswith("does not fit: 4.00 GB too much; try accumulate=2 ")
     assert "--global-batch 44 (11 samples a chip)" in said
@@ -93,7 +88,7 @@ def test_estimate_leaves_a_part_of_a_gpu():
     """79.0 of 85.9 GB are usable: 78 fit and 80 do not."""
     for temporary, fits in ((72, True), (74, False)):
         sizes = PARTS | {"temporary": temporary * GB}
-        estimate = facts(compiled=False, bytes=sizes, accessed=None)
+        estimate = stats(compiled=False, bytes=sizes, accessed=None)
         report = make_report(CONFIG, CHIPS["h100"], 4, estimate)
         assert report["memory"]["usable"] == pytest.approx(0.92 * 80 * 2**30)
         assert report["memory"]["used"] == (6 + temporary) * GB
@@ -101,11 +96,10 @@ def test_estimate_leaves_a_part_of_a_gpu():
 
 
 def test_no_time_is_told_of_what_was_not_compiled():
-    report = make_report(CONFIG, CHIPS["h100"], 4, facts(compiled=False, accessed=None))
+    report = make_report(CONFIG, CHIPS["h100"], 4, stats(compiled=False, accessed=None))
     assert report["roofline"] is None
-    assert report["scaling"] is None
-    lines = list(lines_of(report))
-    assert "step time and scaling: unknown, as nothing is compiled for GPUs" in lines
+    lines = list(format_report(report))
+    assert "step time: unknown, as nothing is compiled for GPUs" in lines
     assert any("all-reduce" in line for line in lines)
     assert not any(" ms" in line or "roofline" in line for line in lines)
 

@@ -72,7 +72,7 @@ def add_cache(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 def write(arguments: argparse.Namespace) -> int:
     """Do `records`."""
     from fact_train.data.photo_folder import Totals, folder_examples
-    from fact_train.data.records import write_records
+    from fact_train.data.record_writer import write_records
 
     totals = Totals()
     sizes = {"size": arguments.size, "crop_size": arguments.crop}
@@ -93,7 +93,8 @@ def write(arguments: argparse.Namespace) -> int:
 
 def cache(name: str, overrides: Sequence[str], out: Path, share: tuple[int, int]) -> int:
     """Do `cache`."""
-    from fact_train.config import load_config, override
+    from fact_train.config import load_config
+    from fact_train.overrides import override
 
     config = override(load_config(name)[1], overrides)
     records = getattr(config.options, "records", None)
@@ -106,7 +107,7 @@ def cache(name: str, overrides: Sequence[str], out: Path, share: tuple[int, int]
     from fact_convert import load_encoder, load_pipeline
     from fact_train.data.cached_dataset import CacheWriter
     from fact_train.data.datasets import open_records
-    from fact_train.tasks.frozen_encoders import FrozenEncoders
+    from fact_train.data.frozen_encoders import FrozenEncoders
 
     pipeline, encoder = load_pipeline(config.options.base), load_encoder(config.options.encoder)
     writer = CacheWriter(

@@ -71,8 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         "plan",
         help="what a step costs on chips that are not here",
         description="Compile the real training step for TPUs that are not here (jax[tpu] must be "
-        "installed): memory, arithmetic, collectives, step time, scaling; or estimate memory and "
-        "arithmetic for GPUs, without a time. "
+        "installed): memory, arithmetic, collectives, step time; or estimate memory and arithmetic "
+        "for GPUs, without a time. "
         "The exit status is 0 if the step fits into memory, 1 if it does not.",
     )
     _add_experiment(plan)
@@ -121,7 +121,8 @@ def _configs() -> int:
 
 
 def _run(arguments: argparse.Namespace, overrides: Sequence[str], command: str) -> int:
-    from fact_train.config import load_config, override
+    from fact_train.config import load_config
+    from fact_train.overrides import override
 
     short, config = load_config(arguments.config)
     config = override(config, overrides)

@@ -7,10 +7,11 @@ import re
 from collections.abc import Sequence
 
 from fact_jax.utils.errors import UserError
-from fact_train.config import load_config, override
-from fact_train.plan.chips import CHIPS, Chip, per_device
-from fact_train.plan.compilation import Request, facts_of
-from fact_train.plan.report import lines_of, make_report
+from fact_train.chips import CHIPS, Chip, per_device
+from fact_train.config import load_config
+from fact_train.overrides import override
+from fact_train.plan.compilation import compiled_stats
+from fact_train.plan.report import format_report, make_report
 
 
 def plan(
@@ -27,12 +28,10 @@ def plan(
     if global_batch is not None:
         overrides = [*overrides, f"batch_size={global_batch}"]
     config = override(load_config(name)[1], overrides)
-    facts = facts_of(
-        Request(config=name, overrides=tuple(overrides), topology=topology, chips=chips)
-    )
+    stats = compiled_stats(name, overrides, topology, chips)
     about = {"config": name, "overrides": list(overrides)}
-    report = about | make_report(config, chip, chips, facts)
-    print(json.dumps(report, indent=1) if as_json else "\n".join(lines_of(report)))
+    report = about | make_report(config, chip, chips, stats)
+    print(json.dumps(report, indent=1) if as_json else "\n".join(format_report(report)))
     return 0 if report["memory"]["fits"] else 1
 
 

@@ -20,6 +20,7 @@ from fact_convert import Tokenizer
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
+from fact_train.data.frozen_encoders import FrozenEncoders
 from fact_train.data.pixel_dataset import PixelDataset
 from fact_train.data.records import (
     Records,
@@ -29,10 +30,9 @@ from fact_train.data.records import (
     read_row,
     write_index,
 )
-from fact_train.tasks.frozen_encoders import FrozenEncoders
 
 NAME, VERSION = "face_cache", "1.0.0"
-FACTS = "cache.json"
+ORIGIN = "cache.json"
 ROWS_PER_SHARD = 512
 _ROWS_PER_DEVICE = 8
 _REGIONS = ("face", "head")
@@ -51,7 +51,7 @@ class CachedDataset:
         self.folder, self.fingerprint, self._source = open_folder(folder, NAME, VERSION)
         self._mask = f"{region}_mask"
         self.identities: Int[np.ndarray, " n"] = read_identities(self.folder, len(self._source))
-        self._facts = _read_facts(self.folder)
+        self._origin = _read_origin(self.folder)
 
     def load(self, number: int, partner: int) -> dict[str, np.ndarray]:
         own = read_row(self._source, number, self.folder)
@@ -65,7 +65,7 @@ class CachedDataset:
         wanted = {"weights": encoders.digest()}
         if records is not None:
             wanted["records"] = records.fingerprint
-        _compare(self.folder, self._facts, wanted)
+        _compare(self.folder, self._origin, wanted)
 
 
 class CacheWriter:
@@ -89,7 +89,7 @@ class CacheWriter:
         self._rows = PixelDataset(records, tokenizer, region="head", cells=cells)
         self.folder = out / NAME / VERSION
         self._per_shard, self._count = rows_per_shard, len(records)
-        self._facts = {
+        self._origin = {
             "records": records.fingerprint,
             "weights": encoders.digest(),
             "rows_per_shard": rows_per_shard,
@@ -122,11 +122,11 @@ class CacheWriter:
         return not missing
 
     def _claim(self) -> None:
-        if (self.folder / FACTS).exists():
-            _compare(self.folder, _read_facts(self.folder), self._facts)
+        if (self.folder / ORIGIN).exists():
+            _compare(self.folder, _read_origin(self.folder), self._origin)
             return
-        with atomic_write(self.folder / FACTS) as temporary:
-            temporary.write_text(json.dumps(self._facts, indent=1) + "\n")
+        with atomic_write(self.folder / ORIGIN) as temporary:
+            temporary.write_text(json.dumps(self._origin, indent=1) + "\n")
 
     def _write_shard(self, shard: int) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -212,11 +212,11 @@ class CacheWriter:
                 os.replace(path, self.folder / path.name)
 
 
-def _read_facts(folder: Path) -> dict:
+def _read_origin(folder: Path) -> dict:
     try:
-        return json.loads((folder / FACTS).read_text())
+        return json.loads((folder / ORIGIN).read_text())
     except (OSError, ValueError) as error:
-        raise UserError(f"{folder / FACTS} cannot be read: {one_line(error)}") from error
+        raise UserError(f"{folder / ORIGIN} cannot be read: {one_line(error)}") from error
 
 
 def _compare(folder: Path, found: dict, wanted: dict) -> None:

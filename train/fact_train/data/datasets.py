@@ -4,10 +4,10 @@ from fact_convert import Pipeline
 from fact_jax.models.transface import TransFace
 from fact_jax.utils.errors import UserError
 from fact_train.data.cached_dataset import CachedDataset
+from fact_train.data.frozen_encoders import FrozenEncoders
 from fact_train.data.loader import Dataset
 from fact_train.data.pixel_dataset import PixelDataset
 from fact_train.data.records import Records
-from fact_train.tasks.frozen_encoders import FrozenEncoders
 
 
 def open_records(folder: str, pipeline: Pipeline, encoder: TransFace) -> Records:

@@ -23,8 +23,7 @@ from fact_jax.face import PreparedFace, area_weights, face_mask, prepare_photo
 from fact_jax.face.images import file_error
 from fact_jax.portraits import GENERIC_CAPTION
 from fact_jax.utils.errors import UserError
-from fact_train.data.portraits import encode_mask
-from fact_train.data.records import Example, encode_png
+from fact_train.data.records import Example, encode_mask, encode_png
 
 SUFFIXES = (
     *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif"),

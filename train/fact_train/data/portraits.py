@@ -1,15 +1,51 @@
-"""Examples from the procedural portrait world, a few people at a time."""
+"""Photos from the procedural portrait world: in memory, and as examples for records."""
 
 from collections.abc import Iterator
+from typing import Annotated, Any
 
 import numpy as np
+from jaxtyping import UInt8
 
-from fact_jax.portraits import SPLITS
+from fact_jax.face import align_batch
+from fact_jax.portraits import SPLITS, Batch, make_batch
 from fact_jax.utils.errors import UserError
-from fact_train.data.records import Example, encode_png
-from fact_train.tasks.common import align_portraits, draw_portraits
+from fact_jax.utils.ranges import Range
+from fact_train.data.records import Example, encode_mask, encode_png
 
+_MAX_PHOTOS = 1000
+Photos = Annotated[int, Range(1, _MAX_PHOTOS)]
+"""Type of a setting: how many photos of each person."""
 _PEOPLE_AT_ONCE = 32
+
+
+def people_of(split: str, at_least: int = 1) -> Any:
+    """Type of a setting: how many people of a split of the portrait world."""
+    return Annotated[int, Range(at_least, len(SPLITS[split]))]
+
+
+def draw_portraits(
+    split: str, people: int, photos: int, offset: int = 0, size: int = 64, first: int = 0
+) -> Batch:
+    """``people`` x ``photos`` portraits of a split's people from ``first`` on, sorted by person.
+
+    No two portraits of the whole world share a scene seed: it is the person's number times 1,000
+    plus the number of the photo.
+    """
+    ids = np.asarray(SPLITS[split][first : first + people])
+    if len(ids) < people:
+        raise ValueError(f"split {split!r} has {len(ids)} people there, not {people}")
+    seeds = (ids[:, None] * _MAX_PHOTOS + offset + np.arange(photos)).reshape(-1)
+    return make_batch(np.repeat(ids, photos), seeds, size)
+
+
+def align_portraits(batch: Batch, size: int) -> UInt8[np.ndarray, "n s s 3"]:
+    """Aligned crops of portraits with everything but the head black, as FACT's encoder wants."""
+    return align_batch(batch.images, batch.portrait.points, batch.portrait.head_mask, size)
+
+
+def draw_crops(split: str, people: int, photos: int, size: int) -> UInt8[np.ndarray, "n s s 3"]:
+    """Aligned crops of a split's first people, sorted by person."""
+    return align_portraits(draw_portraits(split, people, photos), size)
 
 
 def portrait_examples(
@@ -36,8 +72,3 @@ def portrait_examples(
                 crop=encode_png(crops[i]),
                 points=points[i],
             )
-
-
-def encode_mask(mask: np.ndarray) -> bytes:
-    """A mask in [0, 1] as a grey PNG file."""
-    return encode_png(np.rint(255 * np.clip(mask, 0.0, 1.0)).astype(np.uint8))

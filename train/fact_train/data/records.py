@@ -9,14 +9,13 @@ import hashlib
 import io
 import json
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
-from fact_convert.io.output_paths import output_folder
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError
 
@@ -60,55 +59,15 @@ def encode_png(pixels: UInt8[np.ndarray, "..."]) -> bytes:
     return buffer.getvalue()
 
 
+def encode_mask(mask: Float[np.ndarray, "h w"]) -> bytes:
+    """A mask in [0, 1] as a grey PNG file."""
+    return encode_png(np.rint(255 * np.clip(mask, 0.0, 1.0)).astype(np.uint8))
+
+
 def decode(picture: bytes) -> UInt8[np.ndarray, "..."]:
     """The pixels of an encoded picture."""
     with Image.open(io.BytesIO(picture)) as image:
         return np.asarray(image)
-
-
-def write_records(
-    examples: Iterable[Example], out: Path, *, size: int, crop_size: int, force: bool = False
-) -> tuple[int, int]:
-    """Write ``out`` whole or not at all; gives the number of photos and of people.
-
-    Photos and masks are ``size`` x ``size``, crops ``crop_size`` x ``crop_size``. Examples may come
-    in any order, which is kept. Raises UserError for an example of another size, for none at all,
-    and if ``out`` exists and ``force`` is not given.
-    """
-    data_libraries()
-    from fact_train.data.tfds_builder import FaceRecords
-
-    people: dict[str, int] = {}
-    identities: list[int] = []
-
-    def numbered():
-        for example in examples:
-            _check_sizes(example, size, crop_size)
-            identities.append(people.setdefault(example.identity, len(people)))
-            yield example
-        if not identities:
-            raise UserError(f"{out}: there is no usable photo, so nothing was written")
-
-    with output_folder(out, force=force) as folder:
-        builder = FaceRecords(folder, numbered(), size=size, crop_size=crop_size)
-        try:
-            builder.write()
-        except OSError as error:
-            raise UserError(f"{out} cannot be written: {one_line(error)}") from error
-        folder = Path(builder.data_path)
-        write_index(folder, identities, sorted(folder.glob("*.array_record*")))
-    return len(identities), len(people)
-
-
-def _check_sizes(example: Example, size: int, crop_size: int) -> None:
-    for name in PICTURES:
-        with Image.open(io.BytesIO(getattr(example, name))) as image:
-            wanted = crop_size if name == "crop" else size
-            if image.size != (wanted, wanted):
-                raise UserError(
-                    f"{example.name}: its {name} is {image.size[0]} x {image.size[1]}, these "
-                    f"records hold {wanted} x {wanted}"
-                )
 
 
 class Records:

@@ -1,10 +1,32 @@
-"""Which leaf is trained and which is frozen: nested dicts, split by path and put together again."""
+"""Parameter trees: modules as nested dicts, split by path into trained and frozen leaves."""
 
+import dataclasses
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
+from flax import nnx
+
 Tree = dict[Any, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitModule:
+    """A module as its graph definition and its arrays, a nested dict."""
+
+    graph: nnx.GraphDef
+    arrays: Tree
+
+    def module(self, arrays: Any) -> Any:
+        """The module with these arrays (traced ones too)."""
+        return nnx.merge(self.graph, arrays)
+
+
+def split_module(module: nnx.Module) -> SplitModule:
+    """:func:`flax.nnx.split`, the state as a pure dict."""
+    graph, state = nnx.split(module)
+    return SplitModule(graph, nnx.to_pure_dict(state))
 
 
 def paths(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -51,6 +73,18 @@ def merge(first: Tree, second: Tree, prefix: str = "") -> Tree:
         else:
             raise ValueError(f"{prefix}{name} is in both trees")
     return merged
+
+
+def overlay(tree: Tree, changes: Tree) -> Tree:
+    """``tree`` with the leaves that ``changes`` holds in their place, in the dtypes of ``tree``."""
+    replaced = dict(tree)
+    for name, value in changes.items():
+        replaced[name] = (
+            overlay(tree[name], value)
+            if isinstance(value, dict)
+            else jnp.asarray(value, tree[name].dtype)
+        )
+    return replaced
 
 
 def assert_covers(model: Iterable[str], trainable: Iterable[str], frozen: Iterable[str]) -> None:

@@ -17,7 +17,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fact_jax.utils.errors import UserError, describe_os_error
-from fact_train.config import TrainConfig, to_json
+from fact_train.config import TrainConfig
+from fact_train.overrides import to_json
 
 ARRIVAL_SECONDS = 300
 # Long enough for the slowest to leave, short enough that a failed run does not hold a pod.

@@ -1,6 +1,6 @@
-"""`fact-train plan`: what a step costs on a chip that is not there.
+"""`fact-train plan`: what a step costs on chips that are not here.
 
-``abstract`` builds the task without weights, ``compiling`` compiles its real step for a topology
-(in a process of its own), ``jaxprs`` counts its arithmetic, ``hlo`` reads its collectives and
-``traffic`` its memory traffic, ``roofline`` turns these into seconds, ``report`` tells it all.
+``abstract_task`` builds the task without weights; ``compilation`` compiles its real step for a
+topology, in a process of its own; ``compiled_stats`` reads sizes and FLOPs, ``hlo`` the collectives
+and ``hbm_traffic`` the memory traffic from it; ``report`` tells whether it fits, and why.
 """

@@ -30,7 +30,7 @@ SD15 = {"unet": UNetConfig.sd15(), "vae": VAEConfig.sd15(), "text_encoder": CLIP
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Abstract:
+class AbstractStep:
     """A task and the shapes that its step takes. ``notes`` say what was assumed."""
 
     config: TrainConfig
@@ -41,7 +41,7 @@ class Abstract:
     notes: tuple[str, ...]
 
 
-class WeightlessTask(AdapterTask):
+class AbstractAdapterTask(AdapterTask):
     """The task on a base of zeros. Build it under ``jax.eval_shape``: there they take no memory."""
 
     def __init__(self, config: TrainConfig):
@@ -73,22 +73,22 @@ class WeightlessTask(AdapterTask):
         return Resampler(self.options.resampler, rngs=rngs)
 
 
-def build(config: TrainConfig) -> Abstract:
+def build(config: TrainConfig) -> AbstractStep:
     """Shapes of the state, of the frozen base as it lies on the device, and of a batch."""
     if config.task != "adapter":
         raise UserError(f"plan knows the task 'adapter' only, this is {config.task!r}")
     # A start from an adapter file has the same shapes as a start from nothing.
     config = dataclasses.replace(config, options=dataclasses.replace(config.options, weights=None))
-    built: list[WeightlessTask] = []
+    built: list[AbstractAdapterTask] = []
 
     def init():
-        built.append(WeightlessTask(config))
+        built.append(AbstractAdapterTask(config))
         params, frozen = built[0].init(jax.random.key(0))
         state = make_state(params, make_optimizer(config.optimizer), config.ema)
         return state, cast(frozen, config.precision)
 
     state, frozen = jax.eval_shape(init)
-    return Abstract(
+    return AbstractStep(
         config=config,
         task=built[0],
         state=state,

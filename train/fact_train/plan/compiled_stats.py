@@ -1,9 +1,18 @@
-"""What is read from one training step: sizes, arithmetic, memory and collectives."""
+"""Sizes, FLOPs, memory and collectives of one training step.
+
+`python -m fact_train.plan.compiled_stats REQUEST FILE` writes them as JSON; the request is JSON
+too: configuration, overrides, topology (or null), number of chips.
+"""
 
 import dataclasses
+import json
 import math
+import os
 import re
+import sys
+import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,17 +22,20 @@ from jax.sharding import Mesh
 from fact_jax.mesh import MeshConfig
 from fact_jax.sharding import batch_sharding, batch_ways, make_mesh
 from fact_jax.utils.errors import UserError
-from fact_train.config import TrainConfig
+from fact_train.config import TrainConfig, load_config
 from fact_train.engine.jaxpr_costs import count_flops, peak_bytes, trace
 from fact_train.engine.model_flops import model_flops
 from fact_train.engine.state import make_optimizer, state_shardings
 from fact_train.engine.step import TrainStep, check_batch, frozen_shardings, make_train_step
-from fact_train.plan.abstract_task import Abstract, batch_shapes, build
+from fact_train.overrides import override
+from fact_train.plan.abstract_task import AbstractStep, batch_shapes, build
+from fact_train.plan.compilation import CompiledStats
 from fact_train.plan.hbm_traffic import hbm_bytes
 from fact_train.plan.hlo import read_collectives, summarize
 
 PyTree = Any
-Facts = dict[str, Any]
+Stats = dict[str, Any]
+"""A part of :class:`CompiledStats`."""
 # What the compiler says of a program that is too large.
 _OVERFLOW = re.compile(
     r"(?:\(|Used )([\d.]+)([KMGT]?)(?:\) exceeds available HBM \(| of )([\d.]+)([KMGT]?)(?:\)| hbm)"
@@ -31,8 +43,8 @@ _OVERFLOW = re.compile(
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def compiled_facts(config: TrainConfig, topology: str) -> Facts:
-    """Facts of the step compiled for a TPU topology."""
+def read_compiled(config: TrainConfig, topology: str) -> CompiledStats:
+    """Stats of the step compiled for a TPU topology."""
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:  # the compiler's own words, of no class that could be told apart
@@ -40,28 +52,28 @@ def compiled_facts(config: TrainConfig, topology: str) -> Facts:
     mesh = make_mesh(config.mesh, list(devices))
     check_batch(config, mesh)
     built = build(config)
-    facts = _sizes(built, mesh) | _counts(built, mesh)
+    stats = _sizes(built, mesh) | _counts(built, mesh)
     start = time.monotonic()
-    facts |= {"compiled": True, "collectives": None, "accessed": None}
-    lowered = make_step(built, mesh).lower(built.state, built.frozen, built.batch)
+    stats |= {"compiled": True, "collectives": None, "accessed": None}
+    lowered = _train_step(built, mesh).lower(built.state, built.frozen, built.batch)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        facts |= read_overflow(str(error))
+        stats |= read_overflow(str(error))
     else:
         memory = compiled.memory_analysis()
         new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        facts["used"] = memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
-        facts["usable"] = None
+        stats["used"] = memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
+        stats["usable"] = None
         text = compiled.as_text()
-        facts["accessed"] = hbm_bytes(text)
-        facts["collectives"] = summarize(read_collectives(text))
-    facts["bytes"]["temporary"] = facts["used"] - sum(facts["bytes"].values())
-    return facts | {"seconds": time.monotonic() - start}
+        stats["accessed"] = hbm_bytes(text)
+        stats["collectives"] = summarize(read_collectives(text))
+    stats["bytes"]["temporary"] = stats["used"] - sum(stats["bytes"].values())
+    return stats | {"seconds": time.monotonic() - start}
 
 
-def estimated_facts(config: TrainConfig, chips: int) -> Facts:
-    """Facts of the step on so many GPUs, without compiling it."""
+def read_estimate(config: TrainConfig, chips: int) -> CompiledStats:
+    """Stats of the step on so many GPUs, without compiling it."""
     start = time.monotonic()
     mesh, alone = make_mesh(config.mesh), make_mesh(MeshConfig(), jax.devices()[:1])
     check_batch(config, mesh)
@@ -72,19 +84,19 @@ def estimated_facts(config: TrainConfig, chips: int) -> Facts:
         config=dataclasses.replace(config, batch_size=rows, mesh=MeshConfig()),
         batch=batch_shapes(built.task, rows),
     )
-    facts = _sizes(built, mesh) | _counts(part, alone)
+    stats = _sizes(built, mesh) | _counts(part, alone)
     for name in ("flops", "model_flops"):
-        facts[name] *= batch_ways(mesh)
-    sizes = facts["bytes"]
-    sizes["temporary"] = facts["live_bytes"]
+        stats[name] *= batch_ways(mesh)
+    sizes = stats["bytes"]
+    sizes["temporary"] = stats["live_bytes"]
     gradients = {
         "kind": "all-reduce",
-        "bytes": 4 * facts["parameters"]["trainable"],
+        "bytes": 4 * stats["parameters"]["trainable"],
         "arrays": len(jax.tree.leaves(built.state.params)),
         "group": chips,
         "times": 1,
     }
-    return facts | {
+    return stats | {
         "compiled": False,
         "collectives": [gradients] if chips > 1 else [],
         "accessed": None,
@@ -92,7 +104,7 @@ def estimated_facts(config: TrainConfig, chips: int) -> Facts:
     }
 
 
-def read_overflow(message: str) -> Facts:
+def read_overflow(message: str) -> Stats:
     """``used`` and ``usable`` from the compiler's complaint that memory does not suffice."""
     match = _OVERFLOW.search(message)
     if match is None:
@@ -103,11 +115,11 @@ def read_overflow(message: str) -> Facts:
     return {"used": used, "usable": usable}
 
 
-def make_step(built: Abstract, mesh: Mesh) -> TrainStep:
+def _train_step(built: AbstractStep, mesh: Mesh) -> TrainStep:
     return make_train_step(built.task, make_optimizer(built.config.optimizer), built.config, mesh)
 
 
-def _sizes(built: Abstract, mesh: Mesh) -> Facts:
+def _sizes(built: AbstractStep, mesh: Mesh) -> Stats:
     """Bytes on one device, and what they are bytes of."""
     state = state_shardings(built.state, mesh)
     sizes = {
@@ -124,18 +136,15 @@ def _sizes(built: Abstract, mesh: Mesh) -> Facts:
     }
 
 
-def _counts(built: Abstract, mesh: Mesh) -> Facts:
+def _counts(built: AbstractStep, mesh: Mesh) -> Stats:
     """What the trace of the whole step says."""
-    jaxpr = _trace(built, mesh)
+    step, arguments = _train_step(built, mesh), (built.state, built.frozen, built.batch)
+    jaxpr = trace(step.compute, *arguments)
     return {
         "flops": count_flops(jaxpr),
-        "model_flops": model_flops(make_step(built, mesh), built.state, built.frozen, built.batch),
+        "model_flops": model_flops(step, *arguments),
         "live_bytes": peak_bytes(jaxpr),
     }
-
-
-def _trace(built: Abstract, mesh: Mesh) -> Any:
-    return trace(make_step(built, mesh).compute, built.state, built.frozen, built.batch)
 
 
 def _share(tree: PyTree, shardings: PyTree) -> int:
@@ -150,3 +159,24 @@ def _share(tree: PyTree, shardings: PyTree) -> int:
 
 def _count(tree: PyTree) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def main(request: str, file: str) -> None:
+    """The process that :func:`fact_train.plan.compilation.compiled_stats` starts."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    name, overrides, topology, chips = json.loads(request)
+    try:
+        config = override(load_config(name)[1], overrides)
+        stats = read_compiled(config, topology) if topology else read_estimate(config, chips)
+    except UserError as error:
+        stats = {"error": str(error)}
+    Path(file).write_text(json.dumps(stats))
+
+
+def _end_with_parent() -> None:
+    sys.stdin.read()  # ends when the other end is closed, however the parent ended
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -17,7 +17,8 @@ import jax
 
 from fact_jax.utils.errors import UserError, listed
 from fact_jax.utils.files import atomic_write
-from fact_train.config import TrainConfig, settings_of_run, to_json
+from fact_train.config import TrainConfig
+from fact_train.overrides import settings_of_run, to_json
 from fact_train.run.checkpoints import revision, versions
 
 # How a step is computed and recorded, and for how long, but not what it is.

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from fact_jax.sharding import global_batch, local_copy, make_mesh, rows_of_process, shard
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import replace_folder, require_local
-from fact_train.config import TrainConfig, to_json
+from fact_train.config import TrainConfig
 from fact_train.engine.model_flops import model_flops
 from fact_train.engine.state import TrainState, make_optimizer, place_state
 from fact_train.engine.step import TrainStep, cast, check_batch, frozen_shardings, make_train_step
@@ -33,6 +33,7 @@ from fact_train.multihost.processes import (
     process_gather,
     raise_on_all_processes,
 )
+from fact_train.overrides import to_json
 from fact_train.run.checkpoints import About, Checkpoints, first_line, revision, versions
 from fact_train.run.checksums import content_hash
 from fact_train.run.folder import (

@@ -11,21 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from fact_convert import (
-    Pipeline,
-    attach_adapter,
-    load_adapter,
-    load_encoder,
-    load_pipeline,
-    save_adapter,
-    tokenize,
-)
+from fact_convert import Pipeline, load_encoder, load_pipeline, save_adapter, tokenize
 from fact_convert.weights import abstract_state
 from fact_jax.curriculum import (
     Drop,
@@ -38,35 +29,22 @@ from fact_jax.curriculum import (
 from fact_jax.diffusion.noise_schedules import add_noise, offset_noise, training_target
 from fact_jax.face import resize_area
 from fact_jax.losses import denoising_error, fair_ratio, min_snr_weight
-from fact_jax.models.adapter import FaceAdapter
 from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.transface import TransFace
 from fact_jax.models.unet import UNet
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.ranges import Length, Name, NonNegative, Positive, Probability, check_fields
 from fact_train.config import TrainConfig
+from fact_train.data.array_source import PairedArrays
 from fact_train.data.datasets import open_rows
+from fact_train.data.frozen_encoders import FrozenEncoders
 from fact_train.data.loader import Dataset, GrainSource
+from fact_train.data.pixels import encode_latents, encode_tokens
+from fact_train.data.portraits import Photos, align_portraits, draw_crops, draw_portraits, people_of
 from fact_train.data.records import DamagedError
-from fact_train.engine.partition import assert_covers, merge, paths, split_by_paths
-from fact_train.tasks.common import (
-    Photos,
-    ShuffledArrays,
-    Split,
-    align_portraits,
-    draw_crops,
-    draw_normal,
-    draw_portraits,
-    draw_timesteps,
-    encode_images,
-    in_chunks,
-    people_of,
-    split,
-    split_keys,
-    to_signed,
-)
-from fact_train.tasks.frozen_encoders import FrozenEncoders
-from fact_train.tasks.resampler_init import whitening
+from fact_train.engine.partition import assert_covers, merge, paths, split_module
+from fact_train.engine.sample_keys import sample_normal, sample_timesteps, split_keys
+from fact_train.tasks.adapter_init import new_adapters, read_adapters, whitened_resampler
 from fact_train.tasks.validation import (
     SCORE,
     Validation,
@@ -148,16 +126,22 @@ class AdapterTask:
         self.graph, shapes = abstract_state("unet", unet_config)
         self.steps_before = 0
         if self.options.weights is None:
-            self.adapters = new_adapters(self.pipeline.unet, self.options, rngs)
-            self.base = split(self.pipeline.unet).arrays
+            self.adapters = new_adapters(
+                self.pipeline.unet,
+                self.face_dim,
+                rngs,
+                zero_projections=self.options.start == "zero_projections",
+                gate=self.options.gate,
+            )
+            self.base = split_module(self.pipeline.unet).arrays
             resampler = self._new_resampler(rngs)
         else:
             self.adapters, self.base, resampler, self.steps_before = read_adapters(
-                self.pipeline.unet, self.options
+                self.pipeline.unet, self.options.weights, self.options.resampler
             )
         trained, frozen = ({name for name, _ in paths(t)} for t in (self.adapters, self.base))
         assert_covers({name.replace(".", "/") for name in shapes}, trained, frozen)
-        self.resampler = split(resampler)
+        self.resampler = split_module(resampler)
         self.size = self.pipeline.unet.config.sample_size * self.pipeline.vae.config.downscale
 
     def _load(self) -> tuple[Pipeline, TransFace]:
@@ -165,12 +149,7 @@ class AdapterTask:
         return load_pipeline(self.options.base), load_encoder(self.options.encoder)
 
     def _new_resampler(self, rngs: nnx.Rngs) -> Resampler:
-        """A resampler that starts on whitened tokens."""
-        resampler = Resampler(self.options.resampler, rngs=rngs)
-        matrix, bias = whitening(self.some_tokens())
-        kernel = resampler.proj_in.kernel[...]
-        resampler.proj_in.kernel[...], resampler.proj_in.bias[...] = matrix @ kernel, bias @ kernel
-        return resampler
+        return whitened_resampler(self.options.resampler, self.some_tokens(), rngs)
 
     def some_tokens(self) -> Float[np.ndarray, "n t d"]:
         """Face tokens of a few hundred of the photos."""
@@ -226,7 +205,7 @@ class AdapterTask:
         if self.rows is not None:
             return GrainSource(self.rows, self.config.batch_size, self.config.seed)
         batch = draw_portraits("adapter", options.people, options.photos, size=self.size)
-        latents = encode_images(self.pipeline.vae, batch.images)
+        latents = encode_latents(self.pipeline.vae, batch.images)
         crops = align_portraits(batch, self.encoder.config.img_size)
         mask = getattr(batch.portrait, f"{options.region}_mask")
         arrays = {
@@ -257,11 +236,11 @@ class AdapterTask:
         face = self.resampler.module(trainable["resampler"])(tokens)
 
         latents = batch["latents"]
-        noise = draw_normal(noise_keys, latents.shape[1:])
+        noise = sample_normal(noise_keys, latents.shape[1:])
         if options.noise_offset:
-            shift = draw_normal(offset_keys, latents.shape[-1:])
+            shift = sample_normal(offset_keys, latents.shape[-1:])
             noise = offset_noise(noise, shift, options.noise_offset)
-        t = draw_timesteps(time_keys, schedule.num_train_timesteps)
+        t = sample_timesteps(time_keys, schedule.num_train_timesteps)
         noisy = add_noise(schedule, latents, noise, t).astype(dtype)
         unet = self.unet(trainable["adapter"], frozen["unet"])
         ratio = functools.partial(fair_ratio, mask=batch["mask"])
@@ -335,72 +314,6 @@ class AdapterTask:
             return {}
         before = {"file": self.options.weights, "step": self.steps_before}
         return {"run_step": step, "started_from": before}
-
-
-@dataclasses.dataclass(frozen=True)
-class PairedArrays(ShuffledArrays):
-    """Rows with, beside each, the face tokens of another photo of the same person.
-
-    Rows stand person after person, ``photos`` of each.
-    """
-
-    photos: int
-
-    def batch(self, step: int, rows: Int[np.ndarray, " r"]) -> dict[str, np.ndarray]:
-        own = self.rows(step)
-        # From 1, but for an only photo, which stands beside itself.
-        first = min(1, self.photos - 1)
-        hop = np.random.default_rng([self.seed, step, 1]).integers(first, self.photos, len(own))
-        partner = own - own % self.photos + (own % self.photos + hop) % self.photos
-        return {**super().batch(step, rows), "partner": self.arrays["tokens"][partner[rows]]}
-
-
-def new_adapters(unet: UNet, options: AdapterOptions, rngs: nnx.Rngs) -> dict:
-    """Arrays of fresh adapters for every transformer block, nested by their paths in the UNet.
-
-    Whatever ``options.start``, they add exactly nothing before the first update.
-    """
-    tree: dict = {}
-    for path, block in unet.transformer_blocks():
-        dim, heads = block.norm1.num_features, block.attn1.heads
-        adapter = FaceAdapter(dim, heads, options.resampler.output_dim, rngs=rngs)
-        if options.start == "zero_projections":
-            adapter.alpha_attn[...] = adapter.alpha_dense[...] = jnp.asarray(options.gate)
-            for layer in (adapter.attn.to_out[0], adapter.ff.net[2]):
-                layer.kernel[...] = jnp.zeros_like(layer.kernel[...])
-        node = tree
-        for part in path.split("."):
-            node = node.setdefault(int(part) if part.isdigit() else part, {})
-        node["face"] = split(adapter).arrays
-    return tree
-
-
-def read_adapters(unet: UNet, options: AdapterOptions) -> tuple[dict, dict, Resampler, int]:
-    """From ``options.weights``: arrays of the adapters, of the base, the resampler, and its step.
-
-    A file that does not say after how many steps it was written counts as none.
-    """
-    adapter = load_adapter(options.weights)
-    if adapter.resampler.config != options.resampler:
-        raise UserError(
-            f"{options.weights} has a resampler of another size ({adapter.resampler.config}) than "
-            f"options.resampler ({options.resampler}): set options.resampler to it"
-        )
-    adapted = split(attach_adapter(unet, adapter)).arrays
-    step = adapter.metadata.get("step")
-    step = step if isinstance(step, int) else 0
-    return *split_by_paths(adapted, ["(^|/)face/"]), adapter.resampler, step
-
-
-def encode_tokens(encoder: TransFace, crops: np.ndarray) -> Float[np.ndarray, "n t d"]:
-    """Face tokens of aligned uint8 crops, in chunks."""
-    parts: Split = split(encoder)
-
-    @jax.jit
-    def encode(batch):
-        return parts.module(parts.arrays).tokens(to_signed(batch))
-
-    return in_chunks(encode, crops)
 
 
 def by_block(unet: UNet, ratios: Sequence[Float[Array, " b"]]) -> dict[str, Float[Array, ""]]:

@@ -19,19 +19,17 @@ from fact_jax.portraits.vocabulary import caption_vocabulary
 from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.ranges import Name, NonNegative, Probability, check_fields
 from fact_train.config import TrainConfig
-from fact_train.tasks.common import (
-    Photos,
-    ShuffledArrays,
-    draw_normal,
-    draw_portraits,
-    draw_timesteps,
-    encode_images,
-    load_vae,
-    people_of,
-    split,
+from fact_train.data.array_source import ShuffledArrays
+from fact_train.data.pixels import denormalize_pixels, encode_latents
+from fact_train.data.portraits import Photos, draw_portraits, people_of
+from fact_train.engine.partition import split_module
+from fact_train.engine.sample_keys import (
+    sample_bernoulli,
+    sample_normal,
+    sample_timesteps,
     split_keys,
-    to_picture,
 )
+from fact_train.tasks.vae import load_vae
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,15 +62,15 @@ class BaseTask:
         )
         self.vae = load_vae(self.options.vae)
         rngs = nnx.Rngs(config.seed)
-        self.unet = split(UNet(UNetConfig.mini(), rngs=rngs))
-        self.text_encoder = split(CLIPTextModel(text, rngs=rngs))
+        self.unet = split_module(UNet(UNetConfig.mini(), rngs=rngs))
+        self.text_encoder = split_module(CLIPTextModel(text, rngs=rngs))
 
     def init(self, key):
         return {"unet": self.unet.arrays, "text_encoder": self.text_encoder.arrays}, {}
 
     def source(self):
         batch = draw_portraits("base", self.options.people, self.options.photos)
-        latents = encode_images(self.vae, batch.images)
+        latents = encode_latents(self.vae, batch.images)
         ids, _ = tokenize(self.tokenizer, batch.captions)
         head = np.asarray(resize_area(batch.portrait.head_mask, latents.shape[1:3]))
         arrays = {"latents": latents, "ids": ids, "head": head.astype(np.float32)}
@@ -81,9 +79,9 @@ class BaseTask:
     def loss(self, trainable, frozen, batch, *, step, keys):
         noise_keys, time_keys, drop_keys = split_keys(keys, 3)
         latents = batch["latents"]
-        noise = draw_normal(noise_keys, latents.shape[1:])
-        t = draw_timesteps(time_keys, self.schedule.num_train_timesteps)
-        dropped = jax.vmap(lambda key: jax.random.bernoulli(key, self.options.drop_text))(drop_keys)
+        noise = sample_normal(noise_keys, latents.shape[1:])
+        t = sample_timesteps(time_keys, self.schedule.num_train_timesteps)
+        dropped = sample_bernoulli(drop_keys, self.options.drop_text)
         ids = jnp.where(dropped[:, None], self._empty_prompt(), batch["ids"])
         text = self.text_encoder.module(trainable["text_encoder"])(ids)
         noisy = add_noise(self.schedule, latents, noise, t)
@@ -99,7 +97,7 @@ class BaseTask:
         prompts = captions(sample_scene(jnp.arange(16) + SPLITS["test"][0] * 1000))
         ids = tokenize(self.tokenizer, [*prompts, *[""] * len(prompts)])[0]
         images = jax.jit(self._sample)(trainable, jnp.asarray(ids), key)
-        return {"portraits": contact_sheet(to_picture(images), 8)}
+        return {"portraits": contact_sheet(denormalize_pixels(images), 8)}
 
     def _sample(self, trainable, ids, key, steps: int = 30, guidance: float = 3.0):
         text = self.text_encoder.module(trainable["text_encoder"])(ids)

@@ -12,15 +12,10 @@ from fact_jax.losses import arcface_loss
 from fact_jax.models.transface import TransFace, TransFaceConfig
 from fact_jax.utils.ranges import check_fields
 from fact_train.config import TrainConfig
-from fact_train.tasks.common import (
-    Photos,
-    ShuffledArrays,
-    draw_crops,
-    overlay,
-    people_of,
-    split,
-    to_signed,
-)
+from fact_train.data.array_source import ShuffledArrays
+from fact_train.data.pixels import normalize_pixels
+from fact_train.data.portraits import Photos, draw_crops, people_of
+from fact_train.engine.partition import overlay, split_module
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +37,7 @@ class EncoderTask:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.options = config.options
-        self.encoder = split(TransFace(TransFaceConfig.mini(), rngs=nnx.Rngs(config.seed)))
+        self.encoder = split_module(TransFace(TransFaceConfig.mini(), rngs=nnx.Rngs(config.seed)))
 
     def init(self, key):
         size = TransFaceConfig.mini().num_classes
@@ -60,7 +55,7 @@ class EncoderTask:
     def loss(self, trainable, frozen, batch, *, step, keys):
         encoder = self.encoder.module(trainable["encoder"])
         encoder.train()
-        _, embeddings = encoder(to_signed(batch["crops"]))
+        _, embeddings = encoder(normalize_pixels(batch["crops"]))
         loss, accuracy = arcface_loss(embeddings, trainable["centres"], batch["labels"])
         statistics = nnx.to_pure_dict(nnx.state(encoder, nnx.BatchStat))
         return loss, {"accuracy": accuracy, "aux": statistics}

@@ -19,17 +19,11 @@ from fact_jax.portraits.metric_networks import (
 )
 from fact_jax.utils.ranges import Probability, check_fields
 from fact_train.config import TrainConfig
-from fact_train.tasks.common import (
-    Photos,
-    ShuffledArrays,
-    align_portraits,
-    draw_portraits,
-    overlay,
-    people_of,
-    split,
-    split_keys,
-    to_signed,
-)
+from fact_train.data.array_source import ShuffledArrays
+from fact_train.data.pixels import normalize_pixels
+from fact_train.data.portraits import Photos, align_portraits, draw_portraits, people_of
+from fact_train.engine.partition import overlay, split_module
+from fact_train.engine.sample_keys import split_keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +46,8 @@ class JudgeTask:
     def __init__(self, config: TrainConfig):
         self.config = config
         self.options = config.options
-        self.recogniser = split(IdentityNet(rngs=nnx.Rngs(config.seed)))
-        self.parser = split(AttributeNet(rngs=nnx.Rngs(config.seed + 1)))
+        self.recogniser = split_module(IdentityNet(rngs=nnx.Rngs(config.seed)))
+        self.parser = split_module(AttributeNet(rngs=nnx.Rngs(config.seed + 1)))
 
     def init(self, key):
         centres = 0.01 * jax.random.normal(key, (128, self.options.people))
@@ -82,13 +76,13 @@ class JudgeTask:
 
     def loss(self, trainable, frozen, batch, *, step, keys):
         crop_keys, image_keys = split_keys(keys, 2)
-        crops = self._soften(to_signed(batch["crops"]), crop_keys)
+        crops = self._soften(normalize_pixels(batch["crops"]), crop_keys)
         recogniser = self.recogniser.module(trainable["recogniser"])
         recogniser.train()
         embeddings = recogniser(crops)
         identity, accuracy = arcface_loss(embeddings, trainable["centres"], batch["person"])
 
-        images = self._soften(to_signed(batch["images"]), image_keys)
+        images = self._soften(normalize_pixels(batch["images"]), image_keys)
         found = self.parser.module(trainable["parser"])(images)
         masks = batch["masks"] / 255.0
         points = ((found["points"] - batch["points"]) / 16.0) ** 2

@@ -12,24 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fact_convert.models.pipeline import save_part
+from fact_convert.models.pipeline import load_part, save_part
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
 from fact_jax.utils.contact_sheet import contact_sheet
+from fact_jax.utils.errors import UserError
 from fact_jax.utils.ranges import Name, NonNegative, check_fields
 from fact_train.config import TrainConfig
-from fact_train.engine.partition import merge, split_by_paths
-from fact_train.tasks.common import (
-    Photos,
-    ShuffledArrays,
-    draw_normal,
-    draw_portraits,
-    load_vae,
-    overlay,
-    people_of,
-    split,
-    to_picture,
-    to_signed,
-)
+from fact_train.data.array_source import ShuffledArrays
+from fact_train.data.pixels import denormalize_pixels, normalize_pixels
+from fact_train.data.portraits import Photos, draw_portraits, people_of
+from fact_train.engine.partition import merge, overlay, split_by_paths, split_module
+from fact_train.engine.sample_keys import sample_normal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,9 +51,9 @@ class VAETask:
         self.config = config
         self.options = config.options
         if self.options.decoder_of is None:
-            self.vae = split(AutoencoderKL(VAEConfig.mini(), rngs=nnx.Rngs(config.seed)))
+            self.vae = split_module(AutoencoderKL(VAEConfig.mini(), rngs=nnx.Rngs(config.seed)))
         else:
-            self.vae = split(load_vae(self.options.decoder_of))
+            self.vae = split_module(load_vae(self.options.decoder_of))
 
     def init(self, key):
         if self.options.decoder_of is None:
@@ -75,9 +68,9 @@ class VAETask:
 
     def loss(self, trainable, frozen, batch, *, step, keys):
         vae = self.vae.module(merge(frozen, trainable))
-        images = to_signed(batch["images"])
+        images = normalize_pixels(batch["images"])
         mean, log_variance = vae.encode(images)
-        latents = mean + jnp.exp(0.5 * log_variance) * draw_normal(keys, mean.shape[1:])
+        latents = mean + jnp.exp(0.5 * log_variance) * sample_normal(keys, mean.shape[1:])
         error = vae.decode(latents) - images
         weight = 1.0 + self.options.head_weight * batch["head"][..., None] / 255.0
         absolute = (weight * jnp.abs(error)).mean()
@@ -90,19 +83,26 @@ class VAETask:
     def samples(self, trainable, frozen, key):
         images = draw_portraits("test", 8, 1).images
         decoded = jax.jit(self._round_trip)(merge(frozen, trainable), jnp.asarray(images))
-        pairs = np.concatenate([images, to_picture(decoded)])
+        pairs = np.concatenate([images, denormalize_pixels(decoded)])
         return {"reconstruction": contact_sheet(pairs, 8)}
 
     def _round_trip(self, arrays, images):
         vae = self.vae.module(arrays)
-        return vae.decode(vae.encode(to_signed(images))[0])
+        return vae.decode(vae.encode(normalize_pixels(images))[0])
 
     def export(self, trainable, frozen, directory: Path, step: int) -> None:
         """Write ``vae/`` as diffusers has it, scaled to latents of unit variance."""
         # What is frozen goes out as it was read: the step may hold it in half precision.
         vae = self.vae.module(overlay(self.vae.arrays, trainable))
         if self.options.decoder_of is None:
-            images = to_signed(jnp.asarray(draw_portraits("base", 256, 1).images))
+            images = normalize_pixels(jnp.asarray(draw_portraits("base", 256, 1).images))
             deviation = float(jax.jit(lambda x: vae.encode(x)[0].std())(images))
             vae.config = dataclasses.replace(vae.config, scaling_factor=round(1 / deviation, 5))
         save_part(vae, directory / "vae", "diffusion_pytorch_model")
+
+
+def load_vae(folder: str) -> AutoencoderKL:
+    """The VAE in a folder named ``vae``, as diffusers has it; UserError if there is none."""
+    if Path(folder).name != "vae":
+        raise UserError(f"{folder} is no VAE's folder: give one that is named vae")
+    return load_part(Path(folder))

@@ -26,8 +26,10 @@ from fact_jax.portraits import SPLITS
 from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.errors import UserError
 from fact_train.data.datasets import open_records
+from fact_train.data.pixels import denormalize_pixels, normalize_pixels
+from fact_train.data.portraits import align_portraits, draw_portraits
 from fact_train.data.records import PICTURES, DamagedError, Records
-from fact_train.tasks.common import align_portraits, draw_portraits, split, to_picture, to_signed
+from fact_train.engine.partition import split_module
 
 PEOPLE = 8
 STEPS = 25
@@ -106,13 +108,13 @@ class ValidationCallback:
 
     def __init__(self, task: Any, validation: Validation):
         self._task, self._validation = task, validation
-        self._vae, self._encoder = split(task.pipeline.vae), split(task.encoder)
+        self._vae, self._encoder = split_module(task.pipeline.vae), split_module(task.encoder)
         self._models = {"vae": self._vae.arrays, "encoder": self._encoder.arrays}
         prompts = tokenize(task.pipeline.tokenizer, [*validation.captions, ""])[0]
         self._inputs = {
             "ids": jnp.asarray(prompts),
-            "crops": jnp.asarray(to_signed(validation.crops)),
-            "templates": jnp.asarray(to_signed(validation.templates)),
+            "crops": jnp.asarray(normalize_pixels(validation.crops)),
+            "templates": jnp.asarray(normalize_pixels(validation.templates)),
         }
         self._draw = jax.jit(self._drawn, static_argnames="start")
         self._embed = jax.jit(self._embedded)
@@ -123,7 +125,9 @@ class ValidationCallback:
         given = self._validation
         weights = (trainable, frozen, self._models, self._inputs, key)
         made = {
-            start: [to_picture(self._draw(*weights, scale, start=start)) for scale in (0.0, 1.0)]
+            start: [
+                denormalize_pixels(self._draw(*weights, scale, start=start)) for scale in (0.0, 1.0)
+            ]
             for start in (0, TEMPLATE_START)
         }
         count, (base, fact) = len(given.photos), made[TEMPLATE_START]
@@ -144,7 +148,7 @@ class ValidationCallback:
         return float((self._identities(crops) * self._wanted).sum(-1).mean())
 
     def _identities(self, crops: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n k"]:
-        return np.asarray(self._embed(self._models, to_signed(crops)))
+        return np.asarray(self._embed(self._models, normalize_pixels(crops)))
 
     def _embedded(self, models, crops):
         encoder = self._encoder.module(models["encoder"])

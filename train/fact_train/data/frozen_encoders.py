@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from fact_convert import Pipeline
 from fact_jax.models.transface import TransFace
-from fact_train.engine.partition import paths
-from fact_train.tasks.common import draw_normal, split, to_signed
+from fact_train.data.pixels import normalize_pixels
+from fact_train.engine.partition import paths, split_module
+from fact_train.engine.sample_keys import sample_normal
 
 PyTree = Any
 
@@ -24,7 +25,7 @@ class FrozenEncoders:
 
     def __init__(self, pipeline: Pipeline, encoder: TransFace):
         modules = {"vae": pipeline.vae, "text_encoder": pipeline.text_encoder, "encoder": encoder}
-        self._parts = {name: split(module) for name, module in modules.items()}
+        self._parts = {name: split_module(module) for name, module in modules.items()}
         self._scale = pipeline.vae.config.scaling_factor
         self.arrays: dict[str, dict] = {name: part.arrays for name, part in self._parts.items()}
 
@@ -41,7 +42,7 @@ class FrozenEncoders:
     ) -> tuple[Float[Array, "b h w c"], Float[Array, "b h w c"]]:
         """Mean and log-variance of the unscaled latents, float32."""
         vae = self._parts["vae"].module(frozen["vae"])
-        pixels = to_signed(images).astype(_precision(frozen["vae"]))
+        pixels = normalize_pixels(images).astype(_precision(frozen["vae"]))
         return tuple(part.astype(jnp.float32) for part in vae.encode(pixels))
 
     def text(self, frozen: PyTree, ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
@@ -51,7 +52,7 @@ class FrozenEncoders:
     def tokens(self, frozen: PyTree, crops: UInt8[Array, "b s s 3"]) -> Float[Array, "b t d"]:
         """Face tokens of aligned crops."""
         encoder = self._parts["encoder"].module(frozen["encoder"])
-        return encoder.tokens(to_signed(crops).astype(_precision(frozen["encoder"])))
+        return encoder.tokens(normalize_pixels(crops).astype(_precision(frozen["encoder"])))
 
     def encode_batch(
         self,
@@ -72,7 +73,7 @@ class FrozenEncoders:
             batch["mean"], batch["log_variance"] = self.moments(frozen, images)
         if "mean" in batch:
             mean, log_variance = batch.pop("mean"), batch.pop("log_variance")
-            noise = draw_normal(keys, mean.shape[1:])
+            noise = sample_normal(keys, mean.shape[1:])
             batch["latents"] = (mean + jnp.exp(0.5 * log_variance) * noise) * self._scale
         if "text" not in batch:
             batch["text"] = self.text(frozen, batch.pop("ids"))

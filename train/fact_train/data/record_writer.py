@@ -1,4 +1,4 @@
-"""The tensorflow_datasets builder of records. Imported only where they are written."""
+"""Writing records: ``Example``s into a tensorflow_datasets folder of array_record shards."""
 
 import contextlib
 import io
@@ -7,9 +7,21 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
-import tensorflow_datasets as tfds
+from PIL import Image
 
-from fact_train.data.records import NAME, PICTURES, VERSION, Example
+from fact_convert.io.output_paths import output_folder
+from fact_jax.face.images import one_line
+from fact_jax.utils.errors import UserError
+from fact_train.data.records import (
+    NAME,
+    PICTURES,
+    VERSION,
+    Example,
+    data_libraries,
+    write_index,
+)
+
+tfds = data_libraries().tfds
 
 _DESCRIPTION = """\
 Photos of people for training FACT (Face Adapter with deCoupled Training, arXiv 2410.12312).
@@ -26,6 +38,48 @@ of the person in each, int32, `sizes.json` the bytes of every shard. Reading nee
 
     tfds.data_source("face_records", split="train", data_dir=...)
 """
+
+
+def write_records(
+    examples: Iterable[Example], out: Path, *, size: int, crop_size: int, force: bool = False
+) -> tuple[int, int]:
+    """Write ``out`` whole or not at all; gives the number of photos and of people.
+
+    Photos and masks are ``size`` x ``size``, crops ``crop_size`` x ``crop_size``. Examples may come
+    in any order, which is kept. Raises UserError for an example of another size, for none at all,
+    and if ``out`` exists and ``force`` is not given.
+    """
+    people: dict[str, int] = {}
+    identities: list[int] = []
+
+    def numbered():
+        for example in examples:
+            _check_sizes(example, size, crop_size)
+            identities.append(people.setdefault(example.identity, len(people)))
+            yield example
+        if not identities:
+            raise UserError(f"{out}: there is no usable photo, so nothing was written")
+
+    with output_folder(out, force=force) as folder:
+        builder = FaceRecords(folder, numbered(), size=size, crop_size=crop_size)
+        try:
+            builder.write()
+        except OSError as error:
+            raise UserError(f"{out} cannot be written: {one_line(error)}") from error
+        folder = Path(builder.data_path)
+        write_index(folder, identities, sorted(folder.glob("*.array_record*")))
+    return len(identities), len(people)
+
+
+def _check_sizes(example: Example, size: int, crop_size: int) -> None:
+    for name in PICTURES:
+        with Image.open(io.BytesIO(getattr(example, name))) as image:
+            wanted = crop_size if name == "crop" else size
+            if image.size != (wanted, wanted):
+                raise UserError(
+                    f"{example.name}: its {name} is {image.size[0]} x {image.size[1]}, these "
+                    f"records hold {wanted} x {wanted}"
+                )
 
 
 # Left out of the registry: tfds then opens a folder by the features written in it, whose sizes
