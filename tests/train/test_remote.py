@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 
 from fact_jax.utils.errors import UserError
 from fact_train.cli.main import main
-from fact_train.config import override
+from fact_train.overrides import override
 from fact_train.run import remote
 from fact_train.run.loop import run
 from fact_train.run.remote import RemoteFolder
