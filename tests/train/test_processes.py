@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fact_jax.utils.errors import UserError
-from fact_train.config import override
 from fact_train.multihost.processes import initialize
+from fact_train.overrides import override
 from fact_train.run.loop import run
 
 pytestmark = pytest.mark.heavy
