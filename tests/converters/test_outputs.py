@@ -157,7 +157,7 @@ def test_two_runs_into_one_place(encoder, refused, out, monkeypatch, tmp_path):
         raise RuntimeError
     if out.suffix == ".ckpt":  # asks for nothing in between
         return
-    about = "fact_convert.cli.opening.provenance"
+    about = "fact_convert.cli.saving.provenance"
 
     def other_is_faster(sources):
         out.mkdir()
