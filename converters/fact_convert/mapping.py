@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
-from fact_convert.rules.key_tables import TABLES, Table
+from fact_convert.rules.key_tables import TABLES
 from fact_convert.rules.layer_transforms import ParameterTransform
 from fact_jax.utils.errors import UserError, listed
 
@@ -83,18 +83,13 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if name else path
 
 
-def table(kind: str) -> Table:
-    """The rules of a kind of model."""
-    return TABLES[kind]
-
-
 def key_prefix(kind: str, keys: Iterable[str]) -> str:
     """What stands before every key of this file, of the prefixes that the kind may have."""
     keys = list(keys)
-    for prefix in sorted(table(kind).prefixes, key=len, reverse=True):
+    for prefix in sorted(TABLES[kind].prefixes, key=len, reverse=True):
         if any(key.startswith(prefix) for key in keys):
             return prefix
-    return table(kind).prefixes[0]
+    return TABLES[kind].prefixes[0]
 
 
 def map_torch_key(kind: str, key: str, prefix: str) -> KeyMapping | None:
@@ -116,7 +111,7 @@ def map_jax_path(kind: str, path: str, prefix: str) -> list[KeyMapping]:
 def is_ignored(kind: str, key: str, prefix: str) -> bool:
     """Whether the key is one of those that carry no weight."""
     bare = key.removeprefix(prefix)
-    return any(_regex(ignored.torch).fullmatch(bare) for ignored in table(kind).ignored)
+    return any(_regex(ignored.torch).fullmatch(bare) for ignored in TABLES[kind].ignored)
 
 
 def infer_kind(keys: Iterable[str]) -> tuple[str | None, float]:

@@ -22,9 +22,8 @@ from fact_convert.mapping import (
     map_jax_path,
     match_module,
     match_state,
-    table,
 )
-from fact_convert.rules.key_tables import ADAPTER_INFIX
+from fact_convert.rules.key_tables import ADAPTER_INFIX, TABLES
 from fact_jax.utils.errors import UserError, listed
 
 log = logging.getLogger(__name__)
@@ -160,7 +159,7 @@ def dump_some(module: nnx.Module, wanted: Callable[[str], bool]) -> dict[str, np
     """:func:`dump_state` of the keys that are ``wanted``; the others are not copied."""
     kind = kind_of(module)
     origin = getattr(module, "origin", None)
-    prefix = origin.prefix if origin else table(kind).prefixes[0]
+    prefix = origin.prefix if origin else TABLES[kind].prefixes[0]
     flat = parameters(module)
     _, expected = abstract_state(kind, module.config)
     names = match_module(kind, flat_shapes(flat), flat_shapes(expected), prefix)

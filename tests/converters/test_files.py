@@ -16,7 +16,7 @@ from fact_convert.io.hub import local_folder
 from fact_convert.io.json_io import read_json
 from fact_convert.io.output_paths import MANIFEST, output_folder
 from fact_convert.io.safetensors_io import read_safetensors, write_safetensors
-from fact_convert.io.torch_io import read_pickle, write_torch_file
+from fact_convert.io.torch_io import read_torch_file, write_torch_file
 from fact_convert.io.weight_files import read_file, read_weights
 from fact_jax.utils.errors import UserError
 
@@ -107,14 +107,14 @@ def test_pickles_round_trip(state, same_bits, tmp_path):
     file = tmp_path / "x.ckpt"
     write_torch_file(file, state)
     assert torch.load(file, weights_only=True)["brain"].dtype == torch.bfloat16
-    same_bits(state, read_pickle(file))
+    same_bits(state, read_torch_file(file)[0])
 
 
 def test_pickles_of_the_old_layout(state, same_bits, tmp_path):
     del state["brain"]
     tensors = {key: torch.from_numpy(np.array(array)) for key, array in state.items()}
     torch.save(tensors, tmp_path / "x.pt", _use_new_zipfile_serialization=False)
-    same_bits(state, read_pickle(tmp_path / "x.pt"))
+    same_bits(state, read_torch_file(tmp_path / "x.pt")[0])
 
 
 class Malicious:
@@ -136,7 +136,7 @@ def test_a_malicious_pickle_is_refused_and_runs_nothing(tmp_path, layout):
     else:
         torch.save(held, file, _use_new_zipfile_serialization=layout == "zip")
     with pytest.raises(UserError, match="refused, since it holds more than tensors") as caught:
-        read_pickle(file)
+        read_torch_file(file)
     assert "\n" not in str(caught.value)
     assert not target.exists()
     torch.load(file, weights_only=False) if layout != "plain" else pickle.loads(file.read_bytes())
@@ -159,11 +159,11 @@ def test_pickles_that_are_no_states(tmp_path):
     ):
         torch.save(held, tmp_path / name)
         with pytest.raises(UserError, match=reason):
-            read_pickle(tmp_path / name)
+            read_torch_file(tmp_path / name)
     for content in (b"", b"nonsense", b"PK\x03\x04 broken zip"):
         (tmp_path / "x.ckpt").write_bytes(content)
         with pytest.raises(UserError, match=r"x\.ckpt") as caught:
-            read_pickle(tmp_path / "x.ckpt")
+            read_torch_file(tmp_path / "x.ckpt")
         assert "\n" not in str(caught.value)
 
 
@@ -172,7 +172,7 @@ def test_a_truncated_pickle(state, tmp_path):
     write_torch_file(file, state)
     file.write_bytes(file.read_bytes()[:-200])
     with pytest.raises(UserError, match=r"x\.ckpt"):
-        read_pickle(file)
+        read_torch_file(file)
 
 
 def test_without_torch_the_error_says_what_to_install(monkeypatch, tmp_path):
@@ -181,7 +181,7 @@ def test_without_torch_the_error_says_what_to_install(monkeypatch, tmp_path):
     (tmp_path / "x.ckpt").write_bytes(b"something")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(UserError, match=r"pip install 'fact-jax\[torch\]'"):
-        read_pickle(tmp_path / "x.ckpt")
+        read_torch_file(tmp_path / "x.ckpt")
 
 
 @pytest.mark.parametrize("variant", [None, "fp16"])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fact_convert.io.safetensors_io import read_safetensors, write_safetensors
-from fact_convert.io.torch_io import read_pickle, write_torch_file
+from fact_convert.io.torch_io import read_torch_file, write_torch_file
 from fact_convert.io.weight_files import read_file, read_weights
 from fact_jax.utils.errors import UserError
 
@@ -111,7 +111,7 @@ def test_an_archive_that_would_unpack_to_more_than_it_is(pickled):
     repack(pickled, compression=zipfile.ZIP_DEFLATED)
     assert pickled.stat().st_size < 10_000
     with pytest.raises(UserError, match="refused, it would unpack to more than its"):
-        read_pickle(pickled)
+        read_torch_file(pickled)
 
 
 def test_an_archive_that_is_packed(tmp_path):
@@ -121,7 +121,7 @@ def test_an_archive_that_is_packed(tmp_path):
     )
     repack(tmp_path / "x.ckpt", compression=zipfile.ZIP_BZIP2)
     with pytest.raises(UserError, match=r"refused, it (is packed|would unpack)"):
-        read_pickle(tmp_path / "x.ckpt")
+        read_torch_file(tmp_path / "x.ckpt")
 
 
 def test_members_that_share_their_bytes(pickled):
@@ -131,13 +131,13 @@ def test_members_that_share_their_bytes(pickled):
         archive.filelist += [largest] * 10
         archive._didModify = True
     with pytest.raises(UserError, match="refused, it would unpack to more than its"):
-        read_pickle(pickled)
+        read_torch_file(pickled)
 
 
 def test_numbers_of_another_byte_order(pickled):
     repack(pickled, lambda name, data: b"big" if name.endswith("byteorder") else data)
     with pytest.raises(UserError, match="its byte order is b'big'"):
-        read_pickle(pickled)
+        read_torch_file(pickled)
 
 
 def test_a_record_that_is_marked_as_a_folder(pickled):
@@ -147,7 +147,7 @@ def test_a_record_that_is_marked_as_a_folder(pickled):
         largest.external_attr |= 0x10
         archive._didModify = True
     with pytest.raises(UserError, match="data/1' is marked as a folder"):
-        read_pickle(pickled)
+        read_torch_file(pickled)
 
 
 @pytest.mark.parametrize("count", [5, 7, 2**30])
@@ -161,7 +161,7 @@ def test_a_pickle_that_lies_about_the_length_of_a_record(tmp_path, count):
 
     repack(tmp_path / "x.ckpt", lie)
     with pytest.raises(UserError, match="not a whole PyTorch file"):
-        read_pickle(tmp_path / "x.ckpt")
+        read_torch_file(tmp_path / "x.ckpt")
 
 
 def test_a_legacy_pickle_that_claims_more_than_it_holds(tmp_path):
@@ -170,7 +170,7 @@ def test_a_legacy_pickle_that_claims_more_than_it_holds(tmp_path):
     assert data.count(b"K\x06\x85") == 1
     (tmp_path / "x.pt").write_bytes(data.replace(b"K\x06\x85", b"J\x00\x00\x00\x40\x85"))
     with pytest.raises(UserError, match="not a whole PyTorch file"):
-        read_pickle(tmp_path / "x.pt")
+        read_torch_file(tmp_path / "x.pt")
 
 
 def test_tensors_keep_their_layout_and_place(tmp_path, same_bits):
@@ -178,7 +178,7 @@ def test_tensors_keep_their_layout_and_place(tmp_path, same_bits):
     held = {"part": whole[1:, :, 2:], "turned": whole.transpose(0, 2), "whole": whole}
     held |= {"brain": whole.bfloat16()[:, 1], "none": torch.zeros(0, 3), "one": torch.tensor(3)}
     torch.save(held, tmp_path / "x.ckpt")
-    read = read_pickle(tmp_path / "x.ckpt")
+    read = read_torch_file(tmp_path / "x.ckpt")[0]
     write_safetensors(tmp_path / "x.safetensors", read, {})
     write_torch_file(tmp_path / "again.ckpt", read)
     opened = torch.load(tmp_path / "again.ckpt", weights_only=True)

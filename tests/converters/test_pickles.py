@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from fact_convert.cli.main import main
 from fact_convert.io.safetensors_io import write_safetensors
-from fact_convert.io.torch_io import read_pickle, write_torch_file
+from fact_convert.io.torch_io import read_torch_file, write_torch_file
 from fact_convert.io.weight_files import read_file
 from fact_jax.utils.errors import UserError
 
@@ -93,13 +93,13 @@ def test_dictionaries_of_other_classes(trainer, tmp_path, monkeypatch):
     counted = collections.defaultdict(int, {"a": 1, "b": np.float32(2)})
     held = {"state_dict": {"a": torch.ones(4)}, "hyper_parameters": settings, "counted": counted}
     file = saved(tmp_path / "x.ckpt", held, monkeypatch)
-    assert read_pickle(file)["a"].tolist() == [1, 1, 1, 1]
+    assert read_torch_file(file)[0]["a"].tolist() == [1, 1, 1, 1]
 
 
 def test_a_whole_object_is_no_state(trainer, tmp_path, monkeypatch):
     file = saved(tmp_path / "x.pt", trainer.Callback(), monkeypatch)
     with pytest.raises(UserError, match=rf"no dictionary of tensors but a {MODULE}\.Callback"):
-        read_pickle(file)
+        read_torch_file(file)
 
 
 class Calls:
@@ -131,14 +131,14 @@ def test_what_could_run_code_is_refused_by_name(
     held |= {"y": trainer.Callback()} if beside else {}
     file = saved(tmp_path / "x.ckpt", held, monkeypatch)
     with pytest.raises(UserError, match=rf"could run code \({name}\)"):
-        read_pickle(file)
+        read_torch_file(file)
 
 
 def test_a_function_of_other_packages_is_not_called(tmp_path):
     called = tmp_path / "called"
     held = {"state_dict": {"a": torch.ones(4)}, "x": Calls(np.savez, str(called), 1)}
     torch.save(held, tmp_path / "x.ckpt")
-    assert read_pickle(tmp_path / "x.ckpt")["a"].tolist() == [1, 1, 1, 1]
+    assert read_torch_file(tmp_path / "x.ckpt")[0]["a"].tolist() == [1, 1, 1, 1]
     assert list(tmp_path.iterdir()) == [tmp_path / "x.ckpt"]
 
 

@@ -231,7 +231,7 @@ def test_an_adapter_that_lacks_a_block(states, tmp_path, refused):
     assert "no local_fac_prj" in refused("to-jax", tmp_path / "y.safetensors", "out")
 
 
-def test_the_miniature_adapter_keeps_its_heads(miniature, same_bits, tmp_path, refused):
+def test_the_miniature_adapter_keeps_its_heads(miniature, same_bits, tmp_path, refused, capsys):
     source = miniature / "adapter" / "adapter.safetensors"
     run("to-torch", source, tmp_path / "a.ckpt")
     run("to-jax", tmp_path / "a.ckpt", tmp_path / "jax")

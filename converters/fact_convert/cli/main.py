@@ -1,16 +1,22 @@
 """fact-convert: look into weights, move them between PyTorch and JAX, compare them."""
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from fact_convert.cli.options import (
+    add_adapter,
+    add_caution,
+    add_dtype,
+    add_head,
+    add_json,
+    add_out,
+)
 from fact_jax.utils.command_line import ArgumentParser, add_version
 from fact_jax.utils.errors import UserError, listed, printable, run_program
 
-_DTYPES = ("float32", "float16", "bfloat16")
 _SHOWN = 10
 
 
@@ -37,22 +43,22 @@ def _parser() -> argparse.ArgumentParser:
 
     torch = _command(commands, "to-torch", _to_torch, "write weights as PyTorch code opens them")
     torch.add_argument("source", type=Path, metavar="SRC")
-    _add_out(torch)
-    _add_adapter(torch)
+    add_out(torch)
+    add_adapter(torch)
 
     jax = _command(commands, "to-jax", _to_jax, "write weights as a checkpoint of JAX arrays")
     jax.add_argument("source", type=Path, metavar="SRC")
     jax.add_argument("out", type=Path, metavar="OUT", help="a new folder")
-    _add_dtype(jax)
-    _add_head(jax)
-    _add_caution(jax)
+    add_dtype(jax)
+    add_head(jax)
+    add_caution(jax)
 
     merge = _command(commands, "merge-lora", _merge_lora, "add LoRAs to a base, or take them out")
     merge.add_argument("source", type=Path, metavar="BASE")
     merge.add_argument(
         "lora", type=Path, nargs="+", metavar="LORA", help="of kohya, LyCORIS, diffusers or peft"
     )
-    _add_out(merge)
+    add_out(merge)
     merge.add_argument(
         "--scale",
         type=float,
@@ -70,15 +76,15 @@ def _parser() -> argparse.ArgumentParser:
         "out", type=Path, metavar="OUT", help="a file .safetensors; in peft's layout a folder"
     )
     convert.add_argument("--format", choices=("kohya", "diffusers", "peft"), required=True)
-    _add_json(convert)
-    _add_caution(convert)
+    add_json(convert)
+    add_caution(convert)
 
     extract = _command(
         commands, "extract", _extract, "write the adapter alone, out of whatever holds one"
     )
     extract.add_argument("source", type=Path, metavar="SRC")
-    _add_out(extract)
-    _add_adapter(extract)
+    add_out(extract)
+    add_adapter(extract)
 
     verify = _command(
         commands, "verify", _verify, "compare the numbers of two files or folders of any format"
@@ -101,92 +107,8 @@ def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
         default="ema",
         help="of what holds both: the running average, or the parameters themselves (ema)",
     )
-    _add_json(command)
+    add_json(command)
     return command
-
-
-def _add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print JSON, for scripts")
-
-
-def _add_out(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "out",
-        type=Path,
-        metavar="OUT",
-        help="a file .safetensors or .ckpt (of an adapter the released layout, of a base the "
-        "original one), .onnx of a face encoder, or a folder as diffusers has",
-    )
-    command.add_argument(
-        "--format",
-        choices=("diffusers", "original", "onnx", "file"),
-        help="what OUT shall be, if not what its ending says; file: tensors as they are called",
-    )
-    _add_dtype(command)
-    command.add_argument(
-        "--config",
-        type=Path,
-        metavar="DIR",
-        help="for a folder: where configurations, tokenizer and scheduler are, if not in SRC",
-    )
-    command.add_argument(
-        "--save-variant",
-        metavar="NAME",
-        help="for a folder: what its files are named after, as fp16",
-    )
-    command.add_argument(
-        "--shard", type=_size, metavar="SIZE", help="for a folder: how large a file may be, as 2GB"
-    )
-    command.add_argument(
-        "--legacy",
-        action="store_true",
-        help="for a folder: pickled .bin files, as before safetensors",
-    )
-    _add_caution(command)
-
-
-def _add_dtype(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dtype", choices=_DTYPES, help="precision to round to (that of SRC)")
-
-
-def _size(text: str) -> int:
-    number = text.upper().removesuffix("B")
-    unit = {"K": 10**3, "M": 10**6, "G": 10**9}.get(number[-1:], 1)
-    with contextlib.suppress(ValueError):
-        size = float(number.rstrip("KMG")) * unit
-        if 1 <= size < 2**63:
-            return int(size)
-    raise argparse.ArgumentTypeError(f"{text!a} is no size, as 2GB is")
-
-
-def _add_caution(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--force",
-        action="store_true",
-        help="replace OUT if it exists; a folder only if fact-convert wrote all that is in it",
-    )
-    command.add_argument(
-        "--dry-run", action="store_true", help="check everything, say what would be written"
-    )
-
-
-def _add_adapter(command: argparse.ArgumentParser) -> None:
-    _add_head(command)
-    command.add_argument(
-        "--base",
-        type=Path,
-        metavar="BASE",
-        help="of an adapter with copies of its base's norm2: leave out those that BASE has too",
-    )
-
-
-def _add_head(command: argparse.ArgumentParser) -> None:
-    command.add_argument(
-        "--dim-head",
-        type=int,
-        metavar="N",
-        help="width of a head in the adapter's resampler, if SRC does not say (released: 64)",
-    )
 
 
 def _open(path: Path, arguments: argparse.Namespace):

@@ -304,12 +304,11 @@ def save_jax(
     if weights.kind == "adapter":
         meta["adapter"] = adapter_config(weights, dim_head)
     if not dry_run:
-        everything = functools.partial(_with_origin, weights, meta)
-        write_checkpoint(out, params, everything, force=force, wrote=wrote)
 
+        def complete_meta() -> dict[str, object]:
+            return {**_origin(weights), **meta}
 
-def _with_origin(weights: Weights, meta: Mapping[str, object]) -> dict[str, object]:
-    return {**_origin(weights), **meta}
+        write_checkpoint(out, params, complete_meta, force=force, wrote=wrote)
 
 
 def checkpoint_metadata(weights: Weights) -> dict[str, object]:

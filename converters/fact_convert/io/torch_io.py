@@ -44,18 +44,11 @@ _FOLDER = 0x10
 """In DOS' attributes. PyTorch, unless it maps a file, gives such a record any numbers at all."""
 
 
-def read_pickle(path: str | os.PathLike) -> State:
-    """A flat state from a pickled PyTorch file: the whole of it, or its ``state_dict``.
-
-    Tensors are memory maps, except in files from before PyTorch 1.6.
-    """
-    return read_torch_file(path)[0]
-
-
 def read_torch_file(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
-    """:func:`read_pickle` with what the file says beside: ``step``, of a trainer's checkpoint.
+    """Tensors and metadata of a PyTorch file: the whole of it, or its ``state_dict``.
 
-    ``not loaded`` are the classes of the objects beside the tensors.
+    Tensors are memory maps, except in files from before PyTorch 1.6. The metadata is ``step``, of
+    a trainer's checkpoint, and ``not loaded``, the classes of objects beside the tensors.
     """
     path = Path(path)
     check_file(path)

@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import json
 import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from fact_convert.io.json_io import read_json
+from fact_convert.io.json_io import json_in, read_json
 from fact_convert.lora.names import LORA_PARTS
 from fact_jax.utils.errors import UserError
 
@@ -112,23 +111,13 @@ def read_peft_configs(
     """
     where, values, beside = str(file), {}, file.parent / CONFIG_NAME
     if key := next((k for k in (METADATA_KEY, KOHYA_METADATA_KEY) if k in metadata), None):
-        where, values = f"{file}: {key}", _parse(metadata[key], key, file)
+        where, values = f"{file}: {key}", json_in(metadata, key, file)
     elif beside.exists() and (peft or file.stem == FILE_STEMS[0]):
         where, values = str(beside), read_json(beside)
     found = {kind: PeftConfig(where=where, values=_own(values, kind)) for kind in LORA_PARTS}
     for settings in found.values():
         _check(settings)
     return found
-
-
-def _parse(text: str, key: str, file: Path) -> dict:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as err:
-        raise UserError(f"{file}: metadata {key!r} is not JSON ({err})") from err
-    if not isinstance(values, dict):
-        raise UserError(f"{file}: metadata {key!r} is not an object")
-    return values
 
 
 def _own(values: Mapping[str, object], kind: str) -> dict[str, object]:

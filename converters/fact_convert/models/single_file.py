@@ -11,7 +11,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from fact_convert.io.lazy_tensor import LazyTensor, State
-from fact_convert.mapping import is_ignored, map_torch_key, table
+from fact_convert.mapping import is_ignored, map_torch_key
+from fact_convert.rules.key_tables import TABLES
 from fact_convert.rules.ldm import EMA, IGNORED, PREFIXES, controlnet_pairs, unet_pairs, vae_pairs
 from fact_jax.diffusion.noise_schedules import BETA_SCHEDULES, NoiseSchedule, alphas_cumprod_numpy
 from fact_jax.utils.errors import UserError, listed
@@ -162,7 +163,7 @@ def _schedule_of(abar: np.ndarray | LazyTensor) -> NoiseSchedule | None:
 
 
 def _is_known(kind: str, name: str) -> bool:
-    prefix = table(kind).prefixes[0]
+    prefix = TABLES[kind].prefixes[0]
     return map_torch_key(kind, name, prefix) is not None or is_ignored(kind, name, prefix)
 
 

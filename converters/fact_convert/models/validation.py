@@ -17,6 +17,7 @@ from flax import nnx
 from fact_convert.io.lazy_tensor import LazyTensor, State
 from fact_convert.mapping import Shapes, key_prefix, match_state
 from fact_convert.rules.key_tables import ADAPTER_INFIX
+from fact_convert.rules.ldm import count_indices
 from fact_convert.weights import ConstantRngs, abstract_state, flat_shapes, read_config
 from fact_jax.models.adapter import FaceAdapter
 from fact_jax.models.clip_text import CLIPTextConfig
@@ -105,7 +106,7 @@ def _way_down(state: State) -> dict:
         "in_channels": _axis(state, r"conv_in\.weight", 1, 4),
         "block_out_channels": widths,
         "down_attention": _attends(state, "down", len(widths)),
-        "layers_per_block": _count(state, r"down_blocks\.\d+\.resnets\.(\d+)\."),
+        "layers_per_block": count_indices(state, r"down_blocks\.\d+\.resnets\.(\d+)\."),
         "cross_attention_dim": _axis(state, r".*\.attn2\.to_[kv]\.weight", 1, 1),
         "heads": ones,
         "norm_num_groups": 1,
@@ -128,7 +129,7 @@ def _unet(state: State) -> UNetConfig:
 
 def _controlnet(state: State) -> ControlNetConfig:
     name = "controlnet_cond_embedding"
-    blocks = _count(state, rf"{name}\.blocks\.(\d+)\.")
+    blocks = count_indices(state, rf"{name}\.blocks\.(\d+)\.")
     outer = (f"blocks\\.{i}" for i in range(1, blocks, 2))
     widths = [_axis(state, rf"{name}\.{part}\.weight", 0, 1) for part in ("conv_in", *outer)]
     return ControlNetConfig(
@@ -145,7 +146,7 @@ def _vae(state: State) -> VAEConfig:
         out_channels=_axis(state, r"decoder\.conv_out\.weight", 0, 3),
         latent_channels=_axis(state, r"decoder\.conv_in\.weight", 1, 4),
         block_out_channels=_widths(state, rf"encoder\.down_blocks\.(\d+){layer}"),
-        layers_per_block=_count(state, r"encoder\.down_blocks\.\d+\.resnets\.(\d+)\."),
+        layers_per_block=count_indices(state, r"encoder\.down_blocks\.\d+\.resnets\.(\d+)\."),
         norm_num_groups=1,
         scaling_factor=1.0,
     )
@@ -156,7 +157,7 @@ def _clip_text(state: State) -> CLIPTextConfig:
         vocab_size=_axis(state, r"embeddings\.token_embedding\.weight", 0, 1),
         hidden_size=_axis(state, r".*layer_norm\d?\.(?:weight|bias)", 0, 1),
         intermediate_size=_axis(state, r"encoder\.layers\.\d+\.mlp\.fc1\.(?:weight|bias)", 0, 1),
-        num_hidden_layers=_count(state, r"encoder\.layers\.(\d+)\."),
+        num_hidden_layers=count_indices(state, r"encoder\.layers\.(\d+)\."),
         num_attention_heads=1,
         max_position_embeddings=_axis(state, r"embeddings\.position_embedding\.weight", 0, 1),
     )
@@ -200,7 +201,7 @@ def resampler_shape(state: State) -> dict[str, int]:
         "num_queries": state["latents"].shape[1],
         "embedding_dim": _axis(state, r"proj_in\.weight", 1, 1),
         "output_dim": _axis(state, r"(?:proj_out|norm_out)\.(?:weight|bias)", 0, 1),
-        "depth": _count(state, r"layers\.(\d+)\."),
+        "depth": count_indices(state, r"layers\.(\d+)\."),
         "dim_head": inner,
         "heads": 1,
     }
@@ -284,9 +285,3 @@ def _axis(state: State, pattern: str, axis: int, default: int) -> int:
 
 def _most(values: Iterable, default=0):
     return next(iter(Counter(values).most_common(1)), (default, 0))[0]
-
-
-def _count(keys: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that stands there; sizes that no model has are none."""
-    found = [int(m[1]) for key in keys if (m := re.match(pattern, key)) and len(m[1]) < 4]
-    return max(found, default=-1) + 1

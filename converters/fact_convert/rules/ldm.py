@@ -95,11 +95,11 @@ EMA = "model_ema."
 
 def unet_pairs(keys: set[str]) -> list[tuple[str, str]]:
     """The layers of a UNet in both layouts; its size is read from the keys of either."""
-    levels = _count(keys, r"down_blocks\.(\d+)\.")
-    layers = _count(keys, r"down_blocks\.0\.resnets\.(\d+)\.")
+    levels = count_indices(keys, r"down_blocks\.(\d+)\.")
+    layers = count_indices(keys, r"down_blocks\.0\.resnets\.(\d+)\.")
     if not levels:
         ends = [int(m[1]) for key in keys if (m := re.match(r"input_blocks\.(\d+)\.0\.op\.", key))]
-        total = _count(keys, r"input_blocks\.(\d+)\.")
+        total = count_indices(keys, r"input_blocks\.(\d+)\.")
         layers = min(ends, default=total) - 1
         levels = total // (layers + 1) if layers > 0 else 0
     pairs = list(UNET_ENDS)
@@ -132,9 +132,9 @@ def controlnet_pairs(keys: set[str]) -> list[tuple[str, str]]:
     """The layers of a ControlNet: a UNet's way down, and convolutions of its own."""
     hint, ours = "input_hint_block", "controlnet_cond_embedding"
     # Activations stand between the convolutions, so these have even numbers.
-    hints = _count(keys, rf"{hint}\.(\d+)\.") // 2 - 1
-    blocks = max(hints, _count(keys, rf"{ours}\.blocks\.(\d+)\."))
-    skips = _count(keys, r"(?:zero_convs|controlnet_down_blocks)\.(\d+)\.")
+    hints = count_indices(keys, rf"{hint}\.(\d+)\.") // 2 - 1
+    blocks = max(hints, count_indices(keys, rf"{ours}\.blocks\.(\d+)\."))
+    skips = count_indices(keys, r"(?:zero_convs|controlnet_down_blocks)\.(\d+)\.")
     return [
         *unet_pairs(keys),
         (f"{hint}.0", f"{ours}.conv_in"),
@@ -149,8 +149,8 @@ def vae_pairs(keys: set[str]) -> list[tuple[str, str]]:
     """The layers of a VAE in both layouts; the decoder's levels are counted from the other end."""
     pairs = list(VAE_ENDS)
     for side, way in (("encoder", "down"), ("decoder", "up")):
-        levels = _count(keys, rf"{side}\.{way}(?:_blocks)?\.(\d+)\.")
-        layers = _count(keys, rf"{side}\.{way}(?:_blocks)?\.\d+\.(?:block|resnets)\.(\d+)\.")
+        levels = count_indices(keys, rf"{side}\.{way}(?:_blocks)?\.(\d+)\.")
+        layers = count_indices(keys, rf"{side}\.{way}(?:_blocks)?\.\d+\.(?:block|resnets)\.(\d+)\.")
         for i in range(levels if levels * layers < len(keys) else 0):
             ldm = f"{side}.{way}.{i if way == 'down' else levels - 1 - i}"
             ours = f"{side}.{way}_blocks.{i}"
@@ -168,7 +168,7 @@ def _join(ldm: str, ours: str, layers: Iterable[tuple[str, str]]) -> list[tuple[
     return [(f"{ldm}.{a}", f"{ours}.{b}") for a, b in layers]
 
 
-def _count(keys: Iterable[str], pattern: str) -> int:
+def count_indices(keys: Iterable[str], pattern: str) -> int:
     """One more than the largest number that stands there; sizes that no model has are 0."""
     found = [int(m[1]) for key in keys if (m := re.match(pattern, key)) and len(m[1]) < 4]
     return max(found, default=-1) + 1
