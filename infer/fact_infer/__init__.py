@@ -1,4 +1,4 @@
-"""Portraits of a person under any prompt: by PyTorch's diffusers, or by JAX.
+"""Portrait generation with a FACT adapter, in PyTorch (diffusers) or in JAX.
 
 Names are imported on first use, so that JAX alone is enough for its side.
 """

@@ -14,7 +14,7 @@ from fact_jax.regions import Regions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResolvedGuidance:
-    """What one generation does in which branch, step, block and token.
+    """The guidance of one generation by branch, step, block and token.
 
     ``weights`` are those of the ``branches``' outputs. ``step_scales`` are the adapter's strength
     in each step that is drawn, times ``block_factors`` in each transformer block. ``regions`` say

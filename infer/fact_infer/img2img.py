@@ -1,4 +1,4 @@
-"""Pictures that are drawn over, all of them or a part: image-to-image and masked image-to-image."""
+"""Inputs of image-to-image and masked image-to-image."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from fact_jax.utils.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Img2ImgInput:
-    """What a generation starts from, one picture for each that is drawn.
+    """Pictures that a generation starts from, one for each that is drawn.
 
     ``latent_mask`` says which latents are drawn anew; the others are the picture's own, noised to
     each step's level. ``strength`` in (0, 1] is the share of the steps that are
@@ -33,7 +33,7 @@ class Img2ImgInput:
     def whole(
         cls, images: UInt8[np.ndarray, "b h w 3"], strength: float, base: BaseModel
     ) -> "Img2ImgInput":
-        """Image-to-image: every cell is drawn anew."""
+        """Image-to-image: all latents are drawn anew."""
         count, height, width, _ = images.shape
         latent_mask = np.ones(
             (count, height // base.vae.downscale, width // base.vae.downscale), bool
@@ -93,14 +93,14 @@ def blend(
     drawn: UInt8[np.ndarray, "*b h w 3"],
     mask: Float[np.ndarray, "*b h w"],
 ) -> UInt8[np.ndarray, "*b h w 3"]:
-    """What was drawn over an image, as far as a mask in [0, 1] says; untouched where that is 0."""
+    """An image with what was drawn over it, by a mask in [0, 1]; untouched where that is 0."""
     share = mask[..., None].astype(np.float32)
     mixed = np.rint(image * (1 - share) + drawn * share).astype(np.uint8)
     return np.where(share > 0, mixed, image)
 
 
 def check_strength(strength: float) -> None:
-    """UserError for what is no share of the steps."""
+    """UserError unless the strength is a share of the steps."""
     if not (math.isfinite(strength) and 0.0 < strength <= 1.0):
         raise UserError(f"strength must lie above 0 and up to 1, got {strength:g}")
 

@@ -1,4 +1,4 @@
-"""The pictures that a request gives to draw over or to be steered by, read and fitted."""
+"""Input pictures of a request: image-to-image, masks, regions, ControlNet."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ Note = Callable[[str], None]
 def read_inputs(
     request: GenerationRequest, base: BaseModel, batch: int, note: Note = lambda line: None
 ) -> dict[str, Any]:
-    """What ``Pipeline.draw`` takes of a request beside prompts and people, for ``batch`` pictures.
+    """What ``Pipeline.generate`` takes beside prompts and people, for ``batch`` pictures.
 
     Files of another size than the pictures are fitted (:func:`fit`); ``note`` is told which.
     Raises UserError for a file that cannot be used.
@@ -70,7 +70,7 @@ def fit(
 
 
 def _same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether sides are to each other alike, up to a rounded pixel of the smaller picture."""
+    """Whether aspect ratios are equal, up to a rounded pixel of the smaller picture."""
     (h, w), (height, width) = sorted((one[:2], other[:2]))
     return abs(h * width - w * height) <= max(height, width)
 

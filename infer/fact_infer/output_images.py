@@ -38,7 +38,7 @@ _NAME_BYTES = 200
 def parameters(
     request: GenerationRequest, prompt: str, seed: int, base: BaseModel, **files: object
 ) -> dict[str, Any]:
-    """Everything that one picture of a request was made from, ready for JSON.
+    """The parameters of one picture of a request, ready for JSON.
 
     ``files`` name what the request does not hold: adapter, encoder, backend, precision.
     """
@@ -70,14 +70,14 @@ def parameters(
 
 
 def guidance_record(guidance: Guidance) -> dict[str, Any]:
-    """The face's part of a guidance as JSON holds it, without what is switched off."""
+    """The face's part of a guidance, ready for JSON, without what is switched off."""
     fields = {k: v for k, v in dataclasses.asdict(guidance).items() if k != "text"}
     used = {k: v for k, v in fields.items() if not (v is None or v is False or v == ())}
     return json.loads(json.dumps(used))
 
 
 def describe(values: Mapping[str, Any]) -> str:
-    """The same for a person: the prompts on lines of their own, the rest as ``name: value``."""
+    """The parameters as text: the prompts on lines of their own, the rest as ``name: value``."""
     lines = [str(values["prompt"])]
     if values["negative"]:
         lines.append(f"Negative prompt: {values['negative']}")

@@ -45,7 +45,7 @@ _DIFFUSERS_FACTOR = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseModel:
-    """The facts of a base model that a request depends on; ``name`` is what it was asked for by.
+    """Configuration of a base model without its weights; ``name`` is what it was asked for by.
 
     ``folder`` holds the small files; :meth:`weights_folder` is the folder with the weights.
     """
@@ -65,7 +65,7 @@ class BaseModel:
         return isinstance(entry, list) and all(entry)
 
     def weights_folder(self) -> Path:
-        """The folder with everything in it; from the Hub the weights are fetched only now."""
+        """The folder with the weights; from the Hub they are fetched only now."""
         return find_pipeline(self.name)
 
     @functools.cached_property
@@ -133,7 +133,7 @@ def _read(path: Path, read: Callable[[dict], Any]) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FaceModels:
-    """The two files that a face needs, opened (memory maps) and checked for what they are."""
+    """An adapter and a face encoder, opened (memory maps) and checked."""
 
     adapter: Path
     adapter_state: State

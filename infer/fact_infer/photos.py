@@ -1,4 +1,4 @@
-"""Photos of one person to aligned crops, by the same code as in training."""
+"""Aligned crops from photos, by the same code as in training."""
 
 from collections.abc import Sequence
 

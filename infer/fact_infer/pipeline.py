@@ -1,4 +1,4 @@
-"""What the two backends have in common: checked inputs, requests in batches."""
+"""The pipeline interface of both backends: checked inputs, requests in batches."""
 
 import abc
 import dataclasses

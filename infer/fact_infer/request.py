@@ -1,4 +1,4 @@
-"""What a person asks for: pictures of prompts, with the face of somebody's photos."""
+"""Generation parameters and requests, checked."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ class Photo:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationParams:
-    """How pictures are drawn, whatever is in them.
+    """Sampling parameters, whatever the prompts.
 
     ``height`` and ``width`` are pixels; None is the base's own size. Raises UserError for what
     no base could draw; ``fact_infer.parts.BaseModel`` checks what depends on the base.
@@ -134,7 +134,7 @@ def by_person(photos: Sequence[Photo]) -> list[list[Photo]]:
 
 
 def check_guidance(guidance: Guidance) -> None:
-    """UserError for numbers that no picture is drawn with."""
+    """UserError for a guidance out of range."""
     check_range("guidance", guidance.text, 1.0, MAX_GUIDANCE)
     if guidance.face is not None:
         check_range("face guidance", guidance.face, 0.0, MAX_GUIDANCE)
@@ -148,7 +148,7 @@ def check_guidance(guidance: Guidance) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """UserError for what no generator of noise takes."""
+    """UserError for a seed out of range."""
     if not 0 <= seed <= MAX_SEED:
         raise UserError(f"a seed must lie in 0..{MAX_SEED}, got {seed}")
 

@@ -1,4 +1,4 @@
-"""Templates: faces in a photo redrawn as somebody else's, everything else left as it is.
+"""Face inpainting: faces of a template photo redrawn as other people.
 
 For each face a square around it is cut out, brought to the base's size, redrawn inside a soft mask
 by masked image-to-image, and blended back. Where the mask is 0 the photo's bytes stay untouched.
@@ -153,7 +153,7 @@ def check_requests(
     how: InpaintParams,
     batch: int,
 ) -> GenerationParams:
-    """What ``inpaint_faces`` cannot do is said, as UserError; gives the parameters of a square.
+    """UserError for what ``inpaint_faces`` cannot do; gives the parameters of a square.
 
     Needs no model: it can be called before one is loaded.
     """
@@ -243,7 +243,7 @@ def _draw(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _FaceSquare:
-    """One face's square: what is drawn over, and where it belongs."""
+    """The square around one face, ready to be inpainted."""
 
     request: InpaintRequest
     target: FaceTarget

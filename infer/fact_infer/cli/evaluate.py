@@ -1,6 +1,7 @@
-"""``fact-infer portraits``, ``evaluate`` and ``report``: their options, and what they call."""
+"""The commands ``portraits``, ``evaluate`` and ``report``."""
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -134,15 +135,7 @@ def _report(arguments: argparse.Namespace) -> None:
     from fact_infer.output_images import check_folder
 
     check_folder(arguments.out)
-    sources = ReportSources(
-        training=arguments.training,
-        before=arguments.before,
-        evaluation=arguments.evaluation,
-        flax=arguments.flax,
-        torch=arguments.torch,
-        stages=arguments.stages,
-        photo=arguments.photo,
-        points=arguments.points,
-    )
+    names = [field.name for field in dataclasses.fields(ReportSources)]
+    sources = ReportSources(**{name: getattr(arguments, name) for name in names})
     for path in write_report(sources, arguments.out):
         print(path)

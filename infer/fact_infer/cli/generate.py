@@ -1,4 +1,4 @@
-"""``fact-infer generate``: its options, and what it calls."""
+"""The command ``generate``."""
 
 import argparse
 import contextlib
@@ -25,6 +25,12 @@ from fact_infer.cli.options import (
     read_photos,
 )
 from fact_jax.utils.errors import UserError
+
+_REQUEST = (
+    *("image", "image_mask", "strength", "control", "control_scale"),
+    *("negative", "sampler", "steps", "height", "width"),
+)
+"""Options that are fields of a request under the same name."""
 
 
 def add_generate(commands: argparse._SubParsersAction) -> None:
@@ -116,7 +122,7 @@ def _generate(arguments: argparse.Namespace) -> None:
 
 
 def _ranking(request, face, crops):
-    """What orders a prompt's pictures, with a line for the user where no detector finds faces."""
+    """The ranking of a prompt's pictures; notes that there is no detector of faces."""
     from fact_infer.evaluation.ranking import IdentityRanking
     from fact_infer.photos import prepare_face
     from fact_jax.face.landmarks import local_pack
@@ -177,23 +183,14 @@ def _request(arguments: argparse.Namespace):
         seeds=range(arguments.seed, arguments.seed + arguments.count),
         photos=sorted(read_photos(arguments), key=lambda photo: photo.person),
         regions=arguments.region,
-        image=arguments.image,
-        image_mask=arguments.image_mask,
-        strength=arguments.strength,
-        control=arguments.control,
-        control_scale=arguments.control_scale,
-        negative=arguments.negative,
-        sampler=arguments.sampler,
-        steps=arguments.steps,
         guidance=read_guidance(arguments),
-        height=arguments.height,
-        width=arguments.width,
+        **{name: getattr(arguments, name) for name in _REQUEST},
     )
 
 
 @contextlib.contextmanager
 def _progress(request, batch: int):
-    """A bar over all calls of the UNet; None where nobody watches."""
+    """Progress bar over all calls of the UNet; None where stderr is no terminal."""
     from tqdm import tqdm
 
     from fact_infer.img2img import first_step

@@ -1,4 +1,4 @@
-"""What ``generate`` and ``redraw`` load: parts, the pipeline of a backend, the safety checker."""
+"""Loading for ``generate`` and ``redraw``: parts, the pipeline of a backend, the safety checker."""
 
 import argparse
 import sys
@@ -7,7 +7,7 @@ from fact_jax.utils.errors import UserError
 
 
 def note(line: str) -> None:
-    """Tell the user something that changes no picture that was asked for."""
+    """Print a note on stderr."""
     print(f"note: {line}", file=sys.stderr)
 
 
@@ -27,7 +27,7 @@ def open_parts(arguments: argparse.Namespace):
 
 
 def drawing_files(arguments: argparse.Namespace) -> dict[str, str | None]:
-    """What draws, for the record."""
+    """The models of a picture, for its metadata."""
     names = ("adapter", "encoder", "controlnet", "backend", "precision")
     loras = " + ".join(f"{file}={factor:g}" for file, factor in arguments.lora)
     checked = "on" if arguments.safety_checker else None
@@ -36,7 +36,7 @@ def drawing_files(arguments: argparse.Namespace) -> dict[str, str | None]:
 
 
 def warn_of_cut_prompts(base, prompts: list[str]) -> None:
-    """Say what the text encoder will not read."""
+    """Warn of the end of each prompt that the text encoder does not see."""
     for line in base.cut_prompts(prompts):
         print(f"warning: {line}", file=sys.stderr)
 
@@ -67,7 +67,7 @@ def load_pipeline(arguments: argparse.Namespace, parts):
 
 
 def load_safety_checker(base, wanted: bool):
-    """What pictures go through before they are written; a line where a base's own is left out."""
+    """The filter of finished pictures; notes that a base's own safety checker is left out."""
     if not wanted:
         if base.has_safety_checker:
             note(f"the safety checker of {base.name} is left out (--safety-checker keeps it)")

@@ -1,4 +1,4 @@
-"""The options of ``generate`` and ``redraw``, and what is read from them."""
+"""Options that ``generate`` and ``redraw`` share, and their parsing."""
 
 import argparse
 import math
@@ -12,7 +12,7 @@ _PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def add_models(models: argparse._ActionsContainer) -> None:
-    """What draws: the files, the backend, the precision, and what is added to the base."""
+    """Options of the models: files, backend, precision, LoRAs and ControlNet."""
     models.add_argument(
         "--base", required=True, metavar="DIR", help="diffusers folder of a Stable Diffusion 1.5"
     )
@@ -53,7 +53,7 @@ def add_models(models: argparse._ActionsContainer) -> None:
 
 
 def add_sampling(group: argparse._ActionsContainer) -> None:
-    """How anything is drawn."""
+    """Options of sampling."""
     group.add_argument("--negative", default="", metavar="TEXT", help="negative prompt")
     group.add_argument(
         "--sampler", default="pndm", metavar="NAME", help=f"one of {_SAMPLERS} (default pndm)"
@@ -73,7 +73,7 @@ def add_sampling(group: argparse._ActionsContainer) -> None:
 
 
 def add_files(group: argparse._ActionsContainer, folder: str) -> None:
-    """Where pictures go, and as what."""
+    """Options of the files that are written."""
     group.add_argument(
         "--format",
         choices=("png", "jpg"),
@@ -185,7 +185,7 @@ def _add_strength(group: argparse._ActionsContainer) -> None:
 
 
 def add_people_options(group: argparse._ActionsContainer) -> None:
-    """Several people in one picture."""
+    """Options for several people in one picture."""
     add_person_option(group, "whose photo it is of several people in one picture")
     group.add_argument(
         "--region",
@@ -198,7 +198,7 @@ def add_people_options(group: argparse._ActionsContainer) -> None:
 
 
 def add_person_option(group: argparse._ActionsContainer, meaning: str) -> None:
-    """Which photos are of one person."""
+    """``--person``: whose photo it is."""
     group.add_argument(
         "--person",
         type=int,
@@ -210,7 +210,7 @@ def add_person_option(group: argparse._ActionsContainer, meaning: str) -> None:
 
 
 def add_input_options(group: argparse._ActionsContainer) -> None:
-    """Pictures to draw over or to be steered by."""
+    """Options of image-to-image and ControlNet."""
     group.add_argument(
         "--image",
         type=Path,
@@ -241,7 +241,7 @@ def add_input_options(group: argparse._ActionsContainer) -> None:
 
 
 def add_control_scale(group: argparse._ActionsContainer) -> None:
-    """The strength of a ControlNet."""
+    """``--control-scale``: the strength of a ControlNet."""
     group.add_argument(
         "--control-scale", type=float, default=1.0, metavar="X", help="how much it steers, 0 to 2"
     )
@@ -254,7 +254,7 @@ def check_control(arguments: argparse.Namespace) -> None:
 
 
 def read_guidance(arguments: argparse.Namespace):
-    """The guidance that was asked for."""
+    """The ``Guidance`` of the command line."""
     from fact_jax.fact import Guidance
 
     return Guidance(

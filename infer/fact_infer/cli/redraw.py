@@ -1,4 +1,4 @@
-"""``fact-infer redraw``: its options, and what it calls."""
+"""The command ``redraw``."""
 
 import argparse
 import math
@@ -166,7 +166,7 @@ def _people(arguments: argparse.Namespace) -> list[list]:
 
 
 def _requests(arguments: argparse.Namespace, people: list, notes: list[str]) -> list:
-    """What is to be done with each template; lines for the user are added to ``notes``."""
+    """An ``InpaintRequest`` for each template; notes for the user are added to ``notes``."""
     from fact_infer.templates import InpaintRequest, find_template, read_template
     from fact_jax.face import can_find_faces, read_image
     from fact_jax.face.mask import read_mask
@@ -196,7 +196,7 @@ def _requests(arguments: argparse.Namespace, people: list, notes: list[str]) -> 
 
 
 def _targets(template, people: list, areas: list, arguments: argparse.Namespace) -> tuple:
-    """Where in a template each person is put."""
+    """The ``FaceTarget`` of each person in a template."""
     from fact_infer.templates import FaceTarget
     from fact_jax.face.mask import box_mask
 

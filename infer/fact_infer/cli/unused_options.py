@@ -1,4 +1,4 @@
-"""Options that change nothing beside the others that were given."""
+"""Warnings of options that have no effect beside the others."""
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence

@@ -1,6 +1,6 @@
-"""Does FACT draw the right person, and leave the rest of the picture to the base model?
+"""Evaluation of an adapter of the miniature: identity, locality, colours and captions.
 
-Pictures of made-up people whom nothing was trained on, judged by networks that generate nothing.
+Pictures of made-up people whom nothing was trained on, measured by networks that generate nothing.
 """
 
 import dataclasses
@@ -66,7 +66,7 @@ NOTES = (
 
 
 class People(NamedTuple):
-    """Who is drawn, person after person, and true portraits of them in three sorts of scene."""
+    """People to draw, and true portraits of them in three sorts of scene."""
 
     references: Batch  # n * p photos that the generator sees
     crops: UInt8[np.ndarray, "n p s s 3"]
@@ -99,7 +99,7 @@ def render_people(count: int, photos: int, crop_size: int, split: str = "test") 
 
 
 class MetricOutputs(NamedTuple):
-    """What the judges see in pictures."""
+    """Outputs of the metric networks for ``n`` pictures."""
 
     embeddings: Float[np.ndarray, "n k"]
     head: Bool[np.ndarray, "n h w"]
@@ -110,14 +110,14 @@ class MetricOutputs(NamedTuple):
 
 
 class MetricNetworks:
-    """The recogniser and the parser of a folder, compiled once."""
+    """Identity and attribute networks of a folder, compiled once."""
 
     def __init__(self, folder: Path):
         self._recognise = _compiled(load_network(IdentityNet, folder / "recogniser.safetensors"))
         self._parse = _compiled(load_network(AttributeNet, folder / "parser.safetensors"))
 
     def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> MetricOutputs:
-        """Judge whole pictures."""
+        """Their outputs for whole pictures."""
         found = self._parse(images)
         masks = {name: 1 / (1 + np.exp(-found[name].astype(np.float32))) for name in _MASKS}
         crops = align_batch(images, found["points"], masks["head"], CROP)
@@ -131,7 +131,7 @@ class MetricNetworks:
 
 
 def _compiled(module: nnx.Module) -> Callable:
-    """The module on uint8 pictures, in chunks of one shape."""
+    """The module on uint8 pictures, in batches of one shape."""
     graph, state = nnx.split(module)
 
     @jax.jit
@@ -250,7 +250,7 @@ def _captions(seen: dict[str, MetricOutputs], people: People) -> dict[str, Estim
 
 
 def describe(pipeline: FlaxPipeline, people: People, params: GenerationParams, seed: int) -> dict:
-    """What was evaluated and how, for the record."""
+    """The setup of an evaluation, for its JSON file."""
     guidance = dataclasses.asdict(params.guidance)
     return {
         "people": len(people.crops),
@@ -267,7 +267,7 @@ def describe(pipeline: FlaxPipeline, people: People, params: GenerationParams, s
 
 
 def summary_line(about: dict) -> str:
-    """One line of ``describe``, for people."""
+    """The setup in one line."""
     guidance = about["guidance"]
     return (
         f"{about['people']} people whom nothing was trained on, {about['photos of each']} photo(s) "

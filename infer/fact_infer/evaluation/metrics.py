@@ -1,4 +1,4 @@
-"""What evaluation measures, as pure functions of numbers, and the table that shows them."""
+"""Metrics with their confidence intervals, and the table that shows them."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -95,7 +95,7 @@ def rank_one(
 
 
 def dilate(masks: Bool[np.ndarray, "n h w"]) -> Bool[np.ndarray, "n h w"]:
-    """Grown by one pixel to all eight sides."""
+    """Masks grown by one pixel to all eight sides."""
     return binary_dilation(masks, np.ones((1, 3, 3), bool))
 
 

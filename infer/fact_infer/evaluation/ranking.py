@@ -1,4 +1,4 @@
-"""Candidates in the order of how much they look like the person."""
+"""Ranking of pictures by likeness to a person."""
 
 from collections.abc import Sequence
 from pathlib import Path

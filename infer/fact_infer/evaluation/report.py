@@ -1,4 +1,4 @@
-"""A training, its evaluation and its pictures as one HTML file and one grid."""
+"""HTML report of a training, its evaluation and its pictures."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""Pictures by JAX: photo tokens and text, the guided UNet, and decoding, each compiled."""
+"""Generation in JAX: photo tokens and text, the guided UNet, and decoding, each compiled."""
 
 import dataclasses
 import functools
@@ -341,7 +341,7 @@ def _mesh(devices: int) -> Mesh:
 def pad_photos(
     crops: UInt8[np.ndarray, "c p s s 3"], people: int
 ) -> tuple[UInt8[np.ndarray, "c q s s 3"], Bool[np.ndarray, " photos"] | None]:
-    """Everybody's photos up to a power of two, and which of them there are.
+    """Each person's photos padded to a power of two, and the mask of those that are no padding.
 
     None where two photos or fewer are all there: their programs need no mask.
     """

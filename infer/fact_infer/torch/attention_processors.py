@@ -1,4 +1,4 @@
-"""FACT's adapter inside diffusers' UNet, without changing a line of it.
+"""Attention processors that add FACT's adapter to diffusers' UNet.
 
 A block of diffusers computes ``x + attn2(norm2(x), text)``, and the adapter belongs before it:
 ``(x + d) + attn2(norm2(x + d), text)`` with d the adapter's increment. So ``norm2`` is handed
@@ -24,7 +24,7 @@ Keys = tuple[Tensor, Tensor]
 
 @dataclasses.dataclass
 class FaceContext:
-    """What the processors of one pipe know of the generation in progress.
+    """The generation in progress, as the processors of one pipe see it.
 
     ``guidance`` is None outside of a generation with a face. ``strength`` is what the user asked
     for: one number, or one for each picture (b,) or for each person in it (b, k). ``scale`` is the

@@ -1,4 +1,4 @@
-"""What happens around each call of the UNet while faces are being drawn."""
+"""Forward hooks of the UNet that guide a generation by faces."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,4 +1,4 @@
-"""The face encoder and the resampler in PyTorch, under the released names; see fact_jax.models."""
+"""Face encoder and resampler in PyTorch, under the released names; see fact_jax.models."""
 
 from collections.abc import Mapping
 

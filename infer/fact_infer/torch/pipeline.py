@@ -1,4 +1,4 @@
-"""Pictures by PyTorch: a stock StableDiffusionPipeline of diffusers with FACT in it."""
+"""Generation in PyTorch: a stock StableDiffusionPipeline of diffusers with FACT in it."""
 
 import contextlib
 from collections.abc import Callable, Sequence

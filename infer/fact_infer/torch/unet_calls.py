@@ -1,4 +1,4 @@
-"""What a call of the UNet is a part of: which pipe makes it, with which branches, at which step."""
+"""Context of a call of the UNet: the pipe that makes it, its branches and its step."""
 
 import math
 import sys
