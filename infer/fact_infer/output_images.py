@@ -42,7 +42,7 @@ def parameters(
 
     ``files`` name what the request does not hold: adapter, encoder, backend, precision.
     """
-    height, width = (side * base.vae.downscale for side in base.latent_size(request))
+    height, width = base.picture_size(request)
     faced = {"guidance": request.guidance.text}
     if request.photos:
         photos = [photo.path.name for photo in request.photos]
@@ -191,7 +191,7 @@ def save_jpeg(
     exif = Image.Exif()
     # EXIF's own way to say that the comment is Unicode.
     comment = b"UNICODE\0" + json.dumps(dict(text), ensure_ascii=False).encode("utf-16-be")
-    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.BaseModel.UserComment] = comment
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
     more = {} if source is None else {"xmp": xmp_packet(source).encode()}
     more["icc_profile"] = image.info.get("icc_profile")
     image.save(path, format="JPEG", quality=JPEG_QUALITY, exif=exif, **more)
