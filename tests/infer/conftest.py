@@ -211,7 +211,7 @@ def read_text(path: Path) -> dict[str, Any]:
             text = {k: v for k, v in opened.text.items() if k != PNG_XMP}
             packet = opened.text.get(PNG_XMP, "")
         else:
-            comment = opened.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.BaseModel.UserComment]
+            comment = opened.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment]
             text = json.loads(comment.removeprefix(b"UNICODE\0").decode("utf-16-be"))
             packet = opened.info.get("xmp", b"").decode()
     _, found, rest = packet.partition(SOURCE_TYPES)
