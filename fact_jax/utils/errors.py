@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import TextIO
+from typing import Any
 
 from fact_jax.utils.signals import EndingSignals
 
@@ -113,8 +113,11 @@ def _failed(line: str) -> int:
     return _BAD_INPUT
 
 
-def _settle(stream: TextIO | None) -> None:
-    """Flush, or drop what cannot be written: Python would fail over it again at its very end."""
+def _settle(stream: Any) -> None:
+    """Flush a text stream, or drop what it cannot write: Python would fail again at its very end.
+
+    None stands for a closed one, and whatever has ``flush`` for an open one.
+    """
     if stream is None:
         return
     try:
