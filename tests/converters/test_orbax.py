@@ -131,8 +131,8 @@ def test_a_damaged_checkpoint_is_one_line(run):
 
 
 def test_the_checksum_is_the_trainers():
+    from fact_train.engine.checksums import checksums
     from fact_train.engine.state import TrainState
-    from fact_train.run.checksums import checksums
 
     rng = np.random.default_rng(0)
     leaf = jax.numpy.asarray(rng.standard_normal((5, 3)), "float32")

@@ -23,10 +23,10 @@ from jax.sharding import PartitionSpec as P
 from fact_jax.ops.attention import attention_query_chunked
 from fact_jax.sharding import MeshConfig, batch_sharding, global_batch, make_mesh, replicated, shard
 from fact_train.config import TrainConfig
+from fact_train.engine.checksums import checksums
 from fact_train.engine.state import make_optimizer, path_name, place_state
 from fact_train.engine.step import frozen_shardings, make_train_step
 from fact_train.overrides import override
-from fact_train.run.checksums import checksums
 from fact_train.tasks import make_task
 from tests.fact_jax.tiny import FACE_DIM, TEXT_DIM, normal, tiny_unet
 from tests.train.random_rows import BATCH, config

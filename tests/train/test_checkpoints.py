@@ -19,11 +19,12 @@ import pytest
 from fact_jax.utils import errors
 from fact_jax.utils.errors import UserError, run_program
 from fact_train.cli.main import main
+from fact_train.engine.checksums import checksums, content_hash
 from fact_train.multihost.collectives import process_max
 from fact_train.overrides import override
-from fact_train.run.checkpoints import Keep, revision
-from fact_train.run.checksums import checksums, content_hash
+from fact_train.run.checkpoints import CheckpointRetention
 from fact_train.run.loop import run
+from fact_train.run.provenance import revision
 from fact_train.run.signal_handler import SignalHandler
 from tests.train.toy import ToyTask
 
@@ -41,19 +42,19 @@ def kept(keep, steps):
 
 
 def test_the_latest_stay():
-    assert kept(Keep(latest=2), range(10, 70, 10)) == [50, 60]
+    assert kept(CheckpointRetention(latest=2), range(10, 70, 10)) == [50, 60]
 
 
 def test_every_so_many_steps_stay():
-    assert kept(Keep(latest=1, every=20), range(10, 80, 10)) == [20, 40, 60, 70]
+    assert kept(CheckpointRetention(latest=1, every=20), range(10, 80, 10)) == [20, 40, 60, 70]
 
 
 def test_the_best_stay_and_what_has_no_score_is_none_of_them():
-    keep = Keep(latest=1, best=2)
+    keep = CheckpointRetention(latest=1, best=2)
     for step, score in ((10, 0.3), (20, 0.9), (30, None), (40, 0.5), (50, 0.1)):
         keep.score(step, score)
     assert kept(keep, range(10, 60, 10)) == [20, 40, 50]
-    assert kept(Keep(latest=1, best=2), range(10, 60, 10)) == [50]
+    assert kept(CheckpointRetention(latest=1, best=2), range(10, 60, 10)) == [50]
 
 
 def test_a_run_keeps_its_best_by_loss_across_a_restart(toy_config, tmp_path):
@@ -98,7 +99,7 @@ def test_another_base_is_refused(toy_config, tmp_path, monkeypatch):
         def init(self, key):
             return super().init(key)[0], {"shift": np.full((1,), 0.25, np.float32)}
 
-    monkeypatch.setattr("fact_train.run.loop.make_task", OtherBase)
+    monkeypatch.setattr("fact_train.run.prepare.make_task", OtherBase)
     with pytest.raises(UserError, match="trained on another frozen base") as caught:
         run(toy_config, folder)
     assert "\n" not in str(caught.value)
@@ -127,7 +128,7 @@ def test_changed_data_is_said(toy_config, tmp_path, monkeypatch, capsys):
             source.fingerprint = "other"
             return source
 
-    monkeypatch.setattr("fact_train.run.loop.make_task", OtherData)
+    monkeypatch.setattr("fact_train.run.prepare.make_task", OtherData)
     run(override(toy_config, ["steps=6"]), tmp_path / "run")
     assert "warning: the training data changed since" in capsys.readouterr().err
 
@@ -148,7 +149,7 @@ def test_a_disk_that_is_full_for_other_files_is_one_line(
         def export(self, trainable, frozen, directory, step):
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("fact_train.run.loop.make_task", NoRoom)
+    monkeypatch.setattr("fact_train.run.prepare.make_task", NoRoom)
     with pytest.raises(UserError, match=r"export of step 7: No space left on device"):
         run(toy_config, tmp_path / "run")
     assert (tmp_path / "run" / "checkpoints" / "00000007" / "meta").is_dir()

@@ -19,9 +19,10 @@ from safetensors.numpy import load_file
 
 from fact_jax.utils.errors import UserError
 from fact_train.config import CheckpointConfig
+from fact_train.engine.prefetch import prefetch
 from fact_train.overrides import override
 from fact_train.run.checkpoints import Checkpoints
-from fact_train.run.loop import prefetch, run
+from fact_train.run.loop import run
 from tests.train.toy import ToyTask
 
 pytestmark = pytest.mark.heavy
@@ -263,7 +264,7 @@ class Watched(ToyTask):
 
 
 def test_pictures_come_after_the_checkpoint_and_may_fail(toy_config, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("fact_train.run.loop.make_task", Watched)
+    monkeypatch.setattr("fact_train.run.prepare.make_task", Watched)
     folder = tmp_path / "run"
     settings = ["steps=21", "log.samples_every=7", "ema.decay=0", "checkpoint.best=1"]
     seen = []
@@ -294,7 +295,7 @@ def test_what_is_watched_is_opened_before_the_first_step(toy_config, tmp_path, m
         def open_samples(self):
             raise UserError("no records in /nowhere")
 
-    monkeypatch.setattr("fact_train.run.loop.make_task", Missing)
+    monkeypatch.setattr("fact_train.run.prepare.make_task", Missing)
     with pytest.raises(UserError, match="no records in /nowhere"):
         run(toy_config, tmp_path / "run")
     assert not (tmp_path / "run" / "metrics.jsonl").exists()

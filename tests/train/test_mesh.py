@@ -17,8 +17,8 @@ from fact_jax.mesh import MeshConfig
 from fact_jax.sharding import make_mesh
 from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig
+from fact_train.engine.checksums import checksums
 from fact_train.engine.step import check_batch
-from fact_train.run.checksums import checksums
 
 pytestmark = pytest.mark.heavy
 

@@ -9,7 +9,7 @@ import pytest
 from fact_train.chips import CHIPS
 from fact_train.overrides import override
 from fact_train.run.loop import run
-from fact_train.run.throughput import Profile, ThroughputMeter
+from fact_train.run.throughput import ProfilerTrace, ThroughputMeter
 
 
 @pytest.fixture
@@ -86,14 +86,14 @@ def test_a_run_on_a_known_chip_tells_its_utilisation(toy_config, tmp_path, monke
 
 
 def test_a_profile_of_some_steps(tmp_path):
-    profile = Profile(tmp_path / "profile", (2, 3))
+    profile = ProfilerTrace(tmp_path / "profile", (2, 3))
     wrote = []
     for step in range(1, 6):
         profile.before(step)
         wrote.append(profile.after(step, jax.numpy.zeros(()), last=False))
     assert wrote == [False, False, True, False, False]
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-    never = Profile(tmp_path / "never", (0, 0))
+    never = ProfilerTrace(tmp_path / "never", (0, 0))
     never.before(1)
     assert not never.after(1, None, last=True)
     assert not (tmp_path / "never").exists()

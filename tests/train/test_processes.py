@@ -107,11 +107,12 @@ from fact_jax.utils.errors import UserError
 from fact_train.multihost.collectives import process_all
 from fact_train.config import TrainConfig
 from fact_train.multihost.processes import check_alike, check_same, check_shared
-from fact_train.multihost.processes import initialize, process_broadcast, raise_on_all_processes
-import fact_train.multihost.processes, fact_train.run.loop
+from fact_train.multihost.collectives import process_broadcast, raise_on_all_processes
+from fact_train.multihost.processes import initialize
+import fact_train.multihost.processes, fact_train.run.prepare
 from fact_jax.sharding import make_mesh
 from tests.train.toy import ToyTask, config as toy
-from fact_train.multihost.heartbeat import Peers
+from fact_train.multihost.heartbeat import PeerMonitor
 process, folder = int(sys.argv[2]), Path(sys.argv[3])
 initialize(sys.argv[1], 2, process)
 config = TrainConfig(task="toy", steps=1, batch_size=2, options=None)
@@ -122,14 +123,14 @@ class OtherBase(ToyTask):
     def init(self, key):
         trainable, frozen = super().init(key)
         return trainable, {"shift": frozen["shift"] + process}
-fact_train.run.loop.make_task = OtherBase
+fact_train.run.prepare.make_task = OtherBase
 check_shared(folder / "shared" / "run")
 fact_train.multihost.processes._VISIBLE_SECONDS = 0.2
 for attempt in (
     lambda: check_alike(dataclasses.replace(config, seed=process)),
     lambda: check_same({"base": "abc", "data": f"data-{process}"}, "give the same"),
     lambda: check_shared(folder / f"of-{process}"),
-    lambda: fact_train.run.loop.prepare(toy, make_mesh(toy.mesh), str, "run"),
+    lambda: fact_train.run.prepare.prepare(toy, make_mesh(toy.mesh), str, "run"),
     None,
 ):
     try:
@@ -140,7 +141,7 @@ for attempt in (
                 raise UserError("no records in /data")
     except UserError as error:
         print(error)
-with Peers():
+with PeerMonitor():
     if process == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     process_all(True)

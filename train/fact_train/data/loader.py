@@ -60,7 +60,7 @@ class SameIdentityPairs:
         return int(self._by_person[begin + (int(self._place[row]) - begin + hop) % count])
 
 
-class Damaged:
+class DamagedRecords:
     """Which records could not be read: each is said once, and too many are a UserError.
 
     The bound is a tenth of the records, and ``MAX_DAMAGED``.
@@ -100,7 +100,7 @@ class GrainSource:
         self._rows, self._batch_size, self._seed = rows, batch_size, seed
         self._count = len(rows.identities)
         self._partners = SameIdentityPairs(rows.identities)
-        self._damaged = Damaged(self._count)
+        self._damaged = DamagedRecords(self._count)
         self._order = self._grain.MapDataset.range(self._count).seed(seed).shuffle().repeat()
         text = f"{rows.fingerprint} {self._count} {batch_size} {seed}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -1,12 +1,18 @@
-"""Decisions that every process of a run takes alike."""
+"""Collectives over processes: what all decide alike, and what one tells the others."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from fact_jax.utils.errors import UserError
+
+_MESSAGE_BYTES = 1000
 
 
 def process_all(yes: bool) -> bool:
@@ -27,6 +33,44 @@ def process_max(value: int) -> jax.Array:
     mine = np.full(jax.local_device_count(), value, np.int32)
     sharding = NamedSharding(mesh, PartitionSpec("all"))
     return maximum(jax.make_array_from_process_local_data(sharding, mine))
+
+
+@contextmanager
+def raise_on_all_processes() -> Iterator[None]:
+    """If what is done in here is refused on one process, all raise that UserError."""
+    refused = None
+    try:
+        yield
+    except UserError as error:
+        refused = error
+    said = process_gather(str(refused or ""))
+    if refused is not None:
+        raise refused
+    for process, message in enumerate(said):
+        if message:
+            raise UserError(f"process {process} of {len(said)}: {message}")
+
+
+def process_gather(text: str) -> list[str]:
+    """What every process says, in their order."""
+    if jax.process_count() == 1:
+        return [text]
+    row = np.zeros(_MESSAGE_BYTES, np.uint8)
+    data = text.encode()[:_MESSAGE_BYTES]
+    row[: len(data)] = np.frombuffer(data, np.uint8)
+    rows = np.asarray(multihost_utils.process_allgather(row)).reshape(-1, _MESSAGE_BYTES)
+    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]
+
+
+def process_broadcast(data: bytes) -> bytes:
+    """What process 0 has, of any length. Every process must ask."""
+    if jax.process_count() == 1:
+        return data
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    row = np.zeros(size, np.uint8)
+    if jax.process_index() == 0:
+        row[:] = np.frombuffer(data, np.uint8)
+    return multihost_utils.broadcast_one_to_all(row).tobytes() if size else b""
 
 
 @functools.cache

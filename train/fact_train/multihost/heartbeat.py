@@ -17,8 +17,8 @@ import time
 import jax
 
 from fact_jax.utils.errors import UserError, printable
-from fact_train.multihost.collectives import process_all
-from fact_train.multihost.processes import coordinator_host, host_name, process_gather
+from fact_train.multihost.collectives import process_all, process_gather
+from fact_train.multihost.processes import coordinator_host, host_name
 
 _CONNECT_SECONDS = 10
 # For a main thread that fails alike to end by itself, with what it has to say.
@@ -26,7 +26,7 @@ _FAILED_SECONDS = 3.0
 _BYE = "bye"
 
 
-class Peers:
+class PeerMonitor:
     """While it is entered, a process that dies or fails ends all the others: one line, status 2.
 
     Every process holds a connection to process 0, which passes on what it hears. Use as a context
@@ -40,7 +40,7 @@ class Peers:
         self._heard: tuple[str, bool] | None = None  # what to say, and is somebody gone?
         self._told, self._leaving = threading.Event(), threading.Event()
 
-    def __enter__(self) -> "Peers":
+    def __enter__(self) -> "PeerMonitor":
         if self._count > 1:
             with contextlib.suppress(OSError):  # then it is as JAX has it
                 self._connect()

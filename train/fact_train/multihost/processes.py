@@ -1,4 +1,4 @@
-"""Several processes that train as one: how they find each other, and how they fail together."""
+"""Several processes that train as one: joining them, and checks that they agree."""
 
 import hashlib
 import json
@@ -8,22 +8,19 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from fact_jax.utils.errors import UserError, describe_os_error
 from fact_train.config import TrainConfig
+from fact_train.multihost.collectives import process_gather, raise_on_all_processes
 from fact_train.overrides import to_json
 
 ARRIVAL_SECONDS = 300
 # Long enough for the slowest to leave, short enough that a failed run does not hold a pod.
 LEAVING_SECONDS = 30
-_MESSAGE_BYTES = 1000
 _host: str | None = None
 # A network file system may show a new file a moment later.
 _VISIBLE_SECONDS = 5
@@ -97,22 +94,6 @@ def _check(coordinator: str, processes: int | None, process: int | None) -> None
         )
 
 
-@contextmanager
-def raise_on_all_processes() -> Iterator[None]:
-    """If what is done in here is refused on one process, all raise that UserError."""
-    refused = None
-    try:
-        yield
-    except UserError as error:
-        refused = error
-    said = process_gather(str(refused or ""))
-    if refused is not None:
-        raise refused
-    for process, message in enumerate(said):
-        if message:
-            raise UserError(f"process {process} of {len(said)}: {message}")
-
-
 def check_alike(config: TrainConfig) -> None:
     """UserError if the processes of this run were given different settings."""
     own = json.dumps(to_json(config), sort_keys=True)
@@ -174,25 +155,3 @@ def coordinator_host() -> str | None:
 def host_name() -> str:
     """The name of this host, as it calls itself."""
     return socket.gethostname() or "unknown"
-
-
-def process_broadcast(data: bytes) -> bytes:
-    """What process 0 has, of any length. Every process must ask."""
-    if jax.process_count() == 1:
-        return data
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-    row = np.zeros(size, np.uint8)
-    if jax.process_index() == 0:
-        row[:] = np.frombuffer(data, np.uint8)
-    return multihost_utils.broadcast_one_to_all(row).tobytes() if size else b""
-
-
-def process_gather(text: str) -> list[str]:
-    """What every process says, in their order."""
-    if jax.process_count() == 1:
-        return [text]
-    row = np.zeros(_MESSAGE_BYTES, np.uint8)
-    data = text.encode()[:_MESSAGE_BYTES]
-    row[: len(data)] = np.frombuffer(data, np.uint8)
-    rows = np.asarray(multihost_utils.process_allgather(row)).reshape(-1, _MESSAGE_BYTES)
-    return [bytes(row).rstrip(b"\0").decode(errors="ignore") for row in rows]

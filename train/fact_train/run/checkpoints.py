@@ -2,12 +2,9 @@
 
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import logging
-import platform
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,21 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from fact_jax.sharding import shard
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
 from fact_train.config import CheckpointConfig
+from fact_train.engine.checksums import checksums
 from fact_train.engine.state import TrainState
-from fact_train.multihost.collectives import process_all
-from fact_train.multihost.processes import process_broadcast
-from fact_train.run.checksums import checksums
-
-LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+from fact_train.multihost.collectives import process_all, process_broadcast
+from fact_train.run.provenance import revision, versions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class About:
+class CheckpointMetadata:
     """What a checkpoint says of its run beside the weights.
 
     ``frozen`` is the content hash of what is not trained and not saved, ``data`` the fingerprint of
@@ -55,14 +51,21 @@ class Checkpoints:
     alone has it, and the states go through its memory.
     """
 
-    def __init__(self, run: Path, *, keep: CheckpointConfig, about: About, gathered: bool = False):
+    def __init__(
+        self,
+        run: Path,
+        *,
+        keep: CheckpointConfig,
+        about: CheckpointMetadata,
+        gathered: bool = False,
+    ):
         _hush_orbax()
         self.folder = (run / "checkpoints").resolve()
         self._ratings = self.folder.with_name("scores.json")
         self._aside = self.folder.with_name("checkpoints-unreadable")
         self._about = about
         self._saving: int | None = None
-        self._keep = Keep(latest=keep.keep, every=keep.keep_every, best=keep.best)
+        self._keep = CheckpointRetention(latest=keep.keep, every=keep.keep_every, best=keep.best)
         self._gathered = gathered and jax.process_count() > 1
         self._manager = None
         if self._gathered and jax.process_index() != 0:
@@ -295,11 +298,17 @@ class Checkpoints:
                 self._manager.reload()
 
 
-class Keep:
-    """Which checkpoints stay: the newest, those of every so many steps, and the best."""
+class CheckpointRetention:
+    """Orbax's preservation policy: the newest, those of every so many steps, and the best.
+
+    Scores are often known only after a checkpoint was saved, so that Orbax's own ``BestN`` over
+    metrics saved with it would not do.
+    """
 
     def __init__(self, *, latest: int, every: int = 0, best: int = 0):
-        self._latest, self._every, self._best = latest, every, best
+        policies = [LatestN(latest), *([EveryNSteps(every)] if every else [])]
+        self._any = AnyPreservationPolicy(policies)
+        self._best = best
         self._scores: dict[int, float] = {}
 
     def score(self, step: int, value: float | None) -> None:
@@ -308,39 +317,14 @@ class Keep:
             self._scores[step] = value
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """Orbax asks this of all checkpoints, the one being written included."""
-        steps = sorted(info.step for info in checkpoints)
-        scored = [step for step in steps if step in self._scores]
-        best = sorted(scored, key=lambda step: (self._scores[step], step))
-        kept = {*steps[-self._latest :], *best[len(best) - min(self._best, len(best)) :]}
-        kept |= {step for step in steps if self._every and step % self._every == 0}
-        return [info.step in kept for info in checkpoints]
-
-
-def versions() -> dict[str, str]:
-    """What the run's bits depend on."""
-    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
-    return found | {"python": platform.python_version(), "backend": jax.default_backend()}
-
-
-def revision() -> str | None:
-    """The git revision of this program, with "+" if files differ from it; None outside git."""
-    here = Path(__file__).parents[1]
-
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(
-                ["git", "-C", str(here), *arguments], capture_output=True, text=True, timeout=10
-            )
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = git("rev-parse", "HEAD")
-    # A package that lies in someone else's repository is not of that revision.
-    if commit is None or git("ls-files", "--error-unmatch", __file__) is None:
-        return None
-    return commit + ("+" if git("status", "--porcelain", "--untracked-files=no", ".") else "")
+        """Orbax asks this of all checkpoints, ascending, the one being written included."""
+        scored = [info.step for info in checkpoints if info.step in self._scores]
+        scored.sort(key=lambda step: (self._scores[step], step), reverse=True)
+        others = self._any.should_preserve(checkpoints, context=context)
+        return [
+            kept or info.step in scored[: self._best]
+            for kept, info in zip(others, checkpoints, strict=True)
+        ]
 
 
 def _stored_like(template: TrainState, names: Iterable[str]) -> TrainState:

@@ -11,7 +11,7 @@ from fact_train.config import TrainConfig
 from fact_train.engine.step import check_batch, make_train_step
 from fact_train.multihost.processes import check_alike
 from fact_train.run.logger import stage
-from fact_train.run.loop import prepare, sizes
+from fact_train.run.prepare import prepare, sizes
 
 
 def dry_run(config: TrainConfig) -> dict[str, float]:

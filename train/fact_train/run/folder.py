@@ -4,7 +4,6 @@ import contextlib
 import datetime
 import errno
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -15,11 +14,12 @@ from typing import Any
 
 import jax
 
+from fact_convert.io.hashing import file_sha256
 from fact_jax.utils.errors import UserError, listed
 from fact_jax.utils.files import atomic_write
 from fact_train.config import TrainConfig
 from fact_train.overrides import settings_of_run, to_json
-from fact_train.run.checkpoints import revision, versions
+from fact_train.run.provenance import revision, versions
 
 # How a step is computed and recorded, and for how long, but not what it is.
 MAY_CHANGE = ("steps", "log.", "checkpoint.", "mesh.", "accumulate", "remat")
@@ -101,9 +101,7 @@ def file_hashes(folder: Path) -> dict[str, str]:
     """Path below the folder -> SHA-256 of the file, of all files in it."""
     found = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        found[path.relative_to(folder).as_posix()] = digest
+        found[path.relative_to(folder).as_posix()] = file_sha256(path)
     return found
 
 

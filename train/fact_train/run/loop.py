@@ -5,37 +5,26 @@ import contextlib
 import dataclasses
 import functools
 import json
-import queue
-import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import Mesh
 
-from fact_jax.sharding import global_batch, local_copy, make_mesh, rows_of_process, shard
+from fact_jax.sharding import global_batch, local_copy, make_mesh, rows_of_process
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import replace_folder, require_local
 from fact_train.config import TrainConfig
 from fact_train.engine.model_flops import model_flops
-from fact_train.engine.state import TrainState, make_optimizer, place_state
-from fact_train.engine.step import TrainStep, cast, check_batch, frozen_shardings, make_train_step
+from fact_train.engine.prefetch import prefetch
+from fact_train.engine.state import TrainState
+from fact_train.engine.step import TrainStep, check_batch, make_train_step
 from fact_train.engine.task import PyTree, Source, Task
-from fact_train.multihost.collectives import process_all
-from fact_train.multihost.heartbeat import Peers
-from fact_train.multihost.processes import (
-    check_alike,
-    check_same,
-    check_shared,
-    process_gather,
-    raise_on_all_processes,
-)
+from fact_train.multihost.collectives import process_all, process_gather, raise_on_all_processes
+from fact_train.multihost.heartbeat import PeerMonitor
+from fact_train.multihost.processes import check_alike, check_shared
 from fact_train.overrides import to_json
-from fact_train.run.checkpoints import About, Checkpoints, first_line, revision, versions
-from fact_train.run.checksums import content_hash
+from fact_train.run.checkpoints import CheckpointMetadata, Checkpoints, first_line
 from fact_train.run.folder import (
     check_export,
     claim_folder,
@@ -45,19 +34,19 @@ from fact_train.run.folder import (
     lock_folder,
     now,
 )
-from fact_train.run.logger import RunLogger, average, stage
+from fact_train.run.logger import RunLogger, average
+from fact_train.run.prepare import PreparedRun, prepare, sizes
+from fact_train.run.provenance import revision, versions
 from fact_train.run.remote import RemoteFolder, is_url
 from fact_train.run.signal_handler import SignalHandler
-from fact_train.run.throughput import Profile, ThroughputMeter
-from fact_train.tasks import make_task
+from fact_train.run.throughput import ProfilerTrace, ThroughputMeter
 
 MAX_SKIPPED_IN_A_ROW = 10
-# fold_in numbers that no step ever reaches.
-INIT_KEY, SAMPLE_KEY = 2**32 - 1, 2**32 - 2
+SAMPLE_KEY = 2**32 - 2  # a fold_in number that no step ever reaches
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Outcome:
+class RunResult:
     """What a run came to; ``stopped_by`` is the signal that ended it early."""
 
     state: TrainState
@@ -65,7 +54,7 @@ class Outcome:
     stopped_by: int | None
 
 
-def run(config: TrainConfig, out: str | Path, command: str = "") -> Outcome:
+def run(config: TrainConfig, out: str | Path, command: str = "") -> RunResult:
     """Train, or go on with what ``out``, a folder or a URL, holds of this very run.
 
     On several processes, each of them calls this. UserError if another run is using it.
@@ -76,7 +65,7 @@ def run(config: TrainConfig, out: str | Path, command: str = "") -> Outcome:
     check_alike(config)
     mesh = make_mesh(config.mesh)
     check_batch(config, mesh)
-    with Peers(), contextlib.ExitStack() as held:
+    with PeerMonitor(), contextlib.ExitStack() as held:
         if remote is None:
             check_shared(folder)
         with raise_on_all_processes():
@@ -99,65 +88,17 @@ def run(config: TrainConfig, out: str | Path, command: str = "") -> Outcome:
         return _train(config, folder, ready, mesh, changes, log, remote)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Prepared:
-    """What a run starts with; ``content`` is the hash of the frozen parameters as they were read.
-
-    ``state`` is that of step 0.
-    """
-
-    task: Task
-    frozen: PyTree
-    content: str
-    optimizer: optax.GradientTransformation
-    state: TrainState
-    source: Source
-
-
-def prepare(config: TrainConfig, mesh: Mesh, say: Callable[[str], None], name: str) -> Prepared:
-    """Load models and data, and put them where the mesh wants them. Writes nothing."""
-    with stage(say, f"{name}: loading what the {config.task} task starts from"):
-        with raise_on_all_processes():
-            task, root = make_task(config), jax.random.key(config.seed)
-            params, frozen = task.init(jax.random.fold_in(root, INIT_KEY))
-        frozen = jax.tree.map(jax.numpy.asarray, frozen)
-        content = content_hash(frozen)
-        frozen = cast(frozen, config.precision)
-        frozen = shard(frozen, frozen_shardings(frozen, config, mesh))
-        if jax.process_count() > 1:
-            # What a process holds a copy of is never compared again.
-            digests = {"frozen base": content, "start of what is trained": content_hash(params)}
-            check_same(digests, "give all hosts the same files and versions")
-        optimizer = make_optimizer(config.optimizer)
-        state = place_state(params, optimizer, config.ema, mesh)
-        del params
-    with stage(say, "preparing the training data"), raise_on_all_processes():
-        source = task.source()
-        if config.log.samples_every is not None and hasattr(task, "open_samples"):
-            task.open_samples()
-    data = getattr(source, "fingerprint", None)
-    check_same({"training data": data}, "give all hosts the same records")
-    return Prepared(
-        task=task,
-        frozen=frozen,
-        content=content,
-        optimizer=optimizer,
-        state=state,
-        source=source,
-    )
-
-
 def _train(
     config: TrainConfig,
     folder: Path,
-    ready: Prepared,
+    ready: PreparedRun,
     mesh: Mesh,
     changes: list[str],
     log: RunLogger,
     remote: RemoteFolder | None,
-) -> Outcome:
+) -> RunResult:
     """From the newest checkpoint, or from step 0, to the end or to a signal."""
-    about = About(
+    about = CheckpointMetadata(
         config=to_json(config),
         frozen=ready.content,
         data=getattr(ready.source, "fingerprint", None),
@@ -182,7 +123,7 @@ def _train(
     stopped = stopping.decided if int(state.step) < config.steps else None
     saved = f", saved in {folder}" if not int(state.skipped_in_a_row) else ""
     log.say(f"{'stopped' if stopped else 'done'} at step {int(state.step)}{saved}")
-    return Outcome(state=state, frozen=ready.frozen, stopped_by=stopped)
+    return RunResult(state=state, frozen=ready.frozen, stopped_by=stopped)
 
 
 class _Loop:
@@ -205,7 +146,7 @@ class _Loop:
         """Step until the end or a signal; the number of a step alone decides what is due."""
         config, start = self.config, int(state.step)
         in_flight: collections.deque = collections.deque()
-        profile = Profile(self.folder / "profile", config.log.profile_steps)
+        profile = ProfilerTrace(self.folder / "profile", config.log.profile_steps)
         mesh = train_step.mesh
         rows = rows_of_process(mesh, config.batch_size)
         to_devices = functools.partial(global_batch, mesh, config.batch_size, rows)
@@ -369,52 +310,5 @@ class _Loop:
         )
 
 
-@contextlib.contextmanager
-def prefetch(
-    batches: Iterator[dict[str, np.ndarray]],
-    to_devices: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
-    start: int,
-    stop: int,
-    depth: int = 2,
-) -> Iterator[Iterator]:
-    """(step, its batch on the devices) for start < step <= stop, made by a thread."""
-    ready: queue.Queue[Any] = queue.Queue(depth)
-    closing = threading.Event()
-
-    def put(item: Any) -> None:
-        while not closing.is_set():
-            with contextlib.suppress(queue.Full):
-                return ready.put(item, timeout=0.1)
-
-    def work() -> None:
-        try:
-            for step in range(start, stop):
-                if closing.is_set():
-                    return
-                put((step + 1, to_devices(next(batches))))
-            put(None)
-        except BaseException as error:
-            put(error)
-
-    def consume() -> Iterator[tuple[int, dict[str, jax.Array]]]:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-
-    thread = threading.Thread(target=work, name="data", daemon=True)
-    thread.start()
-    try:
-        yield consume()
-    finally:
-        closing.set()
-        thread.join()
-
-
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def sizes(state: TrainState, frozen: PyTree) -> str:
-    count = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, frozen)]
-    return f"{count[0]:,} parameters trained, {count[1]:,} frozen, on {jax.default_backend()}"

@@ -21,7 +21,8 @@ import jax
 
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import free_path, replace_folder
-from fact_train.multihost.processes import host_name, raise_on_all_processes
+from fact_train.multihost.collectives import raise_on_all_processes
+from fact_train.multihost.processes import host_name
 from fact_train.run.checkpoints import first_line
 from fact_train.run.folder import now
 

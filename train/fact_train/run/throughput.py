@@ -70,7 +70,7 @@ class ThroughputMeter:
         return values
 
 
-class Profile:
+class ProfilerTrace:
     """A profiler trace of the steps from the first to the last one; (0, 0) asks for none."""
 
     def __init__(self, folder: Path, steps: tuple[int, int]):

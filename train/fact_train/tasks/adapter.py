@@ -47,8 +47,8 @@ from fact_train.engine.sample_keys import sample_normal, sample_timesteps, split
 from fact_train.tasks.adapter_init import new_adapters, read_adapters, whitened_resampler
 from fact_train.tasks.validation import (
     SCORE,
-    Validation,
     ValidationCallback,
+    ValidationSet,
     draw_validation,
     read_validation,
 )
@@ -292,7 +292,7 @@ class AdapterTask:
         _ = self._validation
 
     @functools.cached_property
-    def _validation(self) -> Validation:
+    def _validation(self) -> ValidationSet:
         if self.options.watch is not None:
             return read_validation(self.options.watch, self.pipeline, self.encoder)
         return draw_validation(self.size, self.encoder.config.img_size)

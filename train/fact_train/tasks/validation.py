@@ -39,7 +39,7 @@ SCORE = "watch/similarity"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Validation:
+class ValidationSet:
     """Row i: a person's photo and crop, and a template that shows somebody else."""
 
     photos: UInt8[np.ndarray, "n h w 3"]
@@ -50,14 +50,14 @@ class Validation:
     captions: list[str]
 
 
-def draw_validation(size: int, crop_size: int) -> Validation:
+def draw_validation(size: int, crop_size: int) -> ValidationSet:
     """Made-up people from the end of the test split; evaluation takes those from its beginning."""
     first = len(SPLITS["test"]) - PEOPLE
     photos, others = (
         draw_portraits("test", PEOPLE, 1, offset=offset, size=size, first=first)
         for offset in (0, 1)
     )
-    return Validation(
+    return ValidationSet(
         photos=photos.images,
         crops=align_portraits(photos, crop_size),
         templates=_next(others.images),
@@ -67,7 +67,7 @@ def draw_validation(size: int, crop_size: int) -> Validation:
     )
 
 
-def read_validation(folder: str, pipeline: Any, encoder: Any) -> Validation:
+def read_validation(folder: str, pipeline: Any, encoder: Any) -> ValidationSet:
     """The first people of a folder of records; UserError if there are fewer than two."""
     records = open_records(folder, pipeline, encoder)
     _, first = np.unique(records.identities, return_index=True)
@@ -87,7 +87,7 @@ def read_validation(folder: str, pipeline: Any, encoder: Any) -> Validation:
         return np.stack([row[name] for row in rows])
 
     captions = [row["caption"] for row in others]
-    return Validation(
+    return ValidationSet(
         photos=pictures(photos, "photo"),
         crops=pictures(photos, "crop"),
         templates=_next(pictures(others, "photo")),
@@ -106,7 +106,7 @@ def _read(records: Records, number: int) -> dict[str, Any]:
 class ValidationCallback:
     """Draws and measures; ``task`` is the adapter task."""
 
-    def __init__(self, task: Any, validation: Validation):
+    def __init__(self, task: Any, validation: ValidationSet):
         self._task, self._validation = task, validation
         self._vae, self._encoder = split_module(task.pipeline.vae), split_module(task.encoder)
         self._models = {"vae": self._vae.arrays, "encoder": self._encoder.arrays}
