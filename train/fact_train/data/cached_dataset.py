@@ -1,4 +1,4 @@
-"""Records encoded once: VAE moments, text hidden states, face tokens and masks, in shards.
+"""Cached datasets: VAE moments, text hidden states, face tokens and masks, encoded once.
 
 A shard is there whole or not at all. So writing goes on where it was interrupted, and several
 processes can each write their share; whoever finds all shards written adds what makes the folder
@@ -45,7 +45,7 @@ records and by which weights.
 
 
 class CachedDataset:
-    """Rows of a cache; ``region`` ("head" or "face") says which mask."""
+    """Encoded samples; ``region`` ("head" or "face") selects the mask."""
 
     def __init__(self, folder: str | Path, region: str):
         self.folder, self.fingerprint, self._source = open_folder(folder, NAME, VERSION)

@@ -1,4 +1,4 @@
-"""The stored samples that an experiment names: records, or a cache of them."""
+"""Opening the dataset that an experiment names: records, or a cache of them."""
 
 from fact_convert import Pipeline
 from fact_jax.models.transface import TransFace

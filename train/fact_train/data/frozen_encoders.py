@@ -1,4 +1,4 @@
-"""The frozen models before the UNet: inside the training step, or once, for a cache."""
+"""Frozen encoders (VAE, text, face): in the training step, or once, for a cached dataset."""
 
 import hashlib
 from typing import Any

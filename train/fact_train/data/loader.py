@@ -1,4 +1,4 @@
-"""Batches from stored rows, by Grain: shuffled over the whole set, read and decoded by threads.
+"""Grain data loading: shuffled over the whole dataset, read and decoded by threads.
 
 Everything follows from the seed and the step: which rows a batch has, in which order, and who
 stands beside whom. So the step is the whole position, on any number of processes. A damaged record
@@ -39,7 +39,7 @@ class Dataset(Protocol):
 
 
 class SameIdentityPairs:
-    """For every row another photo of the same person; for an only photo itself."""
+    """Pairs of photos of one person; an only photo is paired with itself."""
 
     def __init__(self, identities: Int[np.ndarray, " n"]):
         # Rows person after person, where each person begins, and where each row stands there.
@@ -61,7 +61,7 @@ class SameIdentityPairs:
 
 
 class DamagedRecords:
-    """Which records could not be read: each is said once, and too many are a UserError.
+    """Damaged records: each is reported once, and too many are a UserError.
 
     The bound is a tenth of the records, and ``MAX_DAMAGED``.
     """

@@ -1,4 +1,4 @@
-"""Records as what the training step encodes itself: pictures, crops and token ids."""
+"""Records as pixels and token ids, which the training step encodes itself."""
 
 import numpy as np
 from jaxtyping import Float

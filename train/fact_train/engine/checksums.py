@@ -1,4 +1,4 @@
-"""Sums over the bits of arrays, the same on any mesh and any number of processes.
+"""Checksums of arrays, the same on any mesh and any number of processes.
 
 Orbax notices missing bytes but not changed ones; and a base that is not saved again needs a name
 that changes with its content.
@@ -40,7 +40,7 @@ def checksums(tree: PyTree) -> dict[str, int]:
 
 
 def content_hash(tree: PyTree) -> str:
-    """A name for what a tree of arrays holds: its paths, shapes, types and checksums.
+    """Content hash of a tree of arrays: SHA-256 of its paths, shapes, dtypes and checksums.
 
     Tells contents apart that differ by accident; it is no protection against forgery.
     """

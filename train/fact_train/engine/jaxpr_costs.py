@@ -1,7 +1,6 @@
-"""What a traced function does, counted with every loop's length: the compiler counts a loop's body
-once.
+"""FLOPs and peak memory of a traced function, loops in full (the compiler counts a body once).
 
-Numbers are those of the whole traced program, whatever devices share it.
+Numbers are those of the whole program, whatever devices share it.
 """
 
 import math
@@ -16,7 +15,7 @@ Jaxpr = Any
 
 
 def trace(function: Callable, *arguments: Any) -> Jaxpr:
-    """What a function of such arguments does, without what its results do not need."""
+    """The jaxpr of a function of such arguments, without dead code."""
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 

@@ -1,4 +1,4 @@
-"""What a step must compute, whatever is computed twice to save memory."""
+"""Model FLOPs of a step: without what is recomputed to save memory."""
 
 import contextlib
 import copy

@@ -1,4 +1,4 @@
-"""The state of a run, and the rules that move it: optimizer, learning rate, running average."""
+"""Train state, optimizer, learning rate schedule and exponential moving average."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ PyTree = Any
 
 
 class TrainState(NamedTuple):
-    """Everything that a step changes, and so everything that a checkpoint holds."""
+    """What a step changes and a checkpoint holds."""
 
     params: PyTree
     ema: PyTree | None
@@ -31,7 +31,7 @@ class TrainState(NamedTuple):
 
 
 def make_state(params: PyTree, optimizer: optax.GradientTransformation, ema: EMAConfig):
-    """The state before the first step. Masters are float32; copies, because a step donates them."""
+    """The state before the first step, with float32 copies of ``params`` (it is donated)."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float32:
             raise ValueError(f"trainable {path_name(path)} is {leaf.dtype}, masters are float32")
@@ -47,7 +47,7 @@ def make_state(params: PyTree, optimizer: optax.GradientTransformation, ema: EMA
 
 
 def state_shardings(state: TrainState, mesh: Mesh) -> TrainState:
-    """Where each leaf lies: the masters by rule, and what only the update touches spread thinner.
+    """Shardings of the state: parameters by rule, EMA and optimizer over all devices (ZeRO-1).
 
     The optimizer's trees end in the same paths as the parameters, and so follow their rules.
     """

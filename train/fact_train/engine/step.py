@@ -105,8 +105,8 @@ class TrainStep:
         config = self.config
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         keys = jax.random.split(key, config.batch_size)
-        # Masters that are split over `fsdp` are gathered here, once, and not wherever they are
-        # used, in the forward pass, its recomputation and the backward pass.
+        # Parameters that are split over `fsdp` are gathered once, here: not again in the forward
+        # pass, its recomputation and the backward pass.
         working = jax.lax.with_sharding_constraint(
             cast(state.params, config.precision),
             shardings(state.params, REPLICATED_RULES, self.mesh),
@@ -141,7 +141,7 @@ class TrainStep:
 
     def _gradient(self, working, frozen, batch, step, keys):
         """(float32 gradient, loss, metrics) of the batch, in microbatches if so configured."""
-        # Each device needs only that part of the gradient whose update it works out.
+        # Each device needs only the part of the gradient whose update it computes.
         placed = zero1_shardings(working, shardings(working, FSDP_RULES, self.mesh))
 
         def loss_of(params, batch, keys):

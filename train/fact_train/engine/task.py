@@ -1,4 +1,4 @@
-"""What the engine asks of a task: data, a loss, pictures to look at, files to use."""
+"""Interfaces of the engine: ``Task`` (loss, samples, export) and ``Source`` (batches)."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +12,10 @@ PyTree = Any
 
 
 class Source(Protocol):
-    """Host data. The batch of a step is a pure function of the seed and the step, whatever the
-    number of processes: that is what makes resuming exact, and the step the whole position.
+    """Training data on the host.
+
+    The batch of a step is a pure function of the seed and the step, whatever the number of
+    processes: resuming is exact, and the step is the whole position.
     """
 
     def batches(self, start: int, rows: Int[np.ndarray, " r"]) -> Iterator[dict[str, np.ndarray]]:

@@ -16,14 +16,14 @@ _MESSAGE_BYTES = 1000
 
 
 def process_all(yes: bool) -> bool:
-    """Do all processes say yes? Every process must ask; waits for all of them."""
+    """Whether this is true on all processes. Every process must call it; waits for all."""
     if jax.process_count() == 1:
         return yes
     return bool(multihost_utils.process_allgather(np.asarray(yes)).all())
 
 
 def process_max(value: int) -> jax.Array:
-    """The largest of all processes' values, on the devices: nobody waits until it is read.
+    """The maximum over processes, on the devices: nothing waits until it is read.
 
     Every process must call it at the same place between the same computations.
     """
@@ -37,7 +37,7 @@ def process_max(value: int) -> jax.Array:
 
 @contextmanager
 def raise_on_all_processes() -> Iterator[None]:
-    """If what is done in here is refused on one process, all raise that UserError."""
+    """Context in which a UserError of one process is raised on all of them, at its end."""
     refused = None
     try:
         yield
@@ -52,7 +52,7 @@ def raise_on_all_processes() -> Iterator[None]:
 
 
 def process_gather(text: str) -> list[str]:
-    """What every process says, in their order."""
+    """The texts of all processes, by process index, each cut at 1,000 bytes."""
     if jax.process_count() == 1:
         return [text]
     row = np.zeros(_MESSAGE_BYTES, np.uint8)
@@ -63,7 +63,7 @@ def process_gather(text: str) -> list[str]:
 
 
 def process_broadcast(data: bytes) -> bytes:
-    """What process 0 has, of any length. Every process must ask."""
+    """The bytes of process 0, of any length. Every process must call it."""
     if jax.process_count() == 1:
         return data
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))

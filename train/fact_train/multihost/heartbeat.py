@@ -1,7 +1,7 @@
-"""Noticing at once that another process of the run is gone.
+"""Liveness of the other processes of a run.
 
-JAX finds out by missing heartbeats, after a minute, and then aborts every process with stack
-traces. A connection between two processes breaks when one of them dies.
+JAX notices a dead process by missing heartbeats, after a minute, and then aborts all others with
+stack traces. A TCP connection to it breaks at once.
 """
 
 import atexit

@@ -30,7 +30,7 @@ from fact_train.run.provenance import revision, versions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointMetadata:
-    """What a checkpoint says of its run beside the weights.
+    """Metadata of a checkpoint: what its run was configured as, and trained on.
 
     ``frozen`` is the content hash of what is not trained and not saved, ``data`` the fingerprint of
     the training data (None where the source has none); the position in it is the step.

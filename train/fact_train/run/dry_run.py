@@ -1,4 +1,4 @@
-"""One step of an experiment, and nothing of it kept: `fact-train run --dry-run`."""
+"""`fact-train run --dry-run`: one step of an experiment; nothing is written."""
 
 import sys
 import time

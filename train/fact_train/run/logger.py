@@ -1,4 +1,4 @@
-"""What a run tells: console, log.txt, metrics.jsonl, TensorBoard, sample pictures."""
+"""Logging of a run: console, log.txt, metrics.jsonl, TensorBoard, sample pictures."""
 
 import contextlib
 import hashlib

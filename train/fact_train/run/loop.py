@@ -1,4 +1,4 @@
-"""One loop for every task: prepare, resume, step, log, save, stop when asked."""
+"""The training loop of every task: resume, step, log, save, export, stop when asked."""
 
 import collections
 import contextlib
@@ -47,7 +47,7 @@ SAMPLE_KEY = 2**32 - 2  # a fold_in number that no step ever reaches
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """What a run came to; ``stopped_by`` is the signal that ended it early."""
+    """Result of a run; ``stopped_by`` is the signal that ended it early."""
 
     state: TrainState
     frozen: PyTree
@@ -127,7 +127,7 @@ def _train(
 
 
 class _Loop:
-    """What stays the same from step to step, and what is waiting to be told."""
+    """The steps of one run, and what is due after each of them."""
 
     def __init__(self, config, folder, task, frozen, checkpoints, log, remote):
         self.config: TrainConfig = config

@@ -1,4 +1,4 @@
-"""Why a run stops before its end: a signal, or a checkpoint that could not be written."""
+"""Signal handling: a run stops after the step, on all processes after the same one."""
 
 import collections
 import contextlib
@@ -32,7 +32,7 @@ class SignalHandler:
         self._asked: set[int] = set()
         self._before: dict[int, Any] = {}
         self._said: collections.deque = collections.deque()
-        # Read two steps late, nobody waits for it. Alone there is nobody to wait for.
+        # Steps run ahead of the host: a value that is two steps old is there without waiting.
         self._lag = 2 if jax.process_count() > 1 else 0
 
     def __enter__(self) -> "SignalHandler":

@@ -1,4 +1,4 @@
-"""How fast a run is: measured between two rows of its log."""
+"""Throughput, time waiting for data and MFU between two rows of the log; profiler traces."""
 
 import contextlib
 import time

@@ -1,4 +1,4 @@
-"""What can be trained: name -> (module, class), imported only when it runs."""
+"""Registry of tasks: name -> (module, class), imported only when it runs."""
 
 import importlib
 from difflib import get_close_matches

@@ -1,4 +1,4 @@
-"""Train the networks that judge: a recogniser and a parser, on people of the ``judge`` split."""
+"""Train the metric networks (identity and attributes) on people of the ``judge`` split."""
 
 import dataclasses
 from pathlib import Path

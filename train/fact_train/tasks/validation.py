@@ -1,4 +1,4 @@
-"""What a person watches while the adapter learns: the same photos, captions and noise every time.
+"""Validation callback: sample grids and identity similarity at fixed photos, captions and seed.
 
 Two grids. In the first, pictures are drawn from noise: the reference photo, the base, FACT. In the
 second, portraits of other people (templates) are half noised and drawn again with the reference's
@@ -104,7 +104,7 @@ def _read(records: Records, number: int) -> dict[str, Any]:
 
 
 class ValidationCallback:
-    """Draws and measures; ``task`` is the adapter task."""
+    """Generates and measures; ``task`` is the adapter task."""
 
     def __init__(self, task: Any, validation: ValidationSet):
         self._task, self._validation = task, validation
