@@ -53,7 +53,11 @@ from fact_convert.weights import cast_state, read_config
 from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.utils.errors import UserError, error_context, listed
 
-_OWN = {"format", "version", "config", "software", "command", "sources", "step"}
+_OWN_KEYS = {"format", "version", "config", "software", "command", "sources", "step", "encoder"}
+_OWN_KEYS |= {"not loaded", ADDED_TOKENS, CONTENT, CONFIGS, PIPELINE, PREDICTION}
+"""Keys of the metadata that fact-convert writes."""
+_SOURCE_METADATA = "metadata"
+"""Where a checkpoint's ``meta`` keeps the metadata of the file that it was made of."""
 
 
 def check_numbers(weights: Weights) -> None:
@@ -174,14 +178,6 @@ def _save_onnx(weights: Weights, out: Path, dry_run: bool, *, replace: bool) -> 
         write_onnx(state, config, out, replace=replace)
 
 
-_OWN |= {"encoder", "not loaded", ADDED_TOKENS, CONTENT, CONFIGS, PIPELINE, PREDICTION}
-"""What files that are written here say of themselves."""
-
-
-_BESIDE = "metadata"
-"""Where a checkpoint's ``meta`` keeps what the file that it was made of says beside."""
-
-
 def save_torch(
     weights: Weights,
     out: Path,
@@ -296,7 +292,7 @@ def save_jax(
     params, kept = to_jax(weights.states)
     meta: dict[str, object] = {"kept": kept}
     if beside := _said_beside(weights):
-        meta[_BESIDE] = beside
+        meta[_SOURCE_METADATA] = beside
     if weights.configs:
         meta[CONFIGS] = dict(weights.configs)
     if pipeline := pipeline_said(weights):
@@ -334,9 +330,11 @@ def _said_beside(weights: Weights) -> dict[str, str]:
         return {}
     said = weights.metadata
     if weights.format == "checkpoint":
-        said = said.get(_BESIDE)
+        said = said.get(_SOURCE_METADATA)
         said = said if isinstance(said, Mapping) else {}
-    return {key: text for key, text in said.items() if isinstance(text, str) and key not in _OWN}
+    return {
+        key: text for key, text in said.items() if isinstance(text, str) and key not in _OWN_KEYS
+    }
 
 
 def text_metadata(weights: Weights) -> dict[str, str]:
