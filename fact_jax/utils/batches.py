@@ -18,7 +18,7 @@ def padded_batches(count: int, size: int) -> Iterator[tuple[Int[np.ndarray, " si
         yield rows, min(size, count - start)
 
 
-def in_batches(function: Callable[[np.ndarray], Any], values: np.ndarray, size: int = 128) -> Any:
+def map_batches(function: Callable[[np.ndarray], Any], values: np.ndarray, size: int = 128) -> Any:
     """A function of a batch over many rows, up to ``size`` at a time; a tree of NumPy arrays."""
     size = min(size, len(values))
     pieces = [

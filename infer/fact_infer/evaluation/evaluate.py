@@ -41,10 +41,10 @@ from fact_jax.portraits.metric_networks import (
     IdentityNet,
     load_network,
 )
-from fact_jax.utils.batches import in_batches, padded_batches
+from fact_jax.utils.batches import map_batches, padded_batches
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import create
-from fact_jax.utils.pixels import to_signed
+from fact_jax.utils.pixels import normalize_pixels
 
 SIZE = 64
 FILES = ("pictures.npz", "evaluation.txt", "evaluation.json")
@@ -136,9 +136,9 @@ def _compiled(module: nnx.Module) -> Callable:
 
     @jax.jit
     def run(images: UInt8[Array, "b h w 3"]):
-        return nnx.merge(graph, state)(to_signed(images))
+        return nnx.merge(graph, state)(normalize_pixels(images))
 
-    return lambda images: in_batches(run, images, _CHUNK)
+    return lambda images: map_batches(run, images, _CHUNK)
 
 
 def generate_pictures(

@@ -14,7 +14,7 @@ from fact_infer.parts import FaceModels
 from fact_jax.face.align import align_face
 from fact_jax.face.landmarks import DEFAULT_PACK, detect_faces, find_pack, local_pack
 from fact_jax.face.mask import head_mask
-from fact_jax.utils.pixels import to_signed
+from fact_jax.utils.pixels import normalize_pixels
 
 
 class IdentityRanking:
@@ -61,7 +61,7 @@ class IdentityRanking:
         return max(faces, key=lambda face: np.prod(face.box[2:] - face.box[:2])).points
 
     def _embeddings(self, crops: UInt8[np.ndarray, "b s s 3"]) -> Float[np.ndarray, "b k"]:
-        return np.array(self._embed(to_signed(crops)))
+        return np.array(self._embed(normalize_pixels(crops)))
 
 
 def best_first(similarities: Sequence[float | None]) -> list[int]:

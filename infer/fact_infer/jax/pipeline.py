@@ -36,7 +36,7 @@ from fact_jax.fact import (
     initial_noise,
     null_face,
 )
-from fact_jax.utils.pixels import to_picture, to_signed
+from fact_jax.utils.pixels import denormalize_pixels, normalize_pixels
 
 _HALF_PARTS = ("unet", "text_encoder", "controlnet")
 _AXIS = "pictures"
@@ -213,7 +213,7 @@ class FlaxPipeline(Pipeline):
             conditions["control"] = models["controlnet"].embed(pictures)
         x0 = None
         if "images" in inputs:
-            mean, _ = models["vae"].encode(to_signed(inputs["images"]))
+            mean, _ = models["vae"].encode(normalize_pixels(inputs["images"]))
             x0 = mean * self.base.vae.scaling_factor
         noise = initial_noise(seeds, *shape.size, self.base.unet.in_channels)
         return conditions, noise, jax.vmap(jax.random.key)(seeds), x0
@@ -222,7 +222,7 @@ class FlaxPipeline(Pipeline):
         self, models: dict, inputs: dict, photo_mask: Array | None, count: int, shape: StaticParams
     ) -> dict[str, Any]:
         encoder, resampler = models["encoder"], models["resampler"]
-        crops = to_signed(inputs["crops"])
+        crops = normalize_pixels(inputs["crops"])
         face = encode_face(encoder, resampler, crops, shape.combine, shape.people, photo_mask)
         face = jnp.broadcast_to(face, (count, *face.shape[1:]))
         photos = face.shape[1] // resampler.config.num_queries
@@ -266,7 +266,7 @@ class FlaxPipeline(Pipeline):
         self, states: dict, shared: dict, latents: Array, *, shape: StaticParams
     ) -> UInt8[Array, "b h w 3"]:
         vae = self._models(states)["vae"]
-        return to_picture(vae.decode(latents / self.base.vae.scaling_factor))
+        return denormalize_pixels(vae.decode(latents / self.base.vae.scaling_factor))
 
     def _models(self, states: dict) -> dict[str, Any]:
         return {name: nnx.merge(self._graphs[name], state) for name, state in states.items()}

@@ -43,6 +43,11 @@ class TorchPipeline(Pipeline):
         self.fact: FactTorch | None = load_fact(pipe, files=parts.face) if parts.face else None
 
     @classmethod
+    def load(cls, *files: Any, **options: Any) -> "TorchPipeline":
+        pin_jax_to_cpu()
+        return super().load(*files, **options)
+
+    @classmethod
     def from_parts(cls, parts: Parts, dtype: Any = "float32") -> "TorchPipeline":
         pin_jax_to_cpu()
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from fact_convert import Pipeline
 from fact_jax.models.transface import TransFace
-from fact_train.data.pixels import normalize_pixels
+from fact_jax.utils.pixels import normalize_pixels
 from fact_train.engine.partition import paths, split_module
 from fact_train.engine.sample_keys import sample_normal
 

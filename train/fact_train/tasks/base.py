@@ -17,10 +17,11 @@ from fact_jax.models.unet import UNet, UNetConfig
 from fact_jax.portraits import SPLITS, captions, sample_scene
 from fact_jax.portraits.vocabulary import caption_vocabulary
 from fact_jax.utils.contact_sheet import contact_sheet
+from fact_jax.utils.pixels import denormalize_pixels
 from fact_jax.utils.ranges import Name, NonNegative, Probability, check_fields
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
-from fact_train.data.pixels import denormalize_pixels, encode_latents
+from fact_train.data.pixels import encode_latents
 from fact_train.data.portraits import Photos, draw_portraits, people_of
 from fact_train.engine.partition import split_module
 from fact_train.engine.sample_keys import (
@@ -97,7 +98,7 @@ class BaseTask:
         prompts = captions(sample_scene(jnp.arange(16) + SPLITS["test"][0] * 1000))
         ids = tokenize(self.tokenizer, [*prompts, *[""] * len(prompts)])[0]
         images = jax.jit(self._sample)(trainable, jnp.asarray(ids), key)
-        return {"portraits": contact_sheet(denormalize_pixels(images), 8)}
+        return {"portraits": contact_sheet(np.asarray(denormalize_pixels(images)), 8)}
 
     def _sample(self, trainable, ids, key, steps: int = 30, guidance: float = 3.0):
         text = self.text_encoder.module(trainable["text_encoder"])(ids)

@@ -10,10 +10,10 @@ from flax import nnx
 from fact_convert import save_encoder
 from fact_jax.losses import arcface_loss
 from fact_jax.models.transface import TransFace, TransFaceConfig
+from fact_jax.utils.pixels import normalize_pixels
 from fact_jax.utils.ranges import check_fields
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
-from fact_train.data.pixels import normalize_pixels
 from fact_train.data.portraits import Photos, draw_crops, people_of
 from fact_train.engine.partition import overlay, split_module
 

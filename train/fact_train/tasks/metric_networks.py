@@ -17,10 +17,10 @@ from fact_jax.portraits.metric_networks import (
     IdentityNet,
     save_network,
 )
+from fact_jax.utils.pixels import normalize_pixels
 from fact_jax.utils.ranges import Probability, check_fields
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
-from fact_train.data.pixels import normalize_pixels
 from fact_train.data.portraits import Photos, align_portraits, draw_portraits, people_of
 from fact_train.engine.partition import overlay, split_module
 from fact_train.engine.sample_keys import split_keys

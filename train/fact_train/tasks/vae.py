@@ -16,10 +16,10 @@ from fact_convert.models.pipeline import load_part, save_part
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
 from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.errors import UserError
+from fact_jax.utils.pixels import denormalize_pixels, normalize_pixels
 from fact_jax.utils.ranges import Name, NonNegative, check_fields
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
-from fact_train.data.pixels import denormalize_pixels, normalize_pixels
 from fact_train.data.portraits import Photos, draw_portraits, people_of
 from fact_train.engine.partition import merge, overlay, split_by_paths, split_module
 from fact_train.engine.sample_keys import sample_normal

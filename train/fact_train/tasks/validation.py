@@ -25,8 +25,8 @@ from fact_jax.losses import normalize
 from fact_jax.portraits import SPLITS
 from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.errors import UserError
+from fact_jax.utils.pixels import denormalize_pixels, normalize_pixels
 from fact_train.data.datasets import open_records
-from fact_train.data.pixels import denormalize_pixels, normalize_pixels
 from fact_train.data.portraits import align_portraits, draw_portraits
 from fact_train.data.records import PICTURES, DamagedError, Records
 from fact_train.engine.partition import split_module
@@ -126,7 +126,8 @@ class ValidationCallback:
         weights = (trainable, frozen, self._models, self._inputs, key)
         made = {
             start: [
-                denormalize_pixels(self._draw(*weights, scale, start=start)) for scale in (0.0, 1.0)
+                np.asarray(denormalize_pixels(self._draw(*weights, scale, start=start)))
+                for scale in (0.0, 1.0)
             ]
             for start in (0, TEMPLATE_START)
         }
