@@ -121,6 +121,10 @@ def contiguous(
     return out
 
 
+_WRITE_SIZE = 1 << 18
+"""Bytes of one write, as in ``cp``: for more, Linux looks for huge pages, which may take long."""
+
+
 def release(array: np.ndarray) -> None:
     """Free the memory of an array of a mapped file: what is wanted again is read again."""
     base = array
@@ -143,10 +147,13 @@ def in_c_order(array: np.ndarray | LazyTensor) -> np.ndarray:
     return copied
 
 
-def pwrite_array(handle, array: np.ndarray, offset: int) -> None:
-    """Write an array in C order at a place in an open file, from any thread."""
+def pwrite_array(handle, array: np.ndarray, offset: int, flags: int = 0) -> None:
+    """Write an array in C order at an offset of an open file, from any thread.
+
+    ``flags`` are those of ``os.pwritev``.
+    """
     rest = memoryview(array.reshape(-1).view(np.uint8))
     while rest:
-        count = os.pwrite(handle.fileno(), rest, offset)
+        count = os.pwritev(handle.fileno(), [rest[:_WRITE_SIZE]], offset, flags)
         rest, offset = rest[count:], offset + count
     release(array)
