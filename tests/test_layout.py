@@ -97,7 +97,7 @@ def test_a_file_has_at_most_400_lines(package):
 
 def test_every_imported_package_is_declared():
     """By the names of pyproject.toml, which are those of the import but for these."""
-    named = {"PIL": "pillow", "grain": "grain", "orbax": "orbax-checkpoint", "moto": "moto"}
+    named = {"PIL": "pillow", "orbax": "orbax-checkpoint", "skimage": "scikit-image"}
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     declared = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
     declared = {re.match(r"[\w.-]+", line).group().lower().replace("_", "-") for line in declared}
