@@ -40,9 +40,9 @@ def listed(names: Iterable[str], most: int = 10) -> str:
     return ", ".join(names[:most]) + more
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of what an error says, or its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException, length: int | None = None) -> str:
+    """The first line of an error's message, or its class where it has none; cut at ``length``."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:length]
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ import time
 
 import jax
 
-from fact_jax.utils.errors import UserError, printable
+from fact_jax.utils.errors import UserError, first_line, printable
 from fact_train.multihost.collectives import process_all, process_gather
 from fact_train.multihost.processes import coordinator_host, host_name
 
@@ -60,7 +60,7 @@ class PeerMonitor:
                 self._told.wait(_FAILED_SECONDS)
             if self._heard and (self._heard[1] or not own):
                 self._end()
-            reason = (str(error).strip() or kind.__name__).splitlines()[0][:300]
+            reason = first_line(error, 300)
             message = f"{self._name(self._index)}: {reason}"
             # Nobody may come any more to where JAX lets all processes meet at the end.
             atexit.register(self._exit, _status(error))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from fact_jax.utils.errors import UserError, describe_os_error
+from fact_jax.utils.errors import UserError, describe_os_error, first_line
 from fact_train.config import TrainConfig
 from fact_train.multihost.collectives import process_gather, raise_on_all_processes
 from fact_train.overrides import to_json
@@ -62,10 +62,10 @@ def initialize(
     try:
         jax.distributed.initialize(**settings)
     except (RuntimeError, ValueError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
-            f"--coordinator {coordinator}: {reason}; auto is for TPU pods, SLURM, Kubernetes and "
-            "Open MPI, elsewhere give --coordinator host:port --processes N --process I"
+            f"--coordinator {coordinator}: {first_line(error, 200)}; auto is for TPU pods, SLURM, "
+            "Kubernetes and Open MPI, elsewhere give --coordinator host:port --processes N "
+            "--process I"
         ) from error
     finally:
         late.cancel()

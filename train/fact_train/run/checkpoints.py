@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, EveryNSteps, LatestN
 
 from fact_jax.sharding import shard
-from fact_jax.utils.errors import UserError
+from fact_jax.utils.errors import UserError, first_line
 from fact_jax.utils.files import atomic_write
 from fact_train.config import CheckpointConfig
 from fact_train.engine.checksums import checksums
@@ -215,7 +215,7 @@ class Checkpoints:
             written = dict(meta["checksums"])
             _ = dict(meta["versions"]), meta["config"]["batch_size"]
         except Exception as error:
-            reason = first_line(error)
+            reason = first_line(error, 200)
         else:
             self._check_base(step, meta)
             stored = _stored_like(template, written)
@@ -225,7 +225,7 @@ class Checkpoints:
                 else:
                     state = _restore(folder / "state", stored, to_host=self._gathered)
             except Exception as error:  # Orbax's errors for a damaged folder have no common type
-                reason = first_line(error)
+                reason = first_line(error, 200)
         if not process_all(state is not None):
             return None, reason
         if self._gathered:
@@ -280,7 +280,7 @@ class Checkpoints:
         except Exception as error:  # from the saving thread, of any type
             raise UserError(
                 f"the checkpoint of step {self._saving} could not be written in {self.folder} "
-                f"({first_line(error)}); the ones before it are whole"
+                f"({first_line(error, 200)}); the ones before it are whole"
             ) from error
 
     def _move_aside(self, steps: list[int]) -> None:
@@ -392,8 +392,3 @@ def _hush_orbax() -> None:
     logging.getLogger("asyncio").addFilter(
         lambda record: "exception was never retrieved" not in record.getMessage()
     )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says first, at most 200 characters."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

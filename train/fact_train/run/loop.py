@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from fact_jax.sharding import global_batch, local_copy, make_mesh, rows_of_process
-from fact_jax.utils.errors import UserError
+from fact_jax.utils.errors import UserError, first_line
 from fact_jax.utils.files import replace_folder, require_local
 from fact_train.config import TrainConfig
 from fact_train.engine.model_flops import model_flops
@@ -24,7 +24,7 @@ from fact_train.multihost.collectives import process_all, process_gather, raise_
 from fact_train.multihost.heartbeat import PeerMonitor
 from fact_train.multihost.processes import check_alike, check_shared
 from fact_train.overrides import to_json
-from fact_train.run.checkpoints import CheckpointMetadata, Checkpoints, first_line
+from fact_train.run.checkpoints import CheckpointMetadata, Checkpoints
 from fact_train.run.folder import (
     check_export,
     claim_folder,
@@ -212,7 +212,7 @@ class _Loop:
             self.log.pictures(step, {k: v for k, v in found.items() if k not in numbers})
             self.log.add(step, numbers)
         except Exception as error:  # of any type: nothing of the training depends on it
-            failure = f"{type(error).__name__}: {first_line(error)}"
+            failure = f"{type(error).__name__}: {first_line(error, 200)}"
         for process, reason in enumerate(process_gather(failure)):
             if reason:
                 where = f" on process {process}" if jax.process_count() > 1 else ""

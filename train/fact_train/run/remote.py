@@ -19,11 +19,10 @@ from typing import Any
 
 import jax
 
-from fact_jax.utils.errors import UserError
+from fact_jax.utils.errors import UserError, first_line
 from fact_jax.utils.files import free_path, replace_folder
 from fact_train.multihost.collectives import raise_on_all_processes
 from fact_train.multihost.processes import host_name
-from fact_train.run.checkpoints import first_line
 from fact_train.run.folder import now
 
 UPLOAD_SECONDS = 20.0
@@ -221,7 +220,7 @@ class RemoteFolder:
             pass  # the run is about to stop for it
         except Exception as error:
             if not self._down:
-                reason = first_line(error)
+                reason = first_line(error, 200)
                 self.say(f"warning: cannot upload to {self.url} ({reason}); trying again")
             self._down = True
 
@@ -292,7 +291,7 @@ def _open(url: str) -> tuple[Any, str]:
     except ImportError as error:
         raise UserError(f"--out {url} needs: pip install 'fact-jax[cloud]' ({error})") from error
     except ValueError as error:
-        raise UserError(f"--out {url}: {first_line(error)}") from error
+        raise UserError(f"--out {url}: {first_line(error, 200)}") from error
 
 
 @contextlib.contextmanager
@@ -302,7 +301,7 @@ def _one_line(what: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # each store has its own: no bucket, no credentials, no network
-        raise UserError(f"{what} ({first_line(error)})") from error
+        raise UserError(f"{what} ({first_line(error, 200)})") from error
 
 
 @contextlib.contextmanager
