@@ -22,6 +22,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor2_0
 
 from fact_infer.img2img import Img2ImgInput
+from fact_infer.parts import load_parts
 from fact_infer.request import GenerationParams
 from fact_infer.torch.adapter import FactTorch, load_fact, unload_fact
 from fact_infer.torch.attention_processors import installed
@@ -252,8 +253,9 @@ def test_saved_and_loaded_again(fact, pipe, tmp_path):
 
 
 def test_img2img_under_a_controlnet(files):
-    pipeline = TorchPipeline.load(files.base)
-    pipeline.controlnet = controlnet(pipeline.pipe)
+    pipe = TorchPipeline.load(files.base).pipe
+    parts = dataclasses.replace(load_parts(files.base), controlnet="of the test")
+    pipeline = TorchPipeline(parts, pipe, controlnet(pipe))
     seen, under = np.random.default_rng(2).integers(0, 256, (2, 1, 32, 32, 3), np.uint8)
     params = GenerationParams(sampler="ddim", steps=2, guidance=GUIDANCE)
 
