@@ -161,8 +161,7 @@ class FlaxPipeline(Pipeline):
         self._shapes.add((shape, str(jax.tree.map(np.shape, arrays))))
         if len(self._shapes) > MAX_SHAPES:
             self._shapes = set()
-            for program in (self._prepare, self._denoise, self._decode):
-                program.clear_cache()
+            jax.clear_caches()  # those of the samplers' single operations too, one a size
 
     def _sample(
         self,
