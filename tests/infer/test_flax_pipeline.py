@@ -13,6 +13,7 @@ import pytest
 
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.weight_files import read_weights
+from fact_convert.models.tokenizer import tokenize
 from fact_infer.img2img import Img2ImgInput
 from fact_infer.jax import pipeline as flax_pipeline
 from fact_infer.jax.pipeline import FlaxPipeline
@@ -277,7 +278,7 @@ def test_controlnet_of_diffusers(files, torch, steered):
         requires_safety_checker=False,
     )
     pipe.set_progress_bar_config(disable=True)
-    text = torch._text(["", *PROMPTS])
+    text = torch._text(tokenize(torch.base.tokenizer, ["", *PROMPTS])[0])
     theirs = pipe(
         prompt_embeds=text[1:],
         negative_prompt_embeds=text[:1].expand_as(text[1:]),
