@@ -19,6 +19,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
     str(Path(__file__).parents[1] / part) for part in ("", "converters", "train", "infer")
 )
 
+import jax
 import numpy as np
 import pytest
 
@@ -29,6 +30,17 @@ def pytest_collection_modifyitems(items):
     """Heavy files first, those of training before all: the processes then end together."""
     heavy = {item.path for item in items if item.get_closest_marker("heavy")}
     items.sort(key=lambda item: (item.path not in heavy, "train" not in item.path.parts))
+
+
+@pytest.fixture(scope="module")
+def optimized():
+    """Programs are compiled as users have them."""
+    quick = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()
+    yield
+    jax.config.update("jax_disable_most_optimizations", quick)
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,7 @@ def test_a_failed_write_names_the_file_and_leaves_nothing(tmp_path, write):
 def killed(body: str, folder) -> None:
     """Run lines of Python in a process that is killed in them: nothing is cleaned up."""
     lines = [
-        "import os; from pathlib import Path; from fact_jax import files",
+        "import os; from pathlib import Path; from fact_jax.utils import files",
         f"out = Path({str(folder / 'out')!r})",
         body,
     ]

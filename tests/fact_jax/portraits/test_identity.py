@@ -17,7 +17,7 @@ def test_splits_share_nobody():
     assert all(len(people) >= 2000 for people in SPLITS.values())
 
 
-def test_a_number_is_one_person_whatever_stands_beside_it():
+def test_a_number_is_one_person_whatever_stands_beside_it(optimized):
     alone = sample_identity(jnp.asarray([80_123]))
     among = sample_identity(jnp.asarray([4, 80_123, 5]))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[0], b[1]), alone, among)
