@@ -77,8 +77,8 @@ def _model(kind: str, table: Table) -> list[str]:
         parts.append(f"In {', '.join(f'`{place}`' for place in places)}:" if places else "At top:")
         parts.append(_grid(("file", "module", "sort", ""), rows))
     if table.ignored:
-        rows = [(f"`{entry.torch}`", entry.reason) for entry in table.ignored]
-        parts += ["Carry no weight; kept aside and given back:", _grid(("key", "why"), rows)]
+        ignored = [(f"`{entry.torch}`", entry.reason) for entry in table.ignored]
+        parts += ["Carry no weight; kept aside and given back:", _grid(("key", "why"), ignored)]
     return parts
 
 

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 
+from fact_convert.io.lazy_tensor import State, Tensor
 from fact_convert.rules.key_tables import TABLES
 from fact_convert.rules.layer_transforms import ParameterTransform
 from fact_jax.utils.errors import UserError, listed
@@ -151,7 +152,7 @@ class Difference:
 
 
 def match_state(
-    kind: str, state: Mapping[str, np.ndarray], targets: Shapes, held: Collection[str] = ()
+    kind: str, state: State, targets: Shapes, held: Collection[str] = ()
 ) -> tuple[str, dict[str, list[KeyMapping]], list[str]]:
     """Decide where every tensor of a PyTorch state goes; read none of them.
 
@@ -188,7 +189,7 @@ def match_state(
 
 
 def _check(
-    mapping: KeyMapping, array: np.ndarray, target: tuple[int, ...], difference: Difference
+    mapping: KeyMapping, array: Tensor, target: tuple[int, ...], difference: Difference
 ) -> None:
     if mapping.transform.to_jax(array, len(target)).shape != target:
         try:
@@ -228,7 +229,7 @@ def is_float(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float8"))
 
 
-def fits(array: np.ndarray, dtype: np.dtype) -> bool:
+def fits(array: Tensor, dtype: np.dtype) -> bool:
     """Whether every number survives the way to ``dtype`` and back."""
     with np.errstate(over="ignore"):
         back = array.astype(dtype).astype(array.dtype)

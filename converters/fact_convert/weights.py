@@ -13,7 +13,7 @@ import ml_dtypes  # noqa: F401  (teaches numpy the name bfloat16)
 import numpy as np
 from flax import nnx
 
-from fact_convert.io.lazy_tensor import cast, check_range, contiguous
+from fact_convert.io.lazy_tensor import State, Tensor, cast, check_range, contiguous
 from fact_convert.mapping import (
     KeyMapping,
     Shapes,
@@ -55,9 +55,8 @@ class TensorInfo:
     bits: bytes | None = None
 
     @classmethod
-    def of(cls, key: str, array: np.ndarray, keep: bool = False) -> "TensorInfo":
-        bits = np.ascontiguousarray(array).tobytes() if keep else None
-        return cls(key, array.dtype.name, array.shape, bits)
+    def of(cls, key: str, array: Tensor, keep: bool = False) -> "TensorInfo":
+        return cls(key, array.dtype.name, array.shape, array.tobytes() if keep else None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,9 +74,7 @@ class Origin:
         return hash((self.prefix, len(self.tensors)))
 
 
-def load_state(
-    kind: str, state: Mapping[str, np.ndarray], config, *, dtype=jnp.float32
-) -> nnx.Module:
+def load_state(kind: str, state: State, config, *, dtype=jnp.float32) -> nnx.Module:
     """Build a model from a flat PyTorch state.
 
     ``kind`` is one of unet, vae, clip_text, transface, resampler, controlnet. ``config`` is the
@@ -91,7 +88,7 @@ def load_state(
     return _build(kind, state, read_config(kind, config, state), dtype)
 
 
-def add_state(module: nnx.Module, state: Mapping[str, np.ndarray], config) -> nnx.Module:
+def add_state(module: nnx.Module, state: State, config) -> nnx.Module:
     """A module with the weights of ``module`` and of ``state`` (an adapter's, say) together.
 
     ``config`` is the configuration of the result. The parameters of ``module`` are shared, not
@@ -101,13 +98,7 @@ def add_state(module: nnx.Module, state: Mapping[str, np.ndarray], config) -> nn
     return _build(kind_of(module), state, config, dtype, base=module)
 
 
-def _build(
-    kind: str,
-    state: Mapping[str, np.ndarray],
-    config,
-    dtype,
-    base: nnx.Module | None = None,
-) -> nnx.Module:
+def _build(kind: str, state: State, config, dtype, base: nnx.Module | None = None) -> nnx.Module:
     graph, flat = abstract_state(kind, config)
     held = parameters(base) if base is not None else {}
     prefix, sources, ignored = match_state(kind, state, flat_shapes(flat), held)
@@ -129,7 +120,7 @@ def _build(
 
 
 def _base_tensors(
-    base: nnx.Module | None, replaced: Mapping[str, str], state: Mapping
+    base: nnx.Module | None, replaced: Mapping[str, str], state: State
 ) -> list[TensorInfo]:
     """The base's tensors; data that an adapter's copies override are kept aside."""
     if base is None:
@@ -138,7 +129,7 @@ def _base_tensors(
     tensors = {tensor.key: tensor for tensor in (origin.tensors if origin else ())}
     differing = []
     for key, array in dump_some(base, lambda name: name in replaced).items():
-        if not _same_numbers(array, state[replaced[key]]):
+        if not same_numbers(array, state[replaced[key]]):
             tensors[key] = TensorInfo.of(key, array, keep=True)
             differing.append(replaced[key])
     _say_overridden(differing, list(replaced.values()))
@@ -185,7 +176,7 @@ def dump_some(module: nnx.Module, wanted: Callable[[str], bool]) -> dict[str, np
     return state
 
 
-def cast_state(state: Mapping[str, np.ndarray], dtype: str | None) -> Mapping[str, np.ndarray]:
+def cast_state(state: State, dtype: str | None) -> State:
     """A flat state with its floating tensors in ``dtype`` (a name, as float16); None: as it is.
 
     Each is rounded when it is wanted; UserError then, if a number is too large for ``dtype``.
@@ -196,7 +187,7 @@ def cast_state(state: Mapping[str, np.ndarray], dtype: str | None) -> Mapping[st
     return {k: cast(a, target, k) if is_float(a.dtype) else a for k, a in state.items()}
 
 
-def read_config(kind: str, config, state: Mapping[str, np.ndarray] | None = None):
+def read_config(kind: str, config, state: State | None = None):
     """The peer's configuration (a dict) as ours, with what the state adds: the adapters' width."""
     _, _, config_class = _model(kind)
     if not isinstance(config, config_class):
@@ -215,7 +206,7 @@ def read_config(kind: str, config, state: Mapping[str, np.ndarray] | None = None
     return config
 
 
-def _check_numbers(kind: str, config, state: Mapping | None) -> None:
+def _check_numbers(kind: str, config, state: State | None) -> None:
     """UserError for numbers that no layer can have, before anything is built of them.
 
     How many layers a model has is compared with how many tensors there are, if there are any: a
@@ -224,7 +215,7 @@ def _check_numbers(kind: str, config, state: Mapping | None) -> None:
     for field in dataclasses.fields(config):
         value, usual = getattr(config, field.name), field.default
         several = isinstance(usual, tuple)
-        usual = usual[0] if several else usual
+        usual = usual[0] if isinstance(usual, tuple) else usual
         numbers = value if several and isinstance(value, tuple) else (value,)
         whole = isinstance(usual, int) or usual is None
         if isinstance(usual, bool | str) or (usual is None and value is None):
@@ -348,7 +339,7 @@ def _index(part: str) -> str | int:
     return int(part) if part.isdigit() else part
 
 
-def _to_device(view: np.ndarray, dtype, key: str) -> jax.Array:
+def _to_device(view: Tensor, dtype, key: str) -> jax.Array:
     # jax may keep the copy's buffer, which nobody else has.
     with np.errstate(over="ignore"):
         copied = contiguous(view, jnp.dtype(dtype))
@@ -366,17 +357,16 @@ def _to_host(
     return contiguous(view, wanted)
 
 
-def _overridden(
-    sources: Mapping[str, list[KeyMapping]], state: Mapping[str, np.ndarray]
-) -> set[str]:
+def _overridden(sources: Mapping[str, list[KeyMapping]], state: State) -> set[str]:
     """Keys whose numbers a second copy in the same file replaced."""
     doubled = [(each[0].torch, each[-1].torch) for each in sources.values() if each[1:]]
-    beaten = {base: copy for base, copy in doubled if not _same_numbers(state[base], state[copy])}
+    beaten = {base: copy for base, copy in doubled if not same_numbers(state[base], state[copy])}
     _say_overridden(list(beaten.values()), [copy for _, copy in doubled])
     return set(beaten)
 
 
-def _same_numbers(one: np.ndarray, other: np.ndarray) -> bool:
+def same_numbers(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are alike bit for bit in float32."""
     return one.astype(np.float32).tobytes() == other.astype(np.float32).tobytes()
 
 

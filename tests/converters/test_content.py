@@ -86,7 +86,7 @@ def test_a_file_without_a_hash_is_read(encoder, tmp_path):
 def test_inspect_says_the_hashes(encoder, pipeline_folder, tmp_path, capsys):
     state, metadata = read_file(encoder)
     about = inspected(encoder, capsys, "--sha256")
-    assert about["content"] == metadata["content"] == content_hash(state.items())
+    assert about["content"] == metadata["content"] == content_hash(state)
     assert about["files"] == {encoder.name: hashlib.sha256(encoder.read_bytes()).hexdigest()}
     assert about["parts"]["transface"]["sha256"] == about["hash"]
     assert "sha256" not in json.dumps(inspected(encoder, capsys))

@@ -13,6 +13,7 @@ import pytest
 
 from fact_convert import load_adapter, load_pipeline, load_state
 from fact_convert.cli.opening import check_supported, open_weights
+from fact_convert.cli.saving import save_torch
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.torch_io import write_torch_file
 from fact_convert.io.weight_files import read_file
@@ -280,6 +281,23 @@ def test_a_side_key_that_is_no_width(states, value, tmp_path):
     for open_file in (read_adapter, open_weights):
         with pytest.raises(UserError, match="is not the width of a head"):
             open_file(tmp_path / "x.safetensors")
+
+
+def test_metadata_of_other_programs_may_have_a_dim_head(states, tmp_path):
+    state, file = states["adapter"] | states["resampler"], tmp_path / "x.safetensors"
+    write_safetensors(file, state, {"dim_head": "8"})
+    with pytest.raises(UserError, match="how wide a head of its resampler is"):
+        save_torch(open_weights(file), tmp_path / "y.safetensors")
+    save_torch(open_weights(file), tmp_path / "y.safetensors", dim_head=8)
+    assert load_adapter(tmp_path / "y.safetensors").resampler.config.dim_head == 8
+
+
+@pytest.mark.parametrize("width", ["8", [8], 8.5])
+def test_a_checkpoint_whose_dim_head_is_no_number(states, width, tmp_path):
+    params, _ = to_jax({kind: states[kind] for kind in ("adapter", "resampler")})
+    write_checkpoint(tmp_path / "c", params, {"dim_head": width})
+    with pytest.raises(UserError, match="its heads cannot be"):
+        save_torch(open_weights(tmp_path / "c"), tmp_path / "y.safetensors")
 
 
 def test_the_released_resampler_is_known_by_its_size():

@@ -2,14 +2,12 @@
 
 import dataclasses
 
-import numpy as np
-
 from fact_convert.cli.opening import ADAPTER_PARTS, Weights, adapter_said, canonical
-from fact_convert.io.lazy_tensor import State
+from fact_convert.io.lazy_tensor import Tensor
 from fact_convert.mapping import key_prefix
 from fact_convert.models.adapter import find_resampler_config
 from fact_convert.rules.key_tables import ADAPTER_INFIX
-from fact_convert.weights import read_config
+from fact_convert.weights import read_config, same_numbers
 from fact_jax.utils.errors import UserError, error_context, listed
 
 _COPY = f"{ADAPTER_INFIX}ln."
@@ -17,14 +15,13 @@ _COPY = f"{ADAPTER_INFIX}ln."
 
 def extract_adapter(weights: Weights) -> Weights:
     """The adapter's tensors alone. UserError if there are none, or not all of them."""
-    states: dict[str, State] = {kind: {} for kind in ("adapter", "resampler")}
+    states: dict[str, dict[str, Tensor]] = {kind: {} for kind in ("adapter", "resampler")}
     for kind, state in weights.states.items():
         if kind in ADAPTER_PARTS:
             states[kind] |= state
         elif kind == "unet":
             states["adapter"] |= {k: a for k, a in state.items() if ADAPTER_INFIX in k}
-    if absent := [kind for kind, state in states.items() if not state]:
-        absent = " and no ".join(absent)
+    if absent := " and no ".join(kind for kind, state in states.items() if not state):
         raise UserError(f"{weights.path}: no whole adapter: {weights.kind}, but no {absent}")
     return dataclasses.replace(weights, states=states)
 
@@ -44,12 +41,11 @@ def drop_norm_copies(weights: Weights, base: Weights | None) -> tuple[Weights, l
         kinds = f"{weights.path} is {weights.kind}, {base.path} is {base.kind}"
         raise UserError(f"--base wants an adapter and its base, but {kinds}")
     own = canonical("unet", base.states["unet"])
-    norms = {key: own.get(_norm2(key)) for key in copies}
-    if absent := [key for key, norm in norms.items() if norm is None]:
+    if absent := [key for key in copies if _norm2(key) not in own]:
         raise UserError(
             f"{weights.path}: made for another base, {base.path} has no block for {listed(absent)}"
         )
-    same = {key for key, norm in norms.items() if _same(adapter[key], norm)}
+    same = {key for key in copies if same_numbers(adapter[key], own[_norm2(key)])}
     notes = []
     if same:
         notes.append(f"left out {len(same)} copies of the base's norm2: they are its own numbers")
@@ -66,11 +62,6 @@ def drop_norm_copies(weights: Weights, base: Weights | None) -> tuple[Weights, l
 def _norm2(key: str) -> str:
     block, _, leaf = key.partition(_COPY)
     return f"{block}.norm2.{leaf}"
-
-
-def _same(one, other) -> bool:
-    a, b = (np.asarray(array).astype(np.float32) for array in (one, other))
-    return a.tobytes() == b.tobytes()
 
 
 def adapter_config(weights: Weights, dim_head: int | None, guess: bool = True) -> dict:

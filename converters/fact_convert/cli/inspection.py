@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -42,7 +41,8 @@ def summary(weights: Weights, *, sums: bool = False) -> dict[str, object]:
     ``hash`` does not depend on the format; ``content`` is what a file carries of itself. With
     ``sums`` also a SHA-256 of every part, as ``hash`` is worked out, and of every weight file.
     """
-    parts, dtypes, total = {}, set(), 0
+    parts: dict[str, dict[str, object]] = {}
+    dtypes, total = set(), 0
     for part, state in weights.states.items():
         own = sorted({array.dtype.name for array in state.values()})
         count = sum(array.size for array in state.values())
@@ -52,9 +52,12 @@ def summary(weights: Weights, *, sums: bool = False) -> dict[str, object]:
             parts[part]["copies of the base's norm2"] = repeated
         dtypes |= set(own)
         total += count
+    tensors = weights.tensors()
     for part in parts if sums else ():
-        own = [(key, array) for key, array in weights.tensors() if key.startswith(f"{part}/")]
-        parts[part]["sha256"] = content_hash(own)
+        prefix = f"{part}/"
+        parts[part]["sha256"] = content_hash(
+            {k: a for k, a in tensors.items() if k.startswith(prefix)}
+        )
     found: dict[str, object] = {
         "path": str(weights.path),
         "kind": weights.kind,
@@ -64,7 +67,7 @@ def summary(weights: Weights, *, sums: bool = False) -> dict[str, object]:
         "parameters": total,
         "parts": parts,
         "step": step_of(weights),
-        "hash": content_hash(weights.tensors()),
+        "hash": content_hash(tensors),
         "content": weights.metadata.get(CONTENT),
         "files": file_sums(weights.path) if sums else None,
         "left out": dict(weights.left_out),
@@ -114,7 +117,7 @@ def _about_lora(weights: Weights) -> dict[str, object]:
         "kind": lora.algorithm,
         "base": "for Stable Diffusion 1.x" if widths == {768} else None,
         "layers": {kind: sum(x.kind == kind for x in layers) for kind in ("unet", "clip_text")},
-        "ranks": sorted({layer.rank for layer in layers} - {None}),
+        "ranks": sorted({layer.rank for layer in layers if layer.rank is not None}),
         "alphas": sorted({layer.alpha for layer in layers}),
     }
 
@@ -137,10 +140,10 @@ def base_of(weights: Weights) -> str | None:
 
 def _base_of_unet(state: State) -> str | None:
     prefix = key_prefix("unet", state)
-    widths = []
+    widths: list[int] = []
     while (key := f"{prefix}down_blocks.{len(widths)}.resnets.0.conv1.weight") in state:
         widths.append(state[key].shape[0])
-    text = next((a.shape[1] for k, a in state.items() if k.endswith("attn2.to_k.weight")), None)
+    text = next((a.shape[1] for k, a in state.items() if k.endswith("attn2.to_k.weight")), 0)
     name = _BASES.get((tuple(widths), text))
     first = state.get(f"{prefix}conv_in.weight")
     inpaint = first is not None and first.shape[1] == 9
@@ -167,7 +170,7 @@ def compare(one: Weights, other: Weights, tolerance: float) -> list[str]:
     Precisions may differ: numbers are compared. NaN equals NaN. Raises UserError for weights that
     are equal but not whole, as everything that writes them does.
     """
-    first, second = dict(one.tensors()), dict(other.tensors())
+    first, second = one.tensors(), other.tensors()
     lines = [f"only in {one.path}: {key}" for key in _only(first, second)]
     lines += [f"only in {other.path}: {key}" for key in _only(second, first)]
     for key in first.keys() & second.keys():
@@ -188,14 +191,12 @@ def differing_settings(one: Weights, other: Weights) -> Iterator[tuple[str, list
     Of settings that make no sense in ``one``, why they make none.
     """
     ours, others = _configs(one), _configs(other)
-    readers = {kind: functools.partial(read_config, kind) for kind in ours.keys() & others.keys()}
-    pairs = {kind: (ours[kind], others[kind]) for kind in sorted(readers)}
+    pairs = {kind: (ours[kind], others[kind]) for kind in sorted(ours.keys() & others.keys())}
     if one.scheduler is not None and other.scheduler is not None:
-        readers["scheduler"] = read_schedule_config
         pairs["scheduler"] = one.scheduler, other.scheduler
     for name, (own, theirs) in pairs.items():
         try:
-            differing = _differing(readers[name](own), readers[name](theirs))
+            differing = _differing(*(_read_settings(name, said) for said in (own, theirs)))
         except UserError as err:
             differing = [str(err)]
         if own != theirs and differing:
@@ -203,6 +204,10 @@ def differing_settings(one: Weights, other: Weights) -> Iterator[tuple[str, list
     a, b = one.pipeline_class, other.pipeline_class
     if None not in (a, b) and a != b:
         yield "class", [f"{b}, not {a}"]
+
+
+def _read_settings(name: str, said: Mapping):
+    return read_schedule_config(said) if name == "scheduler" else read_config(name, said)
 
 
 def _configs(weights: Weights) -> dict[str, Mapping]:

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fact_convert.cli.options import (
     add_adapter,
@@ -16,6 +17,11 @@ from fact_convert.cli.options import (
 )
 from fact_jax.utils.command_line import ArgumentParser, add_version
 from fact_jax.utils.errors import UserError, listed, printable, run_program
+
+if TYPE_CHECKING:  # imported where they are used, so that --help is quick
+    from tqdm import tqdm
+
+    from fact_convert.cli.opening import Weights
 
 _SHOWN = 10
 
@@ -111,7 +117,7 @@ def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
     return command
 
 
-def _open(path: Path, arguments: argparse.Namespace):
+def _open(path: Path, arguments: argparse.Namespace) -> "Weights":
     from fact_convert.cli.opening import open_weights
 
     return open_weights(path, variant=arguments.variant, weights=arguments.weights)
@@ -125,15 +131,14 @@ def _inspect(arguments: argparse.Namespace) -> int:
         print(json.dumps(about, indent=2))
         return 0
     for name, value in about.items():
-        if name == "parts":
-            for part, facts in value.items():
-                _say(f"{part + ':':14s}{_sentence(facts)}")
-        elif isinstance(value, dict):
-            _say(f"{name}:")
-            for key, entry in value.items():
-                _say(f"  {key + ':':20s} {_sentence(entry)}")
-        else:
+        if not isinstance(value, dict):
             _say(f"{name + ':':14s}{_sentence(value)}")
+            continue
+        if name != "parts":
+            _say(f"{name}:")
+        for key, entry in value.items():
+            start = f"{key + ':':14s}" if name == "parts" else f"  {key + ':':20s} "
+            _say(start + _sentence(entry))
     return 0
 
 
@@ -198,7 +203,7 @@ def _extract(arguments: argparse.Namespace) -> int:
     return _write_adapter(arguments, extract_adapter(_open(arguments.source, arguments)))
 
 
-def _write_adapter(arguments: argparse.Namespace, weights) -> int:
+def _write_adapter(arguments: argparse.Namespace, weights: "Weights") -> int:
     """:func:`_write`, without the copies of ``--base``, if these are an adapter's weights."""
     from fact_convert.cli.adapters import drop_norm_copies
 
@@ -207,9 +212,13 @@ def _write_adapter(arguments: argparse.Namespace, weights) -> int:
     return _write(arguments, weights, notes, dim_head=arguments.dim_head)
 
 
-def _write(arguments: argparse.Namespace, weights, notes, dim_head: int | None = None) -> int:
+def _write(
+    arguments: argparse.Namespace,
+    weights: "Weights",
+    notes: Sequence[str],
+    dim_head: int | None = None,
+) -> int:
     """Write weights to OUT with a progress bar, then print notes."""
-
     from fact_convert.cli.opening import added_tokens
     from fact_convert.cli.saving import cast_weights, save
     from fact_convert.io.weight_files import file_format
@@ -258,12 +267,12 @@ def _to_jax(arguments: argparse.Namespace) -> int:
     return _done(arguments, weights.kind, "checkpoint", weights.notes, weights.left_out)
 
 
-def _bar(arguments: argparse.Namespace, weights):
+def _bar(arguments: argparse.Namespace, weights: "Weights") -> "tqdm":
     from tqdm import tqdm
 
     from fact_convert.io.output_paths import check_room
 
-    total = sum(array.nbytes for _, array in weights.tensors())
+    total = sum(array.nbytes for array in weights.tensors().values())
     check_room(arguments.out, total)
     return tqdm(total=total, unit="B", unit_scale=True, disable=None)
 
@@ -277,8 +286,14 @@ def _done(
 ) -> int:
     left_out = left_out or {}
     if arguments.json:
-        about = {"out": str(arguments.out), "kind": kind, "layout": layout}
-        about |= {"written": not arguments.dry_run, "notes": list(notes), "left out": left_out}
+        about = {
+            "out": str(arguments.out),
+            "kind": kind,
+            "layout": layout,
+            "written": not arguments.dry_run,
+            "notes": list(notes),
+            "left out": left_out,
+        }
         print(json.dumps(about, indent=2))
         return 0
     for reason, keys in left_out.items():

@@ -3,15 +3,14 @@
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from fact_convert.io.file_types import FAMILIES_KNOWN, foreign_family, foreign_pipeline_family
 from fact_convert.io.hub import local_folder
 from fact_convert.io.json_io import json_in, read_json
-from fact_convert.io.lazy_tensor import LazyTensor, State
+from fact_convert.io.lazy_tensor import State, Tensor
 from fact_convert.io.weight_files import file_format, part_variants, read_file, read_weights
 from fact_convert.lora import is_lora, lora_files
 from fact_convert.mapping import infer_kind, is_ignored, key_prefix, map_jax_path, map_torch_key
@@ -80,12 +79,17 @@ class Weights:
             return "adapter"
         return "pipeline" if set(self.states) == BASE_PARTS else " + ".join(self.states)
 
-    def tensors(self) -> Iterator[tuple[str, np.ndarray | LazyTensor]]:
-        """Every tensor that carries weight, with a name and a shape that all formats share."""
-        for part, state in self.states.items():
-            found = state if part == "unknown" else canonical(part, state, matrices=True)
-            for key, array in found.items():
-                yield f"{part}/{key}", array
+    def tensors(self) -> State:
+        """Every tensor that carries weight, by a name and in a shape that all formats share."""
+        canonical_states = {
+            part: state if part == "unknown" else canonical(part, state, matrices=True)
+            for part, state in self.states.items()
+        }
+        return {
+            f"{part}/{key}": a
+            for part, state in canonical_states.items()
+            for key, a in state.items()
+        }
 
 
 def canonical(kind: str, state: State, *, matrices: bool = False) -> State:
@@ -94,7 +98,7 @@ def canonical(kind: str, state: State, *, matrices: bool = False) -> State:
     With ``matrices``, a weight that files hold as a matrix or as a 1 x 1 convolution is a matrix.
     """
     prefix = key_prefix(kind, state)
-    found: State = {}
+    found: dict[str, Tensor] = {}
     for key, array in state.items():
         mapping = map_torch_key(kind, key, prefix)
         if mapping is None:
@@ -121,10 +125,10 @@ def open_weights(
     (``ema``) or the parameters (``params``) of a checkpoint. Tensors that no rule knows are kept
     under the kind ``unknown``. Raises UserError for what is not readable.
     """
-    weights = _open(Path(path), variant, weights)
-    if not any(weights.states.values()):
-        raise UserError(f"{weights.path}: holds no tensors")
-    return weights
+    opened = _open(Path(path), variant, weights)
+    if not any(opened.states.values()):
+        raise UserError(f"{opened.path}: holds no tensors")
+    return opened
 
 
 def _open(path: Path, variant: str | None, weights: str) -> Weights:
@@ -137,16 +141,12 @@ def _open(path: Path, variant: str | None, weights: str) -> Weights:
     if find_checkpoint(path) is not None:
         flat, meta = read_checkpoint(path, weights)
         states = to_torch(flat, meta.get("kept", {}))
-        configs = meta.get("configs")
+        configs = meta.get(CONFIGS)
         configs = configs if isinstance(configs, Mapping) else {}
-        return Weights(
-            path=path,
-            format="checkpoint",
-            states=states,
-            metadata=meta,
-            configs=configs,
-            **_pipeline_in(meta.get(PIPELINE)),
+        opened = Weights(
+            path=path, format="checkpoint", states=states, metadata=meta, configs=configs
         )
+        return _with_pipeline(opened, meta.get(PIPELINE))
     for stem, legacy in (("model", "pytorch_model"), 2 * ("diffusion_pytorch_model",)):
         if any(path.glob(f"{stem}*.safetensors")) or any(path.glob(f"{legacy}*.bin")):
             state = read_weights(path, stem, variant)
@@ -167,9 +167,11 @@ def _open(path: Path, variant: str | None, weights: str) -> Weights:
 
 def _open_lora(path: Path, files: Sequence[Path]) -> Weights:
     """A folder that peft or diffusers saved a LoRA in; ``fact_convert.lora`` reads its layers."""
-    states, texts = zip(*map(read_file, files), strict=True)
-    state = {key: array for each in states for key, array in each.items()}
-    text = {key: value for each in texts for key, value in each.items()}
+    state: dict[str, Tensor] = {}
+    text: dict[str, str] = {}
+    for own, said in map(read_file, files):
+        state |= own
+        text |= said
     return Weights(path=path, format="LoRA folder", states={"unknown": state}, metadata=text)
 
 
@@ -180,34 +182,35 @@ def _open_file(path: Path, weights: str) -> Weights:
     configs, pipeline = (json_in(text, name, path) for name in (CONFIGS, PIPELINE))
     if is_ldm(state):
         states, left_out = read_ldm(state, weights)
-        pipeline = pipeline or {"scheduler": read_schedule(state, text)}
-        return Weights(
+        opened = Weights(
             path=path,
             format=f"original layout, {stored}",
             states=states,
             metadata=text,
             configs=configs,
             left_out=left_out,
-            **_pipeline_in(pipeline),
         )
-    state, own = pop_dim_head(state, text, path)
+        return _with_pipeline(opened, pipeline or {"scheduler": read_schedule(state, text)})
+    state, said = pop_dim_head(state, path)
     states = split_kinds(state)
-    own = own | read_metadata(text, path) if ADAPTER_PARTS & set(states) else own
-    return Weights(path=path, format=stored, states=states, metadata=own, configs=configs)
+    own = read_metadata(text, path) if ADAPTER_PARTS & set(states) else text
+    metadata = {**own, **said}
+    return Weights(path=path, format=stored, states=states, metadata=metadata, configs=configs)
 
 
-def _pipeline_in(said: object) -> dict[str, object]:
-    """Scheduler and pipeline class from our own metadata, as fields of :class:`Weights`."""
+def _with_pipeline(weights: Weights, said: object) -> Weights:
+    """The weights with the scheduler and pipeline class that our own metadata says."""
     said = said if isinstance(said, Mapping) else {}
     scheduler, name = said.get("scheduler"), said.get("class")
-    return {
-        "scheduler": scheduler if isinstance(scheduler, Mapping) else None,
-        "pipeline_class": name if isinstance(name, str) else None,
-    }
+    return dataclasses.replace(
+        weights,
+        scheduler=scheduler if isinstance(scheduler, Mapping) else None,
+        pipeline_class=name if isinstance(name, str) else None,
+    )
 
 
 def pipeline_said(weights: Weights) -> dict[str, object]:
-    """Scheduler and pipeline class for metadata; inverse of :func:`_pipeline_in`."""
+    """Scheduler and pipeline class for metadata; inverse of :func:`_with_pipeline`."""
     said = {"class": weights.pipeline_class, "scheduler": weights.scheduler}
     return {name: value for name, value in said.items() if value is not None}
 
@@ -233,26 +236,24 @@ def _open_pipeline(path: Path, variant: str | None) -> Weights:
         for name, said in index.items()
         if isinstance(said, list) and said[0:1] not in ([None], []) and name not in _KNOWN_PARTS
     ]
-    return Weights(
+    opened = Weights(
         path=path,
         format="diffusers",
         states=states,
         metadata=index,
         configs=read_configs(path),
-        **_pipeline_in({"class": index.get("_class_name"), "scheduler": read_scheduler(path)}),
         left_out={"parts of a pipeline that are no weights of ours": others} if others else {},
-        notes=list(notes),
+        notes=notes,
     )
+    said = {"class": index.get("_class_name"), "scheduler": read_scheduler(path)}
+    return _with_pipeline(opened, said)
 
 
 def split_kinds(state: State) -> dict[str, State]:
     """The tensors of one file by kind of model."""
-    if any(key.startswith(RESAMPLER_PREFIX) for key in state):
-        parts: dict[str, State] = {"adapter": {}, "resampler": {}}
-        for key, array in state.items():
-            part = "resampler" if key.startswith(RESAMPLER_PREFIX) else "adapter"
-            parts[part][key] = array
-        return {part: found for part, found in parts.items() if found}
+    if resampler := {k: a for k, a in state.items() if k.startswith(RESAMPLER_PREFIX)}:
+        adapter = {k: a for k, a in state.items() if k not in resampler}
+        return {**({"adapter": adapter} if adapter else {}), "resampler": resampler}
     kind, share = infer_kind(state)
     return {kind if kind and share > 0.5 else "unknown": state}
 
@@ -342,7 +343,7 @@ def added_tokens(weights: Weights) -> list[AddedToken]:
     folder = weights.path / "tokenizer"
     if weights.format == "diffusers":
         return read_added_tokens(folder) if folder.is_dir() else []
-    said = weights.metadata.get(ADDED_TOKENS, [])
+    said: Any = weights.metadata.get(ADDED_TOKENS, [])
     try:
         said = json.loads(said) if isinstance(said, str) else said
         return [AddedToken.from_dict(token) for token in said]

@@ -28,7 +28,7 @@ from fact_convert.io.parallel import thread_map
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.torch_io import write_torch_file
 from fact_convert.io.weight_files import file_format
-from fact_convert.models.adapter import add_dim_head, write_adapter
+from fact_convert.models.adapter import add_dim_head, as_texts, write_adapter
 from fact_convert.models.diffusers_folder import (
     WeightFileOptions,
     configs_beside,
@@ -62,7 +62,7 @@ _SOURCE_METADATA = "metadata"
 
 def check_numbers(weights: Weights) -> None:
     """Compute every tensor and drop it: UserError if one is damaged or overflows its dtype."""
-    arrays = [array for _, array in weights.tensors()]
+    arrays = list(weights.tensors().values())
     for _ in thread_map(lambda array: release(np.asarray(array)), arrays):
         pass
 
@@ -151,9 +151,16 @@ def _save_folder(
     if weights.kind == "pipeline":
         if OTHER_NOISE in weights.left_out and weights.scheduler is None:
             raise UserError(f"{path}: has {OTHER_NOISE}")
-        said = {"scheduler": weights.scheduler, "class_name": weights.pipeline_class}
-        added = added_tokens(weights)
-        plan = plan_pipeline(path, states, configs, beside, added, notes=notes, **said)
+        plan = plan_pipeline(
+            path,
+            states,
+            configs,
+            beside,
+            added_tokens(weights),
+            scheduler=weights.scheduler,
+            class_name=weights.pipeline_class,
+            notes=notes,
+        )
         write = functools.partial(write_pipeline, path, out, states, plan)
     elif len(states) == 1:
         ((kind, state),) = states.items()
@@ -162,7 +169,7 @@ def _save_folder(
     else:
         raise UserError(f"{path}: {weights.kind} is not what a folder holds")
     if not dry_run:
-        write({"format": "pt", **text_metadata(weights)}, **options)
+        write({"format": "pt", **as_texts(checkpoint_metadata(weights))}, **options)
 
 
 def _save_onnx(weights: Weights, out: Path, dry_run: bool, *, replace: bool) -> None:
@@ -207,7 +214,7 @@ def save_torch(
         if len(state) != sum(map(len, weights.states.values())):
             raise UserError(f"{weights.path}: holds {weights.kind}, too many models for one file")
     pickled = stored == "pickle"
-    texts = {}
+    texts: dict[str, str] = {}
     if weights.kind == "adapter":
         config = adapter_config(weights, dim_head, guess=not pickled)
         if pickled and config:
@@ -222,7 +229,7 @@ def save_torch(
     elif weights.kind == "adapter":
         write_adapter(out, state, config, checkpoint_metadata(weights), wrote, replace=replace)
     else:
-        texts = {"format": "pt", **texts, **text_metadata(weights)}
+        texts = {"format": "pt", **texts, **as_texts(checkpoint_metadata(weights))}
         write_safetensors(out, state, texts, wrote, replace=replace)
 
 
@@ -232,8 +239,9 @@ def _with_settings(weights: Weights, state: State, pickled: bool) -> tuple[State
     A pickle has no metadata: of a base the noise schedule stands in tensors that such files have,
     and what is lost is noted.
     """
-    base = "unet" in weights.states and weights.scheduler is not None
-    schedule = read_schedule_config(weights.scheduler) if base else NoiseSchedule.sd15()
+    schedule = NoiseSchedule.sd15()
+    if "unet" in weights.states and weights.scheduler is not None:
+        schedule = read_schedule_config(weights.scheduler)
     if not pickled:
         said = {CONFIGS: weights.configs, PIPELINE: pipeline_said(weights)}
         texts = {name: json.dumps(value) for name, value in said.items() if value}
@@ -244,8 +252,7 @@ def _with_settings(weights: Weights, state: State, pickled: bool) -> tuple[State
             f"{', '.join(lost)}: such a file does not hold the configuration (heads and the like), "
             "which no tensor tells either: keep it for --config, or write .safetensors"
         )
-    if base:
-        state = {**state, **schedule_tensors(schedule)}
+    state = {**state, **schedule_tensors(schedule)}
     if "unet" in weights.states and weights.pipeline_class is not None:
         told = pipeline_class(weights.states["unet"], None)
         if told != weights.pipeline_class:
@@ -328,16 +335,11 @@ def _said_beside(weights: Weights) -> dict[str, str]:
     """The source's own metadata: texts under keys that fact-convert does not write."""
     if weights.format in ("diffusers", "folder"):  # whose metadata is a configuration
         return {}
-    said = weights.metadata
+    said: object = weights.metadata
     if weights.format == "checkpoint":
-        said = said.get(_SOURCE_METADATA)
-        said = said if isinstance(said, Mapping) else {}
+        said = weights.metadata.get(_SOURCE_METADATA)
     return {
-        key: text for key, text in said.items() if isinstance(text, str) and key not in _OWN_KEYS
+        key: text
+        for key, text in (said.items() if isinstance(said, Mapping) else ())
+        if isinstance(text, str) and key not in _OWN_KEYS
     }
-
-
-def text_metadata(weights: Weights) -> dict[str, str]:
-    """:func:`checkpoint_metadata` with texts alone, as safetensors' metadata has to be."""
-    found = checkpoint_metadata(weights).items()
-    return {key: value if isinstance(value, str) else json.dumps(value) for key, value in found}

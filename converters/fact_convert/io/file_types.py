@@ -80,9 +80,9 @@ def foreign_pipeline_family(name: object) -> str | None:
 
 def _inversion(held: Mapping[str, object]) -> str | None:
     """Textual inversion: a few rows of the width of a text encoder, called as the token is."""
-    shapes = [getattr(value, "shape", None) for value in held.values()]
-    rows = [bool(shape) and len(shape) < 3 and shape[-1] in _TEXT_WIDTHS for shape in shapes]
+    shapes = (getattr(value, "shape", None) for value in held.values())
+    rows = all(shape and len(shape) < 3 and shape[-1] in _TEXT_WIDTHS for shape in shapes)
     plain = all("." not in key for key in held) and len(held) < 100
-    if _INVERSION & set(held) or (held and plain and all(rows)):
+    if _INVERSION & set(held) or (held and plain and rows):
         return "a textual inversion: diffusers' load_textual_inversion adds it to a pipeline"
     return None

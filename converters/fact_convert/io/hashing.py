@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fact_convert.io.lazy_tensor import LazyTensor, release
+from fact_convert.io.lazy_tensor import State, release
 from fact_convert.io.parallel import thread_map
 from fact_jax.utils.errors import UserError
 
@@ -17,43 +17,36 @@ CONTENT = "content"
 _HASH = re.compile(r"[0-9a-f]{64}")
 
 
-def content_hash(tensors: Iterable[tuple[str, np.ndarray | LazyTensor]]) -> str:
+def content_hash(state: State) -> str:
     """SHA-256 over names, dtypes, shapes and data, independent of order and file format."""
-    named = list(tensors)
 
-    def line(entry: tuple[str, np.ndarray | LazyTensor]) -> str:
-        array = np.asarray(entry[1])
-        text = tensor_line(entry[0], array, tensor_sha256(array))
+    def line(name: str) -> str:
+        array = np.asarray(state[name])
+        text = tensor_line(name, array)
         release(array)
         return text
 
-    return combined_sha256(thread_map(line, named))
+    return combined_sha256(thread_map(line, list(state)))
 
 
-def check_content(
-    path: str | os.PathLike, state: Mapping[str, np.ndarray], metadata: Mapping[str, str]
-) -> None:
+def check_content(path: str | os.PathLike, state: State, metadata: Mapping[str, str]) -> None:
     """UserError if a file's tensors are not those whose hash its metadata carries.
 
     A few are read at a time. Files of other programs carry none, and are not read.
     """
     said = metadata.get(CONTENT, "")
-    if _HASH.fullmatch(said) and content_hash(state.items()) != said:
+    if _HASH.fullmatch(said) and content_hash(state) != said:
         raise UserError(
             f"{path}: damaged, or changed by another program: its tensors are not those that were "
             "written (metadata 'content')"
         )
 
 
-def tensor_sha256(array: np.ndarray) -> str:
-    """SHA-256 of an array's data in C order."""
+def tensor_line(name: str, array: np.ndarray) -> str:
+    """One tensor's line for :func:`combined_sha256`, with the SHA-256 of its data in C order."""
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return hashlib.sha256(flat.data).hexdigest()
-
-
-def tensor_line(name: str, array: np.ndarray | LazyTensor, numbers: str) -> str:
-    """One tensor's line for :func:`combined_sha256`; ``numbers`` is its digest."""
-    return f"{name} {array.dtype.name} {list(array.shape)} {numbers}\n"
+    digest = hashlib.sha256(flat.data).hexdigest()
+    return f"{name} {array.dtype.name} {list(array.shape)} {digest}\n"
 
 
 def combined_sha256(lines: Iterable[str]) -> str:

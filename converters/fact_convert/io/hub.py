@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 from fact_jax.utils.errors import UserError, first_line
@@ -32,21 +32,25 @@ def local_folder(
         )
     if not _HUB_NAME.fullmatch(str(name)) or path.parent.exists():
         raise UserError(f"{path}: no such folder")
-    wanted = [f"*/*.{variant}*safetensors"] if variant else ["*/*model*.safetensors"]
-    wanted = [*patterns, *(wanted if weights else ())]
+    tensors = f"*/*.{variant}*safetensors" if variant else "*/*model*.safetensors"
+    wanted = [*patterns, *([tensors] if weights else ())]
     unwanted = [] if variant else ["*.fp16.*", "*.non_ema.*"]
     if not any(pattern.startswith("safety_checker/") for pattern in wanted):
         unwanted.append("safety_checker/*")
-    found = fetch_snapshot(name, "folder", str(name), wanted, ignore_patterns=unwanted)
+    found = fetch_snapshot(name, "folder", str(name), wanted, unwanted)
     rest = _without_variant(found, variant) if weights and variant else []
     if rest:
         unwanted += ["*.fp16.*", "*.non_ema.*"]
-        fetch_snapshot(name, "folder", str(name), rest, ignore_patterns=unwanted)
+        fetch_snapshot(name, "folder", str(name), rest, unwanted)
     return found
 
 
 def fetch_snapshot(
-    name: str | os.PathLike, what: str, repository: str, wanted: Sequence[str], **options
+    name: str | os.PathLike,
+    what: str,
+    repository: str,
+    wanted: list[str],
+    unwanted: list[str] | None = None,
 ) -> Path:
     """The Hub client's local copy of the files of a repository that are ``wanted`` (patterns).
 
@@ -55,7 +59,8 @@ def fetch_snapshot(
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(repository, allow_patterns=wanted, **options))
+        found = snapshot_download(repository, allow_patterns=wanted, ignore_patterns=unwanted)
+        return Path(found)
     except Exception as err:  # the client has a dozen sorts for offline, absent and forbidden
         raise UserError(
             f"{name}: no such {what} here, and the Hub does not give it ({first_line(err)})"

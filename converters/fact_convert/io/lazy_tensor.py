@@ -2,7 +2,8 @@
 
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -59,7 +60,7 @@ class LazyTensor:
             raise ValueError(f"{array.dtype} {array.shape}, not {self.dtype} {self.shape}")
         return array if dtype is None else array.astype(dtype, copy=False)
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         # Protocols that hand out a pointer would outlive the array that they point into.
         if name.startswith("__"):
             raise AttributeError(name)
@@ -70,11 +71,12 @@ class LazyTensor:
         return LazyTensor(shape, self.dtype, lambda: view(np.asarray(self)))
 
 
-State = dict[str, np.ndarray | LazyTensor]
-"""Tensors by their PyTorch names."""
+Tensor = np.ndarray | LazyTensor
+State = Mapping[str, Tensor]
+"""A flat state dict: tensors by their PyTorch names."""
 
 
-def cast(array: np.ndarray | LazyTensor, dtype: np.dtype, name: str) -> np.ndarray | LazyTensor:
+def cast(array: Tensor, dtype: np.dtype, name: str) -> Tensor:
     """``array`` lazily cast to a dtype, with :func:`check_range`."""
     if array.dtype == dtype:
         return array
@@ -87,7 +89,7 @@ def cast(array: np.ndarray | LazyTensor, dtype: np.dtype, name: str) -> np.ndarr
     return LazyTensor(array.shape, dtype, read)
 
 
-def check_range(narrow: np.ndarray, wide: np.ndarray | LazyTensor, name: str) -> np.ndarray:
+def check_range(narrow: np.ndarray, wide: Tensor, name: str) -> np.ndarray:
     """``narrow``, if no number became infinite when ``wide`` was rounded to it; else UserError."""
     if narrow.dtype != wide.dtype and np.isinf(narrow).any():
         wide = np.asarray(wide)
@@ -102,15 +104,10 @@ def check_range(narrow: np.ndarray, wide: np.ndarray | LazyTensor, name: str) ->
     return narrow
 
 
-def contiguous(
-    view: np.ndarray | LazyTensor, dtype: np.dtype | None = None, out: np.ndarray | None = None
-) -> np.ndarray:
-    """A copy in C order, in ``out`` if it is given.
-
-    By slices that fit the cache: half the time of one at once.
-    """
+def contiguous(view: Tensor, dtype: np.dtype | None = None) -> np.ndarray:
+    """A copy in C order, by slices that fit the cache: half the time of one at once."""
     view = np.asarray(view)
-    out = np.empty(view.shape, dtype or view.dtype) if out is None else out
+    out = np.empty(view.shape, dtype or view.dtype)
     if view.ndim < 2 or view.flags.c_contiguous:
         out[...] = view
         return out
@@ -127,7 +124,7 @@ _WRITE_SIZE = 1 << 18
 
 def release(array: np.ndarray) -> None:
     """Free the memory of an array of a mapped file: what is wanted again is read again."""
-    base = array
+    base: object = array
     while isinstance(base, np.ndarray):
         base = base.base
     if isinstance(base, mmap.mmap) and array.nbytes:
@@ -137,7 +134,7 @@ def release(array: np.ndarray) -> None:
         base.madvise(mmap.MADV_DONTNEED, begin, high - origin - begin)
 
 
-def in_c_order(array: np.ndarray | LazyTensor) -> np.ndarray:
+def in_c_order(array: Tensor) -> np.ndarray:
     """The numbers of a stored array in C order: the array itself, or a copy."""
     stored = np.asarray(array)
     if stored.flags.c_contiguous:
@@ -152,7 +149,7 @@ def pwrite_array(handle, array: np.ndarray, offset: int, flags: int = 0) -> None
 
     ``flags`` are those of ``os.pwritev``.
     """
-    rest = memoryview(array.reshape(-1).view(np.uint8))
+    rest = array.reshape(-1).view(np.uint8).data
     while rest:
         count = os.pwritev(handle.fileno(), [rest[:_WRITE_SIZE]], offset, flags)
         rest, offset = rest[count:], offset + count

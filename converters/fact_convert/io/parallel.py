@@ -2,16 +2,17 @@
 
 import concurrent.futures
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import TypeVar
 
-Given, Found = TypeVar("Given"), TypeVar("Found")
+Given = TypeVar("Given")
+Found = TypeVar("Found")
 
 THREADS = min(4, os.cpu_count() or 1)
 """As many tensors as this are in memory at once."""
 
 
-def thread_map(work: Callable[[Given], Found], items: Sequence[Given]) -> Iterator[Found]:
+def thread_map(work: Callable[[Given], Found], items: Sequence[Given]) -> Generator[Found]:
     """``map``, several at a time; the results come in order.
 
     The first exception comes out here, and what had not begun then never begins.

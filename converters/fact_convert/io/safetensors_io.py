@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 import struct
 import threading
 from collections.abc import Callable, Mapping
@@ -12,15 +13,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from fact_convert.io.hashing import (
-    CONTENT,
-    check_content,
-    combined_sha256,
-    tensor_line,
-    tensor_sha256,
-)
+from fact_convert.io.hashing import CONTENT, check_content, combined_sha256, tensor_line
 from fact_convert.io.json_io import JSON_LIMIT, check_file, check_names, parse_json
-from fact_convert.io.lazy_tensor import LazyTensor, State, in_c_order, pwrite_array
+from fact_convert.io.lazy_tensor import State, in_c_order, pwrite_array
 from fact_convert.io.parallel import thread_map
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
@@ -71,13 +66,14 @@ def read_safetensors(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
 
 
 def _metadata(path: Path, found: object) -> dict[str, str]:
-    texts = found if isinstance(found, dict) else {"": None}
-    try:
-        for text in (*texts, *texts.values()):
-            text.encode()
-    except (AttributeError, UnicodeEncodeError) as err:
-        raise UserError(f"{path}: its metadata is not a table of texts") from err
-    return texts
+    if not isinstance(found, dict) or not all(map(_is_text, (*found, *found.values()))):
+        raise UserError(f"{path}: its metadata is not a table of texts")
+    return found
+
+
+def _is_text(value: object) -> bool:
+    """Whether UTF-8 has it: JSON may hold half a character of UTF-16."""
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
 
 
 def _check_layout(path: Path, header: Mapping, size: int) -> None:
@@ -123,7 +119,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def write_safetensors(
     path: str | os.PathLike,
-    state: Mapping[str, np.ndarray | LazyTensor],
+    state: State,
     metadata: Mapping[str, str],
     wrote: Callable[[int], None] | None = None,
     *,
@@ -158,7 +154,7 @@ def write_safetensors(
 
     def write(key: str) -> str:
         array = in_c_order(state[key])
-        line = tensor_line(key, array, tensor_sha256(array))
+        line = tensor_line(key, array)
         with turn:
             pwrite_array(handle, array, start + header[key]["data_offsets"][0], flags)
         return line

@@ -24,7 +24,7 @@ import numpy as np
 
 from fact_convert.io.file_types import FAMILIES_KNOWN, foreign_family
 from fact_convert.io.json_io import check_file, check_names
-from fact_convert.io.lazy_tensor import LazyTensor, State, in_c_order, release
+from fact_convert.io.lazy_tensor import State, in_c_order, release
 from fact_convert.io.parallel import thread_map
 from fact_convert.io.safetensors_io import DTYPES
 from fact_jax.utils.errors import UserError, first_line, listed
@@ -130,6 +130,8 @@ def _load(path: Path, *, mmap: bool) -> tuple[object, list[str]]:
 class _Held:
     """Placeholder for an object of a class that is not imported."""
 
+    held: list[object]
+
     def __new__(cls, *args):
         self = super().__new__(cls)
         self.held = [args]
@@ -225,7 +227,7 @@ def _check_sums(path: Path, places: Mapping[int, zipfile.ZipInfo]) -> None:
         end, found = begin + places[begin].file_size, 0
         for start in range(begin, end, _BLOCK):
             block = data[start : min(start + _BLOCK, end)]
-            found = zlib.crc32(block, found)
+            found = zlib.crc32(block.data, found)
             release(block)
         return found != places[begin].CRC
 
@@ -323,7 +325,7 @@ STORAGES = {
 
 def write_torch_file(
     path: str | os.PathLike,
-    state: Mapping[str, np.ndarray | LazyTensor],
+    state: State,
     wrote: Callable[[int], None] | None = None,
     *,
     replace: bool = True,
@@ -336,7 +338,8 @@ def write_torch_file(
     folder = "archive"  # as torch.save calls it where the file has no name
     with (
         atomic_write(path, replace=replace) as temporary,
-        zipfile.ZipFile(temporary, "w") as archive,
+        open(temporary, "wb") as handle,
+        zipfile.ZipFile(handle, "w") as archive,
     ):
         archive.writestr(zipfile.ZipInfo(f"{folder}/data.pkl"), _pickled(path, state))
         archive.writestr(zipfile.ZipInfo(f"{folder}/byteorder"), "little")
@@ -344,17 +347,17 @@ def write_torch_file(
             array = in_c_order(stored)
             entry = zipfile.ZipInfo(f"{folder}/data/{number}")
             # A field without a meaning, so long that the numbers begin at a multiple of 64.
-            begin = archive.fp.tell() + 30 + len(entry.filename.encode()) + 4
+            begin = handle.tell() + 30 + len(entry.filename.encode()) + 4
             entry.extra = struct.pack("<2sH", b"FB", -begin % 64) + b"Z" * (-begin % 64)
             with archive.open(entry, "w") as member:
-                member.write(memoryview(array.reshape(-1).view(np.uint8)))
+                member.write(array.reshape(-1).view(np.uint8).data)
             release(array)
             if wrote is not None:
                 wrote(array.nbytes)
         archive.writestr(zipfile.ZipInfo(f"{folder}/version"), "3\n")
 
 
-def _pickled(path: str | os.PathLike, state: Mapping[str, np.ndarray | LazyTensor]) -> bytes:
+def _pickled(path: str | os.PathLike, state: State) -> bytes:
     """The archive's ``data.pkl``: for each tensor a call that builds it from its storage."""
 
     def plain(value: str | int | tuple[int, ...]) -> bytes:
@@ -368,11 +371,10 @@ def _pickled(path: str | os.PathLike, state: Mapping[str, np.ndarray | LazyTenso
         if array.dtype not in STORAGES:
             raise UserError(f"{path}: {key} is {array.dtype}, which the format does not have")
         strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
-        storage = (plain("storage"), named("torch", STORAGES[array.dtype]), plain(str(number)))
-        storage = (*storage, plain("cpu"), plain(array.size))
-        built = (pickle.MARK, *storage, pickle.TUPLE, pickle.BINPERSID, plain(0))
-        built = (*built, plain(array.shape), plain(tuple(strides)), pickle.NEWFALSE)
-        hooks = (named("collections", "OrderedDict"), pickle.EMPTY_TUPLE, pickle.REDUCE)
-        call = (named("torch._utils", "_rebuild_tensor_v2"), pickle.MARK, *built, *hooks)
-        parts += [plain(key), *call, pickle.TUPLE, pickle.REDUCE, pickle.SETITEM]
+        parts += [plain(key), named("torch._utils", "_rebuild_tensor_v2"), pickle.MARK]
+        parts += [pickle.MARK, plain("storage"), named("torch", STORAGES[array.dtype])]
+        parts += [plain(str(number)), plain("cpu"), plain(array.size), pickle.TUPLE]
+        parts += [pickle.BINPERSID, plain(0), plain(array.shape), plain(tuple(strides))]
+        parts += [pickle.NEWFALSE, named("collections", "OrderedDict"), pickle.EMPTY_TUPLE]
+        parts += [pickle.REDUCE, pickle.TUPLE, pickle.REDUCE, pickle.SETITEM]
     return b"".join([*parts, pickle.STOP])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fact_convert.io.file_types import HEAD, file_type_of
 from fact_convert.io.json_io import check_file, check_names, read_json
-from fact_convert.io.lazy_tensor import State
+from fact_convert.io.lazy_tensor import State, Tensor
 from fact_convert.io.safetensors_io import read_safetensors
 from fact_convert.io.torch_io import read_torch_file
 from fact_jax.utils.errors import UserError, listed
@@ -37,7 +37,7 @@ def read_file(path: str | os.PathLike) -> tuple[State, dict[str, str]]:
     with open(path, "rb") as handle:
         found = file_type_of(handle.read(HEAD))
     stored = file_format(path)
-    own = {"safetensors": "a safetensors", "pickle": ("a zip", "a pickle")}
+    own = {"safetensors": ("a safetensors",), "pickle": ("a zip", "a pickle")}
     said = f"is {found}, " if found else ""
     if stored is None:
         known = ", ".join((*SAFETENSORS, *PICKLES))
@@ -57,20 +57,13 @@ def read_weights(folder: str | os.PathLike, stem: str, variant: str | None = Non
     names = _weight_files(stem, variant)
     if found := next((folder / name for name in names if (folder / name).exists()), None):
         return _read_shards(found) if found.suffix == ".json" else read_file(found)[0]
-    there = sorted(
-        {
-            match[1] or "none"
-            for file in (folder.iterdir() if folder.is_dir() else ())
-            if (
-                match := re.fullmatch(
-                    rf"(?:{stem}|{LEGACY_STEMS.get(stem, stem)})"
-                    r"(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)",
-                    file.name,
-                )
-            )
-        }
+    kind = re.compile(
+        rf"(?:{stem}|{LEGACY_STEMS.get(stem, stem)})"
+        r"(?:\.(\w+))?(?:-\d+-of-\d+)?\.(?:safetensors|bin)"
     )
-    hint = f"; there are weights of variant {', '.join(there)}" if there else ""
+    files = folder.iterdir() if folder.is_dir() else ()
+    there = {match[1] or "none" for file in files if (match := kind.fullmatch(file.name))}
+    hint = f"; there are weights of variant {', '.join(sorted(there))}" if there else ""
     raise UserError(f"{folder}: no {', no '.join(names)}{hint}")
 
 
@@ -109,7 +102,7 @@ def _read_shards(index: Path) -> State:
         raise UserError(f"{index}: has no weight_map from keys to files")
     if not where:
         raise UserError(f"{index}: its weight_map names no file")
-    state: State = {}
+    state: dict[str, Tensor] = {}
     for name in sorted(set(where.values())):
         if (
             Path(name).name != name

@@ -8,18 +8,17 @@ which can be mapped into memory.
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from fact_convert.io.json_io import read_json
-from fact_convert.io.lazy_tensor import LazyTensor, State, in_c_order, pwrite_array
+from fact_convert.io.lazy_tensor import LazyTensor, State, Tensor, in_c_order, pwrite_array
 from fact_convert.io.parallel import thread_map
 from fact_convert.io.safetensors_io import DTYPES, MOST_AXES
 from fact_jax.utils.errors import UserError, first_line
-
-Array = np.ndarray | LazyTensor
 
 _ROOM = 2**30
 _PACKED = 64
@@ -49,9 +48,8 @@ def read_tree(folder: Path, weights: str, sums: Mapping[str, int] | None = None)
 
 
 def _names(folder: Path, about: Mapping) -> Iterator[tuple[str, ...]]:
-    leaves = about.get("tree_metadata")
     try:
-        for leaf in leaves.values():
+        for leaf in about["tree_metadata"].values():
             if leaf["value_metadata"]["value_type"] == "None":
                 continue
             name = tuple(str(part["key"]) for part in leaf["key_metadata"])
@@ -62,19 +60,19 @@ def _names(folder: Path, about: Mapping) -> Iterator[tuple[str, ...]]:
         raise UserError(f"{folder}: damaged, _METADATA does not list its leaves") from err
 
 
-def _open(folder: Path, names: list[str], zarr3: bool) -> list[Array]:
+def _open(folder: Path, names: list[str], zarr3: bool) -> Sequence[Tensor]:
     """Open the leaves without reading them."""
     packed = (folder / "manifest.ocdbt").exists()
     if not packed and not zarr3:
-        mapped = [_map(folder, name) for name in names]
-        if all(array is not None for array in mapped):
+        mapped = [array for name in names if (array := _map(folder, name)) is not None]
+        if len(mapped) == len(names):
             return mapped
     import tensorstore
 
     base = str(folder.resolve())
     context = tensorstore.Context()
 
-    def opened(name: str):
+    def opened(name: str) -> tensorstore.Future:
         store = {"driver": "file", "path": f"{base}/{name}/"}
         if packed:
             store = {"driver": "ocdbt", "base": f"file://{base}/", "path": f"{name}/"}
@@ -84,6 +82,9 @@ def _open(folder: Path, names: list[str], zarr3: bool) -> list[Array]:
             "fill_missing_data_reads": False,
         }
         return tensorstore.open(spec, open=True, read=True, context=context)
+
+    def leaf(store: tensorstore.TensorStore, dtype: np.dtype) -> LazyTensor:
+        return LazyTensor(store.shape, dtype, lambda: store.read().result())
 
     arrays = []
     for name, future in [(name, opened(name)) for name in names]:
@@ -96,7 +97,7 @@ def _open(folder: Path, names: list[str], zarr3: bool) -> list[Array]:
         dtype = store.dtype.numpy_dtype
         if dtype not in DTYPES.values():
             raise UserError(f"{folder}: {name} is {dtype}, which is not supported")
-        arrays.append(LazyTensor(store.shape, dtype, lambda store=store: store.read().result()))
+        arrays.append(leaf(store, dtype))
     return arrays
 
 
@@ -122,7 +123,7 @@ def _map(folder: Path, name: str) -> np.ndarray | None:
     return np.memmap(chunk, dtype, "r", shape=tuple(shape))
 
 
-def _checked(folder: Path, name: tuple[str, ...], array: Array, known: int | None) -> Array:
+def _checked(folder: Path, name: tuple[str, ...], array: Tensor, known: int | None) -> Tensor:
     def read() -> np.ndarray:
         try:
             found = np.asarray(array)
@@ -146,17 +147,17 @@ def write_tree(
     leaves = dict(_flatten(tree))
     folder.mkdir()
 
-    def write(name: tuple[str, ...]) -> int | None:
-        return None if leaves[name] is None else _write_leaf(folder / ".".join(name), leaves[name])
+    stored = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+
+    def write(name: tuple[str, ...]) -> int:
+        return _write_leaf(folder / ".".join(name), stored[name])
 
     sums = {}
-    with contextlib.closing(thread_map(write, list(leaves))) as written:
-        for name, found in zip(leaves, written, strict=True):
-            if found is None:
-                continue
+    with contextlib.closing(thread_map(write, list(stored))) as written:
+        for name, found in zip(stored, written, strict=True):
             sums["/".join(name)] = found
             if wrote is not None:
-                wrote(leaves[name].nbytes)
+                wrote(stored[name].nbytes)
     about = {
         "tree_metadata": {str(name): _leaf_metadata(name, leaves[name]) for name in leaves},
         "use_ocdbt": False,
@@ -166,7 +167,9 @@ def write_tree(
     return sums
 
 
-def _flatten(tree: Mapping, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Array]]:
+def _flatten(
+    tree: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Tensor | None]]:
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, (*path, key))
@@ -174,7 +177,7 @@ def _flatten(tree: Mapping, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
             yield (*path, key), value
 
 
-def _leaf_metadata(name: tuple[str, ...], value: Array | None) -> dict:
+def _leaf_metadata(name: tuple[str, ...], value: Tensor | None) -> dict:
     kind = "None" if value is None else "np.ndarray"
     return {
         "key_metadata": [{"key": key, "key_type": 2} for key in name],
@@ -182,7 +185,7 @@ def _leaf_metadata(name: tuple[str, ...], value: Array | None) -> dict:
     }
 
 
-def _write_leaf(folder: Path, stored: Array) -> int:
+def _write_leaf(folder: Path, stored: Tensor) -> int:
     array = in_c_order(stored)
     found = checksum(array)
     folder.mkdir()

@@ -8,6 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
+from fact_convert.io.lazy_tensor import State
+
 Shape = tuple[int, ...]
 
 
@@ -24,7 +26,7 @@ class Layer(abc.ABC):
     algorithm: ClassVar[str]
     kind: str
     key: str
-    parts: Mapping[str, np.ndarray]
+    parts: State
     alpha: float
     rank: int | None
     scalar: float = 1.0
@@ -74,9 +76,15 @@ class Layer(abc.ABC):
         norm = np.sqrt(np.sum(np.square(base + delta), axis=others, keepdims=True))
         return self.magnitude.astype(base.dtype).reshape(norm.shape) / norm * (weight + delta)
 
-    def _part(self, name: str) -> np.ndarray | None:
-        array = self.parts.get(name)
-        return None if array is None else np.asarray(array, np.float32)
+    def _part(self, name: str) -> np.ndarray:
+        return np.asarray(self.parts[name], np.float32)
+
+    def _low_rank(self, name: str, core: str) -> np.ndarray:
+        """``a @ b``, or the Tucker decomposition with a core of the kernel's size."""
+        a, b = self._part(f"{name}_a"), self._part(f"{name}_b")
+        if core not in self.parts:
+            return a @ b
+        return np.einsum("ijkl,ip,jr->prkl", self._part(core), a, b, optimize=True)
 
 
 class LoraLayer(Layer):
@@ -86,10 +94,10 @@ class LoraLayer(Layer):
 
     def product(self) -> np.ndarray:
         up, down = (a.reshape(a.shape[0], -1) for a in map(self._part, ("up", "down")))
-        if (mid := self._part("mid")) is None:
+        if "mid" not in self.parts:
             return up @ down
         # up (o, r) after mid (r, s, h, w) after down (s, i): one convolution.
-        return np.einsum("or,rshw,si->oihw", up, mid, down, optimize=True)
+        return np.einsum("or,rshw,si->oihw", up, self._part("mid"), down, optimize=True)
 
 
 class LohaLayer(Layer):
@@ -98,11 +106,7 @@ class LohaLayer(Layer):
     algorithm = "LoHa"
 
     def product(self) -> np.ndarray:
-        one, other = (
-            _low_rank(*(self._part(f"hada_{name}") for name in (f"w{i}_a", f"w{i}_b", f"t{i}")))
-            for i in (1, 2)
-        )
-        return one * other
+        return self._low_rank("hada_w1", "hada_t1") * self._low_rank("hada_w2", "hada_t2")
 
 
 class LokrLayer(Layer):
@@ -116,10 +120,8 @@ class LokrLayer(Layer):
         return np.kron(one, other.reshape(other.shape[0], -1))
 
     def _matrix(self, i: int) -> np.ndarray:
-        full = self._part(f"lokr_w{i}")
-        if full is not None:
-            return full
-        return _low_rank(*(self._part(f"lokr_{x}") for x in (f"w{i}_a", f"w{i}_b", f"t{i}")))
+        name = f"lokr_w{i}"
+        return self._part(name) if name in self.parts else self._low_rank(name, f"lokr_t{i}")
 
 
 ALGORITHMS: dict[str, type[Layer]] = {
@@ -169,10 +171,7 @@ def _lora_shape(shapes: Mapping[str, Shape]) -> Shape | None:
 
 
 def _loha_shape(shapes: Mapping[str, Shape]) -> Shape | None:
-    one, other = (
-        _low_rank_shape(*(shapes.get(f"hada_{name}") for name in (f"w{i}_a", f"w{i}_b", f"t{i}")))
-        for i in (1, 2)
-    )
+    one, other = (_low_rank_shape(shapes, f"hada_w{i}", f"hada_t{i}") for i in (1, 2))
     return one if one == other else None
 
 
@@ -184,25 +183,19 @@ def _lokr_shape(shapes: Mapping[str, Shape]) -> Shape | None:
 
 
 def _lokr_factor(i: int, shapes: Mapping[str, Shape]) -> Shape | None:
-    full, *low = (shapes.get(f"lokr_{name}") for name in (f"w{i}", f"w{i}_a", f"w{i}_b", f"t{i}"))
-    if full is None:
-        return _low_rank_shape(*low)
-    return full if low == [None] * 3 else None
+    name, core = f"lokr_w{i}", f"lokr_t{i}"
+    if name not in shapes:
+        return _low_rank_shape(shapes, name, core)
+    return None if shapes.keys() & {f"{name}_a", f"{name}_b", core} else shapes[name]
 
 
 _SHAPES = {"LoRA": _lora_shape, "LoHa": _loha_shape, "LoKr": _lokr_shape}
 
 
-def _low_rank_shape(a: Shape, b: Shape, core: Shape | None) -> Shape | None:
+def _low_rank_shape(shapes: Mapping[str, Shape], name: str, core: str) -> Shape | None:
+    a, b, t = shapes[f"{name}_a"], shapes[f"{name}_b"], shapes.get(core)
     if len(a) != 2 or len(b) != 2:
         return None
-    if core is None:
+    if t is None:
         return (a[0], b[1]) if a[1] == b[0] else None
-    return (a[1], b[1], *core[2:]) if len(core) == 4 and core[:2] == (a[0], b[0]) else None
-
-
-def _low_rank(a: np.ndarray, b: np.ndarray, core: np.ndarray | None) -> np.ndarray:
-    """``a @ b``, or the Tucker decomposition with a core of the kernel's size."""
-    if core is None:
-        return a @ b
-    return np.einsum("ijkl,ip,jr->prkl", core, a, b, optimize=True)
+    return (a[1], b[1], *t[2:]) if len(t) == 4 and t[:2] == (a[0], b[0]) else None

@@ -9,7 +9,7 @@ import numpy as np
 
 from fact_convert.io.hashing import CONTENT
 from fact_convert.io.json_io import write_json
-from fact_convert.io.lazy_tensor import State
+from fact_convert.io.lazy_tensor import State, Tensor
 from fact_convert.io.output_paths import output_folder
 from fact_convert.io.safetensors_io import DTYPES, write_safetensors
 from fact_convert.lora.layers import Layer
@@ -90,7 +90,14 @@ def save_lora(
     write_safetensors(out, _state(lora, layout), texts, wrote, replace=force)
 
 
-def _write_folder(lora, out, settings, metadata, force, wrote) -> None:
+def _write_folder(
+    lora: Lora,
+    out: Path,
+    settings: Mapping[str, Mapping],
+    metadata: Mapping[str, str],
+    force: bool,
+    wrote: Callable[[int], None] | None,
+) -> None:
     with output_folder(out, force=force) as folder:
         for kind, said in settings.items():
             home = folder / LORA_PARTS[kind] if len(settings) > 1 else folder
@@ -116,26 +123,27 @@ def _problem(layer: Layer, layout: str) -> str | None:
 
 def _state(lora: Lora, layout: str) -> State:
     down, up, magnitude = _NAMES[layout]
-    state: State = {}
+    state: dict[str, Tensor] = {}
     for layer in lora.layers:
         name = layer_name(layout, layer.kind, layer.key)
         state[f"{name}.{down}"], state[f"{name}.{up}"] = layer.parts["down"], layer.parts["up"]
         if "mid" in layer.parts:
             state[f"{name}.lora_mid.weight"] = layer.parts["mid"]
         if layer.magnitude is not None:
-            state[f"{name}.{magnitude}"] = _magnitude(layer, layout)
+            shape = _magnitude_shape(layer, layout)
+            state[f"{name}.{magnitude}"] = layer.magnitude.reshape(shape)
         if layout == "kohya":
             state[f"{name}.alpha"] = _alpha(layer, lora)
     return state
 
 
-def _magnitude(layer: Layer, layout: str) -> np.ndarray:
+def _magnitude_shape(layer: Layer, layout: str) -> list[int]:
     """kohya's (n, 1, ...), (1, n, ...) of inputs; peft's (n,), of convolutions (1, n, 1, 1)."""
     ndim = layer.parts["down"].ndim
     if layout != "kohya" and ndim == 2:
-        return layer.magnitude
+        return [-1]
     axis = layer.axis if layout == "kohya" else 1
-    return layer.magnitude.reshape([-1 if i == axis else 1 for i in range(ndim)])
+    return [-1 if i == axis else 1 for i in range(ndim)]
 
 
 def _alpha(layer: Layer, lora: Lora) -> np.ndarray:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fact_convert.io.lazy_tensor import LazyTensor, State
+from fact_convert.io.lazy_tensor import LazyTensor, State, Tensor
 from fact_convert.lora.layers import Layer, squeeze_kernel
 from fact_convert.lora.reading import Lora
 from fact_convert.mapping import Difference, key_prefix, map_torch_key
@@ -20,7 +20,7 @@ from fact_jax.utils.errors import UserError
 
 def merge_lora(
     states: Mapping[str, State], lora: Lora, scale: float = 1.0, dtype: str | None = None
-) -> dict[str, dict[str, np.ndarray | LazyTensor]]:
+) -> dict[str, State]:
     """:func:`merge_loras` of one LoRA."""
     return merge_loras(states, [(lora, scale)], dtype)
 
@@ -31,7 +31,7 @@ def merge_loras(
     dtype: str | None = None,
     *,
     remove: bool = False,
-) -> dict[str, dict[str, np.ndarray | LazyTensor]]:
+) -> dict[str, State]:
     """A base's states by kind with each LoRA added times its scale, each tensor when it is read.
 
     Sums are taken in float32 and rounded once, to ``dtype`` or to the base's own. What DoRA
@@ -56,10 +56,10 @@ def merge_loras(
             else:
                 changes[layer.kind, key].append((layer, -scale if remove else scale))
         difference.raise_if_any(f"{lora.path}: the {lora.algorithm} does not fit this base")
-    merged = {kind: dict(state) for kind, state in states.items()}
+    merged: dict[str, dict[str, Tensor]] = {kind: dict(state) for kind, state in states.items()}
     for (kind, key), layers in changes.items():
         merged[kind][key] = _changed(key, merged[kind][key], layers, dtype)
-    return merged
+    return dict(merged)
 
 
 def _check(lora: Lora, scale: float, remove: bool) -> None:
@@ -80,10 +80,7 @@ def _misshapen(layer: Layer, key: str, base: tuple[int, ...]) -> str:
 
 
 def _changed(
-    key: str,
-    base: np.ndarray | LazyTensor,
-    layers: Sequence[tuple[Layer, float]],
-    dtype: str | None,
+    key: str, base: Tensor, layers: Sequence[tuple[Layer, float]], dtype: str | None
 ) -> LazyTensor:
     target = np.dtype(dtype or base.dtype)
 
@@ -104,7 +101,7 @@ def _changed(
 
 def merge_into_model(
     kind: str, state: State, loras: Sequence[tuple[Lora, float]], dtype: str | None = None
-) -> dict[str, np.ndarray | LazyTensor]:
+) -> State:
     """One model's state with its part of the LoRAs, as :func:`merge_loras` adds them."""
     return merge_loras(
         {kind: state}, [(lora_for(lora, kind), scale) for lora, scale in loras], dtype
@@ -127,6 +124,7 @@ def add_lora(module: nnx.Module, lora: Lora, scale: float = 1.0) -> nnx.Module:
     prefix = key_prefix(kind, state)
     for key, array in merge_into_model(kind, state, [(lora, scale)]).items():
         mapping = map_torch_key(kind, key, prefix)
+        assert mapping is not None, "dump_some gives names that the rules know"
         held = flat[paths[mapping.jax]]
         value = held.get_value()
         turned = mapping.transform.to_jax(np.asarray(array), value.ndim)

@@ -105,5 +105,5 @@ def _original_names() -> list[tuple[str, str]]:
     """Stable Diffusion 1.5's, the longest first: a LoRA alone does not tell the base's size."""
     keys = {f"down_blocks.{i}.resnets.{j}.norm1.weight" for i in range(4) for j in range(2)}
     keys |= {f"up_blocks.{i}.attentions.0.norm.weight" for i in (1, 2, 3)}
-    flat = [tuple(name.replace(".", "_") for name in pair) for pair in unet_pairs(keys)]
+    flat = [(ldm.replace(".", "_"), ours.replace(".", "_")) for ldm, ours in unet_pairs(keys)]
     return sorted(flat, key=lambda pair: -len(pair[0]))

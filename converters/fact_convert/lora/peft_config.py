@@ -61,7 +61,7 @@ class PeftConfig:
         if abs(alpha) > _LARGEST:
             return math.inf
         stabilised = algorithm == "LoRA" and self.values.get("use_rslora")
-        return alpha * (math.sqrt(rank) if stabilised else 1.0)
+        return alpha * (math.sqrt(rank) if rank and stabilised else 1.0)
 
     def rank(self, module: str) -> int | None:
         """The rank that a module is said to have, if that is said; UserError for a strange one."""

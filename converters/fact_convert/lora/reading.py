@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fact_convert.io.lazy_tensor import State
+from fact_convert.io.lazy_tensor import State, Tensor
 from fact_convert.io.weight_files import read_file
 from fact_convert.lora.layers import ALGORITHMS, Layer, missing_parts, product_shape, rank_of
 from fact_convert.lora.names import LORA_PARTS, find_weight, layout_of, module_path
@@ -137,9 +137,9 @@ def _read(file: Path) -> Lora:
     )
 
 
-def _grouped(state: State, difference: Difference) -> dict[str, dict[str, np.ndarray]]:
+def _grouped(state: State, difference: Difference) -> dict[str, dict[str, Tensor]]:
     """The tensors by the layer's name and by what they are of it."""
-    groups: dict[str, dict[str, np.ndarray]] = {}
+    groups: dict[str, dict[str, Tensor]] = {}
     for key, array in state.items():
         match = _KEY.fullmatch(key)
         if match is None:
@@ -186,7 +186,7 @@ def _refuse_other_sorts(file: Path, state: State) -> None:
 def _layer(
     name: str,
     place: tuple[str, str],
-    found: Mapping[str, np.ndarray],
+    found: State,
     settings: PeftConfig,
     difference: Difference,
 ) -> Layer | None:
@@ -235,7 +235,7 @@ def _layer(
     return layer
 
 
-def _unusable(arrays: Mapping[str, np.ndarray]) -> str | None:
+def _unusable(arrays: State) -> str | None:
     for part, array in arrays.items():
         if not is_float(array.dtype):
             return f"{array.dtype}, wanted floating point"
@@ -244,7 +244,7 @@ def _unusable(arrays: Mapping[str, np.ndarray]) -> str | None:
     return None
 
 
-def _magnitude_axis(magnitude: np.ndarray | None, lycoris: bool) -> int | None:
+def _magnitude_axis(magnitude: Tensor | None, lycoris: bool) -> int | None:
     """Which axis of the weight DoRA's magnitudes belong to, None if they are of a wrong shape.
 
     peft has them for the outputs, as (n,) or (1, n, 1, 1); LyCORIS as (n, 1, ...) for the outputs
@@ -258,7 +258,7 @@ def _magnitude_axis(magnitude: np.ndarray | None, lycoris: bool) -> int | None:
     return 1 if lycoris and long == [1] else 0
 
 
-def _number(stored: np.ndarray | None, otherwise: float) -> float:
+def _number(stored: Tensor | None, otherwise: float) -> float:
     if stored is None:
         return otherwise
-    return float(stored.reshape(-1)[0]) if stored.size == 1 else math.nan
+    return float(stored.item()) if stored.size == 1 else math.nan

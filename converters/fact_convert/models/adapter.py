@@ -14,7 +14,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from fact_convert.io.lazy_tensor import State
+from fact_convert.io.lazy_tensor import State, Tensor
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.weight_files import file_format, read_file
 from fact_convert.models.validation import check_fits, resampler_shape
@@ -64,13 +64,13 @@ class AdapterFile:
     path: Path
     metadata: dict[str, object]
     resampler: State
-    blocks: dict[str, State]
+    blocks: Mapping[str, State]
     config: ResamplerConfig
 
     def state(self) -> State:
         """All tensors as one flat dict with the released names."""
         own = {RESAMPLER_PREFIX + key: array for key, array in self.resampler.items()}
-        return own | _joined(self.blocks)
+        return {**own, **_joined(self.blocks)}
 
 
 def read_adapter(path: str | os.PathLike, resampler_config=None) -> AdapterFile:
@@ -82,7 +82,8 @@ def read_adapter(path: str | os.PathLike, resampler_config=None) -> AdapterFile:
     """
     path = Path(path)
     state, text = read_file(path)
-    state, metadata = pop_dim_head(state, read_metadata(text, path), path)
+    state, said = pop_dim_head(state, path)
+    metadata = read_metadata(text, path) | said
     resampler, blocks = split_state(state, path)
     with error_context(path):
         config, note = resampler_config, None
@@ -134,9 +135,11 @@ def check_adapter(resampler: State, blocks: Mapping[str, State], config=None) ->
     check_fits("adapter", _joined(blocks))
 
 
-def split_state(state: State, source: str | os.PathLike) -> tuple[State, dict[str, State]]:
+def split_state(state: State, source: str | os.PathLike) -> tuple[State, Mapping[str, State]]:
     """The resampler's tensors, and the adapters' by block and own key."""
-    resampler, blocks, unexpected = {}, {}, []
+    resampler: dict[str, Tensor] = {}
+    blocks: dict[str, dict[str, Tensor]] = {}
+    unexpected = []
     for key, array in state.items():
         block, mark, own = key.partition(ADAPTER_INFIX)
         if key.startswith(RESAMPLER_PREFIX):
@@ -162,7 +165,7 @@ def read_metadata(text: Mapping[str, str], source: str | os.PathLike) -> dict[st
         raise UserError(
             f"{source}: version {text['version']} of the format; this program knows {VERSION}"
         )
-    metadata: dict[str, object] = dict(text)
+    metadata: dict[str, object] = {k: value for k, value in text.items() if k != "dim_head"}
     for key in ("config", "step"):
         try:
             metadata |= {key: json.loads(text[key])} if key in text else {}
@@ -173,19 +176,16 @@ def read_metadata(text: Mapping[str, str], source: str | os.PathLike) -> dict[st
     return metadata
 
 
-def pop_dim_head(
-    state: State, metadata: Mapping[str, object], source: str | os.PathLike
-) -> tuple[State, dict[str, object]]:
-    """The state without :data:`DIM_HEAD_KEY`, and the metadata with its ``dim_head``."""
-    metadata = {name: value for name, value in metadata.items() if name != "dim_head"}
+def pop_dim_head(state: State, source: str | os.PathLike) -> tuple[State, dict[str, int]]:
+    """The state without :data:`DIM_HEAD_KEY`, and what it says as metadata (``dim_head``)."""
     if DIM_HEAD_KEY not in state:
-        return state, metadata
+        return state, {}
     said = state[DIM_HEAD_KEY]
     width = np.asarray(said).item() if said.size == 1 and said.dtype.kind in "iu" else 0
     if width < 1:
         raise UserError(f"{source}: {DIM_HEAD_KEY} is not the width of a head")
     rest = {key: array for key, array in state.items() if key != DIM_HEAD_KEY}
-    return rest, {**metadata, "dim_head": width}
+    return rest, {"dim_head": width}
 
 
 def add_dim_head(state: State, config: ResamplerConfig) -> State:
@@ -216,16 +216,16 @@ def find_resampler_config(
         raise UserError(f"it says that a head of its resampler is {known} wide, not {dim_head}")
     if said is not None:
         return said, None
-    dim_head = dim_head if known is None else known
-    if dim_head is None:
+    width = dim_head if known is None else known
+    if width is None:
         return infer_resampler(state)
     shape = resampler_shape(state)
-    if dim_head < 1 or shape["dim_head"] % dim_head:
+    if not isinstance(width, int) or width < 1 or shape["dim_head"] % width:
         raise UserError(
-            f"its heads cannot be {dim_head} wide: its resampler has {shape['dim_head']} channels "
-            "for all of them"
+            f"its heads cannot be {width!s:.40} wide: its resampler has {shape['dim_head']} "
+            "channels for all of them"
         )
-    return {**shape, "dim_head": dim_head, "heads": shape["dim_head"] // dim_head}, None
+    return {**shape, "dim_head": width, "heads": shape["dim_head"] // width}, None
 
 
 def infer_resampler(state: State) -> tuple[dict[str, int], str]:
@@ -322,7 +322,7 @@ def model_configs(unet_config: Mapping, resampler: ResamplerConfig) -> dict[str,
 
 def write_adapter(
     path: str | os.PathLike,
-    state: Mapping[str, np.ndarray],
+    state: State,
     config: Mapping[str, object],
     metadata: Mapping[str, object] | None = None,
     wrote: Callable[[int], None] | None = None,
@@ -333,8 +333,13 @@ def write_adapter(
     if file_format(path) != "safetensors":
         raise UserError(f"{path}: an adapter file ends in .safetensors")
     own = {"format": FORMAT, "version": VERSION, "config": dict(config)}
-    texts = {
-        key: value if isinstance(value, str) else json.dumps(value)
-        for key, value in ((metadata or {}) | own).items()
-    }
+    texts = as_texts({**(metadata or {}), **own})
     write_safetensors(path, state, texts, wrote, replace=replace)
+
+
+def as_texts(metadata: Mapping[str, object]) -> dict[str, str]:
+    """Metadata as safetensors has it: what is not text is written as JSON."""
+    return {
+        key: value if isinstance(value, str) else json.dumps(value)
+        for key, value in metadata.items()
+    }

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fact_convert.io.json_io import read_json, write_json
-from fact_convert.io.lazy_tensor import State
+from fact_convert.io.lazy_tensor import State, Tensor
 from fact_convert.io.output_paths import output_folder
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.torch_io import write_torch_file
@@ -190,7 +190,7 @@ def _write_files(folder, stem, state, metadata, files, wrote) -> None:
     suffix = "bin" if files.legacy else "safetensors"
     dotted = f".{files.variant}" if files.variant else ""
     shards = list(_shards(state, files.shard))
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         of = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
         name = f"{stem}{dotted}{of}.{suffix}"
@@ -207,7 +207,7 @@ def _write_files(folder, stem, state, metadata, files, wrote) -> None:
 
 def _shards(state: State, limit: int | None) -> Iterator[State]:
     """Parts of a state that have at most so many bytes, or a single tensor."""
-    shard: State = {}
+    shard: dict[str, Tensor] = {}
     size = 0
     for key, array in state.items():
         if shard and limit is not None and size + array.nbytes > limit:

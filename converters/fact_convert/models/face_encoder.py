@@ -46,11 +46,11 @@ def read_encoder(
             config = json_in(text, "configs", path).get("transface")
         if config is None:
             config, note = infer_encoder(state)
-        config = read_config("transface", config, state)
-        check_fits("transface", state, config)
+        found = read_config("transface", config, state)
+        check_fits("transface", state, found)
     if note:
         log.warning("note: %s: %s", path, note)
-    return state, config
+    return state, found
 
 
 def infer_encoder(state: State) -> tuple[dict[str, int], str]:

@@ -5,6 +5,7 @@ model of the same widths, with a note; other models are refused.
 """
 
 import dataclasses
+from typing import Any
 
 from fact_convert.io.lazy_tensor import State
 from fact_convert.models.adapter import infer_resampler
@@ -16,21 +17,22 @@ from fact_jax.models.unet import UNetConfig
 from fact_jax.models.vae import VAEConfig
 from fact_jax.utils.errors import UserError
 
-_SD2 = {"cross_attention_dim": 1024, "heads": (5, 10, 20, 20)}
-_PUBLISHED = {
+_WIDTH, _HEADS = 1024, (5, 10, 20, 20)
+"""Of Stable Diffusion 2.x: the width of its text tokens, and its heads by level."""
+_PUBLISHED: dict[str, dict[str, Any]] = {
     "unet": {
         "Stable Diffusion 1.x": UNetConfig.sd15(),
-        "Stable Diffusion 2.x": UNetConfig(**_SD2),
+        "Stable Diffusion 2.x": UNetConfig(cross_attention_dim=_WIDTH, heads=_HEADS),
     },
     "controlnet": {
         "Stable Diffusion 1.x": ControlNetConfig.sd15(),
-        "Stable Diffusion 2.x": ControlNetConfig(**_SD2),
+        "Stable Diffusion 2.x": ControlNetConfig(cross_attention_dim=_WIDTH, heads=_HEADS),
     },
     "vae": {"Stable Diffusion 1.x": VAEConfig.sd15()},
     "clip_text": {
         "Stable Diffusion 1.x": CLIPTextConfig.sd15(),
         "Stable Diffusion 2.x": CLIPTextConfig(
-            hidden_size=1024, intermediate_size=4096, num_attention_heads=16, hidden_act="gelu"
+            hidden_size=_WIDTH, intermediate_size=4096, num_attention_heads=16, hidden_act="gelu"
         ),
     },
 }

@@ -2,11 +2,10 @@
 
 import json
 import os
-from collections.abc import Mapping
 
 import numpy as np
 
-from fact_convert.io.lazy_tensor import LazyTensor, cast
+from fact_convert.io.lazy_tensor import State, cast
 from fact_convert.mapping import match_state
 from fact_convert.weights import abstract_state, read_config
 from fact_jax.models.transface import TransFaceConfig
@@ -21,7 +20,7 @@ _GRAPH, _INITIALIZER, _RAW_DATA = 7, 5, 9
 
 
 def write_onnx(
-    state: Mapping[str, np.ndarray | LazyTensor],
+    state: State,
     config,
     path: str | os.PathLike,
     *,
@@ -80,15 +79,21 @@ class _Graph:
     """A graph under construction: nodes in order, values by name."""
 
     def __init__(self):
-        self.nodes, self.constants, self.weights = [], [], []
+        self.nodes: list = []
+        self.constants: list = []
+        self.weights: list[str] = []
 
-    def op(self, kind: str, *inputs: str, outputs: int = 1, **attributes) -> str:
-        """Add a node; gives the name of what it computes, or names if there are several."""
+    def op(self, kind: str, *inputs: str, **attributes) -> str:
+        """Add a node; gives the name of what it computes."""
+        return self.split_op(kind, *inputs, outputs=1, **attributes)[0]
+
+    def split_op(self, kind: str, *inputs: str, outputs: int, **attributes) -> list[str]:
+        """Add a node that computes several values; gives their names."""
         from onnx import helper
 
         names = [f"{kind}.{len(self.nodes)}.{i}" for i in range(outputs)]
         self.nodes.append(helper.make_node(kind, inputs, names, **attributes))
-        return names[0] if outputs == 1 else names
+        return names
 
     def result(self, name: str, value: str) -> None:
         from onnx import helper
@@ -173,7 +178,7 @@ def _transface(config: TransFaceConfig) -> _Graph:
 def _attention(g: _Graph, x: str, path: str, config: TransFaceConfig) -> str:
     heads, width = config.num_heads, config.embed_dim // config.num_heads
     split = g.reshape(g.linear(x, f"{path}.qkv", bias=False), 0, 0, 3, heads, width)
-    parts = g.op("Split", g.op("Transpose", split, perm=[2, 0, 3, 1, 4]), outputs=3, axis=0)
+    parts = g.split_op("Split", g.op("Transpose", split, perm=[2, 0, 3, 1, 4]), outputs=3, axis=0)
     first = g.constant(np.array([0], np.int64))
     q, k, v = (g.op("Squeeze", part, first) for part in parts)
     scale = g.constant(np.float32(width**-0.5))

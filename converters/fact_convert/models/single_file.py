@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 
 import numpy as np
 
-from fact_convert.io.lazy_tensor import LazyTensor, State
+from fact_convert.io.lazy_tensor import State, Tensor
 from fact_convert.mapping import is_ignored, map_torch_key
 from fact_convert.rules.key_tables import TABLES
 from fact_convert.rules.ldm import EMA, IGNORED, PREFIXES, controlnet_pairs, unet_pairs, vae_pairs
@@ -50,7 +50,7 @@ def read_ldm(state: State, weights: str) -> tuple[dict[str, State], dict[str, li
     """
     left: dict[str, list[str]] = defaultdict(list)
     raw = _averaged(state, weights, left)
-    parts: dict[str, State] = defaultdict(dict)
+    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     bare_kind = _bare_kind(raw)
     for key, array in raw.items():
         if reason := _why_ignored(key):
@@ -60,7 +60,7 @@ def read_ldm(state: State, weights: str) -> tuple[dict[str, State], dict[str, li
         kind = next((kind for kind, start in PREFIXES.items() if key.startswith(start)), None)
         parts[kind or bare_kind or "unknown"][key] = array
     unknown = parts.pop("unknown", {})
-    states: dict[str, State] = {kind: {} for kind in PREFIXES if kind in parts}
+    states: dict[str, dict[str, Tensor]] = {kind: {} for kind in PREFIXES if kind in parts}
     for kind, found in states.items():
         bare = {key.removeprefix(PREFIXES[kind]): key for key in parts[kind]}
         names = _Names(kind, bare)
@@ -75,12 +75,12 @@ def read_ldm(state: State, weights: str) -> tuple[dict[str, State], dict[str, li
 
 def write_ldm(states: Mapping[str, State]) -> State:
     """One flat state in this layout. UserError for kinds and keys that have no name in it."""
-    flat: State = {}
+    flat: dict[str, Tensor] = {}
     odd = []
     for kind, state in states.items():
         names = _Names(kind, state) if kind in PREFIXES else None
         for key, array in state.items():
-            name = names and names.to_ldm(key)
+            name = names.to_ldm(key) if names else None
             if name is None or PREFIXES[kind] + name in flat:
                 odd.append(key)
             else:
@@ -130,7 +130,7 @@ def read_schedule(state: State, text: Mapping[str, str]) -> dict | None:
 def schedule_tensors(schedule: NoiseSchedule) -> State:
     """Keys for a file in this layout that tell how its schedule differs from the usual one."""
     usual, abar = (alphas_cumprod_numpy(each) for each in (NoiseSchedule.sd15(), schedule))
-    found: State = {} if np.array_equal(abar, usual) else {"alphas_cumprod": abar}
+    found = {} if np.array_equal(abar, usual) else {"alphas_cumprod": abar}
     if schedule.prediction_type == "v_prediction":
         found["v_pred"] = np.zeros(0, np.float32)
     return found
@@ -141,7 +141,7 @@ def prediction_texts(schedule: NoiseSchedule) -> dict[str, str]:
     return {PREDICTION: "v"} if schedule.prediction_type != "epsilon" else {}
 
 
-def _schedule_of(abar: np.ndarray | LazyTensor) -> NoiseSchedule | None:
+def _schedule_of(abar: Tensor) -> NoiseSchedule | None:
     """The noise schedule with this ``alphas_cumprod``, its betas rounded to three digits."""
     held = np.asarray(abar).astype(np.float64)
     if held.ndim != 1 or not 2 <= held.size <= _MOST_STEPS or not (held > 0).all():
@@ -204,13 +204,13 @@ def _replaced(key: str, names: Mapping[str, str]) -> str | None:
     return None
 
 
-def _as_matrix(kind: str, key: str, array: np.ndarray | LazyTensor) -> np.ndarray | LazyTensor:
+def _as_matrix(kind: str, key: str, array: Tensor) -> Tensor:
     """The VAE's attention is held as 1 x 1 convolutions here, as matrices in diffusers."""
     pointwise = array.ndim == 4 and array.shape[2:] == (1, 1)
     return array.reshape(array.shape[:2]) if pointwise and _is_pixel(kind, key) else array
 
 
-def _as_convolution(kind: str, key: str, array: np.ndarray | LazyTensor) -> np.ndarray | LazyTensor:
+def _as_convolution(kind: str, key: str, array: Tensor) -> Tensor:
     matrix = array.ndim == 2
     return array.reshape(*array.shape, 1, 1) if matrix and _is_pixel(kind, key) else array
 

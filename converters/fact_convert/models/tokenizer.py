@@ -1,10 +1,12 @@
 """CLIP's byte-pair tokenizer without transformers: reading and writing its files, token ids."""
 
 import dataclasses
+import functools
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -56,7 +58,7 @@ class AddedToken:
             raise UserError("tokenizer: an added token has no content or no id")
         return cls(**{"normalized": not known.get("special", False), **known})
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Write transformers' ``added_tokens_decoder``, where the id stands before."""
         said = dataclasses.asdict(self)
         del said["id"]
@@ -95,22 +97,41 @@ class Tokenizer:
         _check_ids(self.vocab, added)
         object.__setattr__(self, "added_tokens", tuple(added))
         try:
-            engine = self._build(self.vocab)
-            if any(engine.token_to_id(token.content) != token.id for token in added):
-                # The library counts on from the vocabulary, whatever the files say.
-                engine = self._build({**self.vocab, **{t.content: t.id for t in added}})
+            _ = self.engine
         except Exception as err:  # the library raises plain Exception for merges outside the vocab
             raise UserError(f"tokenizer: vocabulary and merges do not fit ({err})") from err
-        object.__setattr__(self, "_engine", engine)
-        object.__setattr__(self, "_vectors", _vectors(added))
+
+    @functools.cached_property
+    def engine(self) -> tokenizers.Tokenizer:
+        """The tokenizer of the library ``tokenizers``."""
+        engine = self._build(self.vocab)
+        if any(engine.token_to_id(token.content) != token.id for token in self.added_tokens):
+            # The library counts on from the vocabulary, whatever the files say.
+            engine = self._build(self.ids)
+        return engine
+
+    @functools.cached_property
+    def ids(self) -> dict[str, int]:
+        """The id of every token."""
+        return {**self.vocab, **{token.content: token.id for token in self.added_tokens}}
+
+    @functools.cached_property
+    def vectors(self) -> dict[str, str]:
+        """Tokens learned as several vectors, spelled out: ``<cat> <cat>_1 <cat>_2``."""
+        names = {token.content for token in self.added_tokens}
+        found = {}
+        for name in sorted(names):
+            rows = [name]
+            while f"{name}_{len(rows)}" in names:
+                rows.append(f"{name}_{len(rows)}")
+            if len(rows) > 1:
+                found[name] = " ".join(rows)
+        return found
 
     @property
     def size(self) -> int:
         """One more than the largest id: how many rows a text encoder needs."""
-        return max(*self.vocab.values(), self.added_tokens[-1].id) + 1
-
-    def id_of(self, token: str) -> int:
-        return self._engine.token_to_id(token)
+        return max(self.ids.values()) + 1
 
     def with_tokens(self, tokens: Iterable[AddedToken]) -> "Tokenizer":
         """This tokenizer with more added tokens. UserError if an id or a name is taken."""
@@ -124,7 +145,7 @@ class Tokenizer:
         engine = tokenizers.Tokenizer(
             models.BPE(
                 vocab=dict(vocab),
-                merges=[tuple(merge) for merge in self.merges],
+                merges=list(self.merges),
                 continuing_subword_prefix="",
                 end_of_word_suffix="</w>",
                 unk_token=self.unk_token,
@@ -146,8 +167,8 @@ class Tokenizer:
         engine.decoder = decoders.ByteLevel()
         engine.add_tokens([tokenizers.AddedToken(**t.to_dict()) for t in self.added_tokens])
         engine.post_processor = processors.RobertaProcessing(
-            (self.eos_token, engine.token_to_id(self.eos_token)),
-            (self.bos_token, engine.token_to_id(self.bos_token)),
+            (self.eos_token, self.ids[self.eos_token]),
+            (self.bos_token, self.ids[self.bos_token]),
             trim_offsets=False,
             add_prefix_space=False,
         )
@@ -171,19 +192,6 @@ def _check_ids(vocab: Mapping[str, int], added: Sequence[AddedToken]) -> None:
         seen.add(token.content)
 
 
-def _vectors(added: Iterable[AddedToken]) -> dict[str, str]:
-    """Tokens learned as several vectors, spelled out: ``<cat> <cat>_1 <cat>_2``."""
-    names = {token.content for token in added}
-    found = {}
-    for name in sorted(names):
-        rows = [name]
-        while f"{name}_{len(rows)}" in names:
-            rows.append(f"{name}_{len(rows)}")
-        if len(rows) > 1:
-            found[name] = " ".join(rows)
-    return found
-
-
 def tokenize(
     tokenizer: Tokenizer, prompts: Sequence[str]
 ) -> tuple[Int[np.ndarray, "b n"], list[str | None]]:
@@ -193,12 +201,11 @@ def tokenize(
     pipelines. The second list has, for each prompt, the end of it that was cut off, or None.
     """
     length = tokenizer.model_max_length
-    ids = np.full((len(prompts), length), tokenizer.id_of(tokenizer.pad_token), np.int32)
+    ids = np.full((len(prompts), length), tokenizer.ids[tokenizer.pad_token], np.int32)
     cut: list[str | None] = []
     prompts = [_with_all_rows(tokenizer, prompt) for prompt in prompts]
-    for row, prompt, encoding in zip(
-        ids, prompts, tokenizer._engine.encode_batch(prompts), strict=True
-    ):
+    encodings = tokenizer.engine.encode_batch(prompts)
+    for row, prompt, encoding in zip(ids, prompts, encodings, strict=True):
         found = encoding.ids
         if len(found) <= length:
             row[: len(found)] = found
@@ -210,10 +217,9 @@ def tokenize(
 
 
 def _with_all_rows(tokenizer: Tokenizer, prompt: str) -> str:
-    found = dict.fromkeys(tokenizer._engine.encode(prompt).tokens) if tokenizer._vectors else ()
-    for token in found:
-        if token in tokenizer._vectors:
-            prompt = prompt.replace(token, tokenizer._vectors[token])
+    vectors = tokenizer.vectors
+    for token in dict.fromkeys(tokenizer.engine.encode(prompt).tokens) if vectors else ():
+        prompt = prompt.replace(token, vectors.get(token, token))
     return prompt
 
 
@@ -311,7 +317,7 @@ def _read_added(folder: Path, settings: Mapping, vocab: Mapping[str, int]) -> li
     for token in (*extra, *additional):  # those that are nowhere else come last
         last = max([-1, *vocab.values(), *(token.id for token in found.values())])
         said = token if isinstance(token, dict) else {"content": token}
-        number = vocab.get(said.get("content"), last + 1)
+        number = vocab.get(said.get("content", ""), last + 1)
         add(AddedToken.from_dict(said, id=number, special=True))
     return list(found.values())
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from fact_convert.io.hashing import file_sha256
 from fact_convert.io.json_io import read_json, write_json
-from fact_convert.io.lazy_tensor import State
+from fact_convert.io.lazy_tensor import State, Tensor
 from fact_convert.io.output_paths import output_folder
 from fact_convert.io.parallel import thread_map
 from fact_convert.io.safetensors_io import DTYPES
@@ -71,14 +71,14 @@ def read_checkpoint(path: str | os.PathLike, weights: str = "ema") -> tuple[Stat
     return flat, about
 
 
-def to_torch(flat: State, kept: Mapping[str, Mapping] | None = None) -> dict[str, State]:
+def to_torch(flat: State, kept: Mapping[str, Mapping] | None = None) -> Mapping[str, State]:
     """Parameters by dotted path -> flat PyTorch states by kind, with the names that files have.
 
     ``kept`` are the tensors that :func:`to_jax` put aside. Raises one UserError with every path
     that no rule knows, and one if something put aside has the name of a weight.
     """
     difference = Difference()
-    states: dict[str, State] = {}
+    states: dict[str, dict[str, Tensor]] = {}
     for kind, part in _by_kind(flat).items():
         state = states[kind] = {}
         for path, array in part.items():
@@ -102,8 +102,8 @@ def to_torch(flat: State, kept: Mapping[str, Mapping] | None = None) -> dict[str
     return states
 
 
-def _by_kind(flat: State) -> dict[str, State]:
-    heads: dict[str, State] = {}
+def _by_kind(flat: State) -> Mapping[str, State]:
+    heads: dict[str, dict[str, Tensor]] = {}
     for path, array in flat.items():
         head, _, rest = path.partition(".")
         if head not in _TRAINING_ONLY:
@@ -113,7 +113,7 @@ def _by_kind(flat: State) -> dict[str, State]:
         return {kinds[head]: part for head, part in heads.items()}
     # One model, not under a name of its own: the kind that knows the most of its paths.
     known = {kind: sum(bool(map_jax_path(kind, path, "")) for path in flat) for kind in TABLES}
-    return {max(known, key=known.get): flat}
+    return {max(known, key=known.__getitem__): flat}
 
 
 def _prefix(kind: str) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from fact_convert.io.lazy_tensor import LazyTensor, State
+from fact_convert.io.lazy_tensor import State, Tensor
 from fact_convert.mapping import Shapes, key_prefix, match_state
 from fact_convert.rules.key_tables import ADAPTER_INFIX
 from fact_convert.rules.ldm import count_indices
@@ -30,10 +30,11 @@ RELEASED_SIZE = 112
 """Height and width of the crops that the public face encoders take."""
 
 
-def check_fits(kind: str, state: State, config: Mapping | None = None) -> None:
+def check_fits(kind: str, state: State, config=None) -> None:
     """UserError with every missing, unexpected and misshapen key, unless all of them fit.
 
-    No tensor is read. Without ``config`` the tensors themselves say how large the model is.
+    No tensor is read. ``config`` is the peer's as a dict or ours; without it the tensors
+    themselves say how large the model is.
     """
     if kind == "adapter":
         targets = _adapter_targets(state)
@@ -219,11 +220,11 @@ _SHAPES: dict[str, Callable[[State], object]] = {
 
 def _adapter_targets(state: State) -> Shapes:
     """Shapes of the adapters of one UNet, by our paths, for as many blocks as it must have."""
-    blocks: dict[str, State] = defaultdict(dict)
+    blocks: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, array in state.items():
-        block, mark, own = key.partition(ADAPTER_INFIX)
-        blocks[block if mark else ""][own] = array
-    blocks.pop("", None)
+        block, mark, leaf = key.partition(ADAPTER_INFIX)
+        if mark:
+            blocks[block][leaf] = array
     part = r"(?:(down|up)_blocks\.(\d+)|mid_block)\.attentions\.(\d+)\.transformer_blocks\.0"
     places = [match for block in blocks if (match := re.fullmatch(part, block))]
     levels = {(match[1], match[2]) for match in places if match[1]}
@@ -234,7 +235,7 @@ def _adapter_targets(state: State) -> Shapes:
         for j in range(layers + (way == "up"))
     }
     face = _axis(state, rf".*{re.escape(ADAPTER_INFIX)}linear\.weight", 1, 1)
-    targets = {}
+    targets: dict[str, tuple[int, ...]] = {}
     for block in sorted(wanted | {match[0] for match in places}):
         own = blocks.get(block, {})
         width = _axis(own, r"(?:linear|norm[12]|attn\.to_out\.0|ff\.net\.2)\.(?:weight|bias)", 0, 1)
@@ -252,7 +253,7 @@ def _adapter_shapes(width: int, face_dim: int) -> tuple[tuple[str, tuple[int, ..
     return tuple((".".join(map(str, path)), tuple(var.get_value().shape)) for path, var in found)
 
 
-def _widths(state: Mapping[str, np.ndarray | LazyTensor], pattern: str) -> tuple[int, ...]:
+def _widths(state: State, pattern: str) -> tuple[int, ...]:
     """How many channels each level has, by the number that ``pattern`` finds in its keys."""
     found: dict[int, list[int]] = defaultdict(list)
     for key, array in state.items():

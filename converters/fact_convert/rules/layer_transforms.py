@@ -1,14 +1,14 @@
 """Layer transforms between PyTorch and JAX layouts, both directions side by side.
 
-Arrays are numpy; the results are views where a transposition suffices.
+Results are views where a transposition suffices.
 """
 
 import dataclasses
 from collections.abc import Callable
 
-import numpy as np
+from fact_convert.io.lazy_tensor import Tensor
 
-TransformFn = Callable[[np.ndarray, int], np.ndarray]
+TransformFn = Callable[[Tensor, int], Tensor]
 """Transforms a tensor to the other layout; the number is how many axes the other side has."""
 
 
@@ -30,31 +30,31 @@ class LayerTransform:
     parameters: tuple[ParameterTransform, ...]
 
 
-def _same(array: np.ndarray, ndim: int) -> np.ndarray:
+def _same(array: Tensor, ndim: int) -> Tensor:
     return array
 
 
-def _linear_to_jax(weight: np.ndarray, ndim: int) -> np.ndarray:
+def _linear_to_jax(weight: Tensor, ndim: int) -> Tensor:
     """(out, in) -> (in, out)"""
     return weight.T
 
 
-def _linear_to_torch(kernel: np.ndarray, ndim: int) -> np.ndarray:
+def _linear_to_torch(kernel: Tensor, ndim: int) -> Tensor:
     """(in, out) -> (out, in)"""
     return kernel.T
 
 
-def _conv_to_jax(weight: np.ndarray, ndim: int) -> np.ndarray:
+def _conv_to_jax(weight: Tensor, ndim: int) -> Tensor:
     """(out, in, h, w) -> (h, w, in, out)"""
     return weight.transpose(2, 3, 1, 0) if weight.ndim == 4 else weight
 
 
-def _conv_to_torch(kernel: np.ndarray, ndim: int) -> np.ndarray:
+def _conv_to_torch(kernel: Tensor, ndim: int) -> Tensor:
     """(h, w, in, out) -> (out, in, h, w)"""
     return kernel.transpose(3, 2, 0, 1) if kernel.ndim == 4 else kernel
 
 
-def _pointwise_to_jax(weight: np.ndarray, ndim: int) -> np.ndarray:
+def _pointwise_to_jax(weight: Tensor, ndim: int) -> Tensor:
     """(out, in) or (out, in, 1, 1) -> (in, out) or (1, 1, in, out), whichever the model has"""
     if weight.ndim not in (2, 4) or weight.shape[2:] not in ((), (1, 1)):
         return _conv_to_jax(weight, ndim)
@@ -62,7 +62,7 @@ def _pointwise_to_jax(weight: np.ndarray, ndim: int) -> np.ndarray:
     return kernel[None, None] if ndim == 4 else kernel
 
 
-def _pointwise_to_torch(kernel: np.ndarray, ndim: int) -> np.ndarray:
+def _pointwise_to_torch(kernel: Tensor, ndim: int) -> Tensor:
     """(in, out) or (1, 1, in, out) -> (out, in) or (out, in, 1, 1), whichever the file had"""
     if kernel.ndim == 4 and kernel.shape[:2] != (1, 1):
         return _conv_to_torch(kernel, ndim)
