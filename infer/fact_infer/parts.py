@@ -34,6 +34,7 @@ from fact_jax.models.transface import TransFaceConfig
 from fact_jax.models.unet import UNetConfig
 from fact_jax.models.vae import VAEConfig
 from fact_jax.utils.errors import UserError
+from fact_jax.utils.miniature import require_miniature
 
 ADAPTER, ENCODER = "adapter.safetensors", "encoder"
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -270,6 +271,7 @@ def _locate(name: str | os.PathLike, files: Sequence[str], beside: str | None = 
     path = Path(name)
     if path.exists():
         return path
+    require_miniature({"": path})
     match = _HUB_NAME.fullmatch(str(name))
     if not match or Path(path.parts[0]).exists():
         raise UserError(f"{path}: no such file or folder")

@@ -33,7 +33,7 @@ def hub(saved, tmp_path, monkeypatch) -> dict[str, list[str]]:
     shutil.copytree(saved, remote)
     shutil.copytree(saved, remote / "half")
 
-    def fetch(repository, allow_patterns):
+    def fetch(repository, allow_patterns, ignore_patterns):
         if repository != "someone/face":
             raise OSError("404\nnot found")
         local = tmp_path / "cache"

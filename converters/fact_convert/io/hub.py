@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fact_jax.utils.errors import UserError, first_line
+from fact_jax.utils.miniature import require_miniature
 
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
@@ -30,6 +31,7 @@ def local_folder(
             f"{path}: not a folder in diffusers' layout; of a single file `fact-convert to-torch` "
             "makes one"
         )
+    require_miniature({"": path})
     if not _HUB_NAME.fullmatch(str(name)) or path.parent.exists():
         raise UserError(f"{path}: no such folder")
     tensors = f"*/*.{variant}*safetensors" if variant else "*/*model*.safetensors"

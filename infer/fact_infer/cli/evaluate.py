@@ -100,6 +100,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from fact_infer.parts import has_encoder
     from fact_infer.request import GenerationParams, check_seed
     from fact_jax.fact import Guidance
+    from fact_jax.utils.miniature import require_miniature
 
     if arguments.batch < 1:
         raise UserError(f"--batch must be at least 1, got {arguments.batch}")
@@ -113,10 +114,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         steps=arguments.steps,
         guidance=Guidance(text=arguments.guidance, face_scale=arguments.face_scale),
     )
-    networks = evaluate.MetricNetworks(arguments.judge)
     encoder = arguments.encoder
     if encoder is None and not has_encoder(arguments.adapter):
         encoder = Path("miniature/encoder")
+    paths = {"--base": arguments.base, "--encoder": encoder, "--judge": arguments.judge}
+    require_miniature({option: path for option, path in paths.items() if path is not None})
+    networks = evaluate.MetricNetworks(arguments.judge)
     pipeline = FlaxPipeline.load(arguments.base, arguments.adapter, encoder)
     pipeline.base.check(params)
     crop_size = pipeline.face.encoder_config.img_size

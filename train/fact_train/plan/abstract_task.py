@@ -23,6 +23,7 @@ from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig
 from fact_train.engine.state import make_optimizer, make_state
 from fact_train.engine.step import cast
+from fact_train.tasks import require_parts
 from fact_train.tasks.adapter import AdapterTask
 
 PyTree = Any
@@ -79,6 +80,7 @@ def build(config: TrainConfig) -> AbstractStep:
         raise UserError(f"plan knows the task 'adapter' only, this is {config.task!r}")
     # A start from an adapter file has the same shapes as a start from nothing.
     config = dataclasses.replace(config, options=dataclasses.replace(config.options, weights=None))
+    require_parts(config)
     built: list[AbstractAdapterTask] = []
 
     def init():

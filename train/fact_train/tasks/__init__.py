@@ -5,6 +5,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, get_type_hints
 
 from fact_jax.utils.errors import UserError
+from fact_jax.utils.miniature import require_miniature
 
 if TYPE_CHECKING:
     from fact_train.config import TrainConfig
@@ -37,4 +38,11 @@ def task_class(config: "TrainConfig") -> type["Task"]:
 
 def make_task(config: "TrainConfig") -> "Task":
     """Build the task that ``config.task`` names: ``Class(config)``."""
+    require_parts(config)
     return task_class(config)(config)
+
+
+def require_parts(config: "TrainConfig") -> None:
+    """UserError, with their options, for parts of the miniature that are not there."""
+    options = {f"options.{name}": value for name, value in vars(config.options).items()}
+    require_miniature({name: path for name, path in options.items() if isinstance(path, str)})
