@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from fact_convert.weights import abstract_state
 from fact_jax.models.unet import UNet, UNetConfig
+from tests.models import filled_model
 
 FACE_DIM = 6
 TEXT_DIM = 5
@@ -24,17 +23,13 @@ def tiny_unet(face_dim: int | None = FACE_DIM) -> UNet:
         norm_num_groups=4,
         face_dim=face_dim,
     )
-    graph, variables = abstract_state("unet", config)
     base, adapters = np.random.default_rng(1), np.random.default_rng(2)
-    filled = []
-    for path, variable in variables.items():
+
+    def fill(path: str, shape: tuple[int, ...]) -> np.ndarray:
         source = adapters if ".face." in path else base
-        value = 0.3 * source.standard_normal(variable.get_value().shape) + 0.2
-        if "alpha" in path:
-            value += 1.0
-        keys = tuple(int(key) if key.isdigit() else key for key in path.split("."))
-        filled.append((keys, variable.replace(jnp.asarray(value, jnp.float32))))
-    return nnx.merge(graph, nnx.from_flat_state(filled))
+        return 0.3 * source.standard_normal(shape) + (1.2 if "alpha" in path else 0.2)
+
+    return filled_model("unet", config, fill)
 
 
 def normal(seed: int, *shape: int) -> jax.Array:

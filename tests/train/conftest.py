@@ -10,6 +10,14 @@ from tests.train.tiny import write_tiny_miniature
 TOY = Path(__file__).with_name("toy.py")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _whitened_on_few():
+    """The start of the resampler is made of fewer portraits: drawing them is what takes long."""
+    from fact_train.tasks import adapter
+
+    adapter.WHITENED_ON = 16
+
+
 @pytest.fixture
 def toy_file():
     return TOY

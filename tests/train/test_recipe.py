@@ -38,6 +38,21 @@ def loss_of(parts, batch=None, seed=5, step=0, **options):
     return float(loss), {name: float(value) for name, value in metrics.items()}
 
 
+def test_null_condition_is_the_resampler_of_zeros(parts):
+    """With every face dropped, the condition no longer depends on whose photo it was."""
+    batch = parts[-1]
+    other = batch | {name: batch[name][::-1] for name in ("tokens", "partner")}
+    heard, dropped = (
+        [
+            loss_of(parts, data, drop=Drop(face=face, text=0.0, both=0.0))[0]
+            for data in (batch, other)
+        ]
+        for face in (0.0, 1.0)
+    )
+    assert heard[0] != heard[1]
+    assert dropped[0] == dropped[1]
+
+
 def with_caption(parts, text):
     task, *_, batch = parts
     ids = tokenize(task.pipeline.tokenizer, [text])[0]

@@ -132,3 +132,11 @@ def test_randomness_is_the_seed_and_the_step():
         (first_sample,) = jax.random.split(jax.random.fold_in(key, number), CONFIG.batch_size)
         assert metrics["noise"] == jax.random.normal(first_sample)
         assert metrics["seen"] == number
+
+
+def test_the_program_grows_with_the_parameters_and_not_with_their_square():
+    """Whether all is finite is computed once, not again beside every array that it decides on."""
+    many = {f"gate{i}": jnp.zeros(()) for i in range(20)}
+    step, state, frozen = start(Linear(), **many)
+    text = step.lower(state, frozen, {"x": X}).compile().as_text()
+    assert text.count(" is-finite(") < 2 * len(jax.tree.leaves(state))

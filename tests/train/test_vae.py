@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from fact_convert.models.pipeline import load_part, save_part
-from fact_jax.models.vae import AutoencoderKL, VAEConfig
+from fact_jax.models.vae import VAEConfig
 from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig
 from fact_train.engine.partition import merge, paths
 from fact_train.tasks.vae import VAEOptions, VAETask, load_vae
+from tests.models import random_model
 
 pytestmark = pytest.mark.heavy
 
@@ -23,7 +23,7 @@ TINY = VAEConfig(sample_size=64, block_out_channels=(4, 4), layers_per_block=1, 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("vae") / "vae"
-    vae = AutoencoderKL(dataclasses.replace(TINY, scaling_factor=0.7), rngs=nnx.Rngs(3))
+    vae = random_model("vae", dataclasses.replace(TINY, scaling_factor=0.7))
     save_part(vae, path, "diffusion_pytorch_model")
     return path
 

@@ -3,19 +3,18 @@
 import dataclasses
 from pathlib import Path
 
-from flax import nnx
-
 from fact_convert import Pipeline, Tokenizer, save_encoder, save_pipeline
 from fact_jax.curriculum import Stage
 from fact_jax.diffusion.noise_schedules import NoiseSchedule
-from fact_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from fact_jax.models.clip_text import CLIPTextConfig
 from fact_jax.models.resampler import ResamplerConfig
-from fact_jax.models.transface import TransFace, TransFaceConfig
-from fact_jax.models.unet import UNet, UNetConfig
-from fact_jax.models.vae import AutoencoderKL, VAEConfig
+from fact_jax.models.transface import TransFaceConfig
+from fact_jax.models.unet import UNetConfig
+from fact_jax.models.vae import VAEConfig
 from fact_jax.portraits.vocabulary import caption_vocabulary
 from fact_train.config import CheckpointConfig, LogConfig, OptimizerConfig, TrainConfig
 from fact_train.tasks.adapter import AdapterOptions
+from tests.models import random_model
 
 RESAMPLER = ResamplerConfig(
     dim=16, depth=1, dim_head=8, heads=2, num_queries=4, embedding_dim=16, output_dim=12
@@ -24,7 +23,6 @@ RESAMPLER = ResamplerConfig(
 
 def write_tiny_miniature(folder: Path) -> None:
     """``base/`` (16 x 16 pictures, 8 x 8 latents, two adapted blocks) and ``encoder/``."""
-    rngs = nnx.Rngs(0)
     vocab, merges = caption_vocabulary()
     text = dataclasses.replace(
         CLIPTextConfig.mini(len(vocab)),
@@ -50,14 +48,14 @@ def write_tiny_miniature(folder: Path) -> None:
         img_size=16, patch_size=8, embed_dim=16, depth=1, num_heads=2, num_classes=8
     )
     pipeline = Pipeline(
-        unet=UNet(unet, rngs=rngs),
-        vae=AutoencoderKL(vae, rngs=rngs),
-        text_encoder=CLIPTextModel(text, rngs=rngs),
+        unet=random_model("unet", unet),
+        vae=random_model("vae", vae),
+        text_encoder=random_model("clip_text", text),
         tokenizer=Tokenizer(vocab=vocab, merges=merges, model_max_length=32),
         schedule=NoiseSchedule.mini(),
     )
     save_pipeline(pipeline, folder / "base")
-    save_encoder(TransFace(encoder, rngs=rngs), folder / "encoder")
+    save_encoder(random_model("transface", encoder), folder / "encoder")
 
 
 def tiny_config(folder: Path, **options) -> TrainConfig:

@@ -125,6 +125,8 @@ class TrainStep:
         # A norm is finite only if every gradient is. All three run over all devices, so that all
         # of them decide alike.
         good = jnp.isfinite(loss) & jnp.isfinite(norm) & all_finite(moved)
+        # Else XLA computes it again for each leaf: a program that grows with their square.
+        good = jax.lax.optimization_barrier(good)
         params, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(good, a, b), moved, kept)
         bad = (~good).astype(jnp.int32)
         state = TrainState(
