@@ -17,8 +17,9 @@ demo: .venv/installed
 demo-scratch: .venv/installed
 	$(BIN)/python demo.py --scratch
 
-# The heavy files come first (tests/conftest.py), so that no process waits long for the last.
-PYTEST = JAX_PLATFORMS=cpu $(BIN)/python -m pytest
+# The heavy files come first (tests/conftest.py), so that no process waits long for the last. The
+# libraries' bytecode is kept whatever the environment says: compiling it is half of an import.
+PYTEST = PYTHONDONTWRITEBYTECODE= JAX_PLATFORMS=cpu $(BIN)/python -m pytest
 TOGETHER = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 test: .venv/installed
