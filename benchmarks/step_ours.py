@@ -11,7 +11,7 @@ from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.sharding import make_mesh
 from fact_train.config import EMAConfig, TrainConfig
 from fact_train.engine.state import make_optimizer, path_name, place_state
-from fact_train.engine.step import make_train_step
+from fact_train.engine.step import TrainStep
 from fact_train.plan.abstract_task import build
 from fact_train.tasks.adapter import AdapterOptions
 
@@ -44,7 +44,7 @@ def make(size, batch: int, remat: str) -> tuple[Callable[[], float], int]:
     state = place_state(params, optimizer, config.ema, mesh)
     del params
     data = {name: _data(name, leaf, size.cells, rng) for name, leaf in built.batch.items()}
-    train_step = make_train_step(built.task, optimizer, config, mesh)
+    train_step = TrainStep(built.task, optimizer, config, mesh)
 
     def step() -> float:
         nonlocal state

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from fact_jax.utils.ranges import CountOrZero, NonNegative, Probability, check_fields
+from fact_jax.utils.ranges import CheckedFields, CountOrZero, NonNegative, Probability
 
 StageText = Literal["caption", "empty_caption", "no_cross_attention"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Stage:
+class Stage(CheckedFields):
     """``steps`` steps over which both values go from their first number to their second.
 
     ``text`` says what a stage reads: each sample's ``caption``; for all of them the
@@ -33,22 +33,22 @@ class Stage:
     text: StageText | bool = "caption"
     ramp: Literal["linear", "cosine"] = "linear"
 
-    def __post_init__(self):
-        check_fields(self)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if isinstance(self.text, bool):
             object.__setattr__(self, "text", "caption" if self.text else "empty_caption")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drop:
+class Drop(CheckedFields):
     """Probabilities of leaving out the face alone, the text alone, and both."""
 
     face: Probability = 0.05
     text: Probability = 0.05
     both: Probability = 0.05
 
-    def __post_init__(self):
-        check_fields(self)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if (total := self.face + self.text + self.both) > 1 + 1e-9:
             raise ValueError(f"face + text + both must be at most 1, not {total:g}")
 

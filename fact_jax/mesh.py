@@ -4,11 +4,11 @@ import dataclasses
 from typing import Annotated, Literal
 
 from fact_jax.utils.errors import UserError
-from fact_jax.utils.ranges import Count, Range, check_fields
+from fact_jax.utils.ranges import CheckedFields, Count, Range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(CheckedFields):
     """Sizes of the mesh axes; ``data`` -1 takes all devices that are left.
 
     ``slices`` > 1 is for several TPU slices: the ``data`` axis then runs over them, so that only
@@ -22,12 +22,12 @@ class MeshConfig:
     slices: Count = 1
     base: Literal["replicated", "fsdp"] = "replicated"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if isinstance(self.data, int) and (self.data == 0 or self.data < -1):
             raise ValueError(
                 f"data must be at least 1, or -1 for all devices that are left, not {self.data}"
             )
-        check_fields(self)
+        super().__post_init__()
 
     def sizes(self, devices: int) -> tuple[int, int, int]:
         """(data, fsdp, tensor) on this many devices; UserError if they do not come out even."""

@@ -20,11 +20,11 @@ from fact_jax.models.layers import (
     split_heads,
 )
 from fact_jax.ops.attention import attention
-from fact_jax.utils.ranges import Count, check_fields
+from fact_jax.utils.ranges import CheckedFields, Count
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ResamplerConfig:
+class ResamplerConfig(CheckedFields):
     """Shape of the resampler, with the released code's names."""
 
     dim: Count = 1024
@@ -34,9 +34,6 @@ class ResamplerConfig:
     num_queries: Count = 16
     embedding_dim: Count = 512
     output_dim: Count = 768
-
-    def __post_init__(self):
-        check_fields(self)
 
     @classmethod
     def sd15(cls) -> "ResamplerConfig":

@@ -87,7 +87,7 @@ def recover(path: str | os.PathLike) -> bool:
     return writing
 
 
-def create(path: str | os.PathLike, write: Callable[[Path], None]) -> Path:
+def create(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:
     """A new file, filled by ``write`` (which is given a temporary path), whole or not at all.
 
     It is called ``path`` or, where that name is taken, ``NAME-2.SUFFIX`` and so on; gives the path

@@ -1,6 +1,7 @@
 """Ranges of configuration fields, declared in their types, and the check of a dataclass.
 
-    learning_rate: Annotated[float, Range(0)] = 1e-4
+    class OptimizerConfig(CheckedFields):
+        learning_rate: Annotated[float, Range(0)] = 1e-4
 
 No JAX here, so that reading settings is quick.
 """
@@ -87,16 +88,18 @@ _KINDS = {
 }
 
 
-def check_fields(node: Any) -> None:
-    """ValueError for a field of a dataclass whose value is not of its type or in its range.
+class CheckedFields:
+    """Base of a dataclass: ValueError for a value that is not of its field's type or in its range.
 
-    For ``__post_init__``. The message begins with the field's name.
+    The message begins with the field's name.
     """
-    hints = typing.get_type_hints(type(node), include_extras=True)
-    for field in dataclasses.fields(node):
-        value = getattr(node, field.name)
-        if wanted := _unmet(value, hints[field.name]):
-            raise ValueError(f"{field.name} must be {wanted}, not {value!r}")
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self), include_extras=True)
+        for name, hint in hints.items():
+            value = getattr(self, name)
+            if wanted := _unmet(value, hint):
+                raise ValueError(f"{name} must be {wanted}, not {value!r}")
 
 
 def _unmet(value: Any, hint: Any) -> str | None:

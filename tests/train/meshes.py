@@ -25,7 +25,7 @@ from fact_jax.sharding import MeshConfig, batch_sharding, global_batch, make_mes
 from fact_train.config import TrainConfig
 from fact_train.engine.checksums import checksums
 from fact_train.engine.state import make_optimizer, path_name, place_state
-from fact_train.engine.step import frozen_shardings, make_train_step
+from fact_train.engine.step import TrainStep, frozen_shardings
 from fact_train.overrides import override
 from fact_train.tasks import make_task
 from tests.fact_jax.tiny import FACE_DIM, TEXT_DIM, normal, tiny_unet
@@ -63,7 +63,7 @@ class Trainer:
         state = place_state(self.params, optimizer, config.ema, mesh)
         frozen = shard(self.frozen, frozen_shardings(self.frozen, config, mesh))
         batches = [global_batch(mesh, BATCH, self.rows, batch) for batch in self.batches]
-        step = make_train_step(self.task, optimizer, config, mesh)
+        step = TrainStep(self.task, optimizer, config, mesh)
         compiled = step.lower(state, frozen, batches[0]).compile()
         held = {
             path_name(path): leaf.addressable_data(0).nbytes / leaf.nbytes

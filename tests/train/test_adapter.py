@@ -17,7 +17,7 @@ from fact_jax.utils.errors import UserError
 from fact_train.data.array_source import PairedArrays
 from fact_train.engine.partition import paths
 from fact_train.engine.state import make_optimizer, make_state
-from fact_train.engine.step import make_train_step
+from fact_train.engine.step import TrainStep
 from fact_train.run.loop import run
 from fact_train.tasks.adapter import AdapterTask
 from tests.train.tiny import RESAMPLER, tiny_config
@@ -59,7 +59,7 @@ def test_fifty_steps_move_the_adapter_and_nothing_else(miniature, start):
     before = jax.tree.map(np.array, frozen)
     optimizer = make_optimizer(config.optimizer)
     state = make_state(trainable, optimizer, config.ema)
-    step = make_train_step(task, optimizer, config, make_mesh(config.mesh))
+    step = TrainStep(task, optimizer, config, make_mesh(config.mesh))
     rows = np.arange(config.batch_size)
     first = None
     for batch in itertools.islice(task.source().batches(0, rows), 50):

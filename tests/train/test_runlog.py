@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fact_jax.utils.errors import UserError
-from fact_train.run.logger import RunLogger, average, console_line, drop_lines_past
+from fact_train.run.logger import RunLogger, average, console_line, drop_lines_past, stage
 
 ROW = {"loss": 0.5, "skipped": 0.0, "skipped_in_a_row": 0.0, "steps_per_second": 4.0}
 
@@ -125,9 +125,9 @@ def test_a_stage_is_said_when_it_begins(tmp_path, capsys, monkeypatch):
     now = iter([0.0, 1.0, 10.0, 19.6])
     monkeypatch.setattr("fact_train.run.logger.time.monotonic", lambda: next(now))
     with RunLogger(tmp_path, steps=1) as log:
-        with log.stage("loading"):
+        with stage(log.say, "loading"):
             assert capsys.readouterr().err == "loading ...\n"
-        with log.stage("compiling"):
+        with stage(log.say, "compiling"):
             pass
     assert capsys.readouterr().err == "compiling ...\ncompiling: 10 s\n"
     assert (tmp_path / "log.txt").read_text() == "loading ...\ncompiling ...\ncompiling: 10 s\n"

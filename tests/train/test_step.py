@@ -10,7 +10,7 @@ import pytest
 from fact_jax.sharding import make_mesh
 from fact_train.config import EMAConfig, OptimizerConfig, TrainConfig
 from fact_train.engine.state import make_optimizer, make_state
-from fact_train.engine.step import make_train_step
+from fact_train.engine.step import TrainStep
 
 
 class Linear:
@@ -47,7 +47,7 @@ def start(task, config=CONFIG, **extra):
     params = {"weight": jnp.array([[4.0, 8.0]]), "bias": jnp.array([1.0]), **extra}
     optimizer = make_optimizer(config.optimizer)
     state = make_state(params, optimizer, config.ema)
-    step = make_train_step(task, optimizer, config, make_mesh(config.mesh))
+    step = TrainStep(task, optimizer, config, make_mesh(config.mesh))
     return step, state, {"scale": jnp.array([3.0])}
 
 

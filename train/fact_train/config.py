@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal
 from fact_jax.mesh import MeshConfig
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.ranges import (
+    CheckedFields,
     Count,
     CountOrZero,
     Name,
@@ -23,7 +24,6 @@ from fact_jax.utils.ranges import (
     Pattern,
     Positive,
     Range,
-    check_fields,
 )
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -31,7 +31,7 @@ DATA_PARALLEL = MeshConfig()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(CheckedFields):
     """AdamW. ``multipliers``: (path regex, factor) on the learning rate, the first match wins.
 
     Gradients longer than ``clip_norm`` (all of them as one vector) are shortened to it; ``inf``
@@ -50,23 +50,17 @@ class OptimizerConfig:
     eps: Positive = 1e-8
     multipliers: tuple[tuple[Pattern, NonNegative], ...] = ()
 
-    def __post_init__(self):
-        check_fields(self)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EMAConfig:
+class EMAConfig(CheckedFields):
     """Running average of the weights; decay 0 turns it off."""
 
     decay: Annotated[float, Range(0, 1, open_high=True)] = 0.9999
     warmup: bool = True
 
-    def __post_init__(self):
-        check_fields(self)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(CheckedFields):
     """Save every so many steps (and at the end).
 
     What stays: the newest ``keep``; those of every ``keep_every`` steps (0: none); and the ``best``
@@ -79,12 +73,9 @@ class CheckpointConfig:
     keep_every: CountOrZero = 0
     best: CountOrZero = 0
 
-    def __post_init__(self):
-        check_fields(self)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LogConfig:
+class LogConfig(CheckedFields):
     """Metrics every ``every`` steps; sample images every ``samples_every``.
 
     With 0 there are samples only at the end of the run, with None there are none.
@@ -98,8 +89,8 @@ class LogConfig:
     profile_steps: tuple[CountOrZero, CountOrZero] = (0, 0)
     wandb: bool = False
 
-    def __post_init__(self):
-        check_fields(self)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.profile_steps[0] > self.profile_steps[1]:
             raise ValueError(
                 f"profile_steps must be a first and a last step, not {self.profile_steps}"
@@ -107,7 +98,7 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(CheckedFields):
     """One experiment. ``task`` is a name in ``fact_train.tasks.TASKS``, ``options`` its dataclass.
 
     ``accumulate`` is into how many microbatches a step splits its batch. ``remat`` is what the
@@ -129,9 +120,6 @@ class TrainConfig:
     log: LogConfig = LogConfig()
     options: Any
 
-    def __post_init__(self):
-        check_fields(self)
-
 
 def load_config(name: str | Path) -> tuple[str, TrainConfig]:
     """Read an experiment by name or path: (short name, config)."""
@@ -141,6 +129,8 @@ def load_config(name: str | Path) -> tuple[str, TrainConfig]:
         hint = f"did you mean {near[0]!r}?" if near else "`fact-train configs` lists the names"
         raise UserError(f"no experiment {str(name)!r} ({path} does not exist); {hint}")
     spec = importlib.util.spec_from_file_location(f"experiment_{path.stem}", path)
+    assert spec is not None  # there is a loader for .py
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # so that an experiment may bring its own options and task
     try:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -34,19 +34,9 @@ def override(config: TrainConfig, assignments: Sequence[str]) -> TrainConfig:
     return _put_together(tree)
 
 
-def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted key, value) of every leaf field of a dataclass tree."""
-    for field in dataclasses.fields(config):
-        value, key = getattr(config, field.name), prefix + field.name
-        if dataclasses.is_dataclass(value):
-            yield from flatten(value, f"{key}.")
-        else:
-            yield key, value
-
-
 def to_json(config: TrainConfig) -> dict[str, Any]:
     """Flat dotted keys with JSON values, as kept in a run's folder."""
-    return json.loads(json.dumps(dict(flatten(config)), default=_plain))
+    return _as_json({key: value for key, _, value in _leaves(config)})
 
 
 def settings_of_run(config: TrainConfig, saved: dict[str, Any]) -> dict[str, Any]:
@@ -56,64 +46,68 @@ def settings_of_run(config: TrainConfig, saved: dict[str, Any]) -> dict[str, Any
     knows better.
     """
     found = defaults(config) | _EARLIER | saved
-    for key, value in flatten(config):
-        if (
-            key in found
-            and isinstance(value, tuple)
-            and value
-            and dataclasses.is_dataclass(value[0])
-        ):
-            with contextlib.suppress(
-                UserError, ValueError, TypeError
-            ):  # of another kind, and so different
-                items = _convert(found[key], tuple[type(value[0]), ...])
-                found[key] = [_plain(item) for item in _put_together(items, key)]
-    return json.loads(json.dumps(found, default=_plain))
+    for key, _, value in _leaves(config):
+        if key in found and isinstance(value, tuple) and value and _is_group(value[0]):
+            with contextlib.suppress(UserError, ValueError, TypeError):  # another kind: different
+                items = [_convert(item, type(value[0])) for item in found[key]]
+                found[key] = [_put_together(item, key) for item in items]
+    return _as_json(found)
 
 
-def defaults(config: Any, prefix: str = "") -> dict[str, Any]:
+def defaults(config: TrainConfig) -> dict[str, Any]:
     """The defaults, as :func:`to_json` writes them, of all settings that have one."""
-    found = {}
-    for field in dataclasses.fields(config):
-        value, key = getattr(config, field.name), prefix + field.name
-        if dataclasses.is_dataclass(value):
-            found |= defaults(value, f"{key}.")
-        elif field.default is not dataclasses.MISSING:
-            found[key] = field.default
-    return json.loads(json.dumps(found, default=_plain))
+    found = {key: field.default for key, field, _ in _leaves(config)}
+    return _as_json({k: v for k, v in found.items() if v is not dataclasses.MISSING})
 
 
-def _plain(value: Any) -> Any:
-    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) else str(value)
+def _leaves(node: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """(dotted key, field, value) of every leaf field of a tree of dataclasses."""
+    for field in dataclasses.fields(node):
+        value, key = getattr(node, field.name), prefix + field.name
+        if _is_group(value):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key, field, value
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    def plain(value: Any) -> Any:
+        return dataclasses.asdict(value) if _is_group(value) else str(value)
+
+    return json.loads(json.dumps(settings, default=plain))
+
+
+def _is_group(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 @dataclasses.dataclass
 class _Group:
-    """A dataclass (``kind``) taken apart, and with it those in its fields."""
+    """A dataclass taken apart, or a tuple of dataclasses (``kind``), whose keys are numbers."""
 
     kind: type
     values: dict[str, Any]
 
 
-class _Items(list):
-    """A tuple of dataclasses, each of them taken apart."""
-
-
 def _take_apart(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
+    if _is_group(value):
         names = [field.name for field in dataclasses.fields(value)]
         return _Group(type(value), {name: _take_apart(getattr(value, name)) for name in names})
-    if isinstance(value, tuple) and value and all(map(dataclasses.is_dataclass, value)):
-        return _Items(map(_take_apart, value))
+    if isinstance(value, tuple) and value and all(map(_is_group, value)):
+        return _numbered(map(_take_apart, value))
     return value
+
+
+def _numbered(items: Iterable[Any]) -> _Group:
+    return _Group(tuple, {str(i): item for i, item in enumerate(items)})
 
 
 def _put_together(node: Any, key: str = "") -> Any:
     """What was taken apart; UserError, with the group's key, where its own check refuses it."""
-    if not isinstance(node, _Group | _Items):
+    if not isinstance(node, _Group):
         return node
-    made = {name: _put_together(value, _join(key, name)) for name, value in _children(node)}
-    if isinstance(node, _Items):
+    made = {name: _put_together(value, _join(key, name)) for name, value in node.values.items()}
+    if node.kind is tuple:
         return tuple(made.values())
     try:
         return node.kind(**made)
@@ -121,33 +115,33 @@ def _put_together(node: Any, key: str = "") -> Any:
         raise UserError(f"{key}: {error}" if key else str(error)) from None
 
 
-def _children(node: "_Group | _Items") -> Iterator[tuple[str, Any]]:
-    if isinstance(node, _Group):
-        return iter(node.values.items())
-    return ((str(i), value) for i, value in enumerate(node))
-
-
 def _join(key: str, name: str) -> str:
     return f"{key}.{name}" if key else name
 
 
-def _keys(node: Any, key: str = "") -> Iterator[str]:
+def _keys(group: _Group, key: str = "") -> Iterator[str]:
     """Dotted keys of everything that can be assigned to."""
-    for name, value in _children(node):
+    for name, value in group.values.items():
         inner = _join(key, name)
-        if isinstance(value, _Group | _Items):
+        if isinstance(value, _Group):
             yield from _keys(value, inner)
-        if not isinstance(value, _Group):
+        if _is_setting(group, name):
             yield inner
 
 
-def _assign(tree: "_Group", key: str, text: str) -> None:
+def _is_setting(group: _Group, name: str) -> bool:
+    """Whether this can be assigned to: a leaf, or a whole tuple of dataclasses."""
+    value = group.values.get(name, group)
+    return group.kind is not tuple and (not isinstance(value, _Group) or value.kind is tuple)
+
+
+def _assign(tree: _Group, key: str, text: str) -> None:
     *groups, name = key.split(".")
     node: Any = tree
     for group in groups:
-        node = dict(_children(node)).get(group) if isinstance(node, _Group | _Items) else None
-    if not isinstance(node, _Group) or isinstance(node.values.get(name, node), _Group):
-        known = isinstance(node, _Group | _Items) and name in dict(_children(node))
+        node = node.values.get(group) if isinstance(node, _Group) else None
+    if not (isinstance(node, _Group) and _is_setting(node, name)):
+        known = isinstance(node, _Group) and name in node.values
         what = "is a group of settings" if known else "is no setting"
         near = nearest_key(key, list(_keys(tree)))
         raise UserError(f"{key!r} {what} of this experiment; the nearest is {near!r}")
@@ -201,9 +195,8 @@ def _convert(value: Any, hint: Any) -> Any:
             raise ValueError(value)
         inner = [arguments[0]] * len(items) if arguments[-1] is Ellipsis else list(arguments)
         made = [_convert(item, kind) for item, kind in zip(items, inner, strict=True)]
-        grouped = bool(made) and isinstance(made[0], _Group)
-        return _Items(made) if grouped else tuple(made)
-    elif dataclasses.is_dataclass(hint) and isinstance(value, dict):
+        return _numbered(made) if made and isinstance(made[0], _Group) else tuple(made)
+    elif isinstance(hint, type) and dataclasses.is_dataclass(hint) and isinstance(value, dict):
         return _convert_group(value, hint)
     elif hint is bool and str(value).lower() in ("true", "false"):
         return str(value).lower() == "true"
@@ -243,8 +236,8 @@ def _describe(hint: Any) -> str:
         return " or ".join(map(_describe, typing.get_args(hint)))
     inner = (*typing.get_args(hint), None)[0]
     if dataclasses.is_dataclass(inner):
-        names = ", ".join(f'"{field.name}": ...' for field in dataclasses.fields(inner))
-        return f"a list [{{{names}}}, ...]"
+        fields = ", ".join(f'"{field.name}": ...' for field in dataclasses.fields(inner))
+        return f"a list [{{{fields}}}, ...]"
     names = {
         int: "an integer",
         float: "a number",

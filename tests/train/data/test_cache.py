@@ -12,8 +12,8 @@ from fact_convert import load_encoder, load_pipeline
 from fact_jax.utils.errors import UserError
 from fact_train.cli.main import main
 from fact_train.data.cached_dataset import CachedDataset, CacheWriter
-from fact_train.data.datasets import open_records
 from fact_train.data.frozen_encoders import FrozenEncoders
+from fact_train.data.pixel_dataset import open_records
 from fact_train.data.records import data_libraries
 from fact_train.run.loop import run
 from fact_train.tasks.adapter import AdapterTask

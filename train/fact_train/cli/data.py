@@ -106,8 +106,8 @@ def cache(name: str, overrides: Sequence[str], out: Path, share: tuple[int, int]
 
     from fact_convert import load_encoder, load_pipeline
     from fact_train.data.cached_dataset import CacheWriter
-    from fact_train.data.datasets import open_records
     from fact_train.data.frozen_encoders import FrozenEncoders
+    from fact_train.data.pixel_dataset import open_records
 
     pipeline, encoder = load_pipeline(config.options.base), load_encoder(config.options.encoder)
     writer = CacheWriter(

@@ -29,8 +29,8 @@ def plan(
         overrides = [*overrides, f"batch_size={global_batch}"]
     config = override(load_config(name)[1], overrides)
     stats = compiled_stats(name, overrides, topology, chips)
-    about = {"config": name, "overrides": list(overrides)}
-    report = about | make_report(config, chip, chips, stats)
+    report = make_report(config, chip, chips, stats)
+    report = {"config": name, "overrides": list(overrides), **report}
     print(json.dumps(report, indent=1) if as_json else "\n".join(format_report(report)))
     return 0 if report["memory"]["fits"] else 1
 

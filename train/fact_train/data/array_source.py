@@ -35,7 +35,7 @@ class ShuffledArrays:
         found = zlib.crc32(f"{self.batch_size} {self.seed}".encode())
         for name, array in self.arrays.items():
             found = zlib.crc32(f"{name} {array.shape} {array.dtype}".encode(), found)
-            found = zlib.crc32(np.ascontiguousarray(array), found)
+            found = zlib.crc32(np.ascontiguousarray(array).data, found)
         return f"{found:08x}"
 
     def batches(self, start: int, rows: Int[np.ndarray, " r"]) -> Iterator[dict[str, np.ndarray]]:

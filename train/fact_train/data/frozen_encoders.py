@@ -1,20 +1,17 @@
 """Frozen encoders (VAE, text, face): in the training step, or once, for a cached dataset."""
 
 import hashlib
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from fact_convert import Pipeline
 from fact_jax.models.transface import TransFace
 from fact_jax.utils.pixels import normalize_pixels
 from fact_train.engine.partition import paths, split_module
 from fact_train.engine.sample_keys import sample_normal
-
-PyTree = Any
 
 
 class FrozenEncoders:

@@ -6,7 +6,6 @@ changes that nowhere but in its own places, where another record stands for it.
 """
 
 import hashlib
-import itertools
 import logging
 import threading
 from collections.abc import Iterator
@@ -115,24 +114,25 @@ class GrainSource:
         """The sample in a row of the batch after ``step`` steps."""
         number, partner = self.choose(step, row)
         again = np.random.default_rng([self._seed, step * self._batch_size + row, 1])
-        for attempt in itertools.count():
+        failed = 0
+        while True:
             try:
                 return self._rows.load(number, partner)
             except DamagedError as error:
                 self._damaged.add(error)
                 if error.number == number:
                     number = int(again.integers(self._count))
+            failed += 1
             partner = self._partners.draw(number, again)
-            if attempt >= _PARTNERS_TRIED:  # none of the others may be readable
+            if failed > _PARTNERS_TRIED:  # none of the others may be readable
                 partner = number
 
     def batches(self, start: int, rows: Int[np.ndarray, " r"]) -> Iterator[dict[str, np.ndarray]]:
         """These rows of the batches after ``start``, ``start`` + 1, ... steps."""
-        rows = [int(row) for row in rows]
 
         def load(position: int) -> dict[str, np.ndarray]:
             ahead, place = divmod(position, len(rows))
-            return self.load(start + ahead, rows[place])
+            return self.load(start + ahead, int(rows[place]))
 
         options = self._grain.ReadOptions(
             num_threads=_THREADS, prefetch_buffer_size=max(_THREADS, 2 * len(rows))

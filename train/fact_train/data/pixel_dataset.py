@@ -3,8 +3,27 @@
 import numpy as np
 from jaxtyping import Float
 
-from fact_convert import Tokenizer, tokenize
+from fact_convert import Pipeline, Tokenizer, tokenize
+from fact_jax.models.transface import TransFace
+from fact_jax.utils.errors import UserError
 from fact_train.data.records import Records
+
+
+def open_records(folder: str, pipeline: Pipeline, encoder: TransFace) -> Records:
+    """Records of the sizes that the base and the face encoder take; UserError for others."""
+    records = Records(folder)
+    size = pipeline.unet.config.sample_size * pipeline.vae.config.downscale
+    wanted = {
+        "--size": (records.size, size),
+        "--crop": (records.crop_size, encoder.config.img_size),
+    }
+    wrong = [f"{name} {need} (it is {has})" for name, (has, need) in wanted.items() if has != need]
+    if wrong:
+        raise UserError(
+            f"{folder} does not fit the base and the face encoder: write the records with "
+            f"{' and '.join(wrong)}"
+        )
+    return records
 
 
 class PixelDataset:

@@ -6,14 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, PyTree, UInt8
 
 from fact_jax.models.transface import TransFace
 from fact_jax.models.vae import AutoencoderKL
 from fact_jax.utils.batches import map_batches
 from fact_jax.utils.pixels import normalize_pixels
-
-PyTree = Any
 
 
 def encode_latents(

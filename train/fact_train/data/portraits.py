@@ -1,7 +1,7 @@
 """Photos from the procedural portrait world: in memory, and as examples for records."""
 
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from jaxtyping import UInt8
@@ -18,9 +18,9 @@ Photos = Annotated[int, Range(1, _MAX_PHOTOS)]
 _PEOPLE_AT_ONCE = 32
 
 
-def people_of(split: str, at_least: int = 1) -> Any:
-    """Type of a setting: how many people of a split of the portrait world."""
-    return Annotated[int, Range(at_least, len(SPLITS[split]))]
+def people_of(split: str, at_least: int = 1) -> Range:
+    """Range of a setting: how many people of a split of the portrait world."""
+    return Range(at_least, len(SPLITS[split]))
 
 
 def draw_portraits(

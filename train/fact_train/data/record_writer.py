@@ -21,7 +21,9 @@ from fact_train.data.records import (
     write_index,
 )
 
-tfds = data_libraries().tfds
+data_libraries()  # says what is missing
+
+import tensorflow_datasets as tfds  # noqa: E402
 
 _DESCRIPTION = """\
 Photos of people for training FACT (Face Adapter with deCoupled Training, arXiv 2410.12312).

@@ -7,17 +7,14 @@ that changes with its content.
 import hashlib
 import json
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, PyTree, UInt32
 
 from fact_train.engine.state import path_name
-
-PyTree = Any
 
 
 def checksums(tree: PyTree) -> dict[str, int]:

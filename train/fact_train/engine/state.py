@@ -10,13 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from fact_jax.sharding import FSDP_RULES, shard, shardings, zero1_shardings
 from fact_jax.utils.errors import UserError
 from fact_train.config import EMAConfig, OptimizerConfig
-
-PyTree = Any
 
 
 class TrainState(NamedTuple):

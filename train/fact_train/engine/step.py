@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from fact_jax.ops.remat import CPU_OPTIONS
 from fact_jax.sharding import (
@@ -30,23 +31,8 @@ from fact_train.engine.state import (
 )
 from fact_train.engine.task import Task
 
-PyTree = Any
 Batch = dict[str, jax.Array]
 Metrics = dict[str, jax.Array]
-
-
-def make_train_step(
-    task: Task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
-) -> "TrainStep":
-    """The compiled step of a task on a mesh; the state given to it is donated.
-
-    ``optimizer`` gives the direction (:func:`fact_train.engine.state.make_optimizer`), the step
-    applies the learning rate. If the loss, a gradient or a new value is not finite, everything
-    stays as it is. The loss is written on the global batch, which the compiler splits. UserError
-    if the batch cannot be.
-    """
-    check_batch(config, mesh)
-    return TrainStep(task, optimizer, config, mesh)
 
 
 def check_batch(config: TrainConfig, mesh: Mesh) -> None:
@@ -70,20 +56,26 @@ def frozen_shardings(frozen: PyTree, config: TrainConfig, mesh: Mesh) -> PyTree:
 
 
 class TrainStep:
-    """The step, compiled at its first call; ``lower`` takes ShapeDtypeStructs as well."""
+    """The step of a task on a mesh, compiled at its first call; the state given to it is donated.
 
-    def __init__(self, task, optimizer, config, mesh):
-        self.task: Task = task
-        self.optimizer: optax.GradientTransformation = optimizer
-        self.config: TrainConfig = config
-        self.mesh: Mesh = mesh
+    ``optimizer`` gives the direction (:func:`fact_train.engine.state.make_optimizer`), the step
+    applies the learning rate. If the loss, a gradient or a new value is not finite, everything
+    stays as it is. The loss is written on the global batch, which the compiler splits. UserError
+    if the batch cannot be.
+    """
+
+    def __init__(
+        self, task: Task, optimizer: optax.GradientTransformation, config: TrainConfig, mesh: Mesh
+    ):
+        check_batch(config, mesh)
+        self.task, self.optimizer, self.config, self.mesh = task, optimizer, config, mesh
         self._jitted: Any = None
 
     def __call__(self, state: TrainState, frozen: PyTree, batch: Batch):
         return self._compiled(state, frozen)(state, frozen, batch)
 
     def lower(self, state: TrainState, frozen: PyTree, batch: Batch) -> jax.stages.Lowered:
-        """The program for arguments of these shapes."""
+        """The program for arguments of these shapes; ShapeDtypeStructs will do."""
         return self._compiled(state, frozen).lower(state, frozen, batch)
 
     def _compiled(self, state: TrainState, frozen: PyTree):

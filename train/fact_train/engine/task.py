@@ -6,9 +6,9 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, PyTree
 
-PyTree = Any
+from fact_train.config import TrainConfig
 
 
 class Source(Protocol):
@@ -26,13 +26,17 @@ class Source(Protocol):
 
 
 class Task(Protocol):
-    """One thing to train. Built as ``Class(config: TrainConfig)``.
+    """One thing to train.
 
     A task may also define ``state_update(trainable, aux) -> trainable``, for what is not learned by
     gradient (batch-norm statistics): ``loss`` then puts a tree under the metric name ``"aux"``,
     and the engine hands it over, on the device, with the updated weights. And ``open_samples()``,
     called before the first step, which reads what ``samples`` needs (UserError if it cannot).
     """
+
+    config: TrainConfig
+
+    def __init__(self, config: TrainConfig): ...
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """(trainable, frozen): nested pure dicts of arrays, trainable in float32."""

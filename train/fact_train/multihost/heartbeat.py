@@ -33,7 +33,7 @@ class PeerMonitor:
     manager; every process of a run enters and leaves it. A process alone has no peers.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._index, self._count = jax.process_index(), jax.process_count()
         self._connections: dict[int, socket.socket] = {}
         self._hosts: list[str] = []
@@ -54,19 +54,18 @@ class PeerMonitor:
         if not self._connections:
             return
         message = _BYE
-        if kind is not None:
-            own = issubclass(kind, UserError | KeyboardInterrupt | SystemExit)
+        if error is not None:
+            own = isinstance(error, UserError | KeyboardInterrupt | SystemExit)
             if not own:  # perhaps what a lost process does to a computation
                 self._told.wait(_FAILED_SECONDS)
             if self._heard and (self._heard[1] or not own):
-                self._end()
-            reason = first_line(error, 300)
-            message = f"{self._name(self._index)}: {reason}"
+                self._end(self._heard[0])
+            message = f"{self._name(self._index)}: {first_line(error, 300)}"
             # Nobody may come any more to where JAX lets all processes meet at the end.
             atexit.register(self._exit, _status(error))
         self._leaving.set()
         self._send(message)
-        if kind is None:
+        if error is None:
             self._close()
 
     def _connect(self) -> None:
@@ -74,9 +73,8 @@ class PeerMonitor:
         if self._index == 0:
             listener = socket.create_server(("", 0), backlog=self._count)
         port = listener.getsockname()[1] if listener else 0
-        said = process_gather(
-            f"{host_name()} {coordinator_host() or host_name()} {port} {_token()}"
-        )
+        token = secrets.token_hex(16)
+        said = process_gather(f"{host_name()} {coordinator_host() or host_name()} {port} {token}")
         self._hosts = [text.split()[0] for text in said]
         own, given, port, token = said[0].split()
         hello = f"{token} "
@@ -101,17 +99,18 @@ class PeerMonitor:
         with selectors.DefaultSelector() as selector:
             for process, connection in self._connections.items():
                 _keep_alive(connection)
-                selector.register(connection, selectors.EVENT_READ, process)
+                selector.register(connection, selectors.EVENT_READ, (process, connection))
             while selector.get_map() and not self._leaving.is_set():
                 for key, _ in selector.select(timeout=1.0):
+                    process, connection = key.data
                     try:
-                        text = key.fileobj.recv(4096).decode(errors="replace")
+                        text = connection.recv(4096).decode(errors="replace")
                     except OSError:
                         text = ""
                     if text == _BYE:
-                        selector.unregister(key.fileobj)
+                        selector.unregister(connection)
                     elif not self._leaving.is_set():
-                        return self._hear(text, key.data)
+                        return self._hear(text, process)
 
     def _hear(self, text: str, process: int) -> None:
         lost = not text or text.startswith("lost ")
@@ -123,12 +122,12 @@ class PeerMonitor:
             self._send(f"lost {line}" if lost else line)
         # Where process 0 is lost JAX is about to abort: there is no time to lose.
         if lost or not self._leaving.wait(_FAILED_SECONDS):
-            self._end()
+            self._end(line)
 
-    def _end(self) -> None:
-        line = f"error: {printable(self._heard[0])}; start all again to go on from the newest"
+    def _end(self, line: str) -> None:
+        advice = "start all again to go on from the newest checkpoint"
         with contextlib.suppress(OSError):
-            os.write(2, f"{line} checkpoint\n".encode())
+            os.write(2, f"error: {printable(line)}; {advice}\n".encode())
         self._exit(2)
 
     def _exit(self, status: int) -> None:
@@ -165,10 +164,6 @@ def _status(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
     return 2 if isinstance(error, UserError | OSError | MemoryError) else 1
-
-
-def _token() -> str:
-    return secrets.token_hex(16)
 
 
 def _reach(hosts: list[str], port: int) -> socket.socket:

@@ -8,6 +8,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def initialize(
         if processes is not None or process is not None:
             raise UserError("--processes and --process need --coordinator host:port")
         return
-    settings = {
+    settings: dict[str, int | str | None] = {
         "initialization_timeout": 10 * arrival_seconds,
         "shutdown_timeout_seconds": LEAVING_SECONDS,
     }
@@ -105,7 +106,7 @@ def check_alike(config: TrainConfig) -> None:
         )
 
 
-def check_same(digests: dict[str, str], advice: str) -> None:
+def check_same(digests: Mapping[str, str | None], advice: str) -> None:
     """UserError if two processes differ in one of these digests (name of the thing -> digest)."""
     for name, digest in digests.items():
         found = [

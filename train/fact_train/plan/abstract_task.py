@@ -2,10 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from fact_convert import Pipeline, Tokenizer
 from fact_convert.io.json_io import read_json
@@ -15,7 +17,7 @@ from fact_convert.weights import abstract_module, read_config
 from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.models.clip_text import CLIPTextConfig
 from fact_jax.models.resampler import Resampler
-from fact_jax.models.transface import TransFaceConfig
+from fact_jax.models.transface import TransFace, TransFaceConfig
 from fact_jax.models.unet import UNetConfig
 from fact_jax.models.vae import VAEConfig
 from fact_jax.portraits.vocabulary import caption_vocabulary
@@ -26,7 +28,6 @@ from fact_train.engine.step import cast
 from fact_train.tasks import require_parts
 from fact_train.tasks.adapter import AdapterTask
 
-PyTree = Any
 SD15 = {"unet": UNetConfig.sd15(), "vae": VAEConfig.sd15(), "text_encoder": CLIPTextConfig.sd15()}
 
 
@@ -49,11 +50,10 @@ class AbstractAdapterTask(AdapterTask):
         self.notes: list[str] = []
         super().__init__(config)
 
-    def _load(self):
-        pipeline, encoder = _pipeline(self.options.base, self.notes), self._encoder()
-        return pipeline, encoder
+    def _load(self) -> tuple[Pipeline, TransFace]:
+        return _pipeline(self.options.base, self.notes), self._encoder()
 
-    def _encoder(self):
+    def _encoder(self) -> TransFace:
         folder = Path(self.options.encoder)
         if (folder / "config.json").is_file():
             return abstract_module(
@@ -70,7 +70,7 @@ class AbstractAdapterTask(AdapterTask):
         self.notes.append(f"{folder} is no folder here: a TransFace of width {wide} is assumed")
         return abstract_module("transface", config)
 
-    def _new_resampler(self, rngs) -> Resampler:
+    def _new_resampler(self, rngs: nnx.Rngs) -> Resampler:
         return Resampler(self.options.resampler, rngs=rngs)
 
 
@@ -108,7 +108,7 @@ def batch_shapes(task: AdapterTask, count: int) -> dict[str, jax.ShapeDtypeStruc
     float32, float16, int32, uint8 = jnp.float32, jnp.float16, jnp.int32, jnp.uint8
     latents = (side, side, unet.in_channels)
     face, crop = (encoder.tokens, encoder.embed_dim), (encoder.img_size, encoder.img_size, 3)
-    arrays = {"mask": ((side, side), float32)}
+    arrays: dict[str, tuple[tuple[int, ...], DTypeLike]] = {"mask": ((side, side), float32)}
     if options.cache is not None:
         arrays |= {"mean": (latents, float32), "log_variance": (latents, float32)}
         arrays |= {"text": ((words, width), float32)}

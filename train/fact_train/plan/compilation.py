@@ -32,7 +32,7 @@ class CompiledStats(TypedDict):
     """What is known of one training step.
 
     ``flops`` and ``model_flops`` are those of all devices, the rest is that of one: ``bytes`` by
-    what holds them; ``usable``, None where the compiler does not say; ``accessed`` (read and
+    what holds them; ``usable`` bytes, None where the compiler does not say; ``accessed`` (read and
     written), None where nothing was compiled; ``collectives``, None where nothing compiles.
     """
 
@@ -42,7 +42,6 @@ class CompiledStats(TypedDict):
     flops: int
     model_flops: int
     compiled: bool
-    used: float
     usable: float | None
     accessed: int | None
     collectives: list[dict[str, Any]] | None

@@ -13,11 +13,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from fact_jax.mesh import MeshConfig
 from fact_jax.sharding import batch_sharding, batch_ways, make_mesh
@@ -26,16 +26,13 @@ from fact_train.config import TrainConfig, load_config
 from fact_train.engine.jaxpr_costs import count_flops, peak_bytes, trace
 from fact_train.engine.model_flops import model_flops
 from fact_train.engine.state import make_optimizer, state_shardings
-from fact_train.engine.step import TrainStep, check_batch, frozen_shardings, make_train_step
+from fact_train.engine.step import TrainStep, check_batch, frozen_shardings
 from fact_train.overrides import override
 from fact_train.plan.abstract_task import AbstractStep, batch_shapes, build
 from fact_train.plan.compilation import CompiledStats
 from fact_train.plan.hbm_traffic import hbm_bytes
 from fact_train.plan.hlo import read_collectives, summarize
 
-PyTree = Any
-Stats = dict[str, Any]
-"""A part of :class:`CompiledStats`."""
 # What the compiler says of a program that is too large.
 _OVERFLOW = re.compile(
     r"(?:\(|Used )([\d.]+)([KMGT]?)(?:\) exceeds available HBM \(| of )([\d.]+)([KMGT]?)(?:\)| hbm)"
@@ -50,26 +47,28 @@ def read_compiled(config: TrainConfig, topology: str) -> CompiledStats:
     except Exception as error:  # the compiler's own words, of no class that could be told apart
         raise UserError(f"--topology {topology}: {str(error).splitlines()[0]}") from error
     mesh = make_mesh(config.mesh, list(devices))
-    check_batch(config, mesh)
     built = build(config)
-    stats = _sizes(built, mesh) | _counts(built, mesh)
+    step, arguments = _train_step(built, mesh), (built.state, built.frozen, built.batch)
+    stats = _stats(built, mesh)
+    stats["flops"] = count_flops(trace(step.compute, *arguments))
+    stats["model_flops"] = model_flops(step, *arguments)
     start = time.monotonic()
-    stats |= {"compiled": True, "collectives": None, "accessed": None}
-    lowered = _train_step(built, mesh).lower(built.state, built.frozen, built.batch)
+    stats["compiled"] = True
+    lowered = step.lower(*arguments)
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        stats |= read_overflow(str(error))
+        used, stats["usable"] = read_overflow(str(error))
     else:
         memory = compiled.memory_analysis()
         new = memory.output_size_in_bytes - memory.alias_size_in_bytes
-        stats["used"] = memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
-        stats["usable"] = None
+        used = memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
         text = compiled.as_text()
         stats["accessed"] = hbm_bytes(text)
         stats["collectives"] = summarize(read_collectives(text))
-    stats["bytes"]["temporary"] = stats["used"] - sum(stats["bytes"].values())
-    return stats | {"seconds": time.monotonic() - start}
+    stats["bytes"]["temporary"] = used - sum(stats["bytes"].values())
+    stats["seconds"] = time.monotonic() - start
+    return stats
 
 
 def read_estimate(config: TrainConfig, chips: int) -> CompiledStats:
@@ -78,17 +77,16 @@ def read_estimate(config: TrainConfig, chips: int) -> CompiledStats:
     mesh, alone = make_mesh(config.mesh), make_mesh(MeshConfig(), jax.devices()[:1])
     check_batch(config, mesh)
     built = build(config)
-    rows = config.batch_size // batch_ways(mesh)
-    part = dataclasses.replace(
-        built,
-        config=dataclasses.replace(config, batch_size=rows, mesh=MeshConfig()),
-        batch=batch_shapes(built.task, rows),
-    )
-    stats = _sizes(built, mesh) | _counts(part, alone)
-    for name in ("flops", "model_flops"):
-        stats[name] *= batch_ways(mesh)
-    sizes = stats["bytes"]
-    sizes["temporary"] = stats["live_bytes"]
+    ways = batch_ways(mesh)
+    # What one device computes, which is more than its share where devices compute the same.
+    part = dataclasses.replace(config, batch_size=config.batch_size // ways, mesh=MeshConfig())
+    step = _train_step(dataclasses.replace(built, config=part), alone)
+    arguments = built.state, built.frozen, batch_shapes(built.task, part.batch_size)
+    jaxpr = trace(step.compute, *arguments)
+    stats = _stats(built, mesh)
+    stats["flops"] = ways * count_flops(jaxpr)
+    stats["model_flops"] = ways * model_flops(step, *arguments)
+    stats["bytes"]["temporary"] = peak_bytes(jaxpr)
     gradients = {
         "kind": "all-reduce",
         "bytes": 4 * stats["parameters"]["trainable"],
@@ -96,54 +94,46 @@ def read_estimate(config: TrainConfig, chips: int) -> CompiledStats:
         "group": chips,
         "times": 1,
     }
-    return stats | {
-        "compiled": False,
-        "collectives": [gradients] if chips > 1 else [],
-        "accessed": None,
-        "seconds": time.monotonic() - start,
-    }
+    stats["collectives"] = [gradients] if chips > 1 else []
+    stats["seconds"] = time.monotonic() - start
+    return stats
 
 
-def read_overflow(message: str) -> Stats:
-    """``used`` and ``usable`` from the compiler's complaint that memory does not suffice."""
+def read_overflow(message: str) -> tuple[float, float]:
+    """Bytes used and usable, from the compiler's complaint that memory does not suffice."""
     match = _OVERFLOW.search(message)
     if match is None:
         raise RuntimeError(f"the step does not compile: {message}")
     used, usable = (
         float(number) * _UNITS[unit] for number, unit in (match.groups()[:2], match.groups()[2:])
     )
-    return {"used": used, "usable": usable}
+    return used, usable
 
 
 def _train_step(built: AbstractStep, mesh: Mesh) -> TrainStep:
-    return make_train_step(built.task, make_optimizer(built.config.optimizer), built.config, mesh)
+    return TrainStep(built.task, make_optimizer(built.config.optimizer), built.config, mesh)
 
 
-def _sizes(built: AbstractStep, mesh: Mesh) -> Stats:
-    """Bytes on one device, and what they are bytes of."""
+def _stats(built: AbstractStep, mesh: Mesh) -> CompiledStats:
+    """What the arrays alone say: bytes on one device, and what they are bytes of."""
     state = state_shardings(built.state, mesh)
-    sizes = {
-        "frozen": _share(built.frozen, frozen_shardings(built.frozen, built.config, mesh)),
-        "trainable": _share(built.state.params, state.params),
-        "optimizer": _share(built.state.opt_state, state.opt_state),
-        "ema": _share(built.state.ema, state.ema),
-        "batch": _share(built.batch, dict.fromkeys(built.batch, batch_sharding(mesh))),
-    }
     return {
         "notes": list(built.notes),
         "parameters": {"frozen": _count(built.frozen), "trainable": _count(built.state.params)},
-        "bytes": sizes,
-    }
-
-
-def _counts(built: AbstractStep, mesh: Mesh) -> Stats:
-    """What the trace of the whole step says."""
-    step, arguments = _train_step(built, mesh), (built.state, built.frozen, built.batch)
-    jaxpr = trace(step.compute, *arguments)
-    return {
-        "flops": count_flops(jaxpr),
-        "model_flops": model_flops(step, *arguments),
-        "live_bytes": peak_bytes(jaxpr),
+        "bytes": {
+            "frozen": _share(built.frozen, frozen_shardings(built.frozen, built.config, mesh)),
+            "trainable": _share(built.state.params, state.params),
+            "optimizer": _share(built.state.opt_state, state.opt_state),
+            "ema": _share(built.state.ema, state.ema),
+            "batch": _share(built.batch, dict.fromkeys(built.batch, batch_sharding(mesh))),
+        },
+        "flops": 0,
+        "model_flops": 0,
+        "compiled": False,
+        "usable": None,
+        "accessed": None,
+        "collectives": None,
+        "seconds": 0.0,
     }
 
 
@@ -168,9 +158,10 @@ def main(request: str, file: str) -> None:
     try:
         config = override(load_config(name)[1], overrides)
         stats = read_compiled(config, topology) if topology else read_estimate(config, chips)
+        text = json.dumps(stats)
     except UserError as error:
-        stats = {"error": str(error)}
-    Path(file).write_text(json.dumps(stats))
+        text = json.dumps({"error": str(error)})
+    Path(file).write_text(text)
 
 
 def _end_with_parent() -> None:

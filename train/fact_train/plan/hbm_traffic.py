@@ -40,7 +40,7 @@ class _Instruction:
     arrays: tuple[int, ...]  # bytes of each array of the result in the chip's main memory
     sizes: tuple[int, ...]  # and wherever it lies
     operands: tuple[str, ...]
-    fused: str | None
+    fused: str  # the computation of a fusion, else empty
     number: int | None  # of a parameter
     root: bool
 
@@ -171,7 +171,7 @@ def _parse(line: str) -> _Instruction | None:
         arrays=arrays,
         sizes=sizes,
         operands=tuple(_NAME.findall(inside)),
-        fused=fused[1] if fused else None,
+        fused=fused[1] if fused else "",
         number=int(inside) if match["op"] == "parameter" else None,
         root=match["root"] is not None,
     )

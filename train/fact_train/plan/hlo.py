@@ -89,7 +89,7 @@ def summarize(collectives: list[Collective]) -> list[dict[str, Any]]:
 
 def computations(text: str) -> Iterator[tuple[str, list[str]]]:
     """(name, its lines) of every computation."""
-    name, lines = "", []
+    name, lines = "", list[str]()
     for line in text.splitlines():
         if (match := _COMPUTATION.match(line)) is not None:
             name, lines = match["name"], []
@@ -145,5 +145,5 @@ def _group(line: str) -> int:
 
 
 def array_bytes(dtype: str, dims: str) -> int:
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
     return math.prod(map(int, filter(None, dims.split(",")))) * bits // 8

@@ -53,10 +53,9 @@ def make_report(config: TrainConfig, chip: Chip, chips: int, stats: CompiledStat
 
 def _memory(config: TrainConfig, chip: Chip, chips: int, stats: CompiledStats) -> Report:
     parts = {kind: stats["bytes"][kind] for kind in KINDS}
+    used, usable = sum(parts.values()), chip.memory * GPU_USABLE
     if stats["compiled"]:
-        used, usable = stats["used"], stats["usable"] or chip.memory - TPU_RESERVED
-    else:
-        used, usable = sum(parts.values()), chip.memory * GPU_USABLE
+        usable = stats["usable"] or chip.memory - TPU_RESERVED
     fits = used <= usable
     return {
         "parts": parts,

@@ -226,7 +226,7 @@ class Checkpoints:
                     state = _restore(folder / "state", stored, to_host=self._gathered)
             except Exception as error:  # Orbax's errors for a damaged folder have no common type
                 reason = first_line(error, 200)
-        if not process_all(state is not None):
+        if not process_all(state is not None) or state is None:
             return None, reason
         if self._gathered:
             state = jax.tree.map(_broadcast_from_first, state, stored)

@@ -8,7 +8,7 @@ import jax
 from fact_jax.sharding import global_batch, make_mesh, rows_of_process
 from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig
-from fact_train.engine.step import check_batch, make_train_step
+from fact_train.engine.step import TrainStep, check_batch
 from fact_train.multihost.processes import check_alike
 from fact_train.run.logger import stage
 from fact_train.run.prepare import prepare, sizes
@@ -27,7 +27,7 @@ def dry_run(config: TrainConfig) -> dict[str, float]:
     _say(sizes(ready.state, ready.frozen))
     rows = rows_of_process(mesh, config.batch_size)
     batch = global_batch(mesh, config.batch_size, rows, next(ready.source.batches(0, rows)))
-    step = make_train_step(ready.task, ready.optimizer, config, mesh)
+    step = TrainStep(ready.task, ready.optimizer, config, mesh)
     with stage(_say, "compiling the training step"):
         compiled = step.lower(ready.state, ready.frozen, batch).compile()
     began = time.monotonic()

@@ -21,10 +21,12 @@ from fact_train.config import TrainConfig
 from fact_train.overrides import settings_of_run, to_json
 from fact_train.run.provenance import revision, versions
 
-# How a step is computed and recorded, and for how long, but not what it is.
-MAY_CHANGE = ("steps", "log.", "checkpoint.", "mesh.", "accumulate", "remat")
-# What a person may turn down when a run diverges. Curriculum and data stay at their step.
-MAY_CHANGE += ("optimizer.learning_rate", "optimizer.warmup_steps", "ema.", "batch_size")
+MAY_CHANGE = (
+    # How a step is computed and recorded, and for how long, but not what it is.
+    *("steps", "log.", "checkpoint.", "mesh.", "accumulate", "remat"),
+    # What a person may turn down when a run diverges. Curriculum and data stay at their step.
+    *("optimizer.learning_rate", "optimizer.warmup_steps", "ema.", "batch_size"),
+)
 # What a run writes over in its folder, beside its checkpoints.
 _WRITTEN = ("config.json", "environment.json", "export", "metrics.jsonl", "scores.json")
 

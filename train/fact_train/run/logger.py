@@ -36,7 +36,8 @@ class RunLogger:
         self._name = name or str(run.resolve())
         self._speaks = jax.process_index() == 0
         self._open = contextlib.ExitStack()
-        self._bar = self._metrics = self._board = None
+        self._bar: tqdm | None = None
+        self._records: Records | None = None
         library = load_wandb() if wandb else None  # every process would say that it is missing
         self._wandb = library if self._speaks else None
         if self._speaks:
@@ -74,14 +75,13 @@ class RunLogger:
         path = self._run / "metrics.jsonl"
         with self._writing():
             junk = drop_lines_past(path, start)
-            self._metrics = self._open.enter_context(open(path, "a"))  # noqa: SIM115
-            board = Board(self._run / "tensorboard", start)
-        self._board = self._open.enter_context(contextlib.closing(board))
+            self._records = Records(path, self._run / "tensorboard", start)
+        self._open.callback(self._records.close)
         if junk:
             self.say(f"warning: {path} had {junk} line(s) that are no metrics; they are left out")
         if has_screen():
-            bar = tqdm(initial=start, total=self._steps, unit="step")
-            self._bar = self._open.enter_context(contextlib.closing(bar))
+            self._bar = tqdm(initial=start, total=self._steps, unit="step")
+            self._open.callback(self._bar.close)
         if self._wandb is not None:
             # One name for the folder or URL: a resumed run goes on in the same place.
             name = hashlib.sha256(self._name.encode()).hexdigest()[:16]
@@ -109,10 +109,6 @@ class RunLogger:
                 self._text.write(line + "\n")
                 self._text.flush()
 
-    def stage(self, what: str) -> contextlib.AbstractContextManager[None]:
-        """:func:`stage`, said by the log."""
-        return stage(self.say, what)
-
     def advance(self) -> None:
         """One more step was started."""
         if self._bar is not None:
@@ -120,10 +116,11 @@ class RunLogger:
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record the metrics of a step everywhere."""
-        if not self._speaks:
+        if self._records is None:
             return
-        self._row = self._metrics.tell(), values
-        self._record(step, values, values)
+        with self._writing():
+            self._records.add(step, values)
+        self._to_wandb(step, values)
         left = (self._steps - step) / max(values["steps_per_second"], 1e-9)
         line = console_line(step, self._steps, values, left)
         if self._bar is None:
@@ -134,57 +131,73 @@ class RunLogger:
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """Add numbers to the row of the step that was recorded last."""
-        if not self._speaks or not values:
+        if self._records is None or not values:
             return
-        begin, row = self._row
         with self._writing():
-            self._metrics.truncate(begin)
-        self._record(step, row | values, values)
+            self._records.extend(step, values)
+        self._to_wandb(step, values)
         numbers = "  ".join(f"{name} {value:.4g}" for name, value in sorted(values.items()))
         self.say(f"step {step}/{self._steps}  {numbers}")
 
-    def _record(self, step: int, row: dict[str, float], new: dict[str, float]) -> None:
-        plain = {k: v if math.isfinite(v) else None for k, v in row.items()}
-        with self._writing():
-            self._metrics.write(json.dumps({"step": step, **plain}) + "\n")
-            self._metrics.flush()
-            self._board.scalars(step, new)
-        if self._wandb is not None:
-            self._wandb.log(new, step=step)
-
     def pictures(self, step: int, pictures: dict[str, np.ndarray]) -> None:
         """Keep sample pictures as PNG files and in TensorBoard."""
-        for name, picture in pictures.items() if self._speaks else ():
+        if self._records is None:
+            return
+        for name, picture in pictures.items():
             with atomic_write(self._run / "samples" / f"{name}-{step:08d}.png") as temporary:
                 Image.fromarray(picture).save(temporary, format="PNG")
-            self._board.picture(step, name, picture)
+            self._records.picture(step, name, picture)
             if self._wandb is not None:
                 self._wandb.log({name: self._wandb.Image(picture)}, step=step)
 
+    def _to_wandb(self, step: int, values: dict[str, float]) -> None:
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
 
-class Board:
-    """TensorBoard's records of the steps after ``start``; those that were there are forgotten.
 
-    Written here and now: tensorboardX' own SummaryWriter has a thread for it, and after an error
-    there (a full disk) whoever adds something waits for ever.
+class Records:
+    """``metrics.jsonl``, and TensorBoard's records of the steps after ``start``.
+
+    What TensorBoard had of these steps is forgotten. Its records are written here and now:
+    tensorboardX' own SummaryWriter has a thread for it, and after an error there (a full disk)
+    whoever adds something waits for ever.
     """
 
-    def __init__(self, folder: Path, start: int):
-        folder.mkdir(exist_ok=True)
-        self._events = EventsWriter(str(folder / "events"))
-        self._write(step=start + 1, session_log=SessionLog(status=SessionLog.START))
-        self.close = self._events.close
+    def __init__(self, metrics: Path, board: Path, start: int):
+        self._metrics = open(metrics, "a")  # noqa: SIM115
+        self._last: tuple[int, dict[str, float]] = 0, {}  # where the last row begins, and itself
+        board.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(board / "events"))
+        self._write_event(step=start + 1, session_log=SessionLog(status=SessionLog.START))
 
-    def scalars(self, step: int, values: dict[str, float]) -> None:
-        """Add one number to each of these curves."""
-        named = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self._write(step=step, summary=Summary(value=named))
+    def close(self) -> None:
+        """Close both."""
+        with contextlib.closing(self._metrics):
+            self._events.close()
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        """Add a row, and a point to each of its curves."""
+        self._last = self._metrics.tell(), values
+        self._write(step, values, values)
+
+    def extend(self, step: int, values: dict[str, float]) -> None:
+        """Add numbers to the row that was added last."""
+        begin, row = self._last
+        self._metrics.truncate(begin)
+        self._write(step, row | values, values)
 
     def picture(self, step: int, name: str, picture: UInt8[np.ndarray, "h w 3"]) -> None:
         """Add a picture."""
-        self._write(step=step, summary=image(name, picture, dataformats="HWC"))
+        self._write_event(step=step, summary=image(name, picture, dataformats="HWC"))
 
-    def _write(self, **event: Any) -> None:
+    def _write(self, step: int, row: dict[str, float], new: dict[str, float]) -> None:
+        plain = {k: v if math.isfinite(v) else None for k, v in row.items()}
+        self._metrics.write(json.dumps({"step": step, **plain}) + "\n")
+        self._metrics.flush()
+        points = [Summary.Value(tag=tag, simple_value=value) for tag, value in new.items()]
+        self._write_event(step=step, summary=Summary(value=points))
+
+    def _write_event(self, **event: Any) -> None:
         self._events.write_event(Event(wall_time=time.time(), **event))
         self._events.flush()
 
@@ -219,9 +232,8 @@ def console_line(step: int, steps: int, values: dict[str, float], left: float) -
     if not values["skipped"]:
         hidden.add("skipped")
     # What is told block by block would fill the screen: it is in the other records.
-    shown = {name for name in values if name not in hidden and not name.startswith("block/")}
-    names = ["loss", *sorted(shown)]
-    shown = "  ".join(f"{name} {values[name]:.4g}" for name in names)
+    others = {name for name in values if name not in hidden and not name.startswith("block/")}
+    shown = "  ".join(f"{name} {values[name]:.4g}" for name in ["loss", *sorted(others)])
     duration = f"{left / 60:.0f} min" if left >= 90 else f"{left:.0f} s"
     speed = f"{values['steps_per_second']:.2f} steps/s"
     return f"step {step}/{steps}  {shown}  {speed}  {duration} left"

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from fact_jax.sharding import global_batch, local_copy, make_mesh, rows_of_process
 from fact_jax.utils.errors import UserError, first_line
@@ -18,8 +19,8 @@ from fact_train.config import TrainConfig
 from fact_train.engine.model_flops import model_flops
 from fact_train.engine.prefetch import prefetch
 from fact_train.engine.state import TrainState
-from fact_train.engine.step import TrainStep, check_batch, make_train_step
-from fact_train.engine.task import PyTree, Source, Task
+from fact_train.engine.step import TrainStep, check_batch
+from fact_train.engine.task import Source
 from fact_train.multihost.collectives import process_all, process_gather, raise_on_all_processes
 from fact_train.multihost.heartbeat import PeerMonitor
 from fact_train.multihost.processes import check_alike, check_shared
@@ -34,7 +35,7 @@ from fact_train.run.folder import (
     lock_folder,
     now,
 )
-from fact_train.run.logger import RunLogger, average
+from fact_train.run.logger import RunLogger, average, stage
 from fact_train.run.prepare import PreparedRun, prepare, sizes
 from fact_train.run.provenance import revision, versions
 from fact_train.run.remote import RemoteFolder, is_url
@@ -59,7 +60,7 @@ def run(config: TrainConfig, out: str | Path, command: str = "") -> RunResult:
 
     On several processes, each of them calls this. UserError if another run is using it.
     """
-    remote = RemoteFolder(out) if is_url(out) else None
+    remote = RemoteFolder(str(out)) if is_url(out) else None
     folder = Path(out) if remote is None else remote.folder
     require_local(folder)
     check_alike(config)
@@ -72,11 +73,9 @@ def run(config: TrainConfig, out: str | Path, command: str = "") -> RunResult:
             lock = lock_folder(folder) if remote is None else remote.connected()
             unlocked = held.enter_context(lock)
             changes = claim_folder(config, folder)
-        log = held.enter_context(
-            RunLogger(
-                folder, steps=config.steps, wandb=config.log.wandb, name=remote and remote.url
-            )
-        )
+        url = None if remote is None else remote.url
+        logger = RunLogger(folder, steps=config.steps, wandb=config.log.wandb, name=url)
+        log = held.enter_context(logger)
         if remote is not None:
             remote.say = log.say
             log.say(f"working in {folder}, uploading to {remote.url}")
@@ -113,9 +112,9 @@ def _train(
         for change in changes:
             log.say(f"{change} from step {start} on")
         log.begin(start, about.config)
-        loop = _Loop(config, folder, ready.task, ready.frozen, checkpoints, log, remote)
+        loop = _Loop(config, folder, ready, checkpoints, log, remote)
         loop.repair_export(state)
-        train_step = make_train_step(ready.task, ready.optimizer, config, mesh)
+        train_step = TrainStep(ready.task, ready.optimizer, config, mesh)
         with SignalHandler() as stopping:
             state = loop.train(train_step, ready.source, state, stopping)
             checkpoints.wait()  # a signal must not end what is being written
@@ -129,14 +128,17 @@ def _train(
 class _Loop:
     """The steps of one run, and what is due after each of them."""
 
-    def __init__(self, config, folder, task, frozen, checkpoints, log, remote):
-        self.config: TrainConfig = config
-        self.folder: Path = folder
-        self.task: Task = task
-        self.frozen: PyTree = frozen
-        self.checkpoints: Checkpoints = checkpoints
-        self.log: RunLogger = log
-        self.remote: RemoteFolder | None = remote
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        ready: PreparedRun,
+        checkpoints: Checkpoints,
+        log: RunLogger,
+        remote: RemoteFolder | None,
+    ):
+        self.config, self.folder, self.checkpoints = config, folder, checkpoints
+        self.task, self.frozen, self.log, self.remote = ready.task, ready.frozen, log, remote
         self.key = jax.random.fold_in(jax.random.key(config.seed), SAMPLE_KEY)
         self.meter = ThroughputMeter(config.batch_size)
         self.rows: list[dict[str, jax.Array]] = []
@@ -172,7 +174,7 @@ class _Loop:
         return state
 
     def _compile(self, train_step: TrainStep, state: TrainState, batch: dict[str, jax.Array]):
-        with self.log.stage("compiling the training step"):
+        with stage(self.log.say, "compiling the training step"):
             compiled = train_step.lower(state, self.frozen, batch).compile()
             flops = None
             if self.meter.peak:
@@ -205,11 +207,15 @@ class _Loop:
 
     def _watch(self, step: int, state: TrainState) -> dict[str, float]:
         """Keep the task's pictures; its numbers join the step's row. A failure is a warning."""
-        weights, numbers, failure = self._local(state), {}, ""
+        numbers, pictures, failure = dict[str, float](), dict[str, np.ndarray](), ""
+        weights = self._local(state)
         try:
-            found = self.task.samples(*weights, self.key)
-            numbers = {name: float(value) for name, value in found.items() if np.ndim(value) == 0}
-            self.log.pictures(step, {k: v for k, v in found.items() if k not in numbers})
+            for name, value in self.task.samples(*weights, self.key).items():
+                if np.ndim(value):
+                    pictures[name] = np.asarray(value)
+                else:
+                    numbers[name] = float(value)
+            self.log.pictures(step, pictures)
             self.log.add(step, numbers)
         except Exception as error:  # of any type: nothing of the training depends on it
             failure = f"{type(error).__name__}: {first_line(error, 200)}"

@@ -6,13 +6,14 @@ from collections.abc import Callable
 import jax
 import optax
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from fact_jax.sharding import shard
 from fact_train.config import TrainConfig
 from fact_train.engine.checksums import content_hash
 from fact_train.engine.state import TrainState, make_optimizer, place_state
 from fact_train.engine.step import cast, frozen_shardings
-from fact_train.engine.task import PyTree, Source, Task
+from fact_train.engine.task import Source, Task
 from fact_train.multihost.collectives import raise_on_all_processes
 from fact_train.multihost.processes import check_same
 from fact_train.run.logger import stage

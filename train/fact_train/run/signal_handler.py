@@ -26,7 +26,7 @@ class SignalHandler:
     step what it knows, and all do the same after the same step.
     """
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.decided: int | None = None
         self._caught: int | None = None
         self._asked: set[int] = set()

@@ -33,12 +33,13 @@ from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.transface import TransFace
 from fact_jax.models.unet import UNet
 from fact_jax.utils.errors import UserError
-from fact_jax.utils.ranges import Length, Name, NonNegative, Positive, Probability, check_fields
+from fact_jax.utils.ranges import CheckedFields, Length, Name, NonNegative, Positive, Probability
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import PairedArrays
-from fact_train.data.datasets import open_rows
+from fact_train.data.cached_dataset import CachedDataset
 from fact_train.data.frozen_encoders import FrozenEncoders
 from fact_train.data.loader import Dataset, GrainSource
+from fact_train.data.pixel_dataset import PixelDataset, open_records
 from fact_train.data.pixels import encode_latents, encode_tokens
 from fact_train.data.portraits import Photos, align_portraits, draw_crops, draw_portraits, people_of
 from fact_train.data.records import DamagedError
@@ -59,7 +60,7 @@ DEFAULT_DROP = Drop()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterOptions:
+class AdapterOptions(CheckedFields):
     """What is trained on what, and how.
 
     ``start`` is how the adapter begins as exactly nothing: ``zero_gates`` as released, or
@@ -81,7 +82,7 @@ class AdapterOptions:
     base: Name = "miniature/base"
     encoder: Name = "miniature/encoder"
     resampler: ResamplerConfig = MINI_RESAMPLER
-    people: people_of("adapter") = 2000
+    people: Annotated[int, people_of("adapter")] = 2000
     photos: Photos = 4
     records: Name | None = None
     cache: Name | None = None
@@ -98,8 +99,8 @@ class AdapterOptions:
     neutral: Probability = 0.0
     neutral_caption: Name = "a portrait of a person"
 
-    def __post_init__(self):
-        check_fields(self)
+    def __post_init__(self) -> None:
+        super().__post_init__()
         drawn = self.records is None and self.cache is None
         if drawn and self.photos == 1 and any(max(stage.shuffle) for stage in self.stages):
             raise ValueError(
@@ -170,10 +171,19 @@ class AdapterTask:
 
     @functools.cached_property
     def rows(self) -> Dataset | None:
-        """The stored samples; None for the portrait world."""
-        if self.options.records is None and self.options.cache is None:
+        """Samples of the cache or, without one, of the records; None for the portrait world."""
+        options, records = self.options, None
+        if options.records is not None:
+            records = open_records(options.records, self.pipeline, self.encoder)
+        if options.cache is not None:
+            cached = CachedDataset(options.cache, options.region)
+            cached.check(self.encoders, records)
+            return cached
+        if records is None:
             return None
-        return open_rows(self.options, self.pipeline, self.encoder, self.encoders)
+        cells = self.pipeline.unet.config.sample_size
+        tokenizer = self.pipeline.tokenizer
+        return PixelDataset(records, tokenizer, region=options.region, cells=cells)
 
     def _check_widths(self):
         resampler, encoder = self.options.resampler, self.encoder.config
@@ -284,8 +294,8 @@ class AdapterTask:
         return tokenize(self.pipeline.tokenizer, [""])[0]
 
     def samples(self, trainable, frozen, key):
-        """Grids of people who are not trained on, and how well they are met (``tasks.watch``)."""
-        return self._watch(trainable, frozen, key)
+        """Grids of people who are not trained on, and how well they are met."""
+        return self._validation_callback(trainable, frozen, key)
 
     def open_samples(self) -> None:
         """Read what is watched; UserError if that cannot be."""
@@ -298,7 +308,7 @@ class AdapterTask:
         return draw_validation(self.size, self.encoder.config.img_size)
 
     @functools.cached_property
-    def _watch(self) -> ValidationCallback:
+    def _validation_callback(self) -> ValidationCallback:
         return ValidationCallback(self, self._validation)
 
     def export(self, trainable, frozen, directory: Path, step: int) -> None:
@@ -318,7 +328,8 @@ class AdapterTask:
 
 def by_block(unet: UNet, ratios: Sequence[Float[Array, " b"]]) -> dict[str, Float[Array, ""]]:
     """FAIR and gates of each adapted block, and how far the gates are open on average."""
-    metrics, gates = {}, {"attn": [], "dense": []}
+    metrics: dict[str, Float[Array, ""]] = {}
+    gates: dict[str, list[Float[Array, ""]]] = {"attn": [], "dense": []}
     for (path, block), ratio in zip(unet.transformer_blocks(), ratios, strict=True):
         name = re.sub("_blocks?|[.]attentions|[.]transformer", "", path)
         metrics[f"block/fair/{name}"] = ratio.mean()

@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from fact_jax.portraits import SPLITS, captions, sample_scene
 from fact_jax.portraits.vocabulary import caption_vocabulary
 from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.pixels import denormalize_pixels
-from fact_jax.utils.ranges import Name, NonNegative, Probability, check_fields
+from fact_jax.utils.ranges import CheckedFields, Name, NonNegative, Probability
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
 from fact_train.data.pixels import encode_latents
@@ -34,17 +35,14 @@ from fact_train.tasks.vae import load_vae
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BaseOptions:
+class BaseOptions(CheckedFields):
     """``vae`` is a folder as the vae task exports it; ``head_weight`` weighs the head up."""
 
     vae: Name = "miniature/base/vae"
-    people: people_of("base") = 5000
+    people: Annotated[int, people_of("base")] = 5000
     photos: Photos = 4
     drop_text: Probability = 0.1
     head_weight: NonNegative = 1.0
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 class BaseTask:

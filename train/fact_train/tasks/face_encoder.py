@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import numpy as np
@@ -11,7 +12,7 @@ from fact_convert import save_encoder
 from fact_jax.losses import arcface_loss
 from fact_jax.models.transface import TransFace, TransFaceConfig
 from fact_jax.utils.pixels import normalize_pixels
-from fact_jax.utils.ranges import check_fields
+from fact_jax.utils.ranges import CheckedFields
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
 from fact_train.data.portraits import Photos, draw_crops, people_of
@@ -19,14 +20,11 @@ from fact_train.engine.partition import overlay, split_module
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EncoderOptions:
+class EncoderOptions(CheckedFields):
     """How many people are told apart, from how many photos of each."""
 
-    people: people_of("encoder", at_least=2) = 2000
+    people: Annotated[int, people_of("encoder", at_least=2)] = 2000
     photos: Photos = 10
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 class EncoderTask:

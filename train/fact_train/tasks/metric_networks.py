@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from fact_jax.portraits.metric_networks import (
     save_network,
 )
 from fact_jax.utils.pixels import normalize_pixels
-from fact_jax.utils.ranges import Probability, check_fields
+from fact_jax.utils.ranges import CheckedFields, Probability
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
 from fact_train.data.portraits import Photos, align_portraits, draw_portraits, people_of
@@ -27,15 +28,12 @@ from fact_train.engine.sample_keys import split_keys
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgeOptions:
+class JudgeOptions(CheckedFields):
     """Who is told apart, from how many photos; ``blur``: how far pictures are softened at most."""
 
-    people: people_of("judge", at_least=2) = 1500
+    people: Annotated[int, people_of("judge", at_least=2)] = 1500
     photos: Photos = 12
     blur: Probability = 0.5
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 class JudgeTask:

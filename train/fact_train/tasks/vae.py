@@ -6,6 +6,7 @@ valid.
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from fact_jax.models.vae import AutoencoderKL, VAEConfig
 from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.pixels import denormalize_pixels, normalize_pixels
-from fact_jax.utils.ranges import Name, NonNegative, check_fields
+from fact_jax.utils.ranges import CheckedFields, Name, NonNegative
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
 from fact_train.data.portraits import Photos, draw_portraits, people_of
@@ -26,20 +27,17 @@ from fact_train.engine.sample_keys import sample_normal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class VAEOptions:
+class VAEOptions(CheckedFields):
     """``head_weight`` is the extra weight of the head's pixels; ``kl_weight`` is a latent's.
 
     With ``decoder_of``, a VAE's folder, its encoder stays bit for bit and its decoder learns on.
     """
 
-    people: people_of("base") = 6000
+    people: Annotated[int, people_of("base")] = 6000
     photos: Photos = 2
     kl_weight: NonNegative = 1e-3
     head_weight: NonNegative = 2.0
     decoder_of: Name | None = None
-
-    def __post_init__(self):
-        check_fields(self)
 
 
 class VAETask:

@@ -26,7 +26,7 @@ from fact_jax.portraits import SPLITS
 from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.pixels import denormalize_pixels, normalize_pixels
-from fact_train.data.datasets import open_records
+from fact_train.data.pixel_dataset import open_records
 from fact_train.data.portraits import align_portraits, draw_portraits
 from fact_train.data.records import PICTURES, DamagedError, Records
 from fact_train.engine.partition import split_module
@@ -194,9 +194,10 @@ def change(
 ) -> tuple[float, float]:
     """Mean absolute difference inside and outside the masks, as a part of full scale."""
     difference = np.abs(a.astype(np.float64) - b.astype(np.float64)).mean(-1) / 255
-    return tuple(
+    inside, outside = (
         float((difference * part).sum() / max(part.sum(), 1e-9)) for part in (masks, 1.0 - masks)
     )
+    return inside, outside
 
 
 def _next(rows: Array | Int[np.ndarray, "..."]) -> np.ndarray:
