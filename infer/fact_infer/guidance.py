@@ -43,18 +43,17 @@ def resolve_guidance(
     regions: Regions | None = None,
 ) -> ResolvedGuidance:
     """The guidance of ``steps`` drawn steps, for blocks with these paths in the UNet."""
-    controls = {}
-    if guidance.cap is not None or guidance.adain:
-        controls["cap"] = np.float32(np.inf if guidance.cap is None else guidance.cap)
-        controls["adain"] = np.bool_(guidance.adain)
+    cap = np.float32(np.inf if guidance.cap is None else guidance.cap)
+    controlled = guidance.cap is not None or guidance.adain
     return ResolvedGuidance(
         branches=guidance_branches(guidance, with_face=with_face),
         weights=tuple(map(np.float32, guidance_weights(guidance, with_face=with_face))),
         step_scales=step_scales(guidance, np.arange(steps), steps),
         block_factors=np.asarray(guidance.block_factors(blocks), np.float32),
+        cap=cap if controlled else None,
+        adain=np.bool_(guidance.adain) if controlled else None,
         people=people,
         regions=regions,
-        **controls,
     )
 
 

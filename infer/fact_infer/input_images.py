@@ -27,14 +27,15 @@ def read_inputs(
     Files of another size than the pictures are fitted (:func:`fit`); ``note`` is told which.
     Raises UserError for a file that cannot be used.
     """
-    size, found = base.picture_size(request), {}
+    size = base.picture_size(request)
+    found: dict[str, Any] = {}
     regions = read_regions(request.regions, size, note)
     if regions is not None:
         found["regions"] = regions[None]
         # Said now if a person has no place.
         region_masks(found["regions"], base.latent_size(request), len(base.unet.block_out_channels))
     if request.image is not None:
-        found["img2img"] = _read_img2img(request, base, batch, note)
+        found["img2img"] = _read_img2img(request, request.image, base, batch, note)
         found["img2img"].start(request.steps)
     if request.control is not None:
         control = read_image(request.control)
@@ -76,22 +77,22 @@ def _same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 
 
 def _read_img2img(
-    request: GenerationRequest, base: BaseModel, batch: int, note: Note
+    request: GenerationRequest, file: Path, base: BaseModel, batch: int, note: Note
 ) -> Img2ImgInput:
-    size, image = base.picture_size(request), read_image(request.image)
-    images = np.repeat(fit(image, size, request.image, note)[None], batch, axis=0)
+    size, image = base.picture_size(request), read_image(file)
+    images = np.repeat(fit(image, size, file, note)[None], batch, axis=0)
     if request.image_mask is None:
         return Img2ImgInput.whole(images, request.strength, base)
     mask = read_mask(request.image_mask)
     if mask.shape != size and not _same_shape(mask.shape, image.shape):
         raise UserError(
-            f"the mask {request.image_mask} is {mask.shape[1]} x {mask.shape[0]}, {request.image} "
-            f"is {image.shape[1]} x {image.shape[0]}: they must have the same shape"
+            f"the mask {request.image_mask} is {mask.shape[1]} x {mask.shape[0]}, {file} is "
+            f"{image.shape[1]} x {image.shape[0]}: they must have the same shape"
         )
     mask = fit(mask, size, request.image_mask, note)
     if not mask.any():
         raise UserError(
-            f"the mask {request.image_mask} is black: it must be white where {request.image} is to "
-            "be drawn anew"
+            f"the mask {request.image_mask} is black: it must be white where {file} is to be drawn "
+            "anew"
         )
     return Img2ImgInput.masked(images, np.repeat(mask[None], batch, axis=0), request.strength, base)

@@ -43,7 +43,7 @@ def parameters(
     ``files`` name what the request does not hold: adapter, encoder, backend, precision.
     """
     height, width = base.picture_size(request)
-    faced = {"guidance": request.guidance.text}
+    faced: dict[str, Any] = {"guidance": request.guidance.text}
     if request.photos:
         photos = [photo.path.name for photo in request.photos]
         faced["face"] = {"photos": photos, **guidance_record(request.guidance)}
@@ -126,8 +126,7 @@ def save_image(
     drawn by a model (IPTC Digital Source Type); None leaves the mark out. ``profile`` is the ICC
     profile in which its colours are meant; None: sRGB.
     """
-    writers = {".png": save_png, ".jpg": save_jpeg}
-    writers[".jpeg"] = writers[".jpg"]
+    writers = {".png": save_png, ".jpg": save_jpeg, ".jpeg": save_jpeg}
     suffix = Path(path).suffix.lower()
     if suffix not in writers:
         raise UserError(f"{path}: a picture's name ends in {', '.join(writers)}")

@@ -33,7 +33,7 @@ from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
 from fact_jax.models.unet import UNetConfig
 from fact_jax.models.vae import VAEConfig
-from fact_jax.utils.errors import UserError
+from fact_jax.utils.errors import UserError, error_context
 from fact_jax.utils.miniature import require_miniature
 
 ADAPTER, ENCODER = "adapter.safetensors", "encoder"
@@ -126,10 +126,8 @@ def read_base(name: str | os.PathLike) -> BaseModel:
 
 
 def _read(path: Path, read: Callable[[dict], Any]) -> Any:
-    try:
+    with error_context(path):
         return read(read_json(path))
-    except UserError as error:
-        raise UserError(f"{path}: {error}" if str(path) not in str(error) else str(error)) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -242,8 +240,11 @@ def check_fit(base: BaseModel, face: FaceModels) -> None:
         level = int(rest[0]) if part != "mid_block" else -1
         widths[path] = own[::-1][level] if part == "up_blocks" else own[level]
     check_blocks(blocks, widths, face.adapter, base.name)
-    config = face.metadata.get("config", {}).get("unet", {})
-    wanted = config.get("cross_attention_dim", base.unet.cross_attention_dim)
+    config = face.metadata.get("config", {})
+    made_for = config.get("unet", {}) if isinstance(config, dict) else None
+    if not isinstance(made_for, dict):
+        raise UserError(f"{face.adapter}: metadata 'config' does not hold an object 'unet'")
+    wanted = made_for.get("cross_attention_dim", base.unet.cross_attention_dim)
     if wanted != base.unet.cross_attention_dim:
         raise UserError(
             f"{face.adapter} is for another base model: its text is {wanted} wide, that of "

@@ -4,7 +4,7 @@ import abc
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -68,7 +68,7 @@ class Pipeline(abc.ABC):
         *,
         loras: Sequence[tuple[str | os.PathLike, float]] = (),
         controlnet: str | os.PathLike | None = None,
-    ) -> "Pipeline":
+    ) -> Self:
         """Read a diffusers folder and, for faces, an adapter file and an encoder.
 
         ``dtype`` is what UNet, text encoder and ControlNet compute in. ``loras`` are files that are
@@ -80,7 +80,7 @@ class Pipeline(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def from_parts(cls, parts: Parts, dtype: Any = "float32") -> "Pipeline":
+    def from_parts(cls, parts: Parts, dtype: Any = "float32") -> Self:
         """The pipeline of opened parts, whose weights are read now."""
 
     def generate(
@@ -171,7 +171,7 @@ def generate_batches(
         raise UserError(f"a batch holds at least one picture, got {batch}")
     pipeline.base.check(request)
     pipeline.parts.check_photos(len(request.photos if crops is None else crops))
-    if crops is None and request.photos:
+    if crops is None and pipeline.face is not None:
         crops, _ = prepare_crops(request.photos, pipeline.face.encoder_config.img_size)
     people = None if crops is None else crops[None]
     pictures = request.pictures()

@@ -9,6 +9,7 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -24,6 +25,8 @@ from fact_jax.face import Face, face_mask, find_faces, read_image, read_profile
 from fact_jax.utils.batches import padded_batches
 from fact_jax.utils.errors import UserError
 
+Box = Sequence[float] | Float[np.ndarray, "4"]
+"""Left, top, right and bottom in pixels."""
 Square = tuple[int, int, int]
 """Left, top and side in pixels; it may reach over the photo's edges."""
 
@@ -45,8 +48,8 @@ class Template:
                 "left"
             )
 
-    def face_in(self, box: Sequence[float]) -> int:
-        """The number of the face that a box (left, top, right, bottom) is around."""
+    def face_in(self, box: Box) -> int:
+        """The number of the face that a box is around."""
         shares = [_overlap(face.box, box) for face in self.faces]
         if max(shares, default=0.0) <= 0.0:
             found = "; ".join(", ".join(f"{v:.0f}" for v in face.box) for face in self.faces)
@@ -97,7 +100,7 @@ class InpaintRequest:
         for target in self.targets:
             if target.index is not None:
                 self.template.check_face(target.index)
-            else:
+            if target.mask is not None:
                 self._check_size("mask", target.mask)
 
     def _check_size(self, what: str, image: np.ndarray) -> None:
@@ -198,7 +201,8 @@ def _redraw(pipeline, requests, params, how, batch, bar) -> Iterator[np.ndarray]
     targets = [
         (number, target) for number, request in enumerate(requests) for target in request.targets
     ]
-    batch, done, images = min(batch, len(targets)), 0, {}
+    batch, done = min(batch, len(targets)), 0
+    images: dict[int, np.ndarray] = {}
     for rows, count in padded_batches(len(targets), batch):
         part = [targets[i] for i in rows]
         cuts = [
@@ -222,10 +226,7 @@ def _draw(
     how: InpaintParams,
     bar: tqdm | None,
 ) -> UInt8[np.ndarray, "b side side 3"]:
-    control = {}
-    if cuts[0].control is not None:
-        control["control"] = np.stack([cut.control for cut in cuts])
-        control["control_scale"] = how.control_scale
+    controls = [cut.control for cut in cuts if cut.control is not None]
     return pipeline.generate(
         [cut.request.prompt for cut in cuts],
         [cut.request.seed for cut in cuts],
@@ -236,7 +237,8 @@ def _draw(
             latent_mask=np.stack([cut.latent_mask for cut in cuts]),
             strength=how.strength,
         ),
-        **control,
+        control=np.stack(controls) if controls else None,
+        control_scale=how.control_scale,
         bar=bar,
     )
 
@@ -297,10 +299,10 @@ def _cut(
 def _mask(request: InpaintRequest, target: FaceTarget) -> Float[np.ndarray, "h w"]:
     """What is redrawn before it is widened; UserError if it is nothing."""
     mask, template = target.mask, request.template
-    if mask is None:
+    if target.index is not None:
         whole = np.ones(template.image.shape[:2], np.float32)
         mask = face_mask(whole, template.faces[target.index].points)
-    if mask.sum() < 1.0:
+    if mask is None or mask.sum() < 1.0:
         raise UserError(f"{template.name}: {target} is empty")
     return mask
 
@@ -315,16 +317,19 @@ def square_around(mask: Float[np.ndarray, "h w"], fill: float) -> Square:
     return left, top, side
 
 
-def cut_square(image: np.ndarray, square: Square, *, mode: str) -> np.ndarray:
+def cut_square(
+    image: np.ndarray, square: Square, *, mode: Literal["constant", "edge"]
+) -> np.ndarray:
     """What a square shows; where it reaches over the edges, by ``np.pad``'s ``mode``."""
     left, top, side = square
     height, width = image.shape[:2]
-    over = (
+    over = [
         (max(0, -top), max(0, top + side - height)),
         (max(0, -left), max(0, left + side - width)),
-    )
+        *[(0, 0)] * (image.ndim - 2),
+    ]
     part = image[max(0, top) : top + side, max(0, left) : left + side]
-    return np.pad(part, over + ((0, 0),) * (image.ndim - 2), mode=mode)
+    return np.pad(part, over, mode=mode)
 
 
 def paste(
@@ -366,7 +371,7 @@ def widen(mask: Float[np.ndarray, "h w"], grow: float, soften: float) -> Float[n
     return out
 
 
-def _overlap(box: Sequence[float], other: Sequence[float]) -> float:
+def _overlap(box: Box, other: Box) -> float:
     """The area that two boxes share, over the area that they cover together."""
     width = min(box[2], other[2]) - max(box[0], other[0])
     height = min(box[3], other[3]) - max(box[1], other[1])

@@ -34,7 +34,7 @@ class Inverter:
     def __init__(self, base):
         self.base, self.asked = base, []
 
-    def generate(self, prompts, seeds, crops, params, *, img2img=None, bar=None):
+    def generate(self, prompts, seeds, crops, params, *, img2img=None, bar=None, **control):
         img2img.check(self.base, params, len(prompts))
         self.asked.append((list(prompts), list(seeds), crops[:, 0, 0, 0, 0].tolist(), img2img))
         return 255 - img2img.images

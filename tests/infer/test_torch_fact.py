@@ -147,6 +147,16 @@ def test_adapter_for_another_base_is_refused_before_weights_are_read(files):
     ):
         with pytest.raises(UserError, match=error):
             check_fit(dataclasses.replace(base, unet=unet), face)
+    forged = dataclasses.replace(face, metadata={"config": {"unet": 24}})
+    with pytest.raises(UserError, match=r"metadata 'config' does not hold an object 'unet'$"):
+        check_fit(base, forged)
+
+
+def test_no_adapter_is_said_in_one_line(files):
+    from fact_infer.torch.adapter import load_fact
+
+    with pytest.raises(UserError, match="no adapter is named"):
+        load_fact(None, encoder=files.encoder)
 
 
 def test_unloaded_pipe_is_the_same_pipe(files):

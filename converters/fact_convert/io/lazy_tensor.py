@@ -122,7 +122,7 @@ _WRITE_SIZE = 1 << 18
 """Bytes of one write, as in ``cp``: for more, Linux looks for huge pages, which may take long."""
 
 
-def release(array: np.ndarray) -> None:
+def release(array: np.ndarray | LazyTensor) -> None:
     """Free the memory of an array of a mapped file: what is wanted again is read again."""
     base: object = array
     while isinstance(base, np.ndarray):

@@ -122,6 +122,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     networks = evaluate.MetricNetworks(arguments.judge)
     pipeline = FlaxPipeline.load(arguments.base, arguments.adapter, encoder)
     pipeline.base.check(params)
+    assert pipeline.face is not None  # --adapter is required
     crop_size = pipeline.face.encoder_config.img_size
     people = evaluate.render_people(arguments.people, arguments.photos, crop_size)
     print(f"drawing {2 * arguments.people} pictures", file=sys.stderr)

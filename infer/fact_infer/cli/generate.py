@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fact_infer.cli.models import (
     drawing_files,
@@ -25,6 +26,9 @@ from fact_infer.cli.options import (
     read_photos,
 )
 from fact_jax.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fact_infer.output_images import Source
 
 _REQUEST = (
     *("image", "image_mask", "strength", "control", "control_scale"),
@@ -95,9 +99,10 @@ def _generate(arguments: argparse.Namespace) -> None:
         for line in notes:
             note(line)
     # Where a mask keeps pixels of a picture, a model has drawn a part only.
-    whole, part = "trainedAlgorithmicMedia", "compositeWithTrainedAlgorithmicMedia"
-    how = {"suffix": f".{arguments.format}", "source": part if request.image_mask else whole}
-    ranking = None
+    source: Source = "trainedAlgorithmicMedia"
+    if request.image_mask is not None:
+        source = "compositeWithTrainedAlgorithmicMedia"
+    suffix, ranking = f".{arguments.format}", None
     if arguments.best is not None:
         ranking = _ranking(request, face, crops)
     check_safety = load_safety_checker(base, arguments.safety_checker)
@@ -114,11 +119,12 @@ def _generate(arguments: argparse.Namespace) -> None:
                 if ranking is not None and len(group) < arguments.count:
                     continue
                 for image, values in _best(group, arguments.best):
-                    tqdm.write(str(save_picture(image, arguments.out, values, **how)))
+                    path = save_picture(image, arguments.out, values, suffix=suffix, source=source)
+                    tqdm.write(str(path))
                     written.append((image, values))
                 group.clear()
     if arguments.sheet:
-        print(_save_sheet(written, arguments, how["source"]))
+        print(_save_sheet(written, arguments, source))
 
 
 def _ranking(request, face, crops):
@@ -145,7 +151,7 @@ def _best(group: list, count: int | None) -> list:
     return [group[i] for i in order[:count]]
 
 
-def _save_sheet(written: list, arguments: argparse.Namespace, source: str) -> Path:
+def _save_sheet(written: list, arguments: argparse.Namespace, source: "Source") -> Path:
     """A row for each prompt; returns the path."""
     import numpy as np
 

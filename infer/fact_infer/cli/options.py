@@ -3,6 +3,7 @@
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 from fact_jax.utils.errors import UserError
 
@@ -86,7 +87,7 @@ def add_files(group: argparse._ActionsContainer, folder: str) -> None:
 
 
 def add_photo_options(group: argparse._ActionsContainer, *, several: bool) -> None:
-    each = {"action": "append", "default": []} if several else {}
+    each: dict[str, Any] = {"action": "append", "default": []} if several else {}
     again = "; once for each photo, in their order" if several else ""
     if several:
         group.add_argument(

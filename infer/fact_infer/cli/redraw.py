@@ -1,6 +1,7 @@
 """The command ``redraw``."""
 
 import argparse
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -139,9 +140,14 @@ def _redraw(arguments: argparse.Namespace) -> None:
         for request, path, picture in zip(requests, arguments.templates, pictures, strict=True):
             out = picture_path(arguments.out, f"{path.stem}-redrawn", f".{arguments.format}")
             text = recorded(_values(arguments, params, request))
-            part = "compositeWithTrainedAlgorithmicMedia"
             (picture,) = check_safety(picture[None])
-            out = save_image(picture, out, text, part, request.template.profile)
+            out = save_image(
+                picture,
+                out,
+                text,
+                "compositeWithTrainedAlgorithmicMedia",
+                request.template.profile,
+            )
             bar.update()
             tqdm.write(str(out))
 
@@ -172,9 +178,9 @@ def _requests(arguments: argparse.Namespace, people: list, notes: list[str]) -> 
     from fact_jax.face.mask import read_mask
 
     areas = [read_mask(file) for file in arguments.area]
-    controls = [read_image(file) for file in arguments.control] or [None] * len(arguments.templates)
+    controls = [read_image(file) for file in arguments.control]  # none, or one for each
     requests = []
-    for path, control in zip(arguments.templates, controls, strict=True):
+    for path, control in itertools.zip_longest(arguments.templates, controls):
         if areas:
             template = read_template(path)
         elif arguments.box and not can_find_faces(path, arguments.detector):

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -251,18 +251,19 @@ def _captions(seen: dict[str, MetricOutputs], people: People) -> dict[str, Estim
 
 def describe(pipeline: FlaxPipeline, people: People, params: GenerationParams, seed: int) -> dict:
     """The setup of an evaluation, for its JSON file."""
-    guidance = dataclasses.asdict(params.guidance)
+    face = pipeline.face
+    assert face is not None  # it was an adapter that drew
     return {
         "people": len(people.crops),
         "first person": int(people.references.ids[0]),
         "photos of each": people.crops.shape[1],
         "sampler": params.sampler,
         "steps": params.steps,
-        "guidance": guidance,
+        "guidance": dataclasses.asdict(params.guidance),
         "seed": seed,
         "base": str(pipeline.base.folder),
-        "adapter": str(pipeline.face.adapter),
-        "encoder": str(pipeline.face.encoder),
+        "adapter": str(face.adapter),
+        "encoder": str(face.encoder),
     }
 
 
@@ -298,14 +299,14 @@ def save(
     """
 
     def write_pictures(path: Path) -> None:
+        arrays: dict[str, Any] = {
+            "ids": np.asarray(people.scenes.ids),
+            "captions": np.asarray(people.scenes.captions),
+            "reference": people.first_references,
+            **pictures,
+        }
         with open(path, "wb") as handle:
-            np.savez_compressed(
-                handle,
-                ids=np.asarray(people.scenes.ids),
-                captions=np.asarray(people.scenes.captions),
-                reference=people.first_references,
-                **pictures,
-            )
+            np.savez_compressed(handle, **arrays)
 
     text = f"{summary_line(about)}\n\n{plain_table(measures, NOTES)}"
     content = {

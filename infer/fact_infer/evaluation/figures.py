@@ -88,9 +88,9 @@ def svg_curves(title: str, series: Sequence[Series]) -> str:
         for way, style in ((found, 'class="raw"'), (smooth, 'class="mean"')):
             path = "L".join("{:.1f} {:.1f}".format(*place(x, y)) for x, y in way)
             parts.append(f'<path d="M{path}" stroke="{line.colour}" {style}/>')
-        at = f'x="{_WIDTH - _RIGHT}" y="{_TOP + 12 + 15 * i}"'
+        corner = f'x="{_WIDTH - _RIGHT}" y="{_TOP + 12 + 15 * i}"'
         name = html.escape(line.name)
-        parts.append(f'<text {at} fill="{line.colour}" class="end">{name}</text>')
+        parts.append(f'<text {corner} fill="{line.colour}" class="end">{name}</text>')
     return "".join([*parts, "</svg>"])
 
 

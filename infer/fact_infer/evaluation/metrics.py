@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -29,9 +29,12 @@ class Estimate(NamedTuple):
         return {k: v if math.isfinite(v) else None for k, v in numbers.items()} | {"n": self.n}
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, float | int | None]) -> "Estimate":
+    def from_dict(cls, values: Mapping[str, Any]) -> "Estimate":
         """Back from ``to_dict``."""
-        return cls(**{key: math.nan if value is None else value for key, value in values.items()})
+        mean, low, high = (
+            math.nan if values[k] is None else values[k] for k in ("mean", "low", "high")
+        )
+        return cls(mean, low, high, values["n"])
 
 
 def mean_interval(values: Float[np.ndarray, " n"]) -> Estimate:

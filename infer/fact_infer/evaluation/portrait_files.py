@@ -1,5 +1,6 @@
 """Photos of made-up people as files, each with its points and head mask beside it."""
 
+import functools
 import json
 import os
 from pathlib import Path
@@ -33,8 +34,8 @@ def write_portraits(split: str, people: int, photos: int, out: Path) -> list[Pat
         mask = np.rint(255 * batch.portrait.head_mask[i]).astype(np.uint8)
         _save(mask, out / f"{name}.mask.png")
         points = {"points": np.round(batch.portrait.points[i].astype(float), 3).tolist()}
-        text = json.dumps(points) + "\n"
-        create(out / f"{name}.points.json", lambda path, text=text: path.write_text(text))
+        write = functools.partial(Path.write_text, data=json.dumps(points) + "\n")
+        create(out / f"{name}.points.json", write)
         paths.append(_save(image, out / f"{name}.png"))
     return paths
 

@@ -35,7 +35,7 @@ class IdentityRanking:
         points: Float[np.ndarray, "5 2"] | None = None,
     ):
         self._size, self._points = crops.shape[1], points
-        self._pack = local_pack(pack) if points is not None else find_pack(pack or DEFAULT_PACK)
+        self._pack = find_pack(pack or DEFAULT_PACK) if points is None else local_pack(pack)
         graph, state = nnx.split(load_encoder(face.encoder, config=face.encoder_config))
         self._embed = jax.jit(lambda images: nnx.merge(graph, state)(images)[1])
         own = self._embeddings(crops)
@@ -52,13 +52,12 @@ class IdentityRanking:
         return float(cosine(self._embeddings(crop[None])[0], self._wanted))
 
     def _find(self, picture: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, "5 2"] | None:
-        if self._pack is None:
-            height, width, _ = picture.shape
-            return self._points * (width, height)
-        faces = detect_faces(picture, self._pack)
-        if not faces:
-            return None
-        return max(faces, key=lambda face: np.prod(face.box[2:] - face.box[:2])).points
+        if self._pack is not None:
+            faces = detect_faces(picture, self._pack)
+            largest = max(faces, key=lambda f: np.prod(f.box[2:] - f.box[:2]), default=None)
+            return None if largest is None else largest.points
+        height, width, _ = picture.shape
+        return None if self._points is None else self._points * (width, height)
 
     def _embeddings(self, crops: UInt8[np.ndarray, "b s s 3"]) -> Float[np.ndarray, "b k"]:
         return np.array(self._embed(normalize_pixels(crops)))
@@ -66,8 +65,5 @@ class IdentityRanking:
 
 def best_first(similarities: Sequence[float | None]) -> list[int]:
     """Indices from the most similar to the least; pictures without a face come last."""
-    return sorted(
-        range(len(similarities)),
-        key=lambda i: -np.inf if similarities[i] is None else similarities[i],
-        reverse=True,
-    )
+    known = [-np.inf if similarity is None else similarity for similarity in similarities]
+    return sorted(range(len(known)), key=known.__getitem__, reverse=True)

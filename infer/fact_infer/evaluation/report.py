@@ -90,8 +90,10 @@ def write_report(sources: ReportSources, out: Path) -> list[Path]:
         people, measured = _grid_section(grid, captions, evaluation), _table_section(evaluation)
     with _written_by("fact-train run", sources.training / "config.json") as path:
         training = _training_section(sources, _read_json(path))
-    with _written_by("demo.py", sources.stages) as path:
-        stages = _stages_section(path)
+    stages = ""
+    if sources.stages is not None:
+        with _written_by("demo.py", sources.stages) as path:
+            stages = _stages_section(path)
     sections = [
         ("People whom nothing was trained on", people),
         ("Measured", measured),
@@ -108,7 +110,7 @@ def write_report(sources: ReportSources, out: Path) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _written_by(program: str, path: Path | None) -> Iterator[Path | None]:
+def _written_by(program: str, path: Path) -> Iterator[Path]:
     """While what ``path`` holds is used: UserError if that is not what the program writes there."""
     try:
         yield path
@@ -268,16 +270,16 @@ def _face_section(sources: ReportSources) -> str:
         what = "scikit-image's astronaut photo"
         with tempfile.TemporaryDirectory() as folder:
             found = prepare_photo(_astronaut(Path(folder)), points_file=ASTRONAUT_POINTS)
-            notes = [note.replace(f"{folder}{os.sep}", "") for note in found.notes]
+            text = "; ".join(found.notes).replace(f"{folder}{os.sep}", "")
     else:
         what = "The photo"
         found = prepare_photo(sources.photo, points_file=sources.points)
-        notes = found.notes
+        text = "; ".join(found.notes)
     marked = draw_face(found.image, found.points, found.mask)
     return (
         f'<div class="row">{_figure(marked, f"{what} with five points and head mask", 300)}'
         f"{_figure(enlarge(found.crop, 2), 'The aligned crop, 112 x 112, background blanked')}"
-        f'</div><p class="quiet">{html.escape("; ".join(notes))}</p>'
+        f'</div><p class="quiet">{html.escape(text)}</p>'
     )
 
 
@@ -293,9 +295,7 @@ def _astronaut(folder: Path) -> Path:
     return folder / "astronaut.png"
 
 
-def _stages_section(path: Path | None) -> str:
-    if path is None:
-        return ""
+def _stages_section(path: Path) -> str:
     seconds = {name: stage["seconds"] for name, stage in _read_json(path).items()}
     seconds["together, without this report"] = sum(seconds.values())
     rows = "".join(

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, UInt8
+from jaxtyping import Array, Bool, Float, PyTree, UInt8
 from tqdm import tqdm
 
 from fact_convert.models.adapter import attach_adapter, load_adapter
@@ -84,7 +84,7 @@ class FlaxPipeline(Pipeline):
         self._decode = _over_devices(self._decode_rows)
 
     @classmethod
-    def from_parts(cls, parts: Parts, dtype: Any = "float32") -> "FlaxPipeline":
+    def from_parts(cls, parts: Parts, dtype: Any = "float32") -> Self:
         pipeline = load_pipeline(parts.base.weights_folder(), dtype=dtype, loras=parts.loras)
         models = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
         if parts.controlnet is not None:
@@ -98,7 +98,7 @@ class FlaxPipeline(Pipeline):
 
     def _generate(self, inputs: GenerationInputs, bar: tqdm | None) -> UInt8[np.ndarray, "b h w 3"]:
         guidance, photo_mask = inputs.guidance, None
-        rows = {"ids": inputs.token_ids[1:], "seeds": inputs.seeds}
+        rows: PyTree = {"ids": inputs.token_ids[1:], "seeds": inputs.seeds}
         if inputs.crops is not None:
             rows["crops"], photo_mask = pad_photos(inputs.crops, guidance.people)
         if inputs.img2img is not None:
@@ -120,7 +120,7 @@ class FlaxPipeline(Pipeline):
         states = self._placed(shape.devices)
         if bar is not None and not bar.n:
             bar.set_description("compiling")
-        shared = {"negative": inputs.token_ids[:1], "photo_mask": photo_mask}
+        shared: PyTree = {"negative": inputs.token_ids[:1], "photo_mask": photo_mask}
         conditions, noise, keys, x0 = self._prepare(states, shared, rows, shape=shape)
         shared = {
             "weights": guidance.weights,
@@ -177,7 +177,7 @@ class FlaxPipeline(Pipeline):
         sample = functools.partial(
             SAMPLERS[sampler], schedule=schedule, key=keys, loop=python_loop, **along
         )
-        if inputs.img2img is None:
+        if inputs.img2img is None or x0 is None:
             return sample(model, noise)
         mask = jax.device_put(inputs.img2img.latent_mask, x0.sharding)
         masked = {"latent_mask": mask, "x0": x0, "noise": noise}

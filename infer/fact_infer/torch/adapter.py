@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -26,16 +26,16 @@ from fact_infer.torch.attention_processors import (
     text_blocks,
     unwrap_compiled,
 )
-from fact_infer.torch.guidance_hooks import SEQUENTIAL, GuidanceHooks
+from fact_infer.torch.guidance_hooks import SEQUENTIAL, GuidanceHooks, Masks
 from fact_infer.torch.models import Resampler, TransFaceTokens, encoder_from, load_strictly
 from fact_jax.face.mask import read_mask
 from fact_jax.fact import Combine, Guidance
 from fact_jax.regions import Regions
 from fact_jax.utils.errors import UserError
 
-Scale = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
+Scale: TypeAlias = float | Sequence[float] | Sequence[Sequence[float]] | Tensor
 """Strength of the adapter: of all, of each picture (b,), or of each person in it (b, k)."""
-Mask = str | os.PathLike | Image.Image | np.ndarray
+Mask: TypeAlias = str | os.PathLike | Image.Image | np.ndarray
 """Where a person is drawn, white or 1 there, of any size."""
 _LOG = logging.getLogger(__name__)
 
@@ -174,17 +174,12 @@ class FactTorch:
         if scales is not None:
             for one in _numbers("the scales", scales):
                 check_range("face scale", one, 0.0, MAX_SCALE)
-        if isinstance(regions, str | os.PathLike | Image.Image):  # of one person
-            regions = [regions]
-        if not isinstance(regions, Iterable | None):
-            raise UserError(f"regions must be a mask for each person, got {regions!r}")
-        if regions is not None and not isinstance(regions, Mapping):
-            regions = [_mask(mask) for mask in regions]
-        face = face if isinstance(face, Tensor) else _concatenate_people(face, regions)
-        people = 1 if regions is None else _people(regions)
+        masks = _read_regions(regions)
+        face = face if isinstance(face, Tensor) else _concatenate_people(face, masks)
+        people = 1 if masks is None else _people(masks)
         null = self.null_tokens(self._check_tokens(face, people)).to(face)
         strength = _strength(scale)
-        hooks = GuidanceHooks(self.pipe, self.context, guidance, scales, regions, follow=follow)
+        hooks = GuidanceHooks(self.pipe, self.context, guidance, scales, masks, follow=follow)
         with hooks.active(face, null):
             self.context.strength = strength
             yield
@@ -256,7 +251,10 @@ def load_fact(
     Raises UserError if they are not what they should be or the adapter is for another base.
     """
     pin_jax_to_cpu()
-    files = files or read_face_models(*find_face_models(adapter, encoder))
+    if files is None:
+        if adapter is None:
+            raise UserError("no adapter is named: give load_fact its file, or its name on the Hub")
+        files = read_face_models(*find_face_models(adapter, encoder))
     if installed(pipe.unet):
         raise UserError("this pipe has a face adapter already: unload_fact it first")
     if pipe.unet.device.type == "meta":
@@ -265,7 +263,7 @@ def load_fact(
     with torch.device("meta"):
         resampler = Resampler(files.resampler_config)
     load_strictly(resampler, resampler_state, files.adapter)
-    encoder = encoder_from(files.encoder_state, files.encoder_config, files.encoder)
+    face_encoder = encoder_from(files.encoder_state, files.encoder_config, files.encoder)
     blocks = dict(text_blocks(pipe.unet))
     widths = {path: block.norm2.normalized_shape[0] for path, block in blocks.items()}
     check_blocks(states, widths, files.adapter)
@@ -283,7 +281,9 @@ def load_fact(
         processors[path] = load_strictly(processor, states[path], source, pipe.unet.dtype)
     for path, processor in processors.items():
         processor.to(pipe.unet.device).install(path, blocks[path], context)
-    return FactTorch(pipe=pipe, encoder=encoder, resampler=resampler, context=context, files=files)
+    return FactTorch(
+        pipe=pipe, encoder=face_encoder, resampler=resampler, context=context, files=files
+    )
 
 
 def unload_fact(pipe: Any) -> None:
@@ -325,6 +325,17 @@ def _pairs(block_scales: Mapping | Sequence) -> tuple[tuple[str, float], ...]:
         ) from None
 
 
+def _read_regions(regions: Regions | Sequence[Mask] | None) -> Regions | Masks | None:
+    """Each person's mask as an array; what ``fact_jax.regions`` computes stays as it is."""
+    if regions is None or isinstance(regions, Mapping):
+        return regions
+    if isinstance(regions, str | os.PathLike | Image.Image):  # of one person
+        regions = [regions]
+    if not isinstance(regions, Iterable):
+        raise UserError(f"regions must be a mask for each person, got {regions!r}")
+    return [_mask(mask) for mask in regions]
+
+
 def _mask(mask: Mask) -> Float[np.ndarray, "h w"]:
     """A person's region in [0, 1], from a file, a picture or an array."""
     if isinstance(mask, str | os.PathLike):
@@ -336,7 +347,7 @@ def _mask(mask: Mask) -> Float[np.ndarray, "h w"]:
     return values
 
 
-def _people(regions: Regions | Sequence[np.ndarray]) -> int:
+def _people(regions: Regions | Masks) -> int:
     if not len(regions):
         raise UserError("regions were given, but none in them: give a mask for each person")
     return next(iter(regions.values())).shape[1] if isinstance(regions, Mapping) else len(regions)

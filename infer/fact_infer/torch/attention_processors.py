@@ -176,7 +176,7 @@ class FaceProcessor(nn.Module):
         return (args[0] + self._increment,)
 
     def _copied_norm(self, norm: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
-        return output if self.keys is None else self.ln(args[0])
+        return output if self.keys is None or self.ln is None else self.ln(args[0])
 
     def _set_inner(self, processor: Any) -> None:
         del self.inner  # a module cannot be overwritten by what is none

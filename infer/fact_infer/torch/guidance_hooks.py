@@ -122,15 +122,15 @@ class GuidanceHooks:
     def _text_guidance(self, caller: DiffusionPipeline | None) -> float:
         """The guidance scale of this call; 1 if it has no negative branch."""
         found = None if caller is None else text_guidance(caller)
-        if found is None and self.follow:
+        if caller is None or found is None:
+            if not self.follow:
+                return max(self.guidance.text, 1.0)
             who = "no pipe of diffusers calls the UNet" if caller is None else "this pipe"
             tells = "" if caller is None else f" ({type(caller).__name__}) tells no guidance scale"
             raise UserError(
                 f"{who}{tells}: give it to the face, as guidance=Guidance(text=7.5), or "
                 "Guidance(text=1) for calls without a negative branch"
             )
-        if found is None:
-            return max(self.guidance.text, 1.0)
         if not self.follow and self._scales.begun:
             own, asked = self.guidance.text, float(caller.guidance_scale)
             if own != asked and max(own, found) > 1.0:
@@ -186,18 +186,18 @@ class GuidanceHooks:
         if self.regions is not None:
             self.context.regions = {
                 n: torch.tensor(mask, device=device).expand(self.faces, -1, -1)[self._row]
-                for n, mask in self._regions(*size).items()
+                for n, mask in self._by_tokens(self.regions, *size).items()
             }
 
-    def _regions(self, height: int, width: int) -> Regions:
-        """The regions for latents of this size."""
-        if not isinstance(self.regions, Mapping):
-            masks = np.stack([np.asarray(resize_area(m, (height, width))) for m in self.regions])
+    def _by_tokens(self, regions: Regions | Masks, height: int, width: int) -> Regions:
+        """The regions by the number of tokens, for latents of this size."""
+        if not isinstance(regions, Mapping):
+            masks = np.stack([np.asarray(resize_area(m, (height, width))) for m in regions])
             levels = len(self.pipe.unet.config.block_out_channels)
             return region_masks(masks[None], (height, width), levels)
-        if height * width not in self.regions:
+        if height * width not in regions:
             raise UserError(f"the regions are not for latents of {height} x {width}")
-        return self.regions
+        return regions
 
     def _set_scale(self, scale: float, sample: Tensor) -> None:
         """The strength in this call: the step's times what the user has set by now."""

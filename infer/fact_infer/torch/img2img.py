@@ -8,6 +8,7 @@ does that here, for latents of any width.
 import numpy as np
 import torch
 from diffusers import (
+    DiffusionPipeline,
     StableDiffusionControlNetImg2ImgPipeline,
     StableDiffusionImg2ImgPipeline,
 )
@@ -16,7 +17,7 @@ from torch import Tensor
 from fact_infer.img2img import Img2ImgInput
 
 
-class _MaskedImg2Img:
+class _MaskedImg2Img(DiffusionPipeline):
     """What both pipelines do otherwise than diffusers' own.
 
     The noise is given, the picture's latents are the mean of their distribution, and ``visited``

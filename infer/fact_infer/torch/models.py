@@ -1,17 +1,21 @@
 """Face encoder and resampler in PyTorch, under the released names; see fact_jax.models."""
 
+import os
 from collections.abc import Mapping
+from typing import TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fact_convert.io.lazy_tensor import release
+from fact_convert.io.lazy_tensor import LazyTensor, release
 from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
 from fact_jax.utils.errors import UserError, listed
 
+Tensors = Mapping[str, np.ndarray | LazyTensor]
+Module = TypeVar("Module", bound=nn.Module)
 # The global head compares identities and fills masked tokens in training: no picture needs it.
 _HEAD = ("feature.", "senet.", "mask_token")
 
@@ -31,7 +35,8 @@ class _SelfAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(attend(*self.qkv(x).chunk(3, dim=-1), self.heads))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.proj(attend(q, k, v, self.heads))
 
 
 class _MLP(nn.Module):
@@ -129,7 +134,9 @@ def _feed_forward(dim: int) -> nn.Sequential:
     )
 
 
-def encoder_from(state: Mapping[str, np.ndarray], config: TransFaceConfig, source) -> nn.Module:
+def encoder_from(
+    state: Tensors, config: TransFaceConfig, source: str | os.PathLike
+) -> TransFaceTokens:
     """The encoder with the weights of a TransFace file; its global head is left out."""
     tokens = {key: array for key, array in state.items() if not key.startswith(_HEAD)}
     with torch.device("meta"):
@@ -138,8 +145,11 @@ def encoder_from(state: Mapping[str, np.ndarray], config: TransFaceConfig, sourc
 
 
 def load_strictly(
-    module: nn.Module, state: Mapping[str, np.ndarray], source, dtype: torch.dtype = torch.float32
-) -> nn.Module:
+    module: Module,
+    state: Tensors,
+    source: str | os.PathLike,
+    dtype: torch.dtype = torch.float32,
+) -> Module:
     """Fill a module (it may be on the meta device) with a state of numpy arrays.
 
     Raises one UserError that lists every missing, unexpected and misshapen key of ``source``.

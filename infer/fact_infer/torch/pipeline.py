@@ -1,9 +1,9 @@
 """Generation in PyTorch: a stock StableDiffusionPipeline of diffusers with FACT in it."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import diffusers
 import jax.numpy as jnp
@@ -43,12 +43,12 @@ class TorchPipeline(Pipeline):
         self.fact: FactTorch | None = load_fact(pipe, files=parts.face) if parts.face else None
 
     @classmethod
-    def load(cls, *files: Any, **options: Any) -> "TorchPipeline":
+    def load(cls, *files: Any, **options: Any) -> Self:
         pin_jax_to_cpu()
         return super().load(*files, **options)
 
     @classmethod
-    def from_parts(cls, parts: Parts, dtype: Any = "float32") -> "TorchPipeline":
+    def from_parts(cls, parts: Parts, dtype: Any = "float32") -> Self:
         pin_jax_to_cpu()
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         folder = parts.base.weights_folder()
@@ -84,8 +84,9 @@ class TorchPipeline(Pipeline):
         else:
             pipe.set_inputs(img2img, noise, timesteps)
             more |= {"image": _pixels(img2img.images), "strength": img2img.strength}
-        text, face = self._text(inputs.token_ids), contextlib.nullcontext()
-        if inputs.crops is not None:
+        text = self._text(inputs.token_ids)
+        face: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if self.fact is not None and inputs.crops is not None:
             guidance = inputs.guidance
             tokens = self.fact.face_tokens(inputs.crops, params.guidance.combine, guidance.people)
             tokens = tokens.expand(len(inputs.seeds), *tokens.shape[1:])
@@ -121,14 +122,16 @@ class TorchPipeline(Pipeline):
         with torch.no_grad():
             return self.pipe.text_encoder(ids)[0]
 
-    def _noise(self, seeds: Sequence[int], height: int, width: int) -> torch.Tensor:
+    def _noise(self, seeds: Int[np.ndarray, " b"], height: int, width: int) -> torch.Tensor:
         """The noise of the JAX backend, channels first."""
         channels = self.base.unet.in_channels
-        noise = np.array(initial_noise(jnp.asarray(seeds, jnp.int32), height, width, channels))
+        noise = np.array(initial_noise(jnp.asarray(seeds), height, width, channels))
         return torch.from_numpy(noise).permute(0, 3, 1, 2).to(self.pipe.device, self.pipe.dtype)
 
 
-def _from_folder(kind: type, folder: Path, **options: Any) -> Any:
+def _from_folder(
+    kind: type[diffusers.DiffusionPipeline | diffusers.ModelMixin], folder: Path, **options: Any
+) -> Any:
     """What diffusers reads from a folder; UserError where it cannot."""
     try:
         return kind.from_pretrained(folder, local_files_only=True, **options)

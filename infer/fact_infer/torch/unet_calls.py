@@ -1,8 +1,8 @@
 """Context of a call of the UNet: the pipe that makes it, its branches and its step."""
 
-import math
 import sys
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -20,7 +20,7 @@ def calling_pipe(unet: nn.Module) -> DiffusionPipeline | None:
     A UNet can be in several pipes (``Other.from_pipe(pipe)``), and a module is not told who calls
     it: only the stack knows.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         if code.co_argcount and code.co_varnames[0] == "self":
@@ -96,6 +96,8 @@ class StepScales:
         return self.given[self._position - 1]
 
     def _follow(self, scheduler: Any, timesteps: Tensor | None, timestep: Tensor | float) -> float:
+        if timesteps is None:
+            return self._everywhere(scheduler, timestep)
         position = _find(timesteps, timestep, -1 if self.begun else self._position)
         if position is None:
             return self._everywhere(scheduler, timestep)
@@ -107,7 +109,7 @@ class StepScales:
 
     def _everywhere(self, scheduler: Any, timestep: Tensor | float) -> float:
         """Which step it is does not matter if the strength is the same in all."""
-        self._timesteps, self._position = scheduler.timesteps, math.inf
+        self._timesteps, self._position = scheduler.timesteps, sys.maxsize
         guidance = self.guidance
         if (guidance.start, guidance.stop) == (0.0, 1.0) and not isinstance(
             guidance.face_scale, tuple
@@ -120,10 +122,8 @@ class StepScales:
         )
 
 
-def _find(timesteps: Tensor | None, timestep: Tensor | float, last: int) -> int | None:
+def _find(timesteps: Tensor, timestep: Tensor | float, last: int) -> int | None:
     """The place of a timestep among those of a scheduler; ``last`` is that of the call before."""
-    if timesteps is None:
-        return None
     if isinstance(timestep, Tensor):
         # Pipes pass an element of the very tensor. Its place tells apart timesteps that are rounded
         # to one number, and reading it does not wait for the device.
