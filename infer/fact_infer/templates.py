@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
-from tqdm import tqdm
 
 from fact_infer.img2img import Img2ImgInput, blend, check_strength, first_step, to_latent_mask
 from fact_infer.parts import BaseModel
@@ -185,7 +184,6 @@ def inpaint_faces(
     how: InpaintParams,
     *,
     batch: int = BATCH,
-    bar: tqdm | None = None,
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """The templates of all requests with their faces redrawn, one after another, each in its size.
 
@@ -194,10 +192,16 @@ def inpaint_faces(
     UserError, before anything is drawn.
     """
     params = check_requests(pipeline.base, requests, params, how, batch)
-    return _redraw(pipeline, requests, params, how, batch, bar)
+    return _redraw(pipeline, requests, params, how, batch)
 
 
-def _redraw(pipeline, requests, params, how, batch, bar) -> Iterator[np.ndarray]:
+def _redraw(
+    pipeline: Pipeline,
+    requests: Sequence[InpaintRequest],
+    params: GenerationParams,
+    how: InpaintParams,
+    batch: int,
+) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     targets = [
         (number, target) for number, request in enumerate(requests) for target in request.targets
     ]
@@ -208,7 +212,7 @@ def _redraw(pipeline, requests, params, how, batch, bar) -> Iterator[np.ndarray]
         cuts = [
             _cut(pipeline.base, requests[number], target, params, how) for number, target in part
         ]
-        drawn = _draw(pipeline, cuts, params, how, bar)
+        drawn = _draw(pipeline, cuts, params, how)
         for (number, _), cut, pixels in zip(part[:count], cuts, drawn, strict=False):
             image = images.get(number, requests[number].template.image)
             images[number] = paste(image, pixels, cut.mask, cut.square)
@@ -224,7 +228,6 @@ def _draw(
     cuts: Sequence["_FaceSquare"],
     params: GenerationParams,
     how: InpaintParams,
-    bar: tqdm | None,
 ) -> UInt8[np.ndarray, "b side side 3"]:
     controls = [cut.control for cut in cuts if cut.control is not None]
     return pipeline.generate(
@@ -239,7 +242,6 @@ def _draw(
         ),
         control=np.stack(controls) if controls else None,
         control_scale=how.control_scale,
-        bar=bar,
     )
 
 

@@ -36,7 +36,7 @@ def train(meter, clock):
     for _ in meter.waits(slow_batches(clock)):
         clock.now += 2.0
         meter.step()
-    with meter.aside():
+    with meter.paused():
         clock.now += 30.0
     return meter.row()
 

@@ -3,7 +3,6 @@
 import argparse
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 from fact_jax.utils.errors import UserError, printable
@@ -91,17 +90,17 @@ def write(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def cache(name: str, overrides: Sequence[str], out: Path, share: tuple[int, int]) -> int:
+def cache(arguments: argparse.Namespace) -> int:
     """Do `cache`."""
     from fact_train.config import load_config
     from fact_train.overrides import override
 
-    config = override(load_config(name)[1], overrides)
+    out, config = arguments.out, override(load_config(arguments.config)[1], arguments.override)
     records = getattr(config.options, "records", None)
     if records is None:
         raise UserError(
-            f"the experiment {name} has no records to encode: set options.records to a folder "
-            "that `fact-train records` wrote"
+            f"the experiment {arguments.config} has no records to encode: set options.records to a "
+            "folder that `fact-train records` wrote"
         )
 
     from fact_convert import load_encoder, load_pipeline
@@ -117,7 +116,7 @@ def cache(name: str, overrides: Sequence[str], out: Path, share: tuple[int, int]
         out,
         cells=pipeline.unet.config.sample_size,
     )
-    if writer.write(share, print):
+    if writer.write(arguments.shard, print):
         print(f"{out}: all {len(writer.paths)} shards are there; train with options.cache={out}")
     return 0
 

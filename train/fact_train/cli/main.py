@@ -23,23 +23,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     unknown = [text for text in rest if text.startswith("-") or not takes_settings]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if takes_settings:
+        arguments.override = arguments.override + rest
     command = shlex.join(["fact-train", *argv])
-    return run_program(lambda: _dispatch(arguments, rest, command))
+    return run_program(lambda: _dispatch(arguments, command))
 
 
-def _dispatch(arguments: argparse.Namespace, rest: list[str], command: str) -> int:
+def _dispatch(arguments: argparse.Namespace, command: str) -> int:
     if isinstance(getattr(arguments, "out", None), Path):
         require_local(arguments.out)
     if arguments.command == "configs":
         return _configs()
     if arguments.command == "plan":
-        return _plan(arguments, arguments.override + rest)
+        from fact_train.cli.plan import plan
+
+        return plan(arguments)
     if arguments.command == "records":
         return data_cli.write(arguments)
     if arguments.command == "cache":
-        overrides = arguments.override + rest
-        return data_cli.cache(arguments.config, overrides, arguments.out, arguments.shard)
-    return _run(arguments, arguments.override + rest, command)
+        return data_cli.cache(arguments)
+    return _run(arguments, command)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,19 +102,6 @@ def _add_experiment(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _plan(arguments: argparse.Namespace, overrides: Sequence[str]) -> int:
-    from fact_train.cli.plan import plan
-
-    return plan(
-        arguments.config,
-        overrides,
-        topology=arguments.topology,
-        gpu=arguments.gpu,
-        global_batch=arguments.global_batch,
-        as_json=arguments.json,
-    )
-
-
 def _configs() -> int:
     from fact_train.config import list_configs
 
@@ -120,12 +110,12 @@ def _configs() -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace, overrides: Sequence[str], command: str) -> int:
+def _run(arguments: argparse.Namespace, command: str) -> int:
     from fact_train.config import load_config
     from fact_train.overrides import override
 
     short, config = load_config(arguments.config)
-    config = override(config, overrides)
+    config = override(config, arguments.override)
 
     from fact_train.tasks import task_class
 

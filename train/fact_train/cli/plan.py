@@ -1,10 +1,10 @@
 """The command `fact-train plan`."""
 
+import argparse
 import difflib
 import json
 import math
 import re
-from collections.abc import Sequence
 
 from fact_jax.utils.errors import UserError
 from fact_train.chips import CHIPS, Chip, per_device
@@ -14,24 +14,17 @@ from fact_train.plan.compilation import compiled_stats
 from fact_train.plan.report import format_report, make_report
 
 
-def plan(
-    name: str,
-    overrides: Sequence[str],
-    *,
-    topology: str | None,
-    gpu: str | None,
-    global_batch: int | None,
-    as_json: bool,
-) -> int:
+def plan(arguments: argparse.Namespace) -> int:
     """Print the plan; 0 if the step fits, 1 if it does not."""
-    chip, chips = read_topology(topology) if topology else read_gpu(gpu or "")
-    if global_batch is not None:
-        overrides = [*overrides, f"batch_size={global_batch}"]
+    name, overrides, topology = arguments.config, arguments.override, arguments.topology
+    chip, chips = read_topology(topology) if topology else read_gpu(arguments.gpu)
+    if arguments.global_batch is not None:
+        overrides = [*overrides, f"batch_size={arguments.global_batch}"]
     config = override(load_config(name)[1], overrides)
     stats = compiled_stats(name, overrides, topology, chips)
     report = make_report(config, chip, chips, stats)
-    report = {"config": name, "overrides": list(overrides), **report}
-    print(json.dumps(report, indent=1) if as_json else "\n".join(format_report(report)))
+    report = {"config": name, "overrides": overrides, **report}
+    print(json.dumps(report, indent=1) if arguments.json else "\n".join(format_report(report)))
     return 0 if report["memory"]["fits"] else 1
 
 

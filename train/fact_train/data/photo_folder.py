@@ -7,11 +7,11 @@ the points without it) and the caption are not. The same picture twice is one ph
 partner that shows nothing new.
 """
 
-import collections
 import dataclasses
 import hashlib
 import io
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,8 +60,8 @@ class Totals:
     ``loose`` photos lie beside the people's folders, ``nested`` ones in folders within them.
     """
 
-    skipped: collections.Counter = dataclasses.field(default_factory=collections.Counter)
-    ignored: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    skipped: Counter[str] = dataclasses.field(default_factory=Counter)
+    ignored: Counter[str] = dataclasses.field(default_factory=Counter)
     loose: int = 0
     nested: int = 0
 
@@ -77,7 +77,7 @@ class Totals:
             yield f"not looked at: {self.nested} photos in folders within a person's: move them up"
 
 
-def _counted(found: collections.Counter, what: str) -> str:
+def _counted(found: Counter[str], what: str) -> str:
     parts = ", ".join(f"{count} {name}" for name, count in found.most_common())
     return f"{found.total()} {what}{'s' * (found.total() > 1)}: {parts}"
 
@@ -106,12 +106,13 @@ def folder_examples(
     for person in people:
         used = 0
         _count_unused(person, totals)
-        for photo in _photos(person):
+        for photo in sorted(filter(_is_photo, person.iterdir())):
             try:
                 example = _example(photo, person.name, size, crop_size, seen, warn)
             except UserError as error:
-                warn(_skipped(photo, error))
-                totals.skipped[_reason(str(error).replace(f"{person}/", ""))] += 1
+                text = str(error)
+                warn(f"skipped: {text}" if str(photo) in text else f"skipped {photo}: {text}")
+                totals.skipped[_reason(text.replace(f"{person}/", ""))] += 1
             else:
                 used += 1
                 yield example
@@ -121,17 +122,8 @@ def folder_examples(
             warn(f"{person}: only one usable photo, nothing to shuffle it with")
 
 
-def _skipped(photo: Path, error: UserError) -> str:
-    text = str(error)
-    return f"skipped: {text}" if str(photo) in text else f"skipped {photo}: {text}"
-
-
 def _reason(text: str) -> str:
     return next((reason for part, reason in _REASONS.items() if part in text), "other")
-
-
-def _photos(person: Path) -> list[Path]:
-    return sorted(filter(_is_photo, person.iterdir()))
 
 
 def _is_photo(path: Path) -> bool:

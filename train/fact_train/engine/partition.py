@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 Tree = dict[Any, Any]
 
@@ -29,62 +30,41 @@ def split_module(module: nnx.Module) -> SplitModule:
     return SplitModule(graph, nnx.to_pure_dict(state))
 
 
-def paths(tree: Tree, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def paths(tree: Tree) -> Iterator[tuple[str, Any]]:
     """("a/b/c", leaf) for every leaf, in the tree's own order."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from paths(value, f"{prefix}{name}/")
-        else:
-            yield f"{prefix}{name}", value
+    return ((_name(path), leaf) for path, leaf in flatten_dict(tree).items())
 
 
 def split_by_paths(tree: Tree, patterns: Iterable[str]) -> tuple[Tree, Tree]:
-    """(leaves in whose path a pattern is found, the others). An idle pattern is an error."""
-    patterns = list(patterns)
-    known = [path for path, _ in paths(tree)]
-    idle = [pattern for pattern in patterns if not any(re.search(pattern, path) for path in known)]
-    if idle:
+    """(leaves in whose path a pattern is found, the others); ValueError if one is found nowhere."""
+    patterns, flat = list(patterns), flatten_dict(tree)
+    found = {p: {path for path in flat if re.search(p, _name(path))} for p in patterns}
+    if idle := [pattern for pattern, matched in found.items() if not matched]:
         raise ValueError(f"no parameter matches {', '.join(map(repr, idle))}")
-
-    def select(node: Tree, prefix: str, wanted: bool) -> Tree:
-        chosen = {}
-        for name, value in node.items():
-            path = f"{prefix}{name}"
-            if isinstance(value, dict):
-                value = select(value, f"{path}/", wanted)
-                keep = bool(value)
-            else:
-                keep = any(re.search(pattern, path) for pattern in patterns) is wanted
-            if keep:
-                chosen[name] = value
-        return chosen
-
-    return select(tree, "", True), select(tree, "", False)
+    chosen = set().union(*found.values())
+    return (
+        unflatten_dict({path: leaf for path, leaf in flat.items() if path in chosen}),
+        unflatten_dict({path: leaf for path, leaf in flat.items() if path not in chosen}),
+    )
 
 
-def merge(first: Tree, second: Tree, prefix: str = "") -> Tree:
+def merge(first: Tree, second: Tree) -> Tree:
     """The union of two trees; a leaf in both is an error."""
-    merged = dict(first)
-    for name, value in second.items():
-        if name not in merged:
-            merged[name] = value
-        elif isinstance(value, dict) and isinstance(merged[name], dict):
-            merged[name] = merge(merged[name], value, f"{prefix}{name}/")
-        else:
-            raise ValueError(f"{prefix}{name} is in both trees")
-    return merged
+    one, other = flatten_dict(first), flatten_dict(second)
+    if both := one.keys() & other.keys():
+        raise ValueError(f"{', '.join(sorted(map(_name, both)))} is in both trees")
+    return unflatten_dict(one | other)
 
 
 def overlay(tree: Tree, changes: Tree) -> Tree:
     """``tree`` with the leaves that ``changes`` holds in their place, in the dtypes of ``tree``."""
-    replaced = dict(tree)
-    for name, value in changes.items():
-        replaced[name] = (
-            overlay(tree[name], value)
-            if isinstance(value, dict)
-            else jnp.asarray(value, tree[name].dtype)
-        )
-    return replaced
+    flat = flatten_dict(tree)
+    new = flatten_dict(changes).items()
+    return unflatten_dict(flat | {path: jnp.asarray(a, flat[path].dtype) for path, a in new})
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    return "/".join(map(str, path))
 
 
 def assert_covers(model: Iterable[str], trainable: Iterable[str], frozen: Iterable[str]) -> None:

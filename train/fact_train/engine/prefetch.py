@@ -1,4 +1,4 @@
-"""Batches brought to the devices by a thread, ahead of the step."""
+"""Prefetching: a thread puts batches on the devices, ahead of the step."""
 
 import contextlib
 import queue
@@ -16,10 +16,9 @@ def prefetch(
     to_devices: Callable[[dict[str, np.ndarray]], dict[str, jax.Array]],
     start: int,
     stop: int,
-    depth: int = 2,
-) -> Iterator[Iterator]:
+) -> Iterator[Iterator[tuple[int, dict[str, jax.Array]]]]:
     """(step, its batch on the devices) for start < step <= stop, made by a thread."""
-    ready: queue.Queue[Any] = queue.Queue(depth)
+    ready: queue.Queue[Any] = queue.Queue(2)
     closing = threading.Event()
 
     def put(item: Any) -> None:

@@ -1,5 +1,8 @@
 """The one training step: ``train_step(state, frozen, batch) -> (state, metrics)``."""
 
+import copy
+import dataclasses
+import sys
 from typing import Any
 
 import jax
@@ -9,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from fact_jax.ops import attention
 from fact_jax.ops.remat import CPU_OPTIONS
 from fact_jax.sharding import (
     BATCH_AXES,
@@ -22,6 +26,7 @@ from fact_jax.sharding import (
 )
 from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig
+from fact_train.engine.jaxpr_costs import count_flops, trace
 from fact_train.engine.state import (
     TrainState,
     all_finite,
@@ -71,12 +76,29 @@ class TrainStep:
         self.task, self.optimizer, self.config, self.mesh = task, optimizer, config, mesh
         self._jitted: Any = None
 
-    def __call__(self, state: TrainState, frozen: PyTree, batch: Batch):
+    def __call__(
+        self, state: TrainState, frozen: PyTree, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
         return self._compiled(state, frozen)(state, frozen, batch)
 
     def lower(self, state: TrainState, frozen: PyTree, batch: Batch) -> jax.stages.Lowered:
         """The program for arguments of these shapes; ShapeDtypeStructs will do."""
         return self._compiled(state, frozen).lower(state, frozen, batch)
+
+    def model_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
+        """Model FLOPs of one step on all devices: without what is recomputed to save memory.
+
+        Arrays or ShapeDtypeStructs will do. ValueError if the step has a loop of no known length.
+        """
+        task, config = copy.copy(self.task), dataclasses.replace(self.config, remat="none")
+        task.config = config
+        plain = TrainStep(task, self.optimizer, config, self.mesh)
+        limit = attention.KEPT_MATRIX_LIMIT
+        attention.KEPT_MATRIX_LIMIT = sys.maxsize  # no tiles, which the backward pass recomputes
+        try:
+            return count_flops(trace(plain.compute, state, frozen, batch))
+        finally:
+            attention.KEPT_MATRIX_LIMIT = limit
 
     def _compiled(self, state: TrainState, frozen: PyTree):
         if self._jitted is None:
@@ -92,7 +114,9 @@ class TrainStep:
             )
         return self._jitted
 
-    def compute(self, state: TrainState, frozen: PyTree, batch: Batch):
+    def compute(
+        self, state: TrainState, frozen: PyTree, batch: Batch
+    ) -> tuple[TrainState, Metrics]:
         """What the compiled program computes."""
         config = self.config
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)

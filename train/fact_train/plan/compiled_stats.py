@@ -24,7 +24,6 @@ from fact_jax.sharding import batch_sharding, batch_ways, make_mesh
 from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig, load_config
 from fact_train.engine.jaxpr_costs import count_flops, peak_bytes, trace
-from fact_train.engine.model_flops import model_flops
 from fact_train.engine.state import make_optimizer, state_shardings
 from fact_train.engine.step import TrainStep, check_batch, frozen_shardings
 from fact_train.overrides import override
@@ -51,7 +50,7 @@ def read_compiled(config: TrainConfig, topology: str) -> CompiledStats:
     step, arguments = _train_step(built, mesh), (built.state, built.frozen, built.batch)
     stats = _stats(built, mesh)
     stats["flops"] = count_flops(trace(step.compute, *arguments))
-    stats["model_flops"] = model_flops(step, *arguments)
+    stats["model_flops"] = step.model_flops(*arguments)
     start = time.monotonic()
     stats["compiled"] = True
     lowered = step.lower(*arguments)
@@ -85,7 +84,7 @@ def read_estimate(config: TrainConfig, chips: int) -> CompiledStats:
     jaxpr = trace(step.compute, *arguments)
     stats = _stats(built, mesh)
     stats["flops"] = ways * count_flops(jaxpr)
-    stats["model_flops"] = ways * model_flops(step, *arguments)
+    stats["model_flops"] = ways * step.model_flops(*arguments)
     stats["bytes"]["temporary"] = peak_bytes(jaxpr)
     gradients = {
         "kind": "all-reduce",

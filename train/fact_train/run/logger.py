@@ -25,22 +25,22 @@ from fact_jax.utils.files import atomic_write
 
 
 class RunLogger:
-    """The records of one run in its folder, written by one process. Use as a context manager.
+    """Log of one run, written by process 0. Use as a context manager.
 
-    ``name`` tells Weights & Biases which run it is, by default the folder's path.
-    It speaks from the start; ``begin`` opens the records when the step to go on from is known.
+    ``name`` tells Weights & Biases which run it is, by default the folder's path. Lines are logged
+    from the start; ``begin`` opens the metrics when the step to go on from is known.
     """
 
     def __init__(self, run: Path, *, steps: int, wandb: bool = False, name: str | None = None):
         self._run, self._steps = run, steps
         self._name = name or str(run.resolve())
-        self._speaks = jax.process_index() == 0
+        self._is_main = jax.process_index() == 0
         self._open = contextlib.ExitStack()
         self._bar: tqdm | None = None
         self._records: Records | None = None
         library = load_wandb() if wandb else None  # every process would say that it is missing
-        self._wandb = library if self._speaks else None
-        if self._speaks:
+        self._wandb = library if self._is_main else None
+        if self._is_main:
             with self._writing():
                 run.mkdir(parents=True, exist_ok=True)
                 self._text = self._open.enter_context(open(run / "log.txt", "a"))  # noqa: SIM115
@@ -70,7 +70,7 @@ class RunLogger:
 
     def begin(self, start: int, config: dict[str, Any]) -> None:
         """Open the records of the steps after ``start``; what they said of those is forgotten."""
-        if not self._speaks:
+        if not self._is_main:
             return
         path = self._run / "metrics.jsonl"
         with self._writing():
@@ -97,14 +97,14 @@ class RunLogger:
 
     def say(self, line: str) -> None:
         """One line for the console and log.txt."""
-        if self._speaks:
+        if self._is_main:
             with contextlib.suppress(OSError):  # the terminal may be gone; log.txt has it too
                 tqdm.write(line, file=sys.stderr)
             self.note(line)
 
     def note(self, line: str) -> None:
         """One line for log.txt alone."""
-        if self._speaks and not self._text.closed:
+        if self._is_main and not self._text.closed:
             with self._writing():
                 self._text.write(line + "\n")
                 self._text.flush()
@@ -204,7 +204,7 @@ class Records:
 
 @contextlib.contextmanager
 def stage(say: Callable[[str], None], what: str) -> Iterator[None]:
-    """Say what is being done while it is, and how long it took if that was long."""
+    """Log a stage of the work when it begins, and its duration if that was above 5 s."""
     say(f"{what} ...")
     began = time.monotonic()
     yield

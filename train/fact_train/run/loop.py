@@ -16,7 +16,6 @@ from fact_jax.sharding import global_batch, local_copy, make_mesh, rows_of_proce
 from fact_jax.utils.errors import UserError, first_line
 from fact_jax.utils.files import replace_folder, require_local
 from fact_train.config import TrainConfig
-from fact_train.engine.model_flops import model_flops
 from fact_train.engine.prefetch import prefetch
 from fact_train.engine.state import TrainState
 from fact_train.engine.step import TrainStep, check_batch
@@ -42,7 +41,7 @@ from fact_train.run.remote import RemoteFolder, is_url
 from fact_train.run.signal_handler import SignalHandler
 from fact_train.run.throughput import ProfilerTrace, ThroughputMeter
 
-MAX_SKIPPED_IN_A_ROW = 10
+MAX_SKIPPED = 10  # updates in a row
 SAMPLE_KEY = 2**32 - 2  # a fold_in number that no step ever reaches
 
 
@@ -144,10 +143,12 @@ class _Loop:
         self.rows: list[dict[str, jax.Array]] = []
         self.losses: list[jax.Array] = []  # since the last checkpoint
 
-    def train(self, train_step, source: Source, state: TrainState, stopping: SignalHandler):
+    def train(
+        self, train_step: TrainStep, source: Source, state: TrainState, stopping: SignalHandler
+    ) -> TrainState:
         """Step until the end or a signal; the number of a step alone decides what is due."""
         config, start = self.config, int(state.step)
-        in_flight: collections.deque = collections.deque()
+        in_flight: collections.deque[jax.Array] = collections.deque()
         profile = ProfilerTrace(self.folder / "profile", config.log.profile_steps)
         mesh = train_step.mesh
         rows = rows_of_process(mesh, config.batch_size)
@@ -163,7 +164,9 @@ class _Loop:
                 in_flight.append(metrics["skipped_in_a_row"])
                 # Reading a value from two steps ago keeps the queue short and the device busy.
                 if len(in_flight) > 2:
-                    self._check(step - 2, int(in_flight.popleft()))
+                    in_a_row = int(in_flight.popleft())
+                    if in_a_row >= MAX_SKIPPED:
+                        raise self._not_finite(step - 2, in_a_row)
                 lost = self.remote.failure if self.remote is not None else None
                 stop = stopping.decide(self.checkpoints.failure() or lost)
                 if profile.after(step, metrics, last=stop or step == config.steps):
@@ -179,7 +182,7 @@ class _Loop:
             flops = None
             if self.meter.peak:
                 with contextlib.suppress(ValueError):  # a loop of unknown length
-                    flops = model_flops(train_step, state, self.frozen, batch)
+                    flops = train_step.model_flops(state, self.frozen, batch)
         self.meter.begin(flops)
         return compiled
 
@@ -200,7 +203,7 @@ class _Loop:
             saved = self._save(step, state, int(metrics["skipped_in_a_row"]), stop)
         if watch:
             jax.block_until_ready(metrics)
-            with self.meter.aside():
+            with self.meter.paused():
                 seen = self._watch(step, state)
             if saved and self._watched:
                 self.checkpoints.rate(step, seen.get(self._watched))
@@ -295,10 +298,6 @@ class _Loop:
     def _local(self, state: TrainState) -> tuple[PyTree, PyTree]:
         """The weights to look at and the frozen ones, whole on one device of each process."""
         return local_copy(state.params if state.ema is None else state.ema), local_copy(self.frozen)
-
-    def _check(self, step: int, in_a_row: int) -> None:
-        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            raise self._not_finite(step, in_a_row)
 
     def _not_finite(self, step: int, in_a_row: int) -> UserError:
         saved, last_good = self.checkpoints.steps(), step - in_a_row

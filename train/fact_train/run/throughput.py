@@ -31,14 +31,14 @@ class ThroughputMeter:
         self._restart()
 
     def _restart(self) -> None:
-        self._began, self._steps, self._waited, self._aside = time.monotonic(), 0, 0.0, 0.0
+        self._began, self._steps, self._waited, self._paused = time.monotonic(), 0, 0.0, 0.0
 
     def step(self) -> None:
         """One more step was started."""
         self._steps += 1
 
     def waits(self, batches: Iterator[T]) -> Iterator[T]:
-        """The batches; what passes until one is there is time spent waiting."""
+        """The batches; the time until each is there counts as waiting for data."""
         while True:
             began = time.monotonic()
             try:
@@ -49,15 +49,15 @@ class ThroughputMeter:
             yield batch
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """What happens in here is no training: it does not count."""
+    def paused(self) -> Iterator[None]:
+        """The time in here is no training and does not count."""
         began = time.monotonic()
         yield
-        self._aside += time.monotonic() - began
+        self._paused += time.monotonic() - began
 
     def row(self) -> dict[str, float]:
         """The speeds since the last row; ``mfu`` (model FLOPs utilisation) on known chips only."""
-        spent = max(time.monotonic() - self._began - self._aside, 1e-9)
+        spent = max(time.monotonic() - self._began - self._paused, 1e-9)
         per_second = self._steps / spent
         values = {
             "steps_per_second": per_second,
