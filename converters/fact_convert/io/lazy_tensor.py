@@ -122,12 +122,12 @@ _WRITE_SIZE = 1 << 18
 """Bytes of one write, as in ``cp``: for more, Linux looks for huge pages, which may take long."""
 
 
-def release(array: np.ndarray | LazyTensor) -> None:
+def release(array: Tensor) -> None:
     """Free the memory of an array of a mapped file: what is wanted again is read again."""
     base: object = array
     while isinstance(base, np.ndarray):
         base = base.base
-    if isinstance(base, mmap.mmap) and array.nbytes:
+    if isinstance(array, np.ndarray) and isinstance(base, mmap.mmap) and array.nbytes:
         low, high = np.lib.array_utils.byte_bounds(array)
         origin = np.frombuffer(base, np.uint8).ctypes.data
         begin = (low - origin) // mmap.PAGESIZE * mmap.PAGESIZE

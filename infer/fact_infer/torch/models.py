@@ -1,7 +1,6 @@
 """Face encoder and resampler in PyTorch, under the released names; see fact_jax.models."""
 
 import os
-from collections.abc import Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -9,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fact_convert.io.lazy_tensor import LazyTensor, release
+from fact_convert.io.lazy_tensor import State, release
 from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
 from fact_jax.utils.errors import UserError, listed
 
-Tensors = Mapping[str, np.ndarray | LazyTensor]
 Module = TypeVar("Module", bound=nn.Module)
 # The global head compares identities and fills masked tokens in training: no picture needs it.
 _HEAD = ("feature.", "senet.", "mask_token")
@@ -135,7 +133,7 @@ def _feed_forward(dim: int) -> nn.Sequential:
 
 
 def encoder_from(
-    state: Tensors, config: TransFaceConfig, source: str | os.PathLike
+    state: State, config: TransFaceConfig, source: str | os.PathLike
 ) -> TransFaceTokens:
     """The encoder with the weights of a TransFace file; its global head is left out."""
     tokens = {key: array for key, array in state.items() if not key.startswith(_HEAD)}
@@ -146,7 +144,7 @@ def encoder_from(
 
 def load_strictly(
     module: Module,
-    state: Tensors,
+    state: State,
     source: str | os.PathLike,
     dtype: torch.dtype = torch.float32,
 ) -> Module:
