@@ -6,6 +6,9 @@ from typing import Annotated, Literal
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.ranges import CheckedFields, Count, Range
 
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES, TENSOR_AXIS = ("data", "fsdp"), "tensor"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig(CheckedFields):

@@ -24,12 +24,11 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Int
 
+from fact_jax.mesh import AXES, BATCH_AXES
 from fact_jax.mesh import MeshConfig as MeshConfig
 from fact_jax.utils.errors import UserError
 
 PyTree = Any
-AXES = ("data", "fsdp", "tensor")
-BATCH_AXES = ("data", "fsdp")
 Rules = tuple[tuple[str, P], ...]
 """(regex, spec) pairs. The spec is that of a leaf's last dimensions, (in, out) of a matrix as of a
 convolution (h, w, in, out); further dimensions are whole."""

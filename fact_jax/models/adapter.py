@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from fact_jax.models.layers import Attention, FeedForward, layer_norm
+from fact_jax.ops.attention_kernels import HiddenKeys
 
 FaceKeys = tuple[Float[Array, "b m c"], Float[Array, "b m c"]]
 """Keys and values of the face tokens in one block; they depend on neither latents nor time."""
@@ -80,8 +81,8 @@ class FaceAdapter(nnx.Module):
             jnp.concatenate([a, added.astype(a.dtype)], axis=1)
             for a, added in zip(own, face, strict=True)
         )
-        mask = _visible(regions, controls.token_mask, x.shape[1], face[0].shape[1])
-        mixed = self.attn.attend(visual, keys, values, mask)
+        hidden = _hidden(regions, controls.token_mask, x.shape[1], face[0].shape[1])
+        mixed = self.attn.attend(visual, keys, values, hidden)
         first = scale * jnp.tanh(self.alpha_attn[...]).astype(x.dtype) * mixed
         hidden = x + first
         second = (
@@ -111,18 +112,23 @@ def _moved(
     return (own - own.mean(axis=2, keepdims=True, where=there) + mean).reshape(b, m, c)
 
 
-def _visible(
+def _hidden(
     regions: Bool[Array, "b k n"] | None, token_mask: Bool[Array, " m"] | None, n: int, tokens: int
-) -> Bool[Array, "#b #n keys"] | None:
-    """Which of ``n`` visual and then ``tokens`` face tokens each visual token sees; None: all."""
-    if regions is None:
-        return token_mask if token_mask is None else _after_visual(token_mask[None, None], n)
-    faces = jnp.repeat(regions.swapaxes(1, 2), tokens // regions.shape[1], axis=2)
-    return _after_visual(faces if token_mask is None else faces & token_mask, n)
+) -> HiddenKeys | None:
+    """Which of the ``tokens`` face tokens that follow ``n`` visual ones are hidden from which."""
+    hidden = None
+    if token_mask is not None:
+        hidden = HiddenKeys(jnp.ones((1, 1, 1), bool), _after_visual(~token_mask[:, None], n))
+    if regions is not None:
+        people = regions.shape[1]
+        owned = jnp.repeat(jnp.eye(people, dtype=bool), tokens // people, axis=0)
+        others = HiddenKeys(~regions.swapaxes(1, 2), _after_visual(owned, n))
+        hidden = others if hidden is None else others.joined(hidden)
+    return hidden
 
 
-def _after_visual(faces: Bool[Array, "b q m"], n: int) -> Bool[Array, "b q keys"]:
-    return jnp.pad(faces, ((0, 0), (0, 0), (n, 0)), constant_values=True)
+def _after_visual(faces: Bool[Array, "m g"], n: int) -> Bool[Array, "1 keys g"]:
+    return jnp.pad(faces[None], ((0, 0), (n, 0), (0, 0)))
 
 
 def _capped(

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Real
+from jaxtyping import Array, Float, Real
 
 from fact_jax.ops.attention import attention
+from fact_jax.ops.attention_kernels import HiddenKeys
 from fact_jax.ops.convolution import convolve
 from fact_jax.utils.errors import UserError
 
@@ -173,11 +174,11 @@ class Attention(nnx.Module):
         x: Float[Array, "b n c"],
         keys: Float[Array, "b m c"],
         values: Float[Array, "b m c"],
-        mask: Bool[Array, "#b #n m"] | None = None,
+        hidden: HiddenKeys | None = None,
     ) -> Float[Array, "b n c"]:
         """Attention of ``x`` over keys and values that are already projected."""
         q, k, v = (split_heads(a, self.heads) for a in (self.to_q(x), keys, values))
-        return self.to_out[0](merge_heads(attention(q, k, v, mask)))
+        return self.to_out[0](merge_heads(attention(q, k, v, hidden)))
 
     def __call__(
         self, x: Float[Array, "b n c"], context: Float[Array, "b m e"] | None = None

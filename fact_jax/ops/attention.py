@@ -3,14 +3,17 @@
 The plain form materialises the (queries x keys) matrix and is best for short sequences. The tiled
 forms loop over chunks of queries and recompute each chunk in the backward pass, so that memory is
 linear in the sequence length (Rabe & Staats 2021, arXiv 2112.05682): one head at a time, which is
-twice as fast on a CPU, or all heads and samples at once, which suits accelerators and keeps the
-sharding of batch and heads.
+twice as fast on a CPU, or all heads and samples at once, which keeps the sharding of batch and
+heads. Where an accelerator has a fused kernel that takes the numbers, that is used instead
+(:mod:`fact_jax.ops.attention_kernels`).
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
+
+from fact_jax.ops.attention_kernels import HiddenKeys, installed_kernels
 
 PLAIN_MATRIX_LIMIT, PLAIN_MATRIX_LIMIT_CPU = 1024 * 1280, 512 * 1024
 """Largest queries x keys matrix a head may materialise before a tiled form takes over."""
@@ -23,15 +26,23 @@ def attention(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m h d"],
     v: Float[Array, "b m h d"],
-    mask: Bool[Array, "#b #n m"] | None = None,
+    hidden: HiddenKeys | None = None,
 ) -> Float[Array, "b n h d"]:
     """Softmax attention with scale 1/sqrt(d); softmax in float32, result in the dtype of ``v``.
 
-    ``mask`` says which keys a query sees, at least one each; None: all.
+    A query sees at least one key that is not ``hidden`` from it.
     """
+    mask = None if hidden is None else hidden.visible()
     if q.shape[1] * k.shape[1] <= KEPT_MATRIX_LIMIT:
         return attention_plain(q, k, v, mask)
-    return _recomputed(q, k, v, mask)
+    kernels = installed_kernels(q)
+    if not kernels:
+        return _recomputed(q, k, v, mask)
+
+    def unfused(q, k, v, hidden):
+        return _recomputed(q, k, v, mask)
+
+    return lax.platform_dependent(q, k, v, hidden, default=unfused, **kernels)
 
 
 def attention_plain(

@@ -14,6 +14,7 @@ from fact_jax.ops.attention import (
     attention_query_chunked,
     attention_tiled,
 )
+from fact_jax.ops.attention_kernels import HiddenKeys
 from tests.fact_jax.tiny import normal
 
 Q, K, V = normal(1, 2, 10, 3, 4), normal(2, 2, 7, 3, 4), normal(3, 2, 7, 3, 4)
@@ -146,7 +147,10 @@ def test_the_gradient_on_this_platform(monkeypatch, limit):
     )
     for one, other in zip(ours(Q, K, V), plain(Q, K, V), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
-    masked = jax.jit(jax.grad(lambda *a: (attention(*a, MASK) * weights).sum(), argnums=(0, 1, 2)))
+    hidden = HiddenKeys(~MASK, jnp.eye(7, dtype=bool)[None])  # a group for each key
+    masked = jax.jit(
+        jax.grad(lambda *a: (attention(*a, hidden) * weights).sum(), argnums=(0, 1, 2))
+    )
     expected = jax.grad(lambda *a: (attention_plain(*a, MASK) * weights).sum(), argnums=(0, 1, 2))
     for one, other in zip(masked(Q, K, V), expected(Q, K, V), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)

@@ -128,7 +128,9 @@ class TrainStep:
             shardings(state.params, REPLICATED_RULES, self.mesh),
         )
         frozen = cast(frozen, config.precision)
-        gradient, loss, metrics = self._gradient(working, frozen, batch, state.step, keys)
+        # Attention kernels are split over the mesh by hand, so they look for it.
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+            gradient, loss, metrics = self._gradient(working, frozen, batch, state.step, keys)
         aux = metrics.pop("aux", None)
         norm = optax.global_norm(gradient)
         rate = learning_rate(config.optimizer, config.steps, state.step)

@@ -1,0 +1,196 @@
+"""Fused attention kernels: cuDNN's on NVIDIA GPUs, Pallas splash attention on TPUs.
+
+Neither writes the (queries x keys) matrix to memory (FlashAttention, Dao et al. 2022, arXiv
+2205.14135), in the forward pass or in the backward pass. Both keep the logarithm of the softmax's
+sum for each query as the only residual besides inputs and output.
+"""
+
+import functools
+import importlib.util
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float
+
+from fact_jax.mesh import BATCH_AXES, TENSOR_AXIS
+
+_FAR = 2.0**15
+"""Taken off the unscaled score of a hidden key: far more than scores differ by, and a float16."""
+_LANES = 128
+_QUERY_BLOCK, _KEY_BLOCK = 1024, 1408
+"""Largest tile of scores that splash attention holds on the chip (float32: 5.8 MB)."""
+
+
+class HiddenKeys(NamedTuple):
+    """Keys that queries do not see: in any of g groups, its ``keys`` from its ``queries``.
+
+    A mask of this kind costs a kernel g more numbers a query and a key; at least one key must be
+    left to every query.
+    """
+
+    queries: Bool[Array, "#b #n g"]
+    keys: Bool[Array, "#b m g"]
+
+    def joined(self, other: "HiddenKeys") -> "HiddenKeys":
+        """What either hides."""
+
+        def both(one, more):
+            rows = jnp.broadcast_shapes(one.shape[:2], more.shape[:2])
+            return jnp.concatenate(
+                [jnp.broadcast_to(a, (*rows, a.shape[-1])) for a in (one, more)], axis=-1
+            )
+
+        return HiddenKeys(both(self.queries, other.queries), both(self.keys, other.keys))
+
+    def visible(self) -> Bool[Array, "#b #n m"]:
+        """The whole mask: which keys each query sees."""
+        return ~jnp.einsum("bng,bmg->bnm", self.queries, self.keys)
+
+
+Kernel = Callable[..., Float[Array, "b n h d"]]
+"""Called as ``kernel(q, k, v, hidden)``; the softmax's scale is 1/sqrt(d)."""
+
+
+def installed_kernels(q: Float[Array, "b n h d"]) -> dict[str, Kernel]:
+    """The kernels that take such heads, by JAX platform, where its compiler is installed.
+
+    They take 16-bit numbers only: float32 is computed in float32, by XLA.
+    """
+    kernels: dict[str, Kernel] = {}
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return kernels
+    if _installed("jax_cuda12_plugin", "jax_cuda13_plugin") and q.shape[-1] <= _widest_on_cuda():
+        kernels["cuda"] = attention_cudnn
+    if _installed("libtpu") and _divides(q):
+        kernels["tpu"] = attention_splash
+    return kernels
+
+
+@functools.cache
+def _installed(*modules: str) -> bool:
+    return any(importlib.util.find_spec(module) for module in modules)
+
+
+def _widest_on_cuda() -> int:
+    """Largest head width of cuDNN's kernel: by the GPU that is here, or else the smaller one."""
+    if jax.default_backend() != "gpu":
+        return 128
+    capability = float(jax.local_devices()[0].compute_capability)
+    return 256 if capability >= 9 else 128 if capability >= 8 else 0
+
+
+def _divides(q: Float[Array, "b n h d"]) -> bool:
+    """Whether samples and heads come out even over the mesh of devices, if there is one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.are_all_axes_manual:
+        return True
+    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    return q.shape[0] % ways == 0 and q.shape[2] % mesh.shape[TENSOR_AXIS] == 0
+
+
+def attention_cudnn(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b m h d"],
+    v: Float[Array, "b m h d"],
+    hidden: HiddenKeys | None = None,
+) -> Float[Array, "b n h d"]:
+    """cuDNN's flash attention, float16 or bfloat16."""
+    b, keys, _, width = k.shape
+    scale = width**-0.5
+    q, k = _with_groups(q, k, hidden)
+    wide, padded = (-(-size // 8) * 8 for size in (q.shape[-1], keys))
+    out = jax.nn.dot_product_attention(
+        _padded(q, q.shape[1], wide),
+        _padded(k, padded, wide),
+        _padded(v, padded, wide),
+        scale=scale,
+        key_value_seq_lengths=None if padded == keys else jnp.full(b, keys, jnp.int32),
+        implementation="cudnn",
+    )
+    return out[..., :width]
+
+
+def attention_splash(
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b m h d"],
+    v: Float[Array, "b m h d"],
+    hidden: HiddenKeys | None = None,
+    *,
+    interpret: bool = False,
+) -> Float[Array, "b n h d"]:
+    """Splash attention, each device on its own samples and heads.
+
+    Keys that fill up the last tile are one more group of hidden keys: heads are narrower than the
+    chip's 128 lanes, so that this costs nothing. ``interpret`` runs it on any platform, slowly.
+    """
+    n, m, width = q.shape[1], k.shape[1], q.shape[-1]
+    (queries, block_q), (keys, block_k) = _tiles(n, _QUERY_BLOCK), _tiles(m, _KEY_BLOCK)
+    scale = width**-0.5
+    if keys > m:
+        fill = HiddenKeys(jnp.ones((1, 1, 1), bool), (jnp.arange(keys) >= m)[None, :, None])
+        if hidden is not None:
+            there = jnp.pad(hidden.keys, ((0, 0), (0, keys - m), (0, 0)))
+            fill = HiddenKeys(hidden.queries, there).joined(fill)
+        hidden = fill
+    q, k = _with_groups(q * scale, _padded(k, keys, width), hidden)
+    wide = -(-q.shape[-1] // _LANES) * _LANES
+    on_device = functools.partial(_splash, blocks=(block_q, block_k), interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and not mesh.are_all_axes_manual:
+        spec = P(BATCH_AXES, None, TENSOR_AXIS)
+        on_device = jax.shard_map(on_device, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    return on_device(_padded(q, queries, wide), _padded(k, keys, wide), _padded(v, keys, wide))[
+        :, :n, :, :width
+    ]
+
+
+def _splash(q, k, v, *, blocks: tuple[int, int], interpret: bool):
+    # Here, because it imports what takes a second and is of no use without a TPU.
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    (n, heads), m, (block_q, block_k) = q.shape[1:3], k.shape[1], blocks
+    kernel = splash.make_splash_mha(
+        splash.MultiHeadMask([splash.FullMask((n, m))] * heads),
+        head_shards=1,
+        q_seq_shards=1,
+        block_sizes=splash.BlockSizes(
+            block_q=block_q,
+            block_kv=block_k,
+            block_q_dkv=block_q,
+            block_kv_dkv=block_k,
+            block_q_dq=block_q,
+            block_kv_dq=block_k,
+        ),
+        interpret=interpret,
+    )
+    return jax.vmap(kernel)(*(a.swapaxes(1, 2) for a in (q, k, v))).swapaxes(1, 2)
+
+
+def _tiles(length: int, most: int) -> tuple[int, int]:
+    """(padded length, tile): equal tiles of whole lanes, as few as ``most`` allows."""
+    count = -(-length // most)
+    tile = -(-length // (count * _LANES)) * _LANES
+    return count * tile, tile
+
+
+def _padded(a: Float[Array, "b n h d"], length: int, width: int) -> Float[Array, "b _ h _"]:
+    return jnp.pad(a, ((0, 0), (0, length - a.shape[1]), (0, 0), (0, width - a.shape[-1])))
+
+
+def _with_groups(
+    q: Float[Array, "b n h d"], k: Float[Array, "b m h d"], hidden: HiddenKeys | None
+) -> tuple[Float[Array, "b n h _"], Float[Array, "b m h _"]]:
+    """A dimension more for each group, in which its queries and keys are far apart."""
+    if hidden is None:
+        return q, k
+    far = jnp.where(hidden.keys, -_FAR, 0)
+
+    def beside(a, groups):
+        groups = jnp.broadcast_to(groups[:, :, None], (*a.shape[:3], groups.shape[-1]))
+        return jnp.concatenate([a, groups.astype(a.dtype)], axis=-1)
+
+    return beside(q, hidden.queries), beside(k, far)
