@@ -20,8 +20,9 @@ from fact_jax.mesh import BATCH_AXES, TENSOR_AXIS
 
 _FAR = 2.0**15
 """Taken off the unscaled score of a hidden key: far more than scores differ by, and a float16."""
-_LANES = 128
-_QUERY_BLOCK, _KEY_BLOCK = 1024, 1408
+_LANES, _SUBLANES = 128, 16
+"""A tile of 16-bit numbers on a TPU: lengths are whole lanes, heads whole sublanes."""
+QUERY_BLOCK, KEY_BLOCK = 1024, 1408
 """Largest tile of scores that splash attention holds on the chip (float32: 5.8 MB)."""
 
 
@@ -124,11 +125,11 @@ def attention_splash(
 ) -> Float[Array, "b n h d"]:
     """Splash attention, each device on its own samples and heads.
 
-    Keys that fill up the last tile are one more group of hidden keys: heads are narrower than the
-    chip's 128 lanes, so that this costs nothing. ``interpret`` runs it on any platform, slowly.
+    Keys that fill up the last tile are one more group of hidden keys. ``interpret`` runs it on any
+    platform, slowly.
     """
     n, m, width = q.shape[1], k.shape[1], q.shape[-1]
-    (queries, block_q), (keys, block_k) = _tiles(n, _QUERY_BLOCK), _tiles(m, _KEY_BLOCK)
+    (queries, block_q), (keys, block_k) = tiles(n, QUERY_BLOCK), tiles(m, KEY_BLOCK)
     scale = width**-0.5
     if keys > m:
         fill = HiddenKeys(jnp.ones((1, 1, 1), bool), (jnp.arange(keys) >= m)[None, :, None])
@@ -137,7 +138,7 @@ def attention_splash(
             fill = HiddenKeys(hidden.queries, there).joined(fill)
         hidden = fill
     q, k = _with_groups(q * scale, _padded(k, keys, width), hidden)
-    wide = -(-q.shape[-1] // _LANES) * _LANES
+    wide = -(-q.shape[-1] // _SUBLANES) * _SUBLANES
     on_device = functools.partial(_splash, blocks=(block_q, block_k), interpret=interpret)
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and not mesh.are_all_axes_manual:
@@ -162,15 +163,14 @@ def _splash(q, k, v, *, blocks: tuple[int, int], interpret: bool):
             block_kv=block_k,
             block_q_dkv=block_q,
             block_kv_dkv=block_k,
-            block_q_dq=block_q,
-            block_kv_dq=block_k,
+            use_fused_bwd_kernel=True,
         ),
         interpret=interpret,
     )
     return jax.vmap(kernel)(*(a.swapaxes(1, 2) for a in (q, k, v))).swapaxes(1, 2)
 
 
-def _tiles(length: int, most: int) -> tuple[int, int]:
+def tiles(length: int, most: int) -> tuple[int, int]:
     """(padded length, tile): equal tiles of whole lanes, as few as ``most`` allows."""
     count = -(-length // most)
     tile = -(-length // (count * _LANES)) * _LANES

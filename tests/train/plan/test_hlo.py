@@ -1,7 +1,7 @@
 """Collectives read from short programs in the compiler's own language."""
 # ruff: noqa: E501  (its lines are long)
 
-from fact_train.plan.hlo import Collective, read_collectives, summarize
+from fact_train.plan.hlo import Collective, array_bytes, read_collectives, read_kernels, summarize
 
 SUMS = """HloModule jit_train_step
 
@@ -84,3 +84,30 @@ def test_like_ones_together_largest_first():
         {"kind": "all-gather", "bytes": 100, "arrays": 1, "group": 8, "times": 1},
         {"kind": "all-reduce", "bytes": 4, "arrays": 1, "group": 8, "times": 2},
     ]
+
+
+KERNELS = """%body.1 (t.2: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %flash.3 = f32[8]{0} custom-call(%x.4), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block": 8
+}}, backend_config={}
+}
+
+ENTRY %main.5 (p.6: f32[8]) -> f32[8] {
+  %buffer.7 = f32[8]{0} custom-call(), custom_call_target="AllocateBuffer"
+  %while.8 = (s32[], f32[8]{0}) while(%init.9), condition=%cond.10, body=%body.1, backend_config={"known_trip_count":{"n":"3"}}
+  %matmul.11 = (f32[8]{0}, s8[64]{0}) custom-call(%p.6), custom_call_target="__cublas$lt$matmul"
+  ROOT %flash.12 = f32[8]{0} custom-call(%p.6), custom_call_target="tpu_custom_call"
+}
+"""
+
+
+def test_kernels_by_name():
+    """One in a loop of three rounds, whose description goes over several lines, and one outside."""
+    assert read_kernels(KERNELS) == {"__cublas$lt$matmul": 1, "flash": 4}
+
+
+def test_arrays_lie_in_whole_tiles():
+    assert array_bytes("bf16", "3,5,40") == 3 * 5 * 40 * 2
+    assert array_bytes("bf16", "3,5,40", "{2,1,0:T(8,128)(2,1)}") == 3 * 8 * 128 * 2
+    assert array_bytes("f32", "40,3,5", "{0,2,1:T(8,128)}") == 3 * 8 * 128 * 4
+    assert array_bytes("f32", "300", "{0:T(256)}") == 512 * 4

@@ -1,12 +1,17 @@
 """Counts by hand: products, convolutions and their gradients, loops, live memory."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
 
 from fact_jax.ops.attention import attention_plain, attention_tiled
-from fact_train.engine.jaxpr_costs import count_flops, peak_bytes, trace
+from fact_jax.ops.attention_kernels import attention_splash
+from fact_train.engine.jaxpr_costs import count_flops, trace
 
 
 def shape(*dims, dtype=jnp.float32):
@@ -95,31 +100,35 @@ def test_tiled_attention_counts_as_plain():
     assert count_flops(trace(attention_tiled, *arguments)) == expected
 
 
-def test_live_memory():
-    """sin(x) and cos of it are live together, then the product; x itself is the caller's."""
+def test_of_a_platforms_forms_one_counts():
+    def by_platform(x):
+        return lax.platform_dependent(
+            x, tpu=lambda x: x @ x @ x @ x, cuda=lambda x: x @ x, default=lambda x: x @ x @ x
+        )
 
-    def chain(x):
-        a = jnp.sin(x)  # 400 B
-        b = jnp.cos(a)  # 400 B beside a
-        return b.sum()  # a is gone
-
-    assert peak_bytes(trace(chain, shape(10, 10))) == 800
-
-    def keep(x):
-        a = jnp.sin(x)
-        b = jnp.cos(a)
-        c = jnp.exp(b)
-        return a + c
-
-    assert peak_bytes(trace(keep, shape(10, 10))) == 1200
+    jaxpr, once = trace(by_platform, shape(4, 4)), 2 * 4**3
+    assert [count_flops(jaxpr, platform) for platform in ("tpu", "cuda", "cpu")] == [
+        3 * once,
+        once,
+        2 * once,
+    ]
 
 
-def test_checkpointed_blocks_hold_less():
-    def deep(x, wrap):
-        for _ in range(6):
-            x = wrap(lambda x: jnp.sin(jnp.cos(jnp.sin(jnp.cos(x)))))(x)
-        return x.sum()
+def test_what_each_device_computes_counts_for_all():
+    mesh = AbstractMesh((4,), ("data",))
+    split = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    assert count_flops(trace(split, shape(8, 5))) == 4 * (2 * 2 * 5 * 2)
 
-    plain = peak_bytes(trace(jax.grad(lambda x: deep(x, lambda f: f)), shape(100)))
-    saved = peak_bytes(trace(jax.grad(lambda x: deep(x, jax.checkpoint)), shape(100)))
-    assert saved < 0.7 * plain
+
+def test_attention_kernels_count_their_products():
+    """Two products forwards and five backwards, the scores again among them."""
+
+    def gradients(q, k, v):
+        return jax.vjp(functools.partial(attention_splash, interpret=True), q, k, v)[1](q)
+
+    arguments = [jax.ShapeDtypeStruct((2, 256, 3, 32), jnp.bfloat16)] * 3
+    once = 2 * (2 * 3 * 256 * 256 * 32)
+    forward = trace(functools.partial(attention_splash, interpret=True), *arguments)
+    assert count_flops(forward) == 2 * once
+    rows = 2 * (2 * 3 * 256 * 32)  # of the result times its gradient
+    assert count_flops(trace(gradients, *arguments)) == 7 * once + rows

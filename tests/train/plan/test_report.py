@@ -1,6 +1,8 @@
 """The verdict and what it advises, from made-up stats."""
 
 import dataclasses
+import functools
+import importlib.util
 
 import pytest
 
@@ -10,6 +12,7 @@ from fact_train.cli.plan import read_gpu, read_topology
 from fact_train.config import load_config
 from fact_train.plan.compiled_stats import read_overflow
 from fact_train.plan.report import format_report, make_report, suggestions, verdict
+from fact_train.plan.targets import gpu_target, tpu_target
 
 GB = 1e9
 CONFIG = dataclasses.replace(load_config("mini")[1], batch_size=64, remat="block")
@@ -24,7 +27,7 @@ def stats(**changes):
         "flops": 64e12,
         "model_flops": 48e12,
         "accessed": 10 * GB,
-        "compiled": True,
+        "kernels": {"flash": 3},
         "usable": None,
         "collectives": [
             {"kind": "all-reduce", "bytes": GB, "arrays": 7, "group": 4, "times": 1},
@@ -40,6 +43,8 @@ def test_numbers_of_one_chip():
     roofline = report["roofline"]
     assert roofline["arithmetic_seconds"] == pytest.approx(16 / 197)
     assert roofline["memory_seconds"] == pytest.approx(10 / 819)
+    assert roofline["step_seconds"] == pytest.approx([16 / 197, 16 / 197 + 10 / 819])
+    assert roofline["mfu"] == pytest.approx([12 / 16, 12 / 197 / (16 / 197 + 10 / 819)])
     assert roofline["bound_by"] == "arithmetic"
     assert roofline["samples_a_second_a_chip"] == pytest.approx(16 / (16 / 197))
 
@@ -53,7 +58,10 @@ def test_it_fits():
         "note: a note",
         "16 samples a chip",
         "optimizer",
+        "   3 x flash",
         "all-reduce",
+        "a step: 81.22 ms to 93.43 ms, bound by arithmetic",
+        "MFU: at most 75%, 65% without overlap",
         "v5e: 197",
     ):
         assert part in text
@@ -62,7 +70,7 @@ def test_it_fits():
 def test_it_does_not_fit():
     """20 GB of 16 with 16 samples a chip: 14 GB are theirs, so 11 would fit."""
     large = {"bytes": PARTS | {"temporary": 14 * GB}, "usable": 16 * GB}
-    large |= {"collectives": None, "accessed": None}
+    large |= {"collectives": None, "accessed": None, "kernels": None}
     report = make_report(CONFIG, CHIPS["v5e"], 4, stats(**large))
     assert not report["memory"]["fits"]
     assert any("does not compile" in line for line in format_report(report))
@@ -83,24 +91,13 @@ def test_state_alone_is_too_much():
     assert suggestions(CONFIG, 1, PARTS, 20 * GB, 5 * GB) == ["a chip with more memory"]
 
 
-def test_estimate_leaves_a_part_of_a_gpu():
-    """79.0 of 85.9 GB are usable: 78 fit and 80 do not."""
-    for temporary, fits in ((72, True), (74, False)):
-        sizes = PARTS | {"temporary": temporary * GB}
-        estimate = stats(compiled=False, bytes=sizes, accessed=None)
-        report = make_report(CONFIG, CHIPS["h100"], 4, estimate)
+def test_a_part_of_a_gpu_is_usable():
+    """79.0 of 85.9 GB: 78 fit and 80 do not."""
+    for used, fits in ((78, True), (80, False)):
+        sizes = PARTS | {"temporary": (used - 6) * GB}
+        report = make_report(CONFIG, CHIPS["h100"], 4, stats(bytes=sizes))
         assert report["memory"]["usable"] == pytest.approx(0.92 * 80 * 2**30)
-        assert report["memory"]["used"] == (6 + temporary) * GB
         assert report["memory"]["fits"] is fits
-
-
-def test_no_time_is_told_of_what_was_not_compiled():
-    report = make_report(CONFIG, CHIPS["h100"], 4, stats(compiled=False, accessed=None))
-    assert report["roofline"] is None
-    lines = list(format_report(report))
-    assert "step time: unknown, as nothing is compiled for GPUs" in lines
-    assert any("all-reduce" in line for line in lines)
-    assert not any(" ms" in line or "roofline" in line for line in lines)
 
 
 @pytest.mark.parametrize(
@@ -122,12 +119,38 @@ def test_another_complaint_is_no_overflow():
 
 
 def test_reading_what_was_asked_for():
-    assert read_topology("v5e:16x16") == (CHIPS["v5e"], 256)
-    assert read_topology("v5p:4x4x8") == (CHIPS["v5p"], 128)
-    half, count = read_topology("tpu7x:2x2x1")
+    chip, count, target = read_topology("v5e:16x16")
+    assert (chip, count) == (CHIPS["v5e"], 256)
+    assert target.options == {"topology_name": "v5e:16x16", "num_slices": 1}
+    assert read_topology("v5e:16x16", slices=4)[1:] == (1024, tpu_target("v5e:16x16", 4))
+    assert read_topology("v5p:4x4x8")[:2] == (CHIPS["v5p"], 128)
+    half, count, _ = read_topology("tpu7x:2x2x1")
     assert (half.peak, half.memory, count) == (2307e12 / 2, 96 * 2**30, 8)
-    assert read_gpu("h100") == (CHIPS["h100"], 8)
-    assert read_gpu("H200:64") == (CHIPS["h200"], 64)
+    assert read_gpu("h100") == (CHIPS["h100"], 8, gpu_target("h100", 8))
+    chip, count, target = read_gpu("H200:64")
+    assert (chip, count, target.options["topology"]) == (CHIPS["h200"], 64, "1x8x8")
+    assert "major: 9 minor: 0" in target.options["target_config"]
+
+
+def test_every_gpu_can_be_compiled_for():
+    for chip in CHIPS.values():
+        if chip.kinds[0].startswith("NVIDIA"):
+            config = gpu_target(chip.name, 3).options["target_config"]
+            assert f"device_memory_size: {int(chip.memory)}" in config
+            assert chip.kinds[0] in config
+
+
+@pytest.mark.parametrize("compilers", [[], ["libtpu"], ["jax_cuda13_plugin"]])
+def test_the_compiler_must_be_installed(monkeypatch, compilers):
+    found = {"libtpu": tpu_target("v5e:2x2"), "jax_cuda13_plugin": gpu_target("h100", 8)}
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in compilers or None)
+    for name, target in found.items():
+        if name in compilers:
+            variables = target.environment()
+            assert variables.get("JAX_PLATFORMS") == ("cpu" if name == "libtpu" else None)
+        else:
+            with pytest.raises(UserError, match=r"the chip itself is not needed.*pip install 'jax"):
+                target.environment()
 
 
 @pytest.mark.parametrize(
@@ -136,7 +159,9 @@ def test_reading_what_was_asked_for():
         (read_topology, "v5e", "expected a TPU and its shape, as v5e:16x16"),
         (read_topology, "v6:2x2", "the nearest is 'v6e'"),
         (read_topology, "h100:2x2", "no data on a chip 'h100'"),
+        (functools.partial(read_topology, slices=0), "v5e:2x2", "--slices 0: expected at least 1"),
         (read_gpu, "h100:0", "expected a GPU and how many"),
+        (read_gpu, "h100:12", "up to 8 GPUs, or whole nodes of them"),
         (read_gpu, "h10", "the nearest is 'h100'"),
     ],
 )

@@ -3,19 +3,19 @@
 
 from fact_train.plan.hbm_traffic import hbm_bytes
 
-ENTRY = """%fused.1 (param.2: f32[8,16], param.3: f32[8,16]) -> f32[8,16] {
-  %param.2 = f32[8,16]{1,0} parameter(0)
-  %param.3 = f32[8,16]{1,0} parameter(1)
-  %twice.4 = f32[8,16]{1,0} add(%param.2, %param.2)
-  ROOT %add.5 = f32[8,16]{1,0} add(%twice.4, %param.3)
+ENTRY = """%fused.1 (param.2: f32[8,128], param.3: f32[8,128]) -> f32[8,128] {
+  %param.2 = f32[8,128]{1,0} parameter(0)
+  %param.3 = f32[8,128]{1,0} parameter(1)
+  %twice.4 = f32[8,128]{1,0} add(%param.2, %param.2)
+  ROOT %add.5 = f32[8,128]{1,0} add(%twice.4, %param.3)
 }
 
-ENTRY %main.6 (p.7: f32[8,16], q.8: f32[8,16]) -> f32[8,16] {
-  %p.7 = f32[8,16]{1,0:T(8,128)} parameter(0)
-  %q.8 = f32[8,16]{1,0:T(8,128)} parameter(1)
-  %bitcast.9 = f32[128]{0} bitcast(%p.7)
-  %fusion.10 = f32[8,16]{1,0:T(8,128)} fusion(%p.7, %q.8), kind=kLoop, calls=%fused.1
-  ROOT %multiply.11 = f32[8,16]{1,0:T(8,128)} multiply(%fusion.10, %q.8)
+ENTRY %main.6 (p.7: f32[8,128], q.8: f32[8,128]) -> f32[8,128] {
+  %p.7 = f32[8,128]{1,0:T(8,128)} parameter(0)
+  %q.8 = f32[8,128]{1,0:T(8,128)} parameter(1)
+  %bitcast.9 = f32[1024]{0} bitcast(%p.7)
+  %fusion.10 = f32[8,128]{1,0:T(8,128)} fusion(%p.7, %q.8), kind=kLoop, calls=%fused.1
+  ROOT %multiply.11 = f32[8,128]{1,0:T(8,128)} multiply(%fusion.10, %q.8)
 }
 """
 
@@ -61,14 +61,16 @@ ENTRY %main.27 (p.28: f32[6,4]) -> (s32[], f32[6,4], f32[6,4]) {
 
 
 def test_a_fusion_is_one_instruction():
-    """Two operands in and a result out, twice; 512 B each. Nothing inside of a fusion counts."""
-    assert hbm_bytes(ENTRY) == 6 * 512
+    """Two operands in and a result out, twice; 4,096 B each. Nothing inside of a fusion counts."""
+    assert hbm_bytes(ENTRY) == 6 * 4096
 
 
 def test_what_stays_on_the_chip_is_free():
     """The fusion's result, written and read once, in the chip's own memory."""
-    near = ENTRY.replace("%fusion.10 = f32[8,16]{1,0:T(8,128)}", "%fusion.10 = f32[8,16]{1,0:S(1)}")
-    assert hbm_bytes(near) == 4 * 512
+    near = ENTRY.replace(
+        "%fusion.10 = f32[8,128]{1,0:T(8,128)}", "%fusion.10 = f32[8,128]{1,0:S(1)}"
+    )
+    assert hbm_bytes(near) == 4 * 4096
 
 
 def test_loop_reads_and_writes_slices():
@@ -150,3 +152,59 @@ ENTRY %main.45 (p.46: f32[6,4], i.47: s32[]) -> f32[4] {
 }
 """
     assert hbm_bytes(inner + outer) == 16 + 16
+
+
+def test_scratch_space_of_a_library_is_free():
+    text = """ENTRY %main.1 (p.2: f32[64]) -> f32[64] {
+  %p.2 = f32[64]{0} parameter(0)
+  %call.3 = (f32[64]{0}, s8[4096]{0}) custom-call(%p.2), custom_call_target="__cublas$lt$matmul"
+  ROOT %out.4 = f32[64]{0} get-tuple-element(%call.3), index=0
+}
+"""
+    assert hbm_bytes(text) == 2 * 64 * 4
+    assert hbm_bytes(text.replace("__cublas$lt$matmul", "other")) == 2 * 64 * 4 + 4096
+
+
+def test_a_called_computation_counts_as_it_stands():
+    """A GPU's command buffer; what a reduction applies is part of the reduction."""
+    text = """%command_buffer.1 (p.2: f32[64]) -> f32[64] {
+  %p.2 = f32[64]{0} parameter(0)
+  ROOT %sine.3 = f32[64]{0} sine(%p.2)
+}
+
+%add.4 (a.5: f32[], b.6: f32[]) -> f32[] {
+  %a.5 = f32[] parameter(0)
+  %b.6 = f32[] parameter(1)
+  ROOT %sum.7 = f32[] add(%a.5, %b.6)
+}
+
+ENTRY %main.8 (q.9: f32[64]) -> f32[] {
+  %q.9 = f32[64]{0} parameter(0)
+  %zero.10 = f32[] constant(0)
+  %called.11 = f32[64]{0} call(%q.9), to_apply=%command_buffer.1
+  ROOT %total.12 = f32[] reduce(%called.11, %zero.10), dimensions={0}, to_apply=%add.4
+}
+"""
+    assert hbm_bytes(text) == 2 * 256 + (256 + 4 + 4)
+
+
+def test_a_kernel_reads_keys_for_each_tile_of_queries():
+    """Two tiles of queries, three of keys: keys and values twice forwards, queries thrice back."""
+    one = "bf16[1,2,2048,48]{3,2,1,0}"
+    keys = "bf16[1,2,4224,48]{3,2,1,0}"
+
+    def program(name, operands, shapes):
+        return (
+            "ENTRY %main.1 (q.2: bf16[1], k.3: bf16[1], v.4: bf16[1]) -> bf16[1] {\n"
+            f"  %q.2 = {one} parameter(0)\n  %k.3 = {keys} parameter(1)\n"
+            f"  %v.4 = {keys} parameter(2)\n  %mask.5 = s8[1]{{0}} constant(0)\n"
+            f"  ROOT %{name}.6 = {one} custom-call(%mask.5, %mask.5, {operands}), "
+            'custom_call_target="tpu_custom_call", '
+            f"operand_layout_constraints={{s8[1]{{0}}, s8[1]{{0}}, {shapes}}}, metadata={{}}\n}}\n"
+        )
+
+    few, many = 2 * 2048 * 48 * 2, 2 * 4224 * 48 * 2
+    forward = program("splash_mha_fwd", "%q.2, %k.3, %v.4", f"{one}, {keys}, {keys}")
+    assert hbm_bytes(forward) == 2 + (few + 2 * many + few) + 2 * many
+    back = program("splash_mha_dkv", "%q.2, %k.3, %v.4, %q.2", f"{one}, {keys}, {keys}, {one}")
+    assert hbm_bytes(back) == 2 + (2 * few + 2 * many + few) + 2 * (2 * few)

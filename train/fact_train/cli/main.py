@@ -73,14 +73,15 @@ def _parser() -> argparse.ArgumentParser:
     plan = commands.add_parser(
         "plan",
         help="what a step costs on chips that are not here",
-        description="Compile the real training step for TPUs that are not here (jax[tpu] must be "
-        "installed): memory, arithmetic, collectives, step time; or estimate memory and arithmetic "
-        "for GPUs, without a time. "
+        description="Compile the real training step for TPUs or GPUs that are not here: memory, "
+        "arithmetic, memory traffic, kernels, collectives, and bounds of the step's time. It takes "
+        "their compiler: jax[tpu] or jax[cuda13] must be installed. "
         "The exit status is 0 if the step fits into memory, 1 if it does not.",
     )
     _add_experiment(plan)
     chips = plan.add_mutually_exclusive_group(required=True)
     chips.add_argument("--topology", metavar="TPU:SHAPE", help="as v5e:16x16, v5p:4x4x4, v6e:2x4")
+    plan.add_argument("--slices", type=int, default=1, metavar="N", help="so many TPU slices")
     chips.add_argument("--gpu", metavar="GPU[:COUNT]", help="as h100:64 (8 if it does not say)")
     plan.add_argument("--global-batch", type=int, metavar="N", help="instead of batch_size")
     plan.add_argument("--json", action="store_true", help="print JSON")

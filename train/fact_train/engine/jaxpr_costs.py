@@ -1,4 +1,4 @@
-"""FLOPs and peak memory of a traced function, loops in full (the compiler counts a body once).
+"""FLOPs of a traced function, loops in full (the compiler counts a body once).
 
 Numbers are those of the whole program, whatever devices share it.
 """
@@ -12,6 +12,8 @@ from jax.extend.core import jaxprs_in_params
 from jax.interpreters import partial_eval
 
 Jaxpr = Any
+_KERNEL_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+"""Products of (queries x keys x width) in cuDNN's attention; backwards the scores come again."""
 
 
 def trace(function: Callable, *arguments: Any) -> Jaxpr:
@@ -20,47 +22,45 @@ def trace(function: Callable, *arguments: Any) -> Jaxpr:
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
-def count_flops(jaxpr: Jaxpr) -> int:
-    """Operations of matrix products and convolutions, two a multiply-add.
+def count_flops(jaxpr: Jaxpr, platform: str = "cpu") -> int:
+    """Operations of matrix products, convolutions and attention kernels, two a multiply-add.
 
-    All else (norms, activations, softmax, optimizer) is left out, as is usual for utilisation. A
-    ``while`` loop with products inside has no length to count by: ValueError.
+    All else (norms, activations, softmax, optimizer) is left out, as is usual for utilisation. Of
+    what depends on the platform, that of ``platform`` counts. A ``while`` loop with products inside
+    has no length to count by: ValueError.
     """
     total = 0
     for eqn in jaxpr.eqns:
-        inner = [count_flops(sub) for sub in jaxprs_in_params(eqn.params)]
+        inner = [count_flops(sub, platform) for sub in jaxprs_in_params(eqn.params)]
         name = eqn.primitive.name
         if name == "while" and any(inner):
             raise ValueError("a while loop has no known number of rounds: use a scan")
-        rounds = eqn.params["length"] if name == "scan" else 1
-        total += rounds * (max(inner) if name == "cond" else sum(inner)) + _product_flops(eqn)
+        if name == "cond":
+            inner = [_taken(inner, eqn.params.get("branches_platforms"), platform)]
+        total += _rounds(eqn) * sum(inner) + _product_flops(eqn)
     return total
 
 
-def peak_bytes(jaxpr: Jaxpr) -> int:
-    """The most memory that intermediate results hold at one time, in the order of the trace.
+def _taken(branches: list[int], platforms: Any, platform: str) -> int:
+    """Of a switch over platforms, that of this one or else the default; of another, the largest."""
+    for flops, names in zip(branches, platforms or (), strict=False):
+        if names is None or platform in names:
+            return flops
+    return max(branches)
 
-    Every result counts from where it is made to where it is last used. No fusion and no reordering:
-    compilers do better, by how much depends on them.
-    """
-    last_use: dict[Any, int] = {}
-    for i, eqn in enumerate(jaxpr.eqns):
-        last_use |= {var: i for var in eqn.invars if _is_variable(var)}
-    last_use |= {var: len(jaxpr.eqns) for var in jaxpr.outvars if _is_variable(var)}
-    live = peak = 0
-    held: dict[Any, int] = {}
-    for i, eqn in enumerate(jaxpr.eqns):
-        made = {var: _bytes(var) for var in eqn.outvars}
-        inner = max(map(peak_bytes, jaxprs_in_params(eqn.params)), default=0)
-        peak = max(peak, live + max(inner, sum(made.values())))
-        for var, size in made.items():
-            if var in last_use:
-                held[var] = size
-                live += size
-        for var in {var for var in eqn.invars if _is_variable(var)}:
-            if last_use[var] == i and var in held:
-                live -= held.pop(var)
-    return peak
+
+def _rounds(eqn: Any) -> int:
+    """How often the jaxprs inside an equation run, on all devices together."""
+    match eqn.primitive.name:
+        case "scan":
+            return eqn.params["length"]
+        case "pallas_call":
+            return math.prod(eqn.params["grid_mapping"].grid)
+        case "shard_map":
+            return math.prod(
+                eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"]
+            )
+    return 1
 
 
 def _product_flops(eqn: Any) -> int:
@@ -68,6 +68,9 @@ def _product_flops(eqn: Any) -> int:
         (contracted, _), _ = eqn.params["dimension_numbers"]
         shape = eqn.invars[0].aval.shape
         return 2 * _size(eqn.outvars[0]) * math.prod(shape[i] for i in contracted)
+    if eqn.primitive.name in _KERNEL_PRODUCTS:
+        (b, n, heads, width), keys = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape[1]
+        return _KERNEL_PRODUCTS[eqn.primitive.name] * 2 * b * n * heads * width * keys
     if eqn.primitive.name == "conv_general_dilated":
         kernel = eqn.invars[1].aval.shape
         spec = eqn.params["dimension_numbers"].rhs_spec  # (out, in, *space)
@@ -80,12 +83,3 @@ def _product_flops(eqn: Any) -> int:
 
 def _size(var: Any) -> int:
     return math.prod(var.aval.shape)
-
-
-def _bytes(var: Any) -> int:
-    aval = var.aval
-    return math.prod(aval.shape) * aval.dtype.itemsize if hasattr(aval, "shape") else 0
-
-
-def _is_variable(var: Any) -> bool:
-    return not hasattr(var, "val")  # a literal has a value

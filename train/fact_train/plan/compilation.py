@@ -1,12 +1,11 @@
 """The real training step, compiled for chips that are not here; a process of its own.
 
-What the TPU compiler wants in the environment must be there before JAX is imported, so
+What the compilers want in the environment must be there before JAX is imported, so
 :func:`compiled_stats` starts `python -m fact_train.plan.compiled_stats` and reads its JSON.
 """
 
-import importlib.util
+import dataclasses
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -16,24 +15,18 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from fact_jax.utils.errors import UserError
+from fact_train.plan.targets import Target
 
 SHOW_EVERY = 30  # seconds, where nobody watches a screen
-_QUIET_TPU = {
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-16",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_LOG_DIR": "disabled",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
-}
 
 
 class CompiledStats(TypedDict):
     """What is known of one training step.
 
     ``flops`` and ``model_flops`` are those of all devices, the rest is that of one: ``bytes`` by
-    what holds them; ``usable`` bytes, None where the compiler does not say; ``accessed`` (read and
-    written), None where nothing was compiled; ``collectives``, None where nothing compiles.
+    what holds them; ``usable`` bytes, None where the compiler does not say. What is read from the
+    program is None where it does not fit: ``accessed`` (bytes read and written), ``kernels`` (name
+    and how often it runs) and ``collectives``.
     """
 
     notes: list[str]
@@ -41,31 +34,22 @@ class CompiledStats(TypedDict):
     bytes: dict[str, float]
     flops: int
     model_flops: int
-    compiled: bool
     usable: float | None
     accessed: int | None
+    kernels: dict[str, int] | None
     collectives: list[dict[str, Any]] | None
     seconds: float
 
 
-def compiled_stats(
-    config: str, overrides: Sequence[str], topology: str | None, chips: int
-) -> CompiledStats:
+def compiled_stats(config: str, overrides: Sequence[str], target: Target) -> CompiledStats:
     """Everything that is read from the step, in a fresh process while its time is shown.
 
-    ``topology`` as ``v5e:16x16``, or None: count, but compile nothing. UserError for a bad request,
-    or where the TPU compiler is not installed.
+    UserError for a bad request, or where the compiler is not installed.
     """
-    if topology and importlib.util.find_spec("libtpu") is None:
-        raise UserError(
-            "the TPU compiler is not installed (no TPU is needed for it): pip install 'jax[tpu]'"
-        )
-    environment = os.environ | _QUIET_TPU | {"JAX_PLATFORMS": "cpu"}
-    if topology is None:
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={chips}"
+    environment = target.environment()
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder, "stats.json")
-        request = json.dumps([config, list(overrides), topology, chips])
+        request = json.dumps([config, list(overrides), dataclasses.asdict(target)])
         command = [sys.executable, "-m", "fact_train.plan.compiled_stats", request, str(found)]
         with (
             open(Path(folder, "errors.txt"), "w+") as errors,
@@ -73,7 +57,7 @@ def compiled_stats(
                 command, env=environment, stdin=subprocess.PIPE, stderr=errors
             ) as child,
         ):
-            _wait(child, f"compiling for {topology}" if topology else "counting")
+            _wait(child, f"compiling for {target.name}")
             if child.returncode < 0:
                 raise UserError(
                     f"the compiler was ended by signal {-child.returncode}, most likely for want "

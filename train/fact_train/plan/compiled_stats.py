@@ -1,10 +1,9 @@
 """Sizes, FLOPs, memory and collectives of one training step.
 
 `python -m fact_train.plan.compiled_stats REQUEST FILE` writes them as JSON; the request is JSON
-too: configuration, overrides, topology (or null), number of chips.
+too: configuration, overrides, target.
 """
 
-import dataclasses
 import json
 import math
 import os
@@ -19,18 +18,18 @@ from jax.experimental import topologies
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from fact_jax.mesh import MeshConfig
-from fact_jax.sharding import batch_sharding, batch_ways, make_mesh
-from fact_jax.utils.errors import UserError
+from fact_jax.sharding import batch_sharding, make_mesh
+from fact_jax.utils.errors import UserError, first_line
 from fact_train.config import TrainConfig, load_config
-from fact_train.engine.jaxpr_costs import count_flops, peak_bytes, trace
+from fact_train.engine.jaxpr_costs import count_flops, trace
 from fact_train.engine.state import make_optimizer, state_shardings
-from fact_train.engine.step import TrainStep, check_batch, frozen_shardings
+from fact_train.engine.step import TrainStep, frozen_shardings
 from fact_train.overrides import override
-from fact_train.plan.abstract_task import AbstractStep, batch_shapes, build
+from fact_train.plan.abstract_task import AbstractStep, build
 from fact_train.plan.compilation import CompiledStats
 from fact_train.plan.hbm_traffic import hbm_bytes
-from fact_train.plan.hlo import read_collectives, summarize
+from fact_train.plan.hlo import read_collectives, read_kernels, summarize
+from fact_train.plan.targets import Target
 
 # What the compiler says of a program that is too large.
 _OVERFLOW = re.compile(
@@ -39,20 +38,19 @@ _OVERFLOW = re.compile(
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-def read_compiled(config: TrainConfig, topology: str) -> CompiledStats:
-    """Stats of the step compiled for a TPU topology."""
+def read_compiled(config: TrainConfig, target: Target) -> CompiledStats:
+    """Stats of the step compiled for devices that are not here."""
     try:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+        topology = topologies.get_topology_desc(platform=target.platform, **target.options)
     except Exception as error:  # the compiler's own words, of no class that could be told apart
-        raise UserError(f"--topology {topology}: {str(error).splitlines()[0]}") from error
-    mesh = make_mesh(config.mesh, list(devices))
+        raise UserError(f"{target.name}: {first_line(error)}") from error
+    mesh = make_mesh(config.mesh, list(topology.devices))
     built = build(config)
     step, arguments = _train_step(built, mesh), (built.state, built.frozen, built.batch)
     stats = _stats(built, mesh)
-    stats["flops"] = count_flops(trace(step.compute, *arguments))
+    stats["flops"] = count_flops(trace(step.compute, *arguments), target.platform)
     stats["model_flops"] = step.model_flops(*arguments)
     start = time.monotonic()
-    stats["compiled"] = True
     lowered = step.lower(*arguments)
     try:
         compiled = lowered.compile()
@@ -64,36 +62,9 @@ def read_compiled(config: TrainConfig, topology: str) -> CompiledStats:
         used = memory.argument_size_in_bytes + new + memory.temp_size_in_bytes
         text = compiled.as_text()
         stats["accessed"] = hbm_bytes(text)
+        stats["kernels"] = read_kernels(text)
         stats["collectives"] = summarize(read_collectives(text))
     stats["bytes"]["temporary"] = used - sum(stats["bytes"].values())
-    stats["seconds"] = time.monotonic() - start
-    return stats
-
-
-def read_estimate(config: TrainConfig, chips: int) -> CompiledStats:
-    """Stats of the step on so many GPUs, without compiling it."""
-    start = time.monotonic()
-    mesh, alone = make_mesh(config.mesh), make_mesh(MeshConfig(), jax.devices()[:1])
-    check_batch(config, mesh)
-    built = build(config)
-    ways = batch_ways(mesh)
-    # What one device computes, which is more than its share where devices compute the same.
-    part = dataclasses.replace(config, batch_size=config.batch_size // ways, mesh=MeshConfig())
-    step = _train_step(dataclasses.replace(built, config=part), alone)
-    arguments = built.state, built.frozen, batch_shapes(built.task, part.batch_size)
-    jaxpr = trace(step.compute, *arguments)
-    stats = _stats(built, mesh)
-    stats["flops"] = ways * count_flops(jaxpr)
-    stats["model_flops"] = ways * step.model_flops(*arguments)
-    stats["bytes"]["temporary"] = peak_bytes(jaxpr)
-    gradients = {
-        "kind": "all-reduce",
-        "bytes": 4 * stats["parameters"]["trainable"],
-        "arrays": len(jax.tree.leaves(built.state.params)),
-        "group": chips,
-        "times": 1,
-    }
-    stats["collectives"] = [gradients] if chips > 1 else []
     stats["seconds"] = time.monotonic() - start
     return stats
 
@@ -128,9 +99,9 @@ def _stats(built: AbstractStep, mesh: Mesh) -> CompiledStats:
         },
         "flops": 0,
         "model_flops": 0,
-        "compiled": False,
         "usable": None,
         "accessed": None,
+        "kernels": None,
         "collectives": None,
         "seconds": 0.0,
     }
@@ -153,10 +124,10 @@ def _count(tree: PyTree) -> int:
 def main(request: str, file: str) -> None:
     """The process that :func:`fact_train.plan.compilation.compiled_stats` starts."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    name, overrides, topology, chips = json.loads(request)
+    name, overrides, target = json.loads(request)
     try:
         config = override(load_config(name)[1], overrides)
-        stats = read_compiled(config, topology) if topology else read_estimate(config, chips)
+        stats = read_compiled(config, Target(**target))
         text = json.dumps(stats)
     except UserError as error:
         text = json.dumps({"error": str(error)})

@@ -1,14 +1,16 @@
-"""The memory traffic of a compiled TPU program, read from its text, loops in full.
+"""The memory traffic of a compiled program, read from its text, loops in full.
 
 Every instruction reads its operands and writes its result; a fusion is one instruction, and of what
 is sliced only the slice is read. What the compiler keeps on the chip is marked in an array's layout
-by a memory space, ``S(1)``, and costs nothing here. The compiler's own figure knows neither that
-nor the lengths of loops.
+by a memory space, ``S(1)``, and costs nothing here. A library's scratch space costs nothing
+either: nobody says what of it is used. The compiler's own figure knows neither of these, nor the
+lengths of loops.
 """
 
 import dataclasses
 import re
 
+from fact_jax.ops.attention_kernels import KEY_BLOCK, QUERY_BLOCK, tiles
 from fact_train.plan.hlo import ARRAY, array_bytes, computations, runs
 
 _INSTRUCTION = re.compile(
@@ -17,6 +19,11 @@ _INSTRUCTION = re.compile(
 )
 _NAME = re.compile(r"%([\w.\-]+)")
 _FUSED = re.compile(r"calls=%?([\w.\-]+)")
+# A `call` runs its computation as it stands; what others apply is part of themselves.
+_INNER = re.compile(r"^(?!.* call\().*(?:calls|to_apply)=%?([\w.\-]+)", re.MULTILINE)
+_LIBRARY = 'custom_call_target="__cu'
+_CONSTRAINTS = re.compile(r"operand_layout_constraints=\{(.*?)\}, (?:frontend|custom|metadata|api)")
+_KERNEL_NAME = re.compile(r"(splash_mha_(?:fwd|dkv))")
 WHOLE = 2**62
 _ALLOCATES = 'custom_call_target="AllocateBuffer"'
 _SLICES = ("slice", "dynamic-slice")
@@ -41,6 +48,7 @@ class _Instruction:
     sizes: tuple[int, ...]  # and wherever it lies
     operands: tuple[str, ...]
     fused: str  # the computation of a fusion, else empty
+    operand_shapes: tuple[tuple[int, ...], ...]  # of a kernel
     number: int | None  # of a parameter
     root: bool
 
@@ -62,7 +70,7 @@ class _Program:
             name: [one for line in body if (one := _parse(line)) is not None]
             for name, body in lines.items()
         }
-        self._inner = set(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text))
+        self._inner = set(_INNER.findall(text))
 
     def traffic(self) -> int:
         return sum(
@@ -92,7 +100,23 @@ class _Program:
                     total += min(sizes.get(name, 0), self._read(one.fused, i))
             else:
                 total += sum(_made(one, inputs)) + sum(sizes.get(name, 0) for name in one.operands)
+                total += self._reread(one, sizes)
         return total
+
+    def _reread(self, one: _Instruction, sizes: dict[str, int]) -> int:
+        """What splash attention reads again: keys for each tile of queries, or the other way."""
+        match = _KERNEL_NAME.match(one.name)
+        if match is None:
+            return 0
+        q, k, v, *more = one.operands[2:]  # the first two are the mask's
+        rows, keys = (shape[-2] for shape in one.operand_shapes[2:4])
+        if match[1] == "splash_mha_dkv":
+            again, tile, length = (q, *more), KEY_BLOCK, keys
+        else:
+            again, tile, length = (k, v), QUERY_BLOCK, rows
+        return (tiles(length, tile)[0] // tiles(length, tile)[1] - 1) * sum(
+            sizes.get(name, 0) for name in again
+        )
 
     def _written(self, fusion: _Instruction) -> int:
         """Bytes that a fusion writes: of a result that is updated in place, the new part."""
@@ -155,13 +179,14 @@ def _parse(line: str) -> _Instruction | None:
     match = _INSTRUCTION.match(line)
     if match is None:
         return None
-    free = _ALLOCATES in line
+    free, library = _ALLOCATES in line, _LIBRARY in line
     found = ARRAY.findall(match["shape"])
-    sizes = tuple(array_bytes(dtype, dims) for dtype, dims, _ in found)
+    sizes = tuple(array_bytes(*array) for array in found)
     arrays = tuple(
-        0 if free or "S(" in layout else size
-        for size, (*_, layout) in zip(sizes, found, strict=True)
+        0 if free or "S(" in layout or (library and dtype in ("s8", "u8")) else size
+        for size, (dtype, _, layout) in zip(sizes, found, strict=True)
     )
+    constraints = _CONSTRAINTS.search(line) if match["op"] == "custom-call" else None
     rest = match["rest"]
     inside = rest[: _closing(rest)]
     fused = _FUSED.search(rest) if match["op"] == "fusion" else None
@@ -172,6 +197,10 @@ def _parse(line: str) -> _Instruction | None:
         sizes=sizes,
         operands=tuple(_NAME.findall(inside)),
         fused=fused[1] if fused else "",
+        operand_shapes=tuple(
+            tuple(int(size) for size in dims.split(",") if size)
+            for _, dims, _ in ARRAY.findall(constraints[1] if constraints else "")
+        ),
         number=int(inside) if match["op"] == "parameter" else None,
         root=match["root"] is not None,
     )

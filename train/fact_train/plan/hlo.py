@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, read from its text."""
+"""The collectives and kernels of a compiled program, read from its text."""
 
 import collections
 import dataclasses
@@ -17,6 +17,10 @@ _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _WHILE = re.compile(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _ROUNDS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CONSTANT = re.compile(r"= s32\[\]\S* constant\((\d+)\)")
+_KERNEL = re.compile(
+    r"%(?P<name>[\w\-]+?)[\d.]* = .* custom-call\(.*custom_call_target=\"(?P<target>[^\"]+)\""
+)
+_TILE = re.compile(r"\{(?P<order>[\d,]+):T\((?P<tile>[\d,]+)\)")
 ARRAY = re.compile(
     r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?"
 )  # type, dimensions, layout
@@ -74,6 +78,20 @@ def read_collectives(text: str) -> list[Collective]:
     return found
 
 
+def read_kernels(text: str) -> dict[str, int]:
+    """How often a step runs each kernel of a library or of Pallas, by name."""
+    parts = dict(computations(text))
+    times = runs(parts)
+    found: collections.Counter[str] = collections.Counter()
+    for name, lines in parts.items():
+        for match in filter(None, map(_KERNEL.search, lines)):
+            if match["target"] == "tpu_custom_call":
+                found[match["name"]] += times[name]
+            elif match["target"].startswith("__"):
+                found[match["target"]] += times[name]
+    return dict(sorted(found.items()))
+
+
 def summarize(collectives: list[Collective]) -> list[dict[str, Any]]:
     """Collectives as JSON, those that are alike together, the largest first."""
     counted: dict[tuple, int] = {}
@@ -93,11 +111,13 @@ def computations(text: str) -> Iterator[tuple[str, list[str]]]:
     for line in text.splitlines():
         if (match := _COMPUTATION.match(line)) is not None:
             name, lines = match["name"], []
-        elif line.startswith("}") and name:
+        elif line.rstrip() == "}" and name:
             yield name, lines
             name = ""
-        elif name:
+        elif name and line.startswith("  "):
             lines.append(line)
+        elif name and lines:  # a kernel's own description goes over several lines
+            lines[-1] += line
 
 
 def runs(parts: dict[str, list[str]]) -> dict[str, int]:
@@ -144,6 +164,13 @@ def _group(line: str) -> int:
     return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", match["axes"]))
 
 
-def array_bytes(dtype: str, dims: str) -> int:
+def array_bytes(dtype: str, dims: str, layout: str = "") -> int:
+    """Bytes of an array as it lies in memory: whole tiles, where the layout has any."""
     bits = 8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])
-    return math.prod(map(int, filter(None, dims.split(",")))) * bits // 8
+    sizes = [int(size) for size in filter(None, dims.split(","))]
+    if (match := _TILE.match(layout)) is not None:
+        minor_first = [int(axis) for axis in match["order"].split(",")]
+        tile = [int(size) for size in match["tile"].split(",")]
+        for axis, size in zip(minor_first, reversed(tile), strict=False):
+            sizes[axis] = -(-sizes[axis] // size) * size
+    return math.prod(sizes) * bits // 8

@@ -10,7 +10,7 @@ from fact_train.plan.compilation import CompiledStats
 from fact_train.plan.hlo import COLLECTIVES
 
 TPU_RESERVED = 2**28  # bytes that the compiler leaves alone: it says 15.75 GiB of v5e's 16
-GPU_USABLE = 0.92  # of a GPU's memory, when JAX is told to take that much
+GPU_USABLE = 0.92  # of a GPU's memory, for XLA_PYTHON_CLIENT_MEM_FRACTION
 KINDS = ("frozen", "trainable", "optimizer", "ema", "batch", "temporary")
 GB = 1e9
 Report = dict[str, Any]
@@ -19,9 +19,9 @@ Report = dict[str, Any]
 def make_report(config: TrainConfig, chip: Chip, chips: int, stats: CompiledStats) -> Report:
     """Everything that `plan` says, with plain numbers; bytes and FLOPs are those of one chip.
 
-    Times are of compiled programs alone: of any other it is not known what a step reads and writes.
+    There are no times where the step does not fit: then there is no program to read.
     """
-    report = {
+    return {
         "chip": chip.name,
         "chips": chips,
         "global_batch": config.batch_size,
@@ -30,38 +30,43 @@ def make_report(config: TrainConfig, chip: Chip, chips: int, stats: CompiledStat
         "parameters": stats["parameters"],
         "memory": _memory(config, chip, chips, stats),
         "flops": {"executed": stats["flops"] / chips, "model": stats["model_flops"] / chips},
+        "kernels": stats["kernels"],
         "collectives": stats["collectives"],
-        "roofline": None,
-        "assumptions": _assumptions(chip, stats),
+        "roofline": _roofline(config, chip, chips, stats),
+        "assumptions": _assumptions(chip),
         "seconds_to_plan": stats["seconds"],
     }
-    if stats["accessed"] is None:  # there is no program to read
-        return report
+
+
+def _roofline(config: TrainConfig, chip: Chip, chips: int, stats: CompiledStats) -> Report | None:
+    """Bounds of a step's time; None where there is no program to read."""
+    if stats["accessed"] is None:
+        return None
     arithmetic = stats["flops"] / chips / chip.peak
     traffic = stats["accessed"] / chip.bandwidth
-    step = max(arithmetic, traffic)
-    report["roofline"] = {
+    best, worst = max(arithmetic, traffic), arithmetic + traffic
+    model = stats["model_flops"] / chips / chip.peak
+    return {
         "arithmetic_seconds": arithmetic,
         "memory_seconds": traffic,
         "memory_bytes": stats["accessed"],
-        "step_seconds": step,
-        "samples_a_second_a_chip": config.batch_size / chips / step,
+        "step_seconds": [best, worst],
+        "mfu": [model / best, model / worst],
+        "samples_a_second_a_chip": config.batch_size / chips / best,
         "bound_by": "arithmetic" if arithmetic >= traffic else "memory",
     }
-    return report
 
 
 def _memory(config: TrainConfig, chip: Chip, chips: int, stats: CompiledStats) -> Report:
     parts = {kind: stats["bytes"][kind] for kind in KINDS}
-    used, usable = sum(parts.values()), chip.memory * GPU_USABLE
-    if stats["compiled"]:
-        usable = stats["usable"] or chip.memory - TPU_RESERVED
+    on_gpu = chip.kinds[0].startswith("NVIDIA")
+    usable = chip.memory * GPU_USABLE if on_gpu else chip.memory - TPU_RESERVED
+    used, usable = sum(parts.values()), stats["usable"] or usable
     fits = used <= usable
     return {
         "parts": parts,
         "used": used,
         "usable": usable,
-        "estimated": not stats["compiled"],
         "fits": fits,
         "spare": usable - used,
         "try": [] if fits else suggestions(config, chips, parts, used, usable),
@@ -92,30 +97,23 @@ def suggestions(
     return tried or ["a chip with more memory"]
 
 
-def _assumptions(chip: Chip, stats: CompiledStats) -> list[str]:
+def _assumptions(chip: Chip) -> list[str]:
     lines = [
         f"{chip.name}: {chip.peak / 1e12:.0f} TFLOP/s dense bfloat16, {chip.memory / GB:.1f} GB at "
         f"{chip.bandwidth / GB:.0f} GB/s ({chip.source})",
-        "FLOPs: matrix products and convolutions of the traced step, loops in full, recomputation "
-        "included; 'model' is without recomputation",
-    ]
-    if not stats["compiled"]:
-        return [
-            *lines,
-            "activations: results that are live at one time in the traced order, unfused; "
-            f"{GPU_USABLE:.0%} of the memory is taken to be usable "
-            "(XLA_PYTHON_CLIENT_MEM_FRACTION)",
-            "collectives: one all-reduce of the gradients",
-        ]
-    lines += [
+        "FLOPs: matrix products, convolutions and attention kernels of the traced step, loops in "
+        "full, recomputation included; 'model' is without recomputation",
         "memory traffic: what every instruction of the compiled program reads and writes, "
         "loops in full, but for arrays that the compiler keeps on the chip",
-        "collectives: read from the compiled program",
+        "kernels and collectives: read from the compiled program",
+        "step: at best arithmetic at peak and memory traffic at full bandwidth go on at one time, "
+        "at worst one after the other; without collectives",
+        "MFU: the model's own FLOPs over the step's time and the peak",
     ]
-    if stats["accessed"] is not None:
+    if chip.kinds[0].startswith("NVIDIA"):
         lines.append(
-            "roofline: the larger of arithmetic at peak and memory traffic at full bandwidth, "
-            "without collectives; real steps are slower"
+            f"{GPU_USABLE:.0%} of the memory is taken to be usable "
+            f"(XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_USABLE})"
         )
     return lines
 
@@ -134,19 +132,20 @@ def format_report(report: Report) -> Iterator[str]:
         f"arithmetic a chip: {flops['executed'] / 1e12:.4g} TFLOP a step, "
         f"{flops['model'] / 1e12:.4g} of them the model's own"
     )
-    if report["collectives"] is None:
-        yield "collectives and step time: unknown, as the step does not compile"
+    if roofline is None:
+        yield "kernels, collectives and step time: unknown, as the step does not compile"
     else:
+        yield "kernels a step" + ("" if report["kernels"] else ": none")
+        yield from (f"  {times:4d} x {name}" for name, times in report["kernels"].items())
         yield from _collective_lines(report)
-        if roofline is None:
-            yield "step time: unknown, as nothing is compiled for GPUs"
-        else:
-            yield (
-                f"roofline: {_ms(roofline['step_seconds'])} a step, bound by "
-                f"{roofline['bound_by']} (arithmetic {_ms(roofline['arithmetic_seconds'])}, memory "
-                f"{_ms(roofline['memory_seconds'])} for {roofline['memory_bytes'] / GB:.4g} GB), "
-                f"{roofline['samples_a_second_a_chip']:.3g} samples a second a chip"
-            )
+        best, worst = roofline["step_seconds"]
+        yield (
+            f"a step: {_ms(best)} to {_ms(worst)}, bound by {roofline['bound_by']} (arithmetic "
+            f"{_ms(roofline['arithmetic_seconds'])}, memory {_ms(roofline['memory_seconds'])} for "
+            f"{roofline['memory_bytes'] / GB:.4g} GB); at best "
+            f"{roofline['samples_a_second_a_chip']:.3g} samples a second a chip"
+        )
+        yield f"MFU: at most {roofline['mfu'][0]:.0%}, {roofline['mfu'][1]:.0%} without overlap"
     yield "assumed"
     for line in report["assumptions"]:
         yield f"  {line}"
@@ -155,7 +154,7 @@ def format_report(report: Report) -> Iterator[str]:
 
 def _memory_lines(report: Report) -> Iterator[str]:
     memory, counts = report["memory"], report["parameters"]
-    yield f"memory a chip{' (estimated)' if memory['estimated'] else ''}"
+    yield "memory a chip"
     for kind, size in memory["parts"].items():
         many = f"   {counts[kind]:,} parameters" if kind in counts else ""
         yield f"  {kind:12s} {size / GB:10.4f} GB{many}"
