@@ -30,7 +30,7 @@ from fact_infer.torch.attention_processors import installed
 from fact_infer.torch.pipeline import TorchPipeline
 from fact_jax.fact import Guidance
 from fact_jax.utils.errors import UserError
-from tests.infer.test_torch_pipes import GUIDANCE, low_rank, people
+from tests.infer.torch.test_adapter import GUIDANCE, low_rank, people
 
 pytestmark = pytest.mark.heavy
 

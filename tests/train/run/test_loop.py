@@ -27,7 +27,7 @@ from tests.train.toy import ToyTask
 
 pytestmark = pytest.mark.heavy
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def assert_same(left, right):

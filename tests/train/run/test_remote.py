@@ -21,8 +21,8 @@ from fact_train.run import remote
 from fact_train.run.loop import run
 from fact_train.run.remote import RemoteFolder
 from tests.train.conftest import TOY
-from tests.train.test_loop import assert_same, rows
-from tests.train.test_processes import finish, free_address, start
+from tests.train.multihost.test_processes import finish, free_address, start
+from tests.train.run.test_loop import assert_same, rows
 
 pytestmark = pytest.mark.heavy
 

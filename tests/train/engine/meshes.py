@@ -1,6 +1,6 @@
 """Train a few steps on fake devices in one mesh after another; prints what came out as JSON.
 
-python -m tests.train.meshes MINIATURE [VARIANT ...]
+python -m tests.train.engine.meshes MINIATURE [VARIANT ...]
 """
 
 import os
@@ -115,7 +115,7 @@ def without_text_attention() -> dict[str, float]:
 
 
 def checksums_when_split() -> list[dict[str, int]]:
-    """Of the array that :mod:`tests.train.test_mesh` sums too, split in several ways."""
+    """Of the array that :mod:`tests.train.engine.test_mesh` sums too, split in several ways."""
     array = np.random.default_rng(0).standard_normal((8, 6, 4)).astype(np.float32)
     mesh = jax.make_mesh((4, 2), ("a", "b"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     specs = (P(), P("a"), P("b", None, "a"), P(("a", "b")))

@@ -22,16 +22,16 @@ from fact_train.engine.step import check_batch
 
 pytestmark = pytest.mark.heavy
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 # All axes of the mesh and the microbatches at once; those that are slow take them one by one.
 QUICK = ("8x1x1", "2x2x2 accumulate")
 SLOW = ("1x8x1", "2x2x2", "accumulate", "base split", "remat")
 
 
 def train_in(miniature, names):
-    """Variant -> what :mod:`tests.train.meshes` says of it."""
+    """Variant -> what :mod:`tests.train.engine.meshes` says of it."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.train.meshes", str(miniature), "one", *names],
+        [sys.executable, "-m", "tests.train.engine.meshes", str(miniature), "one", *names],
         cwd=ROOT,
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
         capture_output=True,

@@ -19,8 +19,8 @@ from fact_train.run.loop import run
 
 pytestmark = pytest.mark.heavy
 
-ROOT = Path(__file__).parents[2]
-EXPERIMENT = Path(__file__).with_name("random_rows.py")
+ROOT = Path(__file__).parents[3]
+EXPERIMENT = Path(__file__).parents[1] / "random_rows.py"
 
 
 def free_address():

@@ -20,7 +20,7 @@ from fact_jax.utils.errors import UserError
 
 pytestmark = pytest.mark.heavy
 
-GOLDEN = Path(__file__).parents[1] / "golden"
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
