@@ -300,8 +300,8 @@ def test_a_hub_name_is_fetched_and_a_missing_folder_is_not(monkeypatch, tmp_path
     assert asked == [("some/model", ["*.json"])]
     with pytest.raises(UserError, match=r"no/where: no such folder here.*\(offline\)$"):
         local_folder("no/where", (), None)
-    (tmp_path / "miniature").mkdir()
-    for name in ("miniature/bse", tmp_path / "absent", "./a/b"):
+    (tmp_path / "models").mkdir()
+    for name in ("models/bse", tmp_path / "absent", "./a/b"):
         with pytest.raises(UserError, match=r"no such folder$"):
             local_folder(name, (), None)
     assert len(asked) == 2
