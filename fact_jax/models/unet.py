@@ -71,20 +71,19 @@ class UNetConfig(UNetEncoderConfig):
         """
         return cls(face_dim=face_dim, **cls.parse_diffusers_config("unet", config))
 
-    def block_paths(self) -> list[str]:
-        """Paths of the transformer blocks, in the order of the forward pass."""
-        counts = {
-            f"down_blocks.{i}": self.layers_per_block * flag
-            for i, flag in enumerate(self.down_attention)
-        }
-        counts["mid_block"] = 1
+    def block_channels(self) -> dict[str, int]:
+        """Path of each transformer block -> its channels, in the order of the forward pass."""
+        channels, layers = self.block_out_channels, self.layers_per_block
+        parts = [("mid_block", 1, channels[-1])]
+        for i, flag in enumerate(self.down_attention):
+            parts.insert(i, (f"down_blocks.{i}", layers * flag, channels[i]))
         for i, flag in enumerate(self.up_attention):
-            counts[f"up_blocks.{i}"] = (self.layers_per_block + 1) * flag
-        return [
-            f"{path}.attentions.{j}.transformer_blocks.0"
-            for path, count in counts.items()
+            parts.append((f"up_blocks.{i}", (layers + 1) * flag, channels[-1 - i]))
+        return {
+            f"{path}.attentions.{j}.transformer_blocks.0": width
+            for path, count, width in parts
             for j in range(count)
-        ]
+        }
 
     def to_dict(self) -> dict:
         """Write diffusers' ``unet/config.json``."""

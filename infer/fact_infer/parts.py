@@ -93,7 +93,7 @@ class BaseModel:
     def check(self, params: GenerationParams) -> None:
         """Raises UserError if this base cannot do what the parameters say."""
         self.latent_size(params)
-        params.guidance.block_factors(self.unet.block_paths())
+        params.guidance.block_factors(list(self.unet.block_channels()))
         model_calls(params.sampler, self.schedule, params.steps)
 
     def cut_prompts(self, prompts: Sequence[str]) -> list[str]:
@@ -233,13 +233,7 @@ def load_parts(
 def check_fit(base: BaseModel, face: FaceModels) -> None:
     """UserError if an adapter is for another base, before the weights of either are read."""
     _, blocks = split_state(face.adapter_state, face.adapter)
-    paths, own = base.unet.block_paths(), base.unet.block_out_channels
-    widths = {}
-    for path in paths:
-        part, *rest = path.split(".")
-        level = int(rest[0]) if part != "mid_block" else -1
-        widths[path] = own[::-1][level] if part == "up_blocks" else own[level]
-    check_blocks(blocks, widths, face.adapter, base.name)
+    check_blocks(blocks, base.unet.block_channels(), face.adapter, base.name)
     config = face.metadata.get("config", {})
     made_for = config.get("unet", {}) if isinstance(config, dict) else None
     if not isinstance(made_for, dict):

@@ -126,7 +126,7 @@ class Pipeline(abc.ABC):
             guidance=resolve_guidance(
                 params.guidance,
                 params.steps - start,
-                unet.block_paths(),
+                list(unet.block_channels()),
                 with_face=crops is not None,
                 **places,
             ),

@@ -209,13 +209,26 @@ def _redraw(
     images: dict[int, np.ndarray] = {}
     for rows, count in padded_batches(len(targets), batch):
         part = [targets[i] for i in rows]
-        cuts = [
+        squares = [
             _cut(pipeline.base, requests[number], target, params, how) for number, target in part
         ]
-        drawn = _draw(pipeline, cuts, params, how)
-        for (number, _), cut, pixels in zip(part[:count], cuts, drawn, strict=False):
+        controls = [square.control for square in squares if square.control is not None]
+        drawn = pipeline.generate(
+            [requests[number].prompt for number, _ in part],
+            [requests[number].seed for number, _ in part],
+            np.stack([target.crops for _, target in part]),
+            params,
+            img2img=Img2ImgInput(
+                images=np.stack([square.pixels for square in squares]),
+                latent_mask=np.stack([square.latent_mask for square in squares]),
+                strength=how.strength,
+            ),
+            control=np.stack(controls) if controls else None,
+            control_scale=how.control_scale,
+        )
+        for (number, _), square, pixels in zip(part[:count], squares, drawn, strict=False):
             image = images.get(number, requests[number].template.image)
-            images[number] = paste(image, pixels, cut.mask, cut.square)
+            images[number] = paste(image, pixels, square.mask, square.place)
         following = rows[count - 1] + 1
         ready = targets[following][0] if following < len(targets) else len(requests)
         for number in range(done, ready):
@@ -223,35 +236,11 @@ def _redraw(
         done = ready
 
 
-def _draw(
-    pipeline: Pipeline,
-    cuts: Sequence["_FaceSquare"],
-    params: GenerationParams,
-    how: InpaintParams,
-) -> UInt8[np.ndarray, "b side side 3"]:
-    controls = [cut.control for cut in cuts if cut.control is not None]
-    return pipeline.generate(
-        [cut.request.prompt for cut in cuts],
-        [cut.request.seed for cut in cuts],
-        np.stack([cut.target.crops for cut in cuts]),
-        params,
-        img2img=Img2ImgInput(
-            images=np.stack([cut.pixels for cut in cuts]),
-            latent_mask=np.stack([cut.latent_mask for cut in cuts]),
-            strength=how.strength,
-        ),
-        control=np.stack(controls) if controls else None,
-        control_scale=how.control_scale,
-    )
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _FaceSquare:
     """The square around one face, ready to be inpainted."""
 
-    request: InpaintRequest
-    target: FaceTarget
-    square: Square
+    place: Square
     mask: Float[np.ndarray, "s s"]
     pixels: UInt8[np.ndarray, "side side 3"]
     latent_mask: Bool[np.ndarray, "rows rows"]
@@ -288,9 +277,7 @@ def _cut(
 
     inside = np.asarray(Image.fromarray(mask).resize(drawn_size, Image.Resampling.BOX))
     return _FaceSquare(
-        request=request,
-        target=target,
-        square=square,
+        place=square,
         mask=mask,
         pixels=seen(image),
         latent_mask=to_latent_mask(inside, base.vae.downscale),

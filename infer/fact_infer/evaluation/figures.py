@@ -24,25 +24,24 @@ def difference(
 
 
 def enlarge(image: UInt8[np.ndarray, "h w 3"], factor: int) -> UInt8[np.ndarray, "H W 3"]:
-    """Larger by a whole factor, smoothly."""
+    """Upscaled by a whole factor (Lanczos)."""
     size = (image.shape[1] * factor, image.shape[0] * factor)
     return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
 
 
 def data_uri(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
-    """A picture as the address of an <img>, lossless."""
+    """A picture as a data URI (PNG), for an <img>."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 class Series(NamedTuple):
-    """One line of a chart; values that are not finite are left out."""
+    """One line of a chart over (step, value); values that are not finite are left out."""
 
     name: str
     colour: str
-    steps: Sequence[float]
-    values: Sequence[float]
+    points: Sequence[tuple[float, float]]
 
 
 _WIDTH, _HEIGHT = 520, 220
@@ -51,20 +50,16 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 28, 26
 
 def svg_curves(title: str, series: Sequence[Series]) -> str:
     """A chart over training steps as an <svg>: each value faint, their running mean strong."""
-    points = [
-        (line, [(x, y) for x, y in zip(line.steps, line.values, strict=True) if math.isfinite(y)])
-        for line in series
-    ]
-    points = [(line, found) for line, found in points if found]
+    lines = [(line, [(x, y) for x, y in line.points if math.isfinite(y)]) for line in series]
+    lines = [(line, points) for line, points in lines if points]
     parts = [
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img">',
         f"<title>{html.escape(title)}</title>",
         f'<text x="{_LEFT}" y="16" class="title">{html.escape(title)}</text>',
     ]
-    if not points:
+    if not lines:
         return "".join([*parts, f'<text x="{_LEFT}" y="60">no values</text></svg>'])
-    xs = [x for _, found in points for x, _ in found]
-    ys = [y for _, found in points for _, y in found]
+    xs, ys = zip(*(point for _, points in lines for point in points), strict=True)
     high_x, y_ticks = max(*xs, 1.0), ticks(min(*ys, 0.0), max(ys))
     low_y, high_y = y_ticks[0], y_ticks[-1]
 
@@ -83,10 +78,11 @@ def svg_curves(title: str, series: Sequence[Series]) -> str:
     for x in (x for x in ticks(0.0, high_x) if x <= high_x):
         at = place(x, low_y)[0]
         parts.append(f'<text x="{at:.1f}" y="{_HEIGHT - 8}" class="mid">{x:g}</text>')
-    for i, (line, found) in enumerate(points):
-        smooth = list(zip([x for x, _ in found], running_mean([y for _, y in found]), strict=True))
-        for way, style in ((found, 'class="raw"'), (smooth, 'class="mean"')):
-            path = "L".join("{:.1f} {:.1f}".format(*place(x, y)) for x, y in way)
+    for i, (line, points) in enumerate(lines):
+        steps, values = zip(*points, strict=True)
+        smooth = zip(steps, running_mean(values), strict=True)
+        for curve, style in ((points, 'class="raw"'), (smooth, 'class="mean"')):
+            path = "L".join("{:.1f} {:.1f}".format(*place(x, y)) for x, y in curve)
             parts.append(f'<path d="M{path}" stroke="{line.colour}" {style}/>')
         corner = f'x="{_WIDTH - _RIGHT}" y="{_TOP + 12 + 15 * i}"'
         name = html.escape(line.name)
@@ -95,7 +91,7 @@ def svg_curves(title: str, series: Sequence[Series]) -> str:
 
 
 def running_mean(values: Sequence[float], reach: int = 4) -> list[float]:
-    """The mean of each value and up to ``reach`` on both sides of it."""
+    """Moving average: of each value and up to ``reach`` on both sides of it."""
     return [float(np.mean(values[max(0, i - reach) : i + reach + 1])) for i in range(len(values))]
 
 

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import html
 import json
-import math
 import os
 import tempfile
 import zipfile
@@ -216,8 +215,8 @@ def _step_of(adapter: str) -> str:
 
 
 def _series(label: str, colour: str, rows: list[dict], name: str, shift: int) -> Series:
-    found = [(row["step"] + shift, row[name]) for row in rows if _is_number(row.get(name))]
-    return Series(label, colour, [x for x, _ in found], [y for _, y in found])
+    numbers = (row for row in rows if isinstance(row.get(name), int | float))
+    return Series(label, colour, [(row["step"] + shift, row[name]) for row in numbers])
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -231,10 +230,6 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         with contextlib.suppress(ValueError, RecursionError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict) and isinstance(row.get("step"), int)]
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _backends_section(flax: Path | None, torch: Path | None) -> str:

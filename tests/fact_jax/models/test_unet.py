@@ -140,8 +140,9 @@ def test_paths_of_the_blocks():
         norm_num_groups=2,
     )
     made = nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0)))
-    assert config.block_paths() == [path for path, _ in made.transformer_blocks()]
-    assert len(UNetConfig.sd15().block_paths()) == 16
+    blocks = {path: block.norm1.num_features for path, block in made.transformer_blocks()}
+    assert list(config.block_channels().items()) == list(blocks.items())
+    assert len(UNetConfig.sd15().block_channels()) == 16
 
 
 def test_strengths_of_blocks_in_call_order(unet):

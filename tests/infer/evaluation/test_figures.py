@@ -64,7 +64,7 @@ def test_running_mean_is_shorter_at_the_ends():
 
 
 def test_curves_are_xml_and_leave_out_what_is_not_finite():
-    series = [Series("a < b", "#123456", [1, 2, 3], [0.5, float("nan"), 0.25])]
+    series = [Series("a < b", "#123456", [(1, 0.5), (2, float("nan")), (3, 0.25)])]
     root = ElementTree.fromstring(svg_curves("loss & more", series))
     paths = [p.get("d") for p in root.iter("path") if p.get("stroke") == "#123456"]
     assert len(paths) == 2
