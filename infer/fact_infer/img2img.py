@@ -26,7 +26,7 @@ class Img2ImgInput:
     strength: float
     masks: Float[np.ndarray, "b h w"] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_strength(self.strength)
 
     @classmethod
@@ -93,7 +93,7 @@ def blend(
     drawn: UInt8[np.ndarray, "*b h w 3"],
     mask: Float[np.ndarray, "*b h w"],
 ) -> UInt8[np.ndarray, "*b h w 3"]:
-    """An image with what was drawn over it, by a mask in [0, 1]; untouched where that is 0."""
+    """Alpha blending: an image with what was drawn over it, untouched where the mask is 0."""
     share = mask[..., None].astype(np.float32)
     mixed = np.rint(image * (1 - share) + drawn * share).astype(np.uint8)
     return np.where(share > 0, mixed, image)

@@ -51,7 +51,7 @@ class GenerationParams:
     height: int | None = None
     width: int | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.sampler not in SAMPLERS:
             raise UserError(f"no sampler {self.sampler!r}; known are {', '.join(SAMPLERS)}")
         if self.steps < 1:
@@ -89,7 +89,7 @@ class GenerationRequest(GenerationParams):
     control: Path | None = None
     control_scale: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if not self.prompts or not self.seeds:
             raise UserError("at least one prompt and one seed are needed")

@@ -70,7 +70,7 @@ class FaceTarget:
     index: int | None = None
     mask: Float[np.ndarray, "h w"] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.index is None) == (self.mask is None):
             raise UserError("a person's place is either the number of a face or a mask")
 
@@ -91,7 +91,7 @@ class InpaintRequest:
     seed: int = 0
     control: UInt8[np.ndarray, "h w 3"] | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.control is not None:
             self._check_size("control picture", self.control)
         check_seed(self.seed)
@@ -127,7 +127,7 @@ class InpaintParams:
     grow: float = 0.1
     soften: float = 0.15
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_strength(self.strength)
         check_range("control scale", self.control_scale, 0.0, MAX_SCALE)
         for name, low in (("fill", 0.1), ("grow", 0.0), ("soften", 0.0)):
@@ -340,7 +340,7 @@ def paste(
 
 
 def widen(mask: Float[np.ndarray, "h w"], grow: float, soften: float) -> Float[np.ndarray, "h w"]:
-    """The mask, ``grow`` pixels wider, and ``soften`` pixels more in which it fades to 0.
+    """The mask dilated by ``grow`` pixels, then feathered: over ``soften`` more it fades to 0.
 
     Its edge is where it is 1/2; what is greyer outside of that stays.
     """
@@ -361,7 +361,7 @@ def widen(mask: Float[np.ndarray, "h w"], grow: float, soften: float) -> Float[n
 
 
 def _overlap(box: Box, other: Box) -> float:
-    """The area that two boxes share, over the area that they cover together."""
+    """Intersection over union of two boxes."""
     width = min(box[2], other[2]) - max(box[0], other[0])
     height = min(box[3], other[3]) - max(box[1], other[1])
     if width <= 0 or height <= 0:

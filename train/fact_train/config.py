@@ -53,7 +53,7 @@ class OptimizerConfig(CheckedFields):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EMAConfig(CheckedFields):
-    """Running average of the weights; decay 0 turns it off."""
+    """Exponential moving average of the weights; decay 0 turns it off."""
 
     decay: Annotated[float, Range(0, 1, open_high=True)] = 0.9999
     warmup: bool = True

@@ -8,7 +8,7 @@ from pathlib import Path
 from fact_jax.utils.errors import UserError
 
 
-def add_commands(commands) -> None:
+def add_commands(commands: argparse._SubParsersAction) -> None:
     """Add the three to fact-infer's commands."""
     text = "draw photos of made-up people, with points and head masks beside them"
     portraits = commands.add_parser("portraits", help=text, description=f"{_sentence(text)}.")
@@ -26,7 +26,7 @@ def add_commands(commands) -> None:
     _add_report(commands)
 
 
-def _add_evaluate(commands) -> None:
+def _add_evaluate(commands: argparse._SubParsersAction) -> None:
     text = "measure an adapter of the miniature on made-up people whom nothing was trained on"
     evaluate = commands.add_parser("evaluate", help=text, description=f"{_sentence(text)}.")
     evaluate.set_defaults(run=_evaluate)
@@ -56,7 +56,7 @@ def _add_evaluate(commands) -> None:
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR")
 
 
-def _add_report(commands) -> None:
+def _add_report(commands: argparse._SubParsersAction) -> None:
     text = "make report.html and grid.png of a training, its evaluation and its pictures"
     report = commands.add_parser("report", help=text, description=f"{_sentence(text)}.")
     report.set_defaults(run=_report)

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,13 @@ from fact_infer.cli.options import (
 from fact_jax.utils.errors import UserError
 
 if TYPE_CHECKING:
+    import numpy as np
+    from tqdm import tqdm
+
+    from fact_infer.evaluation.ranking import IdentityRanking
     from fact_infer.output_images import Source
+    from fact_infer.parts import FaceModels
+    from fact_infer.request import GenerationRequest
 
 _REQUEST = (
     *("image", "image_mask", "strength", "control", "control_scale"),
@@ -103,7 +110,7 @@ def _generate(arguments: argparse.Namespace) -> None:
     if request.image_mask is not None:
         source = "compositeWithTrainedAlgorithmicMedia"
     suffix, ranking = f".{arguments.format}", None
-    if arguments.best is not None:
+    if arguments.best is not None and face is not None and crops is not None:
         ranking = _ranking(request, face, crops)
     check_safety = load_safety_checker(base, arguments.safety_checker)
     pipeline = load_pipeline(arguments, parts)
@@ -127,7 +134,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         print(_save_sheet(written, arguments, source))
 
 
-def _ranking(request, face, crops):
+def _ranking(
+    request: "GenerationRequest", face: "FaceModels", crops: "np.ndarray"
+) -> "IdentityRanking":
     """The ranking of a prompt's pictures; notes that there is no detector of faces."""
     from fact_infer.evaluation.ranking import IdentityRanking
     from fact_infer.photos import prepare_face
@@ -169,7 +178,7 @@ def _save_sheet(written: list, arguments: argparse.Namespace, source: "Source") 
     return save_image(sheet, path, {"prompts": "\n".join(arguments.prompt)}, source)
 
 
-def _request(arguments: argparse.Namespace):
+def _request(arguments: argparse.Namespace) -> "GenerationRequest":
     from fact_infer.request import MAX_PICTURES, GenerationRequest
 
     check_control(arguments)
@@ -195,7 +204,7 @@ def _request(arguments: argparse.Namespace):
 
 
 @contextlib.contextmanager
-def _progress(request, batch: int):
+def _progress(request: "GenerationRequest", batch: int) -> Iterator["tqdm | None"]:
     """Progress bar over all calls of the UNet; None where stderr is no terminal."""
     from tqdm import tqdm
 

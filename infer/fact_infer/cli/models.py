@@ -2,8 +2,16 @@
 
 import argparse
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from fact_jax.utils.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fact_infer.parts import BaseModel, Parts
+    from fact_infer.pipeline import Pipeline
 
 
 def note(line: str) -> None:
@@ -11,7 +19,7 @@ def note(line: str) -> None:
     print(f"note: {line}", file=sys.stderr)
 
 
-def open_parts(arguments: argparse.Namespace):
+def open_parts(arguments: argparse.Namespace) -> "Parts":
     """What is named on the command line, opened and checked against each other."""
     from fact_infer.parts import load_parts
 
@@ -35,13 +43,13 @@ def drawing_files(arguments: argparse.Namespace) -> dict[str, str | None]:
     return files | {"loras": loras or None, "safety checker": checked}
 
 
-def warn_of_cut_prompts(base, prompts: list[str]) -> None:
+def warn_of_cut_prompts(base: "BaseModel", prompts: list[str]) -> None:
     """Warn of the end of each prompt that the text encoder does not see."""
     for line in base.cut_prompts(prompts):
         print(f"warning: {line}", file=sys.stderr)
 
 
-def load_pipeline(arguments: argparse.Namespace, parts):
+def load_pipeline(arguments: argparse.Namespace, parts: "Parts") -> "Pipeline":
     """The pipeline of the backend; UserError where PyTorch is asked for and not there."""
     if arguments.backend == "flax":
         from fact_infer.jax.pipeline import FlaxPipeline
@@ -66,7 +74,7 @@ def load_pipeline(arguments: argparse.Namespace, parts):
     return TorchPipeline.from_parts(parts, arguments.precision)
 
 
-def load_safety_checker(base, wanted: bool):
+def load_safety_checker(base: "BaseModel", wanted: bool) -> Callable[["np.ndarray"], "np.ndarray"]:
     """The filter of finished pictures; notes that a base's own safety checker is left out."""
     if not wanted:
         if base.has_safety_checker:
@@ -80,7 +88,7 @@ def load_safety_checker(base, wanted: bool):
         ) from None
     checker = SafetyChecker(base)
 
-    def check(pictures):
+    def check(pictures: "np.ndarray") -> "np.ndarray":
         pictures, marked = checker(pictures)
         if marked.any():
             print(

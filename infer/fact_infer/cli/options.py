@@ -3,9 +3,13 @@
 import argparse
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fact_jax.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fact_infer.request import Photo
+    from fact_jax.fact import Guidance
 
 # What SAMPLERS holds, which would be slow to import for a --help.
 _SAMPLERS = "ddim, pndm, euler, euler_ancestral, dpmpp_2m, dpmpp_2m_karras, lcm"
@@ -254,7 +258,7 @@ def check_control(arguments: argparse.Namespace) -> None:
         raise UserError("--control and --controlnet belong together: give both or neither")
 
 
-def read_guidance(arguments: argparse.Namespace):
+def read_guidance(arguments: argparse.Namespace) -> "Guidance":
     """The ``Guidance`` of the command line."""
     from fact_jax.fact import Guidance
 
@@ -272,7 +276,7 @@ def read_guidance(arguments: argparse.Namespace):
     )
 
 
-def read_photos(arguments: argparse.Namespace) -> list:
+def read_photos(arguments: argparse.Namespace) -> list["Photo"]:
     """The photos of the command line, each with its points, mask and so on."""
     from fact_infer.request import Photo
 

@@ -4,7 +4,7 @@ import argparse
 import itertools
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fact_infer.cli.models import (
     drawing_files,
@@ -27,6 +27,12 @@ from fact_infer.cli.options import (
     read_photos,
 )
 from fact_jax.utils.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from fact_infer.request import GenerationParams, Photo
+    from fact_infer.templates import FaceTarget, InpaintRequest, Template
 
 _HOW = ("strength", "control_scale", "fill", "grow", "soften")
 _WHERE = ("face", "box", "area")
@@ -123,10 +129,11 @@ def _redraw(arguments: argparse.Namespace) -> None:
     how = InpaintParams(**{name: getattr(arguments, name) for name in _HOW})
     check_folder(arguments.out)
     parts = open_parts(arguments)
-    base, size = parts.base, parts.face.encoder_config.img_size
+    base, face = parts.base, parts.face
+    assert face is not None  # _people wants --adapter
     base.check(params)
     warn_of_cut_prompts(base, [arguments.prompt, arguments.negative])
-    prepared = [prepare_crops(photos, size) for photos in people]
+    prepared = [prepare_crops(photos, face.encoder_config.img_size) for photos in people]
     notes = [line for _, found in prepared for line in found]
     requests = _requests(arguments, [crops for crops, _ in prepared], notes)
     for line in notes:
@@ -152,7 +159,7 @@ def _redraw(arguments: argparse.Namespace) -> None:
             tqdm.write(str(out))
 
 
-def _people(arguments: argparse.Namespace) -> list[list]:
+def _people(arguments: argparse.Namespace) -> list[list["Photo"]]:
     """The photos of each person; UserError where options do not go together."""
     from fact_infer.request import by_person
 
@@ -171,7 +178,9 @@ def _people(arguments: argparse.Namespace) -> list[list]:
     return people
 
 
-def _requests(arguments: argparse.Namespace, people: list, notes: list[str]) -> list:
+def _requests(
+    arguments: argparse.Namespace, people: list["np.ndarray"], notes: list[str]
+) -> list["InpaintRequest"]:
     """An ``InpaintRequest`` for each template; notes for the user are added to ``notes``."""
     from fact_infer.templates import InpaintRequest, find_template, read_template
     from fact_jax.face import can_find_faces, read_image
@@ -201,7 +210,12 @@ def _requests(arguments: argparse.Namespace, people: list, notes: list[str]) -> 
     return requests
 
 
-def _targets(template, people: list, areas: list, arguments: argparse.Namespace) -> tuple:
+def _targets(
+    template: "Template",
+    people: list["np.ndarray"],
+    areas: list["np.ndarray"],
+    arguments: argparse.Namespace,
+) -> tuple["FaceTarget", ...]:
     """The ``FaceTarget`` of each person in a template."""
     from fact_infer.templates import FaceTarget
     from fact_jax.face.mask import box_mask
@@ -242,7 +256,9 @@ def _box(text: str) -> list[float]:
     return [left, top, right, bottom]
 
 
-def _values(arguments: argparse.Namespace, params, request) -> dict[str, Any]:
+def _values(
+    arguments: argparse.Namespace, params: "GenerationParams", request: "InpaintRequest"
+) -> dict[str, Any]:
     """Everything that a picture was made from, ready for JSON."""
     from fact_infer.output_images import guidance_record
 

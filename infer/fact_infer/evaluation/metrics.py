@@ -16,7 +16,7 @@ INTERVALS = (
 
 
 class Estimate(NamedTuple):
-    """A number with its 95 % interval, from ``n`` people."""
+    """An estimate with its 95 % confidence interval, from ``n`` people."""
 
     mean: float
     low: float

@@ -244,7 +244,7 @@ def unwrap_compiled(unet: nn.Module) -> nn.Module:
 
 
 def installed(unet: nn.Module) -> dict[str, FaceProcessor]:
-    """The processors that are in place, by the path of their block."""
+    """The installed processors, by the path of their block."""
     return {
         path: block.attn2.processor
         for path, block in text_blocks(unet)

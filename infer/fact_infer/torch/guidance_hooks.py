@@ -99,7 +99,7 @@ class GuidanceHooks:
     @torch.compiler.disable
     @torch.no_grad()
     def _pre_forward(self, unet: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """A hook: what the pipe passes on, widened by the third branch."""
+        """Forward pre-hook: what the pipe passes on, widened by the third branch."""
         inputs = dict(zip(("sample", "timestep"), args, strict=False)) | kwargs
         sample = inputs["sample"]
         caller = calling_pipe(unet)
@@ -111,7 +111,7 @@ class GuidanceHooks:
 
     @torch.compiler.disable
     def _post_forward(self, unet: nn.Module, args: tuple, output: Any) -> Any:
-        """A hook: the pipe's own branches, the last one made of two."""
+        """Forward hook: the pipe's own branches, the last one made of two."""
         if self.guidance.face is None:
             return None
         *negative, text, both = output[0].split(self._pictures)

@@ -68,8 +68,8 @@ def add_cache(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
     return cache
 
 
-def write(arguments: argparse.Namespace) -> int:
-    """Do `records`."""
+def run_records(arguments: argparse.Namespace) -> int:
+    """``fact-train records``."""
     from fact_train.data.photo_folder import Totals, folder_examples
     from fact_train.data.record_writer import write_records
 
@@ -90,8 +90,8 @@ def write(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def cache(arguments: argparse.Namespace) -> int:
-    """Do `cache`."""
+def run_cache(arguments: argparse.Namespace) -> int:
+    """``fact-train cache``."""
     from fact_train.config import load_config
     from fact_train.overrides import override
 

@@ -39,9 +39,9 @@ def _dispatch(arguments: argparse.Namespace, command: str) -> int:
 
         return plan(arguments)
     if arguments.command == "records":
-        return data_cli.write(arguments)
+        return data_cli.run_records(arguments)
     if arguments.command == "cache":
-        return data_cli.cache(arguments)
+        return data_cli.run_cache(arguments)
     return _run(arguments, command)
 
 

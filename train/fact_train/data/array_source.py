@@ -22,7 +22,7 @@ class ShuffledArrays:
     seed: int
 
     def rows(self, step: int) -> Int[np.ndarray, " b"]:
-        """The rows of the batch after ``step`` steps."""
+        """Row numbers of the batch after ``step`` steps."""
         count = len(next(iter(self.arrays.values())))
         first = step * self.batch_size
         wanted = np.arange(first, first + self.batch_size)
@@ -31,7 +31,7 @@ class ShuffledArrays:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Tells these arrays from any others."""
+        """Checksum of the arrays, the batch size and the seed."""
         found = zlib.crc32(f"{self.batch_size} {self.seed}".encode())
         for name, array in self.arrays.items():
             found = zlib.crc32(f"{name} {array.shape} {array.dtype}".encode(), found)

@@ -27,7 +27,7 @@ class FrozenEncoders:
         self.arrays: dict[str, dict] = {name: part.arrays for name, part in self._parts.items()}
 
     def digest(self) -> str:
-        """Tells these weights from any others."""
+        """Digest of the weights, of their paths, shapes and dtypes."""
         digest = hashlib.sha256()
         for path, value in paths(self.arrays):
             digest.update(f"{path} {value.shape} {value.dtype}\n".encode())

@@ -66,7 +66,7 @@ class Totals:
     nested: int = 0
 
     def lines(self) -> Iterator[str]:
-        """For a person; none about what there was none of."""
+        """A line for the user about each kind of file that was left out."""
         if self.skipped:
             yield f"skipped {_counted(self.skipped, 'photo')}"
         if self.ignored:

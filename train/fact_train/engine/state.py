@@ -18,7 +18,7 @@ from fact_train.config import EMAConfig, OptimizerConfig
 
 
 class TrainState(NamedTuple):
-    """What a step changes and a checkpoint holds."""
+    """Training state: what a step updates and a checkpoint holds."""
 
     params: PyTree
     ema: PyTree | None

@@ -94,14 +94,10 @@ def read_kernels(text: str) -> dict[str, int]:
 
 def summarize(collectives: list[Collective]) -> list[dict[str, Any]]:
     """Collectives as JSON, those that are alike together, the largest first."""
-    counted: dict[tuple, int] = {}
+    counted: collections.Counter[Collective] = collections.Counter()
     for one in collectives:
-        key = (one.kind, one.bytes, one.arrays, one.group)
-        counted[key] = counted.get(key, 0) + one.times
-    rows = [
-        dict(zip(("kind", "bytes", "arrays", "group"), key, strict=True)) | {"times": times}
-        for key, times in counted.items()
-    ]
+        counted[dataclasses.replace(one, times=0)] += one.times
+    rows = [dataclasses.asdict(one) | {"times": times} for one, times in counted.items()]
     return sorted(rows, key=lambda row: -row["bytes"] * row["times"])
 
 

@@ -110,12 +110,12 @@ class RunLogger:
                 self._text.flush()
 
     def advance(self) -> None:
-        """One more step was started."""
+        """Move the progress bar by one step."""
         if self._bar is not None:
             self._bar.update()
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Record the metrics of a step everywhere."""
+        """Log the metrics of a step: console, files and Weights & Biases."""
         if self._records is None:
             return
         with self._writing():
@@ -213,7 +213,7 @@ def stage(say: Callable[[str], None], what: str) -> Iterator[None]:
 
 
 def load_wandb() -> Any:
-    """The library, if it is there."""
+    """Weights & Biases' library; UserError if it is not installed."""
     try:
         import wandb
     except ImportError:

@@ -125,7 +125,7 @@ def _train(
 
 
 class _Loop:
-    """The steps of one run, and what is due after each of them."""
+    """Training loop of one run: its steps, and what is due after each of them."""
 
     def __init__(
         self,

@@ -11,7 +11,7 @@ LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 def versions() -> dict[str, str]:
-    """What the run's bits depend on."""
+    """Versions of Python and the libraries that the run's bits depend on, and the backend."""
     found = {name: importlib.metadata.version(name) for name in LIBRARIES}
     return found | {"python": platform.python_version(), "backend": jax.default_backend()}
 

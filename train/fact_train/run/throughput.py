@@ -34,7 +34,7 @@ class ThroughputMeter:
         self._began, self._steps, self._waited, self._paused = time.monotonic(), 0, 0.0, 0.0
 
     def step(self) -> None:
-        """One more step was started."""
+        """Count one step."""
         self._steps += 1
 
     def waits(self, batches: Iterator[T]) -> Iterator[T]:

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from fact_convert import Pipeline, load_encoder, load_pipeline, save_adapter, tokenize
 from fact_convert.weights import abstract_state
@@ -283,15 +283,14 @@ class AdapterTask:
 
     def _captions(self, frozen, text, neutral, no_text):
         """Hidden states of the captions, some of them replaced by the neutral or the empty one."""
-        if self.options.neutral:
-            ids = tokenize(self.pipeline.tokenizer, [self.options.neutral_caption])[0]
-            states = self.encoders.text(frozen, jnp.asarray(ids))
-            text = jnp.where(neutral[:, None, None], states, text)
-        empty = self.encoders.text(frozen, jnp.asarray(self._empty_prompt()))
-        return jnp.where(no_text[:, None, None], empty, text)
 
-    def _empty_prompt(self) -> Int[np.ndarray, "1 n"]:
-        return tokenize(self.pipeline.tokenizer, [""])[0]
+        def encoded(caption: str) -> Float[Array, "1 n d"]:
+            ids, _ = tokenize(self.pipeline.tokenizer, [caption])
+            return self.encoders.text(frozen, jnp.asarray(ids))
+
+        if self.options.neutral:
+            text = jnp.where(neutral[:, None, None], encoded(self.options.neutral_caption), text)
+        return jnp.where(no_text[:, None, None], encoded(""), text)
 
     def samples(self, trainable, frozen, key):
         """Grids of people who are not trained on, and how well they are met."""

@@ -81,16 +81,14 @@ class BaseTask:
         noise = sample_normal(noise_keys, latents.shape[1:])
         t = sample_timesteps(time_keys, self.schedule.num_train_timesteps)
         dropped = sample_bernoulli(drop_keys, self.options.drop_text)
-        ids = jnp.where(dropped[:, None], self._empty_prompt(), batch["ids"])
+        empty, _ = tokenize(self.tokenizer, [""])
+        ids = jnp.where(dropped[:, None], empty, batch["ids"])
         text = self.text_encoder.module(trainable["text_encoder"])(ids)
         noisy = add_noise(self.schedule, latents, noise, t)
         output = self.unet.module(trainable["unet"])(noisy, t, text, remat=self.config.remat)
         error = (output - training_target(self.schedule, latents, noise, t)) ** 2
         weighted = error * (1.0 + self.options.head_weight * batch["head"][..., None])
         return weighted.mean(), {"loss/mse": error.mean()}
-
-    def _empty_prompt(self):
-        return jnp.asarray(tokenize(self.tokenizer, [""])[0])
 
     def samples(self, trainable, frozen, key):
         prompts = captions(sample_scene(jnp.arange(16) + SPLITS["test"][0] * 1000))

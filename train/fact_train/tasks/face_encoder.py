@@ -21,7 +21,7 @@ from fact_train.engine.partition import overlay, split_module
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EncoderOptions(CheckedFields):
-    """How many people are told apart, from how many photos of each."""
+    """How many people are classified, from how many photos of each."""
 
     people: Annotated[int, people_of("encoder", at_least=2)] = 2000
     photos: Photos = 10

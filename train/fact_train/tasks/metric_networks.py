@@ -37,7 +37,7 @@ class JudgeOptions(CheckedFields):
 
 
 class JudgeTask:
-    """Both networks at once; they share nothing but the data."""
+    """Train both networks at once; they share nothing but the data."""
 
     options: JudgeOptions
 

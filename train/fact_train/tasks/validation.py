@@ -104,7 +104,7 @@ def _read(records: Records, number: int) -> dict[str, Any]:
 
 
 class ValidationCallback:
-    """Generates and measures; ``task`` is the adapter task."""
+    """Generate the grids and measure similarity; ``task`` is the adapter task."""
 
     def __init__(self, task: Any, validation: ValidationSet):
         self._task, self._validation = task, validation
