@@ -66,6 +66,13 @@ def test_every_kind():
     ]
 
 
+def test_a_started_scatter_counts_what_goes_in_once():
+    line = "%scatter.7 = f32[16,128]{1,0} reduce-scatter("
+    started = "%scatter.7 = ((f32[64,128]{1,0}), f32[16,128]{1,0}) reduce-scatter-start("
+    assert line in SUMS
+    assert read_collectives(SUMS.replace(line, started)) == read_collectives(SUMS)
+
+
 def test_scatter_inside_a_fusion():
     assert read_collectives(FUSED) == [one("reduce-scatter", 4 * 64 * 128, 1, 4)]
 

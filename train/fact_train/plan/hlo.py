@@ -66,6 +66,9 @@ def read_collectives(text: str) -> list[Collective]:
                 payload, sizes = payload * group // (group + 1), sizes[len(sizes) // 2 :]
             if match["start"] and kind == "collective-permute":
                 payload, sizes = sizes[0], sizes[:1]
+            if match["start"] and kind == "reduce-scatter":  # as of an all-gather
+                sizes = sizes[len(sizes) // 2 :]
+                payload = sum(sizes)
             if kind == "reduce-scatter":
                 payload *= group
             if kind == "all-reduce" and "all-reduce-scatter" in name:
