@@ -10,11 +10,12 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int
+from jaxtyping import Array, Int, PyTree
 
 from fact_convert import Tokenizer
 from fact_jax.face.images import one_line
@@ -160,7 +161,7 @@ class CacheWriter:
                 masks = {f"{name}_mask": self._rows.mask(number, row, name) for name in _REGIONS}
                 yield {name: array[i] for name, array in encoded.items()} | masks
 
-    def _encode_samples(self, frozen, batch):
+    def _encode_samples(self, frozen: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
         mean, log_variance = self._encoders.moments(frozen, batch["images"])
         return {
             "mean": mean,
@@ -169,7 +170,7 @@ class CacheWriter:
             "tokens": self._encoders.tokens(frozen, batch["crops"]),
         }
 
-    def _features(self):
+    def _features(self) -> Any:
         row = next(self._encoded(range(1)))
         kinds = self._tfds.features
         return kinds.FeaturesDict(

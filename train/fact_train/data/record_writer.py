@@ -54,7 +54,7 @@ def write_records(
     people: dict[str, int] = {}
     identities: list[int] = []
 
-    def numbered():
+    def numbered() -> Iterator[Example]:
         for example in examples:
             _check_sizes(example, size, crop_size)
             identities.append(people.setdefault(example.identity, len(people)))

@@ -28,7 +28,9 @@ class TrainState(NamedTuple):
     skipped_in_a_row: Int[Array, ""]
 
 
-def make_state(params: PyTree, optimizer: optax.GradientTransformation, ema: EMAConfig):
+def make_state(
+    params: PyTree, optimizer: optax.GradientTransformation, ema: EMAConfig
+) -> TrainState:
     """The state before the first step, with float32 copies of ``params`` (it is donated)."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float32:
@@ -60,10 +62,7 @@ def place_state(
     params: PyTree, optimizer: optax.GradientTransformation, ema: EMAConfig, mesh: Mesh
 ) -> TrainState:
     """:func:`make_state` on a mesh; no device ever holds more than its part of the rest."""
-
-    def make(params):
-        return make_state(params, optimizer, ema)
-
+    make = functools.partial(make_state, optimizer=optimizer, ema=ema)
     placed = state_shardings(jax.eval_shape(make, params), mesh)
     return jax.jit(make, out_shardings=placed)(shard(params, placed.params))
 
@@ -144,7 +143,9 @@ def _scale_by_path(multipliers: tuple[tuple[str, float], ...]) -> optax.Gradient
                 raise UserError(f"optimizer.multipliers: no trainable path matches {pattern!r}")
         return optax.EmptyState()
 
-    def update(updates: PyTree, state: optax.EmptyState, params: PyTree | None = None):
+    def update(
+        updates: PyTree, state: optax.EmptyState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.EmptyState]:
         del params
         scaled = jax.tree_util.tree_map_with_path(lambda path, u: u * factor(path), updates)
         return scaled, state

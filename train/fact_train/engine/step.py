@@ -100,7 +100,7 @@ class TrainStep:
         finally:
             attention.KEPT_MATRIX_LIMIT = limit
 
-    def _compiled(self, state: TrainState, frozen: PyTree):
+    def _compiled(self, state: TrainState, frozen: PyTree) -> Any:
         if self._jitted is None:
             placed = state_shardings(state, self.mesh)
             given = (placed, frozen_shardings(frozen, self.config, self.mesh))
@@ -159,7 +159,9 @@ class TrainStep:
         metrics |= {"skipped": state.skipped, "skipped_in_a_row": state.skipped_in_a_row}
         return state, metrics
 
-    def _gradient(self, working, frozen, batch, step, keys):
+    def _gradient(
+        self, working: PyTree, frozen: PyTree, batch: Batch, step: jax.Array, keys: jax.Array
+    ) -> tuple[PyTree, jax.Array, dict[str, Any]]:
         """(float32 gradient, loss, metrics) of the batch, in microbatches if so configured."""
         # Each device needs only the part of the gradient whose update it computes.
         placed = zero1_shardings(working, shardings(working, FSDP_RULES, self.mesh))

@@ -1,7 +1,7 @@
 """Collectives over processes: what all decide alike, and what one tells the others."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
@@ -74,6 +74,6 @@ def process_broadcast(data: bytes) -> bytes:
 
 
 @functools.cache
-def _mesh():
+def _mesh() -> tuple[Mesh, Callable[[jax.Array], jax.Array]]:
     mesh = Mesh(np.asarray(jax.devices()), ("all",))
     return mesh, jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))

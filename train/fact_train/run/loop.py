@@ -18,7 +18,7 @@ from fact_jax.utils.files import replace_folder, require_local
 from fact_train.config import TrainConfig
 from fact_train.engine.prefetch import prefetch
 from fact_train.engine.state import TrainState
-from fact_train.engine.step import TrainStep, check_batch
+from fact_train.engine.step import Batch, Metrics, TrainStep, check_batch
 from fact_train.engine.task import Source
 from fact_train.multihost.collectives import process_all, process_gather, raise_on_all_processes
 from fact_train.multihost.heartbeat import PeerMonitor
@@ -140,7 +140,7 @@ class _Loop:
         self.task, self.frozen, self.log, self.remote = ready.task, ready.frozen, log, remote
         self.key = jax.random.fold_in(jax.random.key(config.seed), SAMPLE_KEY)
         self.meter = ThroughputMeter(config.batch_size)
-        self.rows: list[dict[str, jax.Array]] = []
+        self.rows: list[Metrics] = []
         self.losses: list[jax.Array] = []  # since the last checkpoint
 
     def train(
@@ -176,7 +176,9 @@ class _Loop:
                     break
         return state
 
-    def _compile(self, train_step: TrainStep, state: TrainState, batch: dict[str, jax.Array]):
+    def _compile(
+        self, train_step: TrainStep, state: TrainState, batch: Batch
+    ) -> jax.stages.Compiled:
         with stage(self.log.say, "compiling the training step"):
             compiled = train_step.lower(state, self.frozen, batch).compile()
             flops = None
@@ -186,7 +188,7 @@ class _Loop:
         self.meter.begin(flops)
         return compiled
 
-    def _record(self, step: int, state: TrainState, metrics: dict[str, jax.Array], stop: bool):
+    def _record(self, step: int, state: TrainState, metrics: Metrics, stop: bool) -> None:
         """Whatever is due after a step: a row of the log, a checkpoint, and only then pictures."""
         config = self.config
         self.rows.append(metrics)

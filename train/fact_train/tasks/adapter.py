@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from fact_convert import Pipeline, load_encoder, load_pipeline, save_adapter, tokenize
 from fact_convert.weights import abstract_state
@@ -185,7 +186,7 @@ class AdapterTask:
         tokenizer = self.pipeline.tokenizer
         return PixelDataset(records, tokenizer, region=options.region, cells=cells)
 
-    def _check_widths(self):
+    def _check_widths(self) -> None:
         resampler, encoder = self.options.resampler, self.encoder.config
         text = self.pipeline.unet.config.cross_attention_dim
         if (resampler.embedding_dim, resampler.output_dim) != (encoder.embed_dim, text):
@@ -199,7 +200,7 @@ class AdapterTask:
         """The adapted UNet from its two parts."""
         return nnx.merge(self.graph, merge(base, adapters))
 
-    def init(self, key):
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         trainable = {"resampler": self.resampler.arrays, "adapter": self.adapters}
         # The text encoder is always there: for what a caption is dropped to.
         names = ["text_encoder"]
@@ -210,7 +211,7 @@ class AdapterTask:
             **{name: self.encoders.arrays[name] for name in names},
         }
 
-    def source(self):
+    def source(self) -> PairedArrays | GrainSource:
         options = self.options
         if self.rows is not None:
             return GrainSource(self.rows, self.config.batch_size, self.config.seed)
@@ -310,7 +311,7 @@ class AdapterTask:
     def _validation_callback(self) -> ValidationCallback:
         return ValidationCallback(self, self._validation)
 
-    def export(self, trainable, frozen, directory: Path, step: int) -> None:
+    def export(self, trainable: PyTree, frozen: PyTree, directory: Path, step: int) -> None:
         """``adapter.safetensors``; its ``step`` counts the steps before this run too."""
         unet = self.unet(trainable["adapter"], frozen["unet"])
         resampler = self.resampler.module(trainable["resampler"])

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
 from fact_convert import Pipeline, Tokenizer, save_pipeline, tokenize
 from fact_jax.diffusion.noise_schedules import NoiseSchedule, add_noise, training_target
@@ -64,10 +65,10 @@ class BaseTask:
         self.unet = split_module(UNet(UNetConfig.mini(), rngs=rngs))
         self.text_encoder = split_module(CLIPTextModel(text, rngs=rngs))
 
-    def init(self, key):
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         return {"unet": self.unet.arrays, "text_encoder": self.text_encoder.arrays}, {}
 
-    def source(self):
+    def source(self) -> ShuffledArrays:
         batch = draw_portraits("base", self.options.people, self.options.photos)
         latents = encode_latents(self.vae, batch.images)
         ids, _ = tokenize(self.tokenizer, batch.captions)
@@ -111,7 +112,7 @@ class BaseTask:
         latents = sample_ddim(model, noise, self.schedule, steps=steps)
         return self.vae.decode(latents / self.vae.config.scaling_factor)
 
-    def export(self, trainable, frozen, directory: Path, step: int) -> None:
+    def export(self, trainable: PyTree, frozen: PyTree, directory: Path, step: int) -> None:
         """Write ``base/``, a diffusers pipeline folder."""
         pipeline = Pipeline(
             unet=self.unet.module(trainable["unet"]),

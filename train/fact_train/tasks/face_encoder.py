@@ -7,6 +7,7 @@ from typing import Annotated
 import jax
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
 from fact_convert import save_encoder
 from fact_jax.losses import arcface_loss
@@ -37,12 +38,12 @@ class EncoderTask:
         self.options = config.options
         self.encoder = split_module(TransFace(TransFaceConfig.mini(), rngs=nnx.Rngs(config.seed)))
 
-    def init(self, key):
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         size = TransFaceConfig.mini().num_classes
         centres = 0.01 * jax.random.normal(key, (size, self.options.people))
         return {"encoder": self.encoder.arrays, "centres": centres}, {}
 
-    def source(self):
+    def source(self) -> ShuffledArrays:
         crops = draw_crops(
             "encoder", self.options.people, self.options.photos, TransFaceConfig.mini().img_size
         )
@@ -65,5 +66,5 @@ class EncoderTask:
     def samples(self, trainable, frozen, key):
         return {}
 
-    def export(self, trainable, frozen, directory: Path, step: int) -> None:
+    def export(self, trainable: PyTree, frozen: PyTree, directory: Path, step: int) -> None:
         save_encoder(self.encoder.module(trainable["encoder"]), directory / "encoder")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jaxtyping import PyTree
 
 from fact_jax.losses import arcface_loss
 from fact_jax.portraits.metric_networks import (
@@ -47,7 +48,7 @@ class JudgeTask:
         self.recogniser = split_module(IdentityNet(rngs=nnx.Rngs(config.seed)))
         self.parser = split_module(AttributeNet(rngs=nnx.Rngs(config.seed + 1)))
 
-    def init(self, key):
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         centres = 0.01 * jax.random.normal(key, (128, self.options.people))
         return {
             "recogniser": self.recogniser.arrays,
@@ -55,7 +56,7 @@ class JudgeTask:
             "parser": self.parser.arrays,
         }, {}
 
-    def source(self):
+    def source(self) -> ShuffledArrays:
         batch = draw_portraits("judge", self.options.people, self.options.photos)
         truth = batch.portrait
         masks = np.stack([truth.head_mask, truth.face_mask], axis=-1)
@@ -118,7 +119,7 @@ class JudgeTask:
     def samples(self, trainable, frozen, key):
         return {}
 
-    def export(self, trainable, frozen, directory: Path, step: int) -> None:
+    def export(self, trainable: PyTree, frozen: PyTree, directory: Path, step: int) -> None:
         recogniser = self.recogniser.module(trainable["recogniser"])
         save_network(recogniser, directory / "judge" / "recogniser.safetensors")
         save_network(

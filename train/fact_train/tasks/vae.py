@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
 from fact_convert.models.pipeline import load_part, save_part
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
@@ -53,12 +54,12 @@ class VAETask:
         else:
             self.vae = split_module(load_vae(self.options.decoder_of))
 
-    def init(self, key):
+    def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         if self.options.decoder_of is None:
             return self.vae.arrays, {}
         return split_by_paths(self.vae.arrays, ["^decoder/", "^post_quant_conv/"])
 
-    def source(self):
+    def source(self) -> ShuffledArrays:
         batch = draw_portraits("base", self.options.people, self.options.photos)
         masks = np.rint(batch.portrait.head_mask * 255).astype(np.uint8)
         arrays = {"images": batch.images, "head": masks}
@@ -88,7 +89,7 @@ class VAETask:
         vae = self.vae.module(arrays)
         return vae.decode(vae.encode(normalize_pixels(images))[0])
 
-    def export(self, trainable, frozen, directory: Path, step: int) -> None:
+    def export(self, trainable: PyTree, frozen: PyTree, directory: Path, step: int) -> None:
         """Write ``vae/`` as diffusers has it, scaled to latents of unit variance."""
         # What is frozen goes out as it was read: the step may hold it in half precision.
         vae = self.vae.module(overlay(self.vae.arrays, trainable))
