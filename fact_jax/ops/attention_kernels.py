@@ -84,13 +84,23 @@ def _widest_on_cuda() -> int:
     return 256 if capability >= 9 else 128 if capability >= 8 else 0
 
 
-def _divides(q: Float[Array, "b n h d"]) -> bool:
-    """Whether samples and heads come out even over the mesh of devices, if there is one."""
+def _split_axes() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Axes of the mesh, if there is one, over which the compiler splits samples and heads."""
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.are_all_axes_manual:
-        return True
-    ways = math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    return q.shape[0] % ways == 0 and q.shape[2] % mesh.shape[TENSOR_AXIS] == 0
+    automatic = set(mesh.axis_names) - set(mesh.manual_axes)
+    return (
+        tuple(axis for axis in BATCH_AXES if axis in automatic),
+        tuple(axis for axis in (TENSOR_AXIS,) if axis in automatic),
+    )
+
+
+def _divides(q: Float[Array, "b n h d"]) -> bool:
+    """Whether samples and heads come out even over these axes."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return all(
+        q.shape[dimension] % math.prod(sizes[axis] for axis in axes) == 0
+        for dimension, axes in zip((0, 2), _split_axes(), strict=True)
+    )
 
 
 def attention_cudnn(
@@ -140,10 +150,16 @@ def attention_splash(
     q, k = _with_groups(q * scale, _padded(k, keys, width), hidden)
     wide = -(-q.shape[-1] // _SUBLANES) * _SUBLANES
     on_device = functools.partial(_splash, blocks=(block_q, block_k), interpret=interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty and not mesh.are_all_axes_manual:
-        spec = P(BATCH_AXES, None, TENSOR_AXIS)
-        on_device = jax.shard_map(on_device, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    samples, heads = _split_axes()
+    if samples or heads:  # also over axes of one device: such a kernel has no automatic form
+        spec = P(samples, None, heads)
+        on_device = jax.shard_map(
+            on_device,
+            in_specs=(spec,) * 3,
+            out_specs=spec,
+            axis_names={*samples, *heads},
+            check_vma=False,
+        )
     return on_device(_padded(q, queries, wide), _padded(k, keys, wide), _padded(v, keys, wide))[
         :, :n, :, :width
     ]

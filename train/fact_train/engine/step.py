@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
@@ -128,7 +128,7 @@ class TrainStep:
             shardings(state.params, REPLICATED_RULES, self.mesh),
         )
         frozen = cast(frozen, config.precision)
-        # Attention kernels are split over the mesh by hand, so they look for it.
+        # Attention kernels are split over the mesh too, and look for it.
         with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             gradient, loss, metrics = self._gradient(working, frozen, batch, state.step, keys)
         aux = metrics.pop("aux", None)
@@ -162,9 +162,46 @@ class TrainStep:
     def _gradient(
         self, working: PyTree, frozen: PyTree, batch: Batch, step: jax.Array, keys: jax.Array
     ) -> tuple[PyTree, jax.Array, dict[str, Any]]:
-        """(float32 gradient, loss, metrics) of the batch, in microbatches if so configured."""
+        """(float32 gradient, loss, metrics) of the batch.
+
+        Each device takes the gradient of the mean over its own samples; what crosses devices is
+        their sum, once a step and in float32. Left to itself the compiler sums what the products
+        with the activations give, in the precision of the computation and in every microbatch.
+        """
+        axes = self._manual_axes()
+
+        def on_device(working, frozen, batch, step, keys):
+            found = self._local_gradient(working, frozen, batch, step, keys)
+            return jax.tree.map(lambda leaf: _device_mean(leaf, axes), found)
+
+        if axes:
+            on_device = jax.shard_map(
+                on_device,
+                mesh=self.mesh,
+                in_specs=(P(), P(), P(axes), P(), P(axes)),
+                out_specs=P(),
+                axis_names=set(axes),
+                check_vma=False,
+            )
+        gradient, loss, metrics = on_device(working, frozen, batch, step, keys)
         # Each device needs only the part of the gradient whose update it computes.
         placed = zero1_shardings(working, shardings(working, FSDP_RULES, self.mesh))
+        return jax.lax.with_sharding_constraint(gradient, placed), loss, metrics
+
+    def _manual_axes(self) -> tuple[str, ...]:
+        """Mesh axes over which the gradient is summed by hand.
+
+        None for a task with batch normalisation, whose statistics are those of the whole batch;
+        not ``fsdp`` where it splits the frozen base, which the compiler gathers block by block.
+        """
+        if hasattr(self.task, "state_update"):
+            return ()
+        return BATCH_AXES if self.config.mesh.base == "replicated" else BATCH_AXES[:1]
+
+    def _local_gradient(
+        self, working: PyTree, frozen: PyTree, batch: Batch, step: jax.Array, keys: jax.Array
+    ) -> tuple[PyTree, jax.Array, dict[str, Any]]:
+        """The same of a device's samples, in microbatches if so configured."""
 
         def loss_of(params, batch, keys):
             loss, metrics = self.task.loss(params, frozen, batch, step=step, keys=keys)
@@ -174,8 +211,7 @@ class TrainStep:
             (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(
                 working, batch, keys
             )
-            gradient = cast(gradient, "float32")
-            return jax.lax.with_sharding_constraint(gradient, placed), loss, metrics
+            return cast(gradient, "float32"), loss, metrics
 
         parts = self.config.accumulate
         if parts == 1:
@@ -186,7 +222,6 @@ class TrainStep:
             return jax.tree.map(jnp.add, total, gradient), (loss, metrics)
 
         zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), working)
-        zeros = jax.lax.with_sharding_constraint(zeros, placed)
         microbatches = jax.tree.map(lambda leaf: self._split(leaf, parts), (batch, keys))
         total, (losses, metrics) = jax.lax.scan(add, zeros, microbatches)
         gradient = jax.tree.map(lambda leaf: leaf / parts, total)
@@ -195,8 +230,13 @@ class TrainStep:
     def _split(self, leaf: jax.Array, parts: int) -> jax.Array:
         """(b, ...) to (parts, b / parts, ...), each device keeping the rows that it has."""
         leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
-        sharding = NamedSharding(self.mesh, P(None, BATCH_AXES))
-        return jax.lax.with_sharding_constraint(leaf, sharding)
+        axes = tuple(axis for axis in BATCH_AXES if axis not in self._manual_axes())
+        return jax.lax.with_sharding_constraint(leaf, P(None, axes)) if axes else leaf
+
+
+def _device_mean(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Over devices; what is counted in whole numbers is the same on each."""
+    return jax.lax.pmean(leaf, axes) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
 
 
 def _mean(values: jax.Array) -> jax.Array:
