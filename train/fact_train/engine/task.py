@@ -35,8 +35,11 @@ class Task(Protocol):
     """
 
     config: TrainConfig
+    options: object
 
-    def __init__(self, config: TrainConfig): ...
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.options = config.options
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """(trainable, frozen): nested pure dicts of arrays, trainable in float32."""
@@ -64,9 +67,10 @@ class Task(Protocol):
     ) -> dict[str, np.ndarray | float]:
         """Name -> uint8 picture (h, w, 3), or a number; the key is the same at every call.
 
-        May be empty. If the task has an attribute ``score``, it is the name of the number by which
-        the best checkpoints are known (the higher the better).
+        None unless a task has some. If the task has an attribute ``score``, it is the name of the
+        number by which the best checkpoints are known (the higher the better).
         """
+        return {}
 
     def export(self, trainable: PyTree, frozen: PyTree, directory: Path, step: int) -> None:
         """Write files that inference can open into an empty directory."""

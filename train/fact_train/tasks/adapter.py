@@ -46,6 +46,7 @@ from fact_train.data.portraits import Photos, align_portraits, draw_crops, draw_
 from fact_train.data.records import DamagedError
 from fact_train.engine.partition import assert_covers, merge, paths, split_module
 from fact_train.engine.sample_keys import sample_normal, sample_timesteps, split_keys
+from fact_train.engine.task import Task
 from fact_train.tasks.adapter_init import new_adapters, read_adapters, whitened_resampler
 from fact_train.tasks.validation import (
     SCORE,
@@ -110,15 +111,14 @@ class AdapterOptions(CheckedFields):
             )
 
 
-class AdapterTask:
+class AdapterTask(Task):
     """The adapter of every block and the resampler learn; everything else stays bit for bit."""
 
     score = SCORE
     options: AdapterOptions
 
     def __init__(self, config: TrainConfig):
-        self.config = config
-        self.options = config.options
+        super().__init__(config)
         self.pipeline, self.encoder = self._load()
         self._check_widths()
         self.encoders = FrozenEncoders(self.pipeline, self.encoder)

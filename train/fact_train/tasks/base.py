@@ -32,6 +32,7 @@ from fact_train.engine.sample_keys import (
     sample_timesteps,
     split_keys,
 )
+from fact_train.engine.task import Task
 from fact_train.tasks.vae import load_vae
 
 
@@ -46,14 +47,13 @@ class BaseOptions(CheckedFields):
     head_weight: NonNegative = 1.0
 
 
-class BaseTask:
+class BaseTask(Task):
     """UNet and text encoder together, on latents of a frozen autoencoder."""
 
     options: BaseOptions
 
     def __init__(self, config: TrainConfig):
-        self.config = config
-        self.options = config.options
+        super().__init__(config)
         self.schedule = NoiseSchedule.mini()
         vocab, merges = caption_vocabulary()
         text = CLIPTextConfig.mini(len(vocab))

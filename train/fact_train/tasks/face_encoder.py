@@ -18,6 +18,7 @@ from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
 from fact_train.data.portraits import Photos, draw_crops, people_of
 from fact_train.engine.partition import overlay, split_module
+from fact_train.engine.task import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,14 +29,13 @@ class EncoderOptions(CheckedFields):
     photos: Photos = 10
 
 
-class EncoderTask:
+class EncoderTask(Task):
     """Tell people apart by their aligned crops (additive angular margin)."""
 
     options: EncoderOptions
 
     def __init__(self, config: TrainConfig):
-        self.config = config
-        self.options = config.options
+        super().__init__(config)
         self.encoder = split_module(TransFace(TransFaceConfig.mini(), rngs=nnx.Rngs(config.seed)))
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
@@ -62,9 +62,6 @@ class EncoderTask:
     def state_update(self, trainable, statistics):
         """Put the batch normalisations' running statistics beside the learned weights."""
         return {**trainable, "encoder": overlay(trainable["encoder"], statistics)}
-
-    def samples(self, trainable, frozen, key):
-        return {}
 
     def export(self, trainable: PyTree, frozen: PyTree, directory: Path, step: int) -> None:
         save_encoder(self.encoder.module(trainable["encoder"]), directory / "encoder")

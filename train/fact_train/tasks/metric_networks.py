@@ -26,6 +26,7 @@ from fact_train.data.array_source import ShuffledArrays
 from fact_train.data.portraits import Photos, align_portraits, draw_portraits, people_of
 from fact_train.engine.partition import overlay, split_module
 from fact_train.engine.sample_keys import split_keys
+from fact_train.engine.task import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,14 +38,13 @@ class JudgeOptions(CheckedFields):
     blur: Probability = 0.5
 
 
-class JudgeTask:
+class JudgeTask(Task):
     """Train both networks at once; they share nothing but the data."""
 
     options: JudgeOptions
 
     def __init__(self, config: TrainConfig):
-        self.config = config
-        self.options = config.options
+        super().__init__(config)
         self.recogniser = split_module(IdentityNet(rngs=nnx.Rngs(config.seed)))
         self.parser = split_module(AttributeNet(rngs=nnx.Rngs(config.seed + 1)))
 
@@ -115,9 +115,6 @@ class JudgeTask:
         blurred = jax.image.resize(blurred, images.shape, "linear")
         amount = jax.vmap(jax.random.uniform)(keys)[:, None, None, None] * self.options.blur
         return images + amount * (blurred - images)
-
-    def samples(self, trainable, frozen, key):
-        return {}
 
     def export(self, trainable: PyTree, frozen: PyTree, directory: Path, step: int) -> None:
         recogniser = self.recogniser.module(trainable["recogniser"])

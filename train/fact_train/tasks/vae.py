@@ -25,6 +25,7 @@ from fact_train.data.array_source import ShuffledArrays
 from fact_train.data.portraits import Photos, draw_portraits, people_of
 from fact_train.engine.partition import merge, overlay, split_by_paths, split_module
 from fact_train.engine.sample_keys import sample_normal
+from fact_train.engine.task import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,14 +42,13 @@ class VAEOptions(CheckedFields):
     decoder_of: Name | None = None
 
 
-class VAETask:
+class VAETask(Task):
     """Reconstruct portraits: absolute and squared error, the head weighted, and a little KL."""
 
     options: VAEOptions
 
     def __init__(self, config: TrainConfig):
-        self.config = config
-        self.options = config.options
+        super().__init__(config)
         if self.options.decoder_of is None:
             self.vae = split_module(AutoencoderKL(VAEConfig.mini(), rngs=nnx.Rngs(config.seed)))
         else:
