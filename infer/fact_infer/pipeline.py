@@ -1,9 +1,11 @@
 """The pipeline interface of both backends: checked inputs, requests in batches."""
 
 import abc
+import contextlib
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import numpy as np
@@ -71,8 +73,9 @@ class Pipeline(abc.ABC):
     ) -> Self:
         """Read a diffusers folder and, for faces, an adapter file and an encoder.
 
-        ``dtype`` is what UNet, text encoder and ControlNet compute in. ``loras`` are files that are
-        added to the base, each times its factor.
+        ``dtype`` is what UNet, text encoder and ControlNet compute in: ``float32``, ``bfloat16``,
+        ``float16``, or ``tf32``, see :data:`fact_jax.ops.precision.Precision`. ``loras`` are files
+        that are added to the base, each times its factor.
         """
         return cls.from_parts(
             load_parts(base, adapter, encoder, loras=loras, controlnet=controlnet), dtype
@@ -137,7 +140,12 @@ class Pipeline(abc.ABC):
             control=control,
             control_scale=control_scale,
         )
-        return self._generate(inputs, bar)
+        with self._products():
+            return self._generate(inputs, bar)
+
+    def _products(self) -> AbstractContextManager[None]:
+        """Inside, float32 numbers are multiplied as the pipeline's precision says."""
+        return contextlib.nullcontext()
 
     @abc.abstractmethod
     def _generate(

@@ -110,7 +110,7 @@ class TrainConfig(CheckedFields):
     steps: Count
     batch_size: Count
     seed: Annotated[int, Range(0, 2**32 - 1)] = 0
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
     accumulate: Count = 1
     remat: Literal["none", "dots", "block"] = "none"
     mesh: MeshConfig = DATA_PARALLEL

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 # What SAMPLERS holds, which would be slow to import for a --help.
 _SAMPLERS = "ddim, pndm, euler, euler_ancestral, dpmpp_2m, dpmpp_2m_karras, lcm"
-_PRECISIONS = ("float32", "bfloat16", "float16")
+_PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 
 
 def add_models(models: argparse._ActionsContainer) -> None:
@@ -39,7 +39,7 @@ def add_models(models: argparse._ActionsContainer) -> None:
         choices=_PRECISIONS,
         default="float32",
         help="numbers in which UNet, text encoder and, in PyTorch, the autoencoder compute "
-        "(default float32)",
+        "(default float32); tf32: float32 numbers, multiplied faster and less exactly on GPUs",
     )
     models.add_argument(
         "--safety-checker",

@@ -33,6 +33,7 @@ from fact_infer.jax.pipeline import FlaxPipeline
 from fact_infer.request import MAX_SEED, GenerationParams
 from fact_jax.diffusion.samplers import num_model_calls
 from fact_jax.face import align_batch
+from fact_jax.ops.precision import matmul_precision
 from fact_jax.portraits import SPLITS, Batch, make_batch
 from fact_jax.portraits.metric_networks import (
     ATTRIBUTES,
@@ -136,7 +137,8 @@ def _compiled(module: nnx.Module) -> Callable:
 
     @jax.jit
     def run(images: UInt8[Array, "b h w 3"]):
-        return nnx.merge(graph, state)(normalize_pixels(images))
+        with matmul_precision("float32"):
+            return nnx.merge(graph, state)(normalize_pixels(images))
 
     return lambda images: map_batches(run, images, _CHUNK)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 from flax import nnx
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from fact_convert.models.face_encoder import load_encoder
 from fact_infer.evaluation.metrics import cosine
@@ -14,6 +14,7 @@ from fact_infer.parts import FaceModels
 from fact_jax.face.align import align_face
 from fact_jax.face.landmarks import DEFAULT_PACK, detect_faces, find_pack, local_pack
 from fact_jax.face.mask import head_mask
+from fact_jax.ops.precision import matmul_precision
 from fact_jax.utils.pixels import normalize_pixels
 
 
@@ -37,7 +38,13 @@ class IdentityRanking:
         self._size, self._points = crops.shape[1], points
         self._pack = find_pack(pack or DEFAULT_PACK) if points is None else local_pack(pack)
         graph, state = nnx.split(load_encoder(face.encoder, config=face.encoder_config))
-        self._embed = jax.jit(lambda images: nnx.merge(graph, state)(images)[1])
+
+        @jax.jit
+        def embed(images: Float[Array, "b s s 3"]) -> Float[Array, "b d"]:
+            with matmul_precision("float32"):
+                return nnx.merge(graph, state)(images)[1]
+
+        self._embed = embed
         own = self._embeddings(crops)
         own /= np.linalg.norm(own, axis=-1, keepdims=True)
         self._wanted = own.mean(0)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 import jax
@@ -36,6 +37,7 @@ from fact_jax.fact import (
     initial_noise,
     null_face,
 )
+from fact_jax.ops.precision import matmul_precision, precision_of, storage_dtype
 from fact_jax.utils.pixels import denormalize_pixels, normalize_pixels
 
 _HALF_PARTS = ("unet", "text_encoder", "controlnet")
@@ -71,7 +73,8 @@ class FlaxPipeline(Pipeline):
 
     def __init__(self, parts: Parts, models: dict[str, nnx.Module], dtype: Any = "float32"):
         super().__init__(parts)
-        self.dtype = jnp.dtype(dtype)
+        self.precision = precision_of(dtype)
+        self.dtype = storage_dtype(self.precision)
         split = {name: nnx.split(model) for name, model in models.items()}
         self._graphs = {name: graph for name, (graph, _) in split.items()}
         self._states = {name: nnx.as_pure(state) for name, (_, state) in split.items()}
@@ -85,16 +88,20 @@ class FlaxPipeline(Pipeline):
 
     @classmethod
     def from_parts(cls, parts: Parts, dtype: Any = "float32") -> Self:
-        pipeline = load_pipeline(parts.base.weights_folder(), dtype=dtype, loras=parts.loras)
+        stored = storage_dtype(precision_of(dtype))
+        pipeline = load_pipeline(parts.base.weights_folder(), dtype=stored, loras=parts.loras)
         models = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
         if parts.controlnet is not None:
-            models["controlnet"] = load_controlnet(parts.controlnet, dtype=dtype)
+            models["controlnet"] = load_controlnet(parts.controlnet, dtype=stored)
         if (face := parts.face) is not None:
             trained = load_adapter(face.adapter, resampler_config=face.resampler_config)
             models["unet"] = attach_adapter(models["unet"], trained)
             models["resampler"] = trained.resampler
             models["encoder"] = load_encoder(face.encoder, config=face.encoder_config)
         return cls(parts, models, dtype)
+
+    def _products(self) -> AbstractContextManager[None]:
+        return matmul_precision(self.precision)
 
     def _generate(self, inputs: GenerationInputs, bar: tqdm | None) -> UInt8[np.ndarray, "b h w 3"]:
         guidance, photo_mask = inputs.guidance, None

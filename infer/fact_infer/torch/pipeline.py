@@ -1,7 +1,7 @@
 """Generation in PyTorch: a stock StableDiffusionPipeline of diffusers with FACT in it."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
 
@@ -37,8 +37,11 @@ class TorchPipeline(Pipeline):
         parts: Parts,
         pipe: diffusers.StableDiffusionPipeline,
         controlnet: diffusers.ControlNetModel | None = None,
+        *,
+        tf32: bool = False,
     ):
         super().__init__(parts)
+        self.tf32 = tf32
         self.pipe, self.controlnet = pipe, controlnet
         self.fact: FactTorch | None = load_fact(pipe, files=parts.face) if parts.face else None
 
@@ -50,7 +53,9 @@ class TorchPipeline(Pipeline):
     @classmethod
     def from_parts(cls, parts: Parts, dtype: Any = "float32") -> Self:
         pin_jax_to_cpu()
-        dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        tf32 = dtype == "tf32"
+        if isinstance(dtype, str):
+            dtype = torch.float32 if tf32 else getattr(torch, dtype)
         folder = parts.base.weights_folder()
         check_pipeline(folder)
         pipe = _from_folder(
@@ -65,7 +70,23 @@ class TorchPipeline(Pipeline):
         if parts.controlnet is not None:
             folder, _ = find_controlnet(parts.controlnet)
             controlnet = _from_folder(diffusers.ControlNetModel, folder, dtype=dtype).to(device)
-        return cls(parts, pipe.to(device), controlnet)
+        return cls(parts, pipe.to(device), controlnet, tf32=tf32)
+
+    @contextlib.contextmanager
+    def _products(self) -> Iterator[None]:
+        # By PyTorch's default convolutions multiply float32 as TF32, and other products do not.
+        cudnn, before = torch.backends.cudnn, torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("high" if self.tf32 else "highest")
+        try:
+            with cudnn.flags(
+                enabled=cudnn.enabled,
+                benchmark=cudnn.benchmark,
+                deterministic=cudnn.deterministic,
+                allow_tf32=self.tf32,
+            ):
+                yield
+        finally:
+            torch.set_float32_matmul_precision(before)
 
     def _generate(self, inputs: GenerationInputs, bar: tqdm | None) -> UInt8[np.ndarray, "b h w 3"]:
         params, img2img, start = inputs.params, inputs.img2img, inputs.start

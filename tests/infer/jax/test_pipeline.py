@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch as pytorch_backend
 
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.weight_files import read_weights
@@ -34,6 +35,33 @@ PROMPTS, SEEDS = ("a smiling woman", "a man in a red coat"), (3, 4)
 @pytest.fixture(scope="module")
 def crops(files):
     return prepare_crops([Photo(path=files.photo), Photo(path=files.other_photo)], 32)[0][None]
+
+
+@pytest.mark.parametrize(("precision", "products"), [("float32", "highest"), ("tf32", "high")])
+def test_float32_is_multiplied_as_asked(files, monkeypatch, precision, products):
+    """In both backends, whatever the process is set to, which stays as it was."""
+    backend, seen = pytorch_backend, []
+
+    def see(self, inputs, bar):
+        seen.append(
+            (
+                jax.config.jax_default_matmul_precision,
+                backend.get_float32_matmul_precision(),
+                backend.backends.cudnn.allow_tf32,
+            )
+        )
+
+    monkeypatch.setattr(backend.backends.cudnn, "allow_tf32", True)
+    for kind in (FlaxPipeline, TorchPipeline):
+        monkeypatch.setattr(kind, "_generate", see)
+        pipeline = kind.load(files.base, dtype=precision)
+        pipeline.generate(PROMPTS, SEEDS, None, GenerationParams(steps=1))
+    (jax_products, *_), (_, torch_products, convolutions) = seen
+    assert jax_products == torch_products == products
+    assert convolutions is (precision == "tf32")
+    assert jax.config.jax_default_matmul_precision != products
+    assert backend.backends.cudnn.allow_tf32
+    assert backend.get_float32_matmul_precision() == "highest"
 
 
 def test_controls_of_both_backends_in_one_program(flax, torch, crops):

@@ -114,6 +114,25 @@ def test_bfloat16_computes_in_bfloat16_on_float32_masters():
     np.testing.assert_allclose(state.params["weight"], [[3.3, 8.1]], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("precision", "expected"), [("float32", "HIGHEST"), ("tf32", "HIGH"), ("bfloat16", "HIGHEST")]
+)
+def test_products_are_in_the_precision(precision, expected):
+    class Product(Linear):
+        def loss(self, trainable, frozen, batch, **kwargs):
+            product = trainable["weight"].T @ batch["x"].astype(trainable["weight"].dtype)
+            return product.sum(), {}
+
+    step, state, frozen = start(Product(), dataclasses.replace(CONFIG, precision=precision))
+    text = step.lower(state, frozen, {"x": X}).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products
+    dtype = "bf16" if precision == "bfloat16" else "f32"
+    for line in products:
+        assert f"precision = [{expected}, {expected}]" in line
+        assert line.rstrip().endswith(f"{dtype}>")
+
+
 def test_running_statistics_are_updated_and_stay_at_a_skip():
     step, state, frozen = start(Counting(), mean=jnp.zeros(()))
     state, metrics = step(state, frozen, {"x": X})

@@ -104,6 +104,7 @@ def run_cache(arguments: argparse.Namespace) -> int:
         )
 
     from fact_convert import load_encoder, load_pipeline
+    from fact_jax.ops.precision import matmul_precision
     from fact_train.data.cached_dataset import CacheWriter
     from fact_train.data.frozen_encoders import FrozenEncoders
     from fact_train.data.pixel_dataset import open_records
@@ -116,7 +117,9 @@ def run_cache(arguments: argparse.Namespace) -> int:
         out,
         cells=pipeline.unet.config.sample_size,
     )
-    if writer.write(arguments.shard, print):
+    with matmul_precision("float32"):
+        complete = writer.write(arguments.shard, print)
+    if complete:
         print(f"{out}: all {len(writer.paths)} shards are there; train with options.cache={out}")
     return 0
 

@@ -126,10 +126,13 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
 
     initialize(arguments.coordinator, arguments.processes, arguments.process)
 
+    from fact_jax.ops.precision import matmul_precision
+
     if arguments.dry_run:
         from fact_train.run.dry_run import dry_run
 
-        dry_run(config)
+        with matmul_precision(config.precision):
+            dry_run(config)
         return 0
 
     from fact_train.run.loop import run
@@ -137,5 +140,6 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
     # Orbax and the object stores report there what the loop says in one line.
     for library in ("absl", "gcsfs", "s3fs", "fsspec"):
         logging.getLogger(library).setLevel(logging.CRITICAL)
-    outcome = run(config, arguments.out or Path("runs") / short, command)
+    with matmul_precision(config.precision):
+        outcome = run(config, arguments.out or Path("runs") / short, command)
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by

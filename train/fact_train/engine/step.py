@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from fact_jax.ops import attention
+from fact_jax.ops.precision import Precision, matmul_precision, storage_dtype
 from fact_jax.ops.remat import CPU_OPTIONS
 from fact_jax.sharding import (
     BATCH_AXES,
@@ -129,7 +130,10 @@ class TrainStep:
         )
         frozen = cast(frozen, config.precision)
         # Attention kernels are split over the mesh too, and look for it.
-        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
+        with (
+            jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh),
+            matmul_precision(config.precision),
+        ):
             gradient, loss, metrics = self._gradient(working, frozen, batch, state.step, keys)
         aux = metrics.pop("aux", None)
         norm = optax.global_norm(gradient)
@@ -244,9 +248,9 @@ def _mean(values: jax.Array) -> jax.Array:
     return values.mean(0) if jnp.issubdtype(values.dtype, jnp.floating) else values[0]
 
 
-def cast(tree: PyTree, precision: str) -> PyTree:
+def cast(tree: PyTree, precision: Precision) -> PyTree:
     """Floating leaves in the precision of the computation."""
-    dtype = jnp.dtype(precision)
+    dtype = storage_dtype(precision)
 
     def one(leaf):
         return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf

@@ -1,0 +1,30 @@
+"""What products of matrices are computed in, which is not always what their numbers are stored in.
+
+By JAX's default a GPU multiplies float32 numbers as TF32 and a TPU as bfloat16.
+"""
+
+from contextlib import AbstractContextManager
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+TrainPrecision = Literal["float32", "tf32", "bfloat16"]
+Precision = Literal["float32", "tf32", "bfloat16", "float16"]
+"""float32 means float32 products; tf32 is float32 numbers whose products are TF32 on NVIDIA GPUs
+and three products of bfloat16 on TPUs; the others are 16-bit numbers, with float32 sums."""
+
+
+def precision_of(dtype: Any) -> Precision:
+    """The precision of that name, or of what ``jnp.dtype`` takes."""
+    return "tf32" if isinstance(dtype, str) and dtype == "tf32" else jnp.dtype(dtype).name
+
+
+def storage_dtype(precision: Precision) -> jnp.dtype:
+    """What weights and activations are stored in."""
+    return jnp.dtype("float32" if precision == "tf32" else precision)
+
+
+def matmul_precision(precision: Precision) -> AbstractContextManager[None]:
+    """For float32 products that are traced inside; those of 16-bit numbers stay what they are."""
+    return jax.default_matmul_precision("high" if precision == "tf32" else "highest")
