@@ -61,18 +61,25 @@ def make_model(schedule, xp):
     return model
 
 
-def run_ours(name, schedule, steps, latents, start=0, **options):
-    """The model's inputs at every call, and the result."""
-    model, asked = make_model(schedule, jnp), []
+def run_ours(name, schedule, steps, latents, start=0, compiled=False, **options):
+    """The model's inputs at every call, and the result.
+
+    Not compiled as a whole unless asked for: a program for each schedule and length takes long.
+    """
+    model, asked = make_model(schedule, jnp if compiled else np), []
+
+    def record(x, t, i):
+        asked.append((np.array(x), float(t), int(i)))
 
     def spy(x, t, i):
-        def record(x, t, i):
-            asked.append((np.array(x), float(t), int(i)))
-
+        if not compiled:
+            record(x, t, i)
+            return jnp.asarray(model(np.asarray(x), float(t)))
         jax.debug.callback(record, x, t, i, ordered=True)
         return model(x, t)
 
-    final = SAMPLERS[name](spy, latents, schedule, steps=steps, key=KEY, start=start, **options)
+    with jax.disable_jit(not compiled):
+        final = SAMPLERS[name](spy, latents, schedule, steps=steps, key=KEY, start=start, **options)
     jax.effects_barrier()
     return asked, np.array(final)
 
@@ -133,6 +140,13 @@ def test_as_diffusers(monkeypatch, name, schedule, steps):
     ours = run_ours(name, schedule, steps, latents)
     assert_same_run(ours, run_peer(monkeypatch, name, schedule, steps, latents))
     assert len(ours[0]) == num_model_calls(name, steps)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_the_same_compiled(name):
+    latents = random(0)
+    compiled = run_ours(name, SD15, 6, latents, compiled=True)
+    assert_same_run(compiled, run_ours(name, SD15, 6, latents))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

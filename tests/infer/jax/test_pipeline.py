@@ -122,8 +122,8 @@ def test_means_of_photos_that_were_filled_up(flax, torch, crops, combine):
 def test_programs_of_many_sizes_are_let_go_of(files, monkeypatch):
     flax = FlaxPipeline.load(files.base)
     monkeypatch.setattr(flax_pipeline, "MAX_SHAPES", 1)
-    for width in (16, 24):
-        params = GenerationParams(steps=1, sampler="ddim", width=width)
+    for width in (16, 32):
+        params = GenerationParams(steps=1, sampler="ddim", width=width, guidance=Guidance(text=1.0))
         flax.generate(PROMPTS[:1], SEEDS[:1], None, params)
     assert flax._denoise._cache_size() == 1
 
@@ -180,7 +180,7 @@ from fact_infer.request import GenerationParams
 from tqdm import tqdm
 assert jax.device_count() == 8
 flax = FlaxPipeline.load(*sys.argv[1:4])
-settings = GenerationParams(sampler="lcm", steps=2, guidance=Guidance(text=2.0))
+settings = GenerationParams(sampler="lcm", steps=2, guidance=Guidance(text=1.0))
 crops = np.load(sys.argv[4])
 bar = tqdm(file=open("/dev/null", "w"))
 with bar:
@@ -199,6 +199,7 @@ def test_a_batch_over_several_devices(files, flax, crops, tmp_path):
 
     The programs are kept on disk though a bar is shown.
     """
+    crops = crops[:, :1]
     np.save(tmp_path / "crops.npy", crops)
     where = [str(path) for path in (files.base, files.adapter, files.encoder)]
     where += [str(tmp_path / name) for name in ("crops.npy", "drawn.npy")]
@@ -215,7 +216,7 @@ def test_a_batch_over_several_devices(files, flax, crops, tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    params = GenerationParams(sampler="lcm", steps=2, guidance=Guidance(text=2.0))
+    params = GenerationParams(sampler="lcm", steps=2, guidance=Guidance(text=1.0))
     alone = flax.generate(["a man"] * 4, [1, 2, 3, 4], crops, params)
     assert difference(np.load(tmp_path / "drawn.npy"), alone) <= SAME
     assert difference(alone[:1], alone[1:2]) > OTHER
@@ -236,7 +237,7 @@ def test_loras_are_in_the_base(files, steered):
         for one, other in zip(
             jax.tree.leaves(plain[part]), jax.tree.leaves(merged[part]), strict=True
         )
-        if (one != other).any()
+        if (np.asarray(one) != np.asarray(other)).any()
     ]
     assert sorted(changed) == ["text_encoder", "unet"]
     pipe = TorchPipeline.load(files.base, loras=[(folder / "lora.safetensors", 0.6)]).pipe
