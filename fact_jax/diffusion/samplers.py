@@ -181,10 +181,9 @@ def sample_dpmpp_2m(
         return keep * x + gain * (x0 + multistep * (x0 - x0_old)), x0
 
     x = _float32(latents)
-    gain = a_next * (1 - sigma_next / sigma)
-    return _scan(step, (x, jnp.zeros_like(x)), i, ts, a, s, s_next / s, gain, multistep, loop=loop)[
-        0
-    ]
+    keep, gain = s_next / s, a_next * (1 - sigma_next / sigma)
+    carry = (x, jnp.zeros_like(x))
+    return _scan(step, carry, i, ts, a, s, keep, gain, multistep, loop=loop)[0]
 
 
 def sample_lcm(
