@@ -40,12 +40,14 @@ class _Patterns:
             buckets = self._by[side] = defaultdict(list)
             for mapping in mappings:
                 pattern = getattr(mapping, side)
-                buckets[_blur(re.sub(r"\{\w+\}", "0", pattern))].append((_regex(pattern), mapping))
+                buckets[_mask_numbers(re.sub(r"\{\w+\}", "0", pattern))].append(
+                    (_regex(pattern), mapping)
+                )
 
     def find(self, side: str, name: str) -> list[KeyMapping]:
         """Every rule that fits ``name``, with both names filled in."""
         found = []
-        for regex, mapping in self._by[side].get(_blur(name), ()):
+        for regex, mapping in self._by[side].get(_mask_numbers(name), ()):
             if match := regex.fullmatch(name):
                 fields = match.groupdict()
                 filled = {s: getattr(mapping, s).format(**fields) for s in ("torch", "jax")}
@@ -53,7 +55,7 @@ class _Patterns:
         return found
 
 
-def _blur(name: str) -> str:
+def _mask_numbers(name: str) -> str:
     return re.sub(r"\d+", "#", name)
 
 
@@ -115,16 +117,18 @@ def is_ignored(kind: str, key: str, prefix: str) -> bool:
     return any(_regex(ignored.torch).fullmatch(bare) for ignored in TABLES[kind].ignored)
 
 
+def is_known(kind: str, key: str, prefix: str) -> bool:
+    """Whether a rule maps the key, or it is one that carries no weight."""
+    return map_torch_key(kind, key, prefix) is not None or is_ignored(kind, key, prefix)
+
+
 def infer_kind(keys: Iterable[str]) -> tuple[str | None, float]:
     """The kind whose rules know the most of these keys, and which part of them it knows."""
     keys = list(keys)
     best, share = None, 0.0
     for kind in TABLES:
         prefix = key_prefix(kind, keys)
-        known = sum(
-            map_torch_key(kind, key, prefix) is not None or is_ignored(kind, key, prefix)
-            for key in keys
-        )
+        known = sum(is_known(kind, key, prefix) for key in keys)
         if keys and known / len(keys) > share:
             best, share = kind, known / len(keys)
     return best, share

@@ -2,10 +2,10 @@
 
 import dataclasses
 import functools
-import importlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,17 +24,23 @@ from fact_convert.mapping import (
     match_state,
 )
 from fact_convert.rules.key_tables import ADAPTER_INFIX, TABLES
+from fact_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
+from fact_jax.models.controlnet import ControlNet, ControlNetConfig
+from fact_jax.models.resampler import Resampler, ResamplerConfig
+from fact_jax.models.transface import TransFace, TransFaceConfig
+from fact_jax.models.unet import UNet, UNetConfig
+from fact_jax.models.vae import AutoencoderKL, VAEConfig
 from fact_jax.utils.errors import UserError, listed
 
 log = logging.getLogger(__name__)
 
-_MODELS = {
-    "unet": ("unet", "UNet", "UNetConfig"),
-    "vae": ("vae", "AutoencoderKL", "VAEConfig"),
-    "clip_text": ("clip_text", "CLIPTextModel", "CLIPTextConfig"),
-    "transface": ("transface", "TransFace", "TransFaceConfig"),
-    "resampler": ("resampler", "Resampler", "ResamplerConfig"),
-    "controlnet": ("controlnet", "ControlNet", "ControlNetConfig"),
+_MODELS: dict[str, tuple[type[nnx.Module], Any]] = {
+    "unet": (UNet, UNetConfig),
+    "vae": (AutoencoderKL, VAEConfig),
+    "clip_text": (CLIPTextModel, CLIPTextConfig),
+    "transface": (TransFace, TransFaceConfig),
+    "resampler": (Resampler, ResamplerConfig),
+    "controlnet": (ControlNet, ControlNetConfig),
 }
 _LARGEST = 2**24
 """No width, vocabulary or picture of these models comes near it."""
@@ -189,7 +195,7 @@ def cast_state(state: State, dtype: str | None) -> State:
 
 def read_config(kind: str, config, state: State | None = None):
     """The peer's configuration (a dict) as ours, with what the state adds: the adapters' width."""
-    _, _, config_class = _model(kind)
+    _, config_class = _model(kind)
     if not isinstance(config, config_class):
         if not isinstance(config, Mapping):
             raise UserError(f"the {kind} configuration is not a dictionary of settings")
@@ -283,7 +289,7 @@ def abstract_module(kind: str, config) -> nnx.Module:
 
 @functools.lru_cache(maxsize=16)
 def _skeleton(kind: str, config):
-    _, model, _ = _model(kind)
+    model, _ = _model(kind)
     module = nnx.eval_shape(lambda: model(config, rngs=ConstantRngs()))
     graph, state = nnx.split(module)
     return graph, tuple((_dotted(path), var) for path, var in nnx.to_flat_state(state))
@@ -306,18 +312,16 @@ def parameters(module: nnx.Module) -> dict[str, nnx.Variable]:
 
 def kind_of(module: nnx.Module) -> str:
     """The kind that :func:`load_state` makes this module of."""
-    for kind, (_, name, _) in _MODELS.items():
-        if type(module).__name__ == name and isinstance(module, _model(kind)[1]):
+    for kind, (model, _) in _MODELS.items():
+        if isinstance(module, model):
             return kind
     raise UserError(f"a {type(module).__name__} is none of: {', '.join(_MODELS)}")
 
 
-def _model(kind: str):
+def _model(kind: str) -> tuple[Any, Any]:
     if kind not in _MODELS:
         raise UserError(f"no such kind of model: {kind!r} (known: {', '.join(_MODELS)})")
-    file, model, config = _MODELS[kind]
-    module = importlib.import_module(f"fact_jax.models.{file}")
-    return kind, getattr(module, model), getattr(module, config)
+    return _MODELS[kind]
 
 
 def _dotted(path: tuple) -> str:

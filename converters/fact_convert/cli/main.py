@@ -1,9 +1,10 @@
 """fact-convert: look into weights, move them between PyTorch and JAX, compare them."""
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,15 +13,14 @@ from fact_convert.cli.options import (
     add_caution,
     add_dtype,
     add_head,
-    add_json,
+    add_kinds,
+    add_merging,
     add_out,
 )
 from fact_jax.utils.command_line import ArgumentParser, add_version
 from fact_jax.utils.errors import UserError, listed, printable, run_program
 
 if TYPE_CHECKING:  # imported where they are used, so that --help is quick
-    from tqdm import tqdm
-
     from fact_convert.cli.opening import Weights
 
 _SHOWN = 10
@@ -41,79 +41,68 @@ def _parser() -> argparse.ArgumentParser:
     add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    inspect = _command(commands, "inspect", _inspect, "say what a file or folder of weights is")
-    inspect.add_argument("source", type=Path, metavar="FILE|DIR")
+    text = "say what a file or folder of weights is"
+    inspect = _command(commands, "inspect", _inspect, text, source="FILE|DIR")
     inspect.add_argument(
         "--sha256", action="store_true", help="sums of every part and of every weight file, too"
     )
 
     torch = _command(commands, "to-torch", _to_torch, "write weights as PyTorch code opens them")
-    torch.add_argument("source", type=Path, metavar="SRC")
     add_out(torch)
     add_adapter(torch)
 
     jax = _command(commands, "to-jax", _to_jax, "write weights as a checkpoint of JAX arrays")
-    jax.add_argument("source", type=Path, metavar="SRC")
     jax.add_argument("out", type=Path, metavar="OUT", help="a new folder")
     add_dtype(jax)
     add_head(jax)
     add_caution(jax)
 
-    merge = _command(commands, "merge-lora", _merge_lora, "add LoRAs to a base, or take them out")
-    merge.add_argument("source", type=Path, metavar="BASE")
+    text = "add LoRAs to a base, or take them out"
+    merge = _command(commands, "merge-lora", _merge_lora, text, source="BASE")
     merge.add_argument(
         "lora", type=Path, nargs="+", metavar="LORA", help="of kohya, LyCORIS, diffusers or peft"
     )
     add_out(merge)
-    merge.add_argument(
-        "--scale",
-        type=float,
-        action="append",
-        metavar="S",
-        help="strength (1.0); of several LoRAs one for all, or repeated, one for each in turn",
-    )
-    merge.add_argument("--remove", action="store_true", help="take out what S of them had added")
+    add_merging(merge)
 
     text = "write a LoRA in another layout"
-    convert = commands.add_parser("convert-lora", help=text, description=f"{text.capitalize()}.")
-    convert.set_defaults(run=_convert_lora)
-    convert.add_argument("source", type=Path, metavar="SRC")
+    convert = _command(commands, "convert-lora", _convert_lora, text, kinds=False)
     convert.add_argument(
         "out", type=Path, metavar="OUT", help="a file .safetensors; in peft's layout a folder"
     )
     convert.add_argument("--format", choices=("kohya", "diffusers", "peft"), required=True)
-    add_json(convert)
     add_caution(convert)
 
-    extract = _command(
-        commands, "extract", _extract, "write the adapter alone, out of whatever holds one"
-    )
-    extract.add_argument("source", type=Path, metavar="SRC")
+    text = "write the adapter alone, out of whatever holds one"
+    extract = _command(commands, "extract", _extract, text)
     add_out(extract)
     add_adapter(extract)
 
-    verify = _command(
-        commands, "verify", _verify, "compare the numbers of two files or folders of any format"
-    )
-    verify.add_argument("a", type=Path, metavar="A")
-    verify.add_argument("b", type=Path, metavar="B")
+    text = "compare the numbers of two files or folders of any format"
+    verify = _command(commands, "verify", _verify, text, source="A")
+    verify.add_argument("other", type=Path, metavar="B")
     verify.add_argument(
         "--tolerance", type=float, default=0.0, metavar="T", help="largest difference allowed (0)"
     )
     return parser
 
 
-def _command(commands, name: str, run, text: str) -> argparse.ArgumentParser:
-    command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+def _command(
+    commands: argparse._SubParsersAction,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    text: str,
+    *,
+    source: str = "SRC",
+    kinds: bool = True,
+) -> argparse.ArgumentParser:
+    """A command that reads ``source``; with ``kinds``, one of several kinds of weights in it."""
+    command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
     command.set_defaults(run=run)
-    command.add_argument("--variant", metavar="NAME", help="weight files of a variant, as fp16")
-    command.add_argument(
-        "--weights",
-        choices=("ema", "params"),
-        default="ema",
-        help="of what holds both: the running average, or the parameters themselves (ema)",
-    )
-    add_json(command)
+    command.add_argument("source", type=Path, metavar=source)
+    if kinds:
+        add_kinds(command)
+    command.add_argument("--json", action="store_true", help="print JSON, for scripts")
     return command
 
 
@@ -229,9 +218,9 @@ def _write(
         where = "a pickle has no place for the names of"
         notes = [*notes, f"{where} {len(tokens)} added tokens: {listed(tokens)}"]
     weights = cast_weights(weights, arguments.dtype)
-    with _bar(arguments, weights) as bar:
+    with _bar(arguments, weights) as watched:
         layout = save(
-            weights,
+            watched,
             arguments.out,
             layout=arguments.format,
             beside=arguments.config,
@@ -241,7 +230,6 @@ def _write(
             dim_head=dim_head,
             force=arguments.force,
             dry_run=arguments.dry_run,
-            wrote=bar.update,
         )
     copied = layout == "diffusers"
     left = left_out(weights.left_out, weights.path) if copied else weights.left_out
@@ -249,32 +237,33 @@ def _write(
 
 
 def _to_jax(arguments: argparse.Namespace) -> int:
-    from fact_convert.cli.saving import cast_weights, check_numbers, save_jax
+    from fact_convert.cli.saving import cast_weights, save_jax
 
     _check_out(arguments, [arguments.source], folder=True)
     weights = cast_weights(_open(arguments.source, arguments), arguments.dtype)
-    if arguments.dry_run:
-        check_numbers(weights)
-    with _bar(arguments, weights) as bar:
-        save_jax(
-            weights,
-            arguments.out,
-            arguments.dim_head,
-            force=arguments.force,
-            dry_run=arguments.dry_run,
-            wrote=bar.update,
-        )
+    how = {"force": arguments.force, "dry_run": arguments.dry_run}
+    with _bar(arguments, weights) as watched:
+        save_jax(watched, arguments.out, arguments.dim_head, **how)
     return _done(arguments, weights.kind, "checkpoint", weights.notes, weights.left_out)
 
 
-def _bar(arguments: argparse.Namespace, weights: "Weights") -> "tqdm":
+@contextlib.contextmanager
+def _bar(arguments: argparse.Namespace, weights: "Weights") -> Iterator["Weights"]:
+    """The weights under a progress bar, which shows how much of them has been read."""
     from tqdm import tqdm
 
-    from fact_convert.io.output_paths import check_room
+    from fact_convert.cli.saving import watch_weights
+    from fact_convert.io.output_paths import check_free_space
 
     total = sum(array.nbytes for array in weights.tensors().values())
-    check_room(arguments.out, total)
-    return tqdm(total=total, unit="B", unit_scale=True, disable=None)
+    check_free_space(arguments.out, total)
+    with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
+
+        def read(size: int) -> None:
+            with bar.get_lock():  # tensors are read in several threads
+                bar.update(size)
+
+        yield watch_weights(weights, read)
 
 
 def _done(
@@ -326,7 +315,7 @@ def _check_out(
 def _verify(arguments: argparse.Namespace) -> int:
     from fact_convert.cli.inspection import compare, differing_settings
 
-    one, other = _open(arguments.a, arguments), _open(arguments.b, arguments)
+    one, other = _open(arguments.source, arguments), _open(arguments.other, arguments)
     differences = compare(one, other, arguments.tolerance)
     settings = dict(differing_settings(one, other))
     if arguments.json:

@@ -13,7 +13,14 @@ from fact_convert.io.json_io import json_in, read_json
 from fact_convert.io.lazy_tensor import State, Tensor
 from fact_convert.io.weight_files import file_format, part_variants, read_file, read_weights
 from fact_convert.lora import is_lora, lora_files
-from fact_convert.mapping import infer_kind, is_ignored, key_prefix, map_jax_path, map_torch_key
+from fact_convert.mapping import (
+    infer_kind,
+    is_ignored,
+    is_known,
+    key_prefix,
+    map_jax_path,
+    map_torch_key,
+)
 from fact_convert.models.adapter import (
     check_adapter,
     pop_dim_head,
@@ -21,7 +28,7 @@ from fact_convert.models.adapter import (
     split_state,
 )
 from fact_convert.models.diffusers_folder import read_configs, read_scheduler
-from fact_convert.models.pipeline import PARTS, read_schedule_config
+from fact_convert.models.pipeline import PARTS, SMALL_FILES, read_schedule_config
 from fact_convert.models.single_file import (
     is_ldm,
     read_ldm,
@@ -45,7 +52,6 @@ ADDED_TOKENS = "added_tokens"
 CONFIGS, PIPELINE = "configs", "pipeline"
 """Where our files' metadata has the models' configurations, and the pipeline's class and scheduler.
 """
-_SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,7 +139,7 @@ def open_weights(
 
 def _open(path: Path, variant: str | None, weights: str) -> Weights:
     if not path.exists() and file_format(path) is None:
-        path = local_folder(path, _SMALL_FILES, variant)
+        path = local_folder(path, SMALL_FILES, variant)
     if not path.is_dir():
         return _open_file(path, weights)
     if (path / "model_index.json").exists():
@@ -265,13 +271,7 @@ def unknown_keys(weights: Weights) -> dict[str, list[str]]:
         best = infer_kind(state)[0] if kind == "unknown" else kind
         prefix = key_prefix(best, state) if best else ""
         strange = kind == "unknown" and len(weights.states) > 1
-        keys = [
-            key
-            for key in state
-            if not best
-            or strange
-            or (map_torch_key(best, key, prefix) is None and not is_ignored(best, key, prefix))
-        ]
+        keys = [k for k in state if not best or strange or not is_known(best, k, prefix)]
         if keys:
             found["unknown" if strange or not best else best] = keys
     return found
@@ -322,7 +322,7 @@ def check_complete(weights: Weights) -> None:
     states = {kind: state for kind, state in weights.states.items() if kind != "unknown"}
     with error_context(weights.path):
         if "adapter" in states:
-            resampler, blocks = split_state(_in_one(weights, ADAPTER_PARTS), weights.path)
+            resampler, blocks = split_state(_joined(weights, ADAPTER_PARTS), weights.path)
             check_adapter(resampler, blocks, adapter_said(weights).get("resampler"))
         if weights.scheduler is not None:
             read_schedule_config(weights.scheduler)
@@ -330,7 +330,7 @@ def check_complete(weights: Weights) -> None:
     check_all(weights.path, rest, weights.configs)
 
 
-def _in_one(weights: Weights, parts: Collection[str]) -> State:
+def _joined(weights: Weights, parts: Collection[str]) -> State:
     return {
         k: a for part, state in weights.states.items() if part in parts for k, a in state.items()
     }

@@ -7,11 +7,31 @@ from pathlib import Path
 _DTYPES = ("float32", "float16", "bfloat16")
 
 
-def add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print JSON, for scripts")
+def add_kinds(command: argparse.ArgumentParser) -> None:
+    """Which weights are read where SRC holds several kinds of them."""
+    command.add_argument("--variant", metavar="NAME", help="weight files of a variant, as fp16")
+    command.add_argument(
+        "--weights",
+        choices=("ema", "params"),
+        default="ema",
+        help="of what holds both: the running average, or the parameters themselves (ema)",
+    )
+
+
+def add_merging(command: argparse.ArgumentParser) -> None:
+    """How LoRAs are merged."""
+    command.add_argument(
+        "--scale",
+        type=float,
+        action="append",
+        metavar="S",
+        help="strength (1.0); of several LoRAs one for all, or repeated, one for each in turn",
+    )
+    command.add_argument("--remove", action="store_true", help="take out what S of them had added")
 
 
 def add_out(command: argparse.ArgumentParser) -> None:
+    """OUT and how it is written."""
     command.add_argument(
         "out",
         type=Path,
@@ -62,6 +82,7 @@ def _size(text: str) -> int:
 
 
 def add_caution(command: argparse.ArgumentParser) -> None:
+    """What may be replaced, and whether anything is written."""
     command.add_argument(
         "--force",
         action="store_true",
@@ -73,6 +94,7 @@ def add_caution(command: argparse.ArgumentParser) -> None:
 
 
 def add_adapter(command: argparse.ArgumentParser) -> None:
+    """What an adapter needs beside its file."""
     add_head(command)
     command.add_argument(
         "--base",

@@ -23,7 +23,7 @@ from fact_convert.cli.opening import (
     step_of,
 )
 from fact_convert.io.hashing import CONTENT
-from fact_convert.io.lazy_tensor import State, release
+from fact_convert.io.lazy_tensor import LazyTensor, State, Tensor, release
 from fact_convert.io.parallel import thread_map
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.torch_io import write_torch_file
@@ -67,6 +67,23 @@ def check_numbers(weights: Weights) -> None:
         pass
 
 
+def watch_weights(weights: Weights, read: Callable[[int], None]) -> Weights:
+    """The weights, calling ``read`` with the number of bytes of every tensor that is read."""
+
+    def watched(array: Tensor) -> LazyTensor:
+        def found() -> np.ndarray:
+            read(array.nbytes)
+            return np.asarray(array)
+
+        return LazyTensor(array.shape, array.dtype, found)
+
+    states = {
+        kind: {key: watched(array) for key, array in state.items()}
+        for kind, state in weights.states.items()
+    }
+    return dataclasses.replace(weights, states=states)
+
+
 def cast_weights(weights: Weights, dtype: str | None) -> Weights:
     """The weights lazily cast to a dtype (a name); None leaves them as they are."""
     states = {kind: cast_state(state, dtype) for kind, state in weights.states.items()}
@@ -83,7 +100,6 @@ def save(
     dim_head: int | None,
     force: bool,
     dry_run: bool,
-    wrote: Callable[[int], None] | None = None,
 ) -> str:
     """Write weights; gives the name of the layout, which follows from ``out`` if it is None.
 
@@ -112,11 +128,11 @@ def save(
     if layout == "onnx":
         _save_onnx(weights, out, dry_run, replace=force)
     elif layout == "diffusers":
-        _save_folder(weights, out, beside, dry_run, files=files, force=force, wrote=wrote)
+        _save_folder(weights, out, beside, dry_run, files=files, force=force)
     else:
         original = layout == "original"
         options = {"original": original, "replace": force, "dry_run": dry_run}
-        save_torch(weights, out, dim_head, wrote, **options)
+        save_torch(weights, out, dim_head, **options)
     return layout
 
 
@@ -189,7 +205,6 @@ def save_torch(
     weights: Weights,
     out: Path,
     dim_head: int | None = None,
-    wrote: Callable[[int], None] | None = None,
     *,
     original: bool = False,
     replace: bool = True,
@@ -199,9 +214,8 @@ def save_torch(
 
     An adapter's ``.safetensors`` is our adapter file, its ``.ckpt`` the released one; ``dim_head``
     is how wide a head of its resampler is, where the source does not say. A whole base is written
-    in the original layout, and parts of one if ``original``. ``wrote`` is called with the number
-    of bytes of every tensor written. Raises UserError for what no rule knows, and without
-    ``replace`` if ``out`` is there already; with ``dry_run`` that is all.
+    in the original layout, and parts of one if ``original``. Raises UserError for what no rule
+    knows, and without ``replace`` if ``out`` is there already; with ``dry_run`` that is all.
     """
     check_supported(weights)
     stored = file_format(out)
@@ -225,12 +239,12 @@ def save_torch(
     if dry_run:
         return
     if pickled:
-        write_torch_file(out, state, wrote, replace=replace)
+        write_torch_file(out, state, replace=replace)
     elif weights.kind == "adapter":
-        write_adapter(out, state, config, checkpoint_metadata(weights), wrote, replace=replace)
+        write_adapter(out, state, config, checkpoint_metadata(weights), replace=replace)
     else:
         texts = {"format": "pt", **texts, **as_texts(checkpoint_metadata(weights))}
-        write_safetensors(out, state, texts, wrote, replace=replace)
+        write_safetensors(out, state, texts, replace=replace)
 
 
 def _with_settings(weights: Weights, state: State, pickled: bool) -> tuple[State, dict[str, str]]:
@@ -289,7 +303,6 @@ def save_jax(
     *,
     force: bool = False,
     dry_run: bool = False,
-    wrote: Callable[[int], None] | None = None,
 ) -> None:
     """Write a checkpoint folder of JAX arrays, with what :func:`save_torch` needs to go back.
 
@@ -306,12 +319,14 @@ def save_jax(
         meta[PIPELINE] = pipeline
     if weights.kind == "adapter":
         meta["adapter"] = adapter_config(weights, dim_head)
-    if not dry_run:
+    if dry_run:
+        check_numbers(weights)
+        return
 
-        def complete_meta() -> dict[str, object]:
-            return {**_origin(weights), **meta}
+    def complete_meta() -> dict[str, object]:
+        return {**_origin(weights), **meta}
 
-        write_checkpoint(out, params, complete_meta, force=force, wrote=wrote)
+    write_checkpoint(out, params, complete_meta, force=force)
 
 
 def checkpoint_metadata(weights: Weights) -> dict[str, object]:

@@ -120,6 +120,9 @@ def contiguous(view: Tensor, dtype: np.dtype | None = None) -> np.ndarray:
 
 _WRITE_SIZE = 1 << 18
 """Bytes of one write, as in ``cp``: for more, Linux looks for huge pages, which may take long."""
+_RWF_DONTCACHE = 0x80
+"""Linux 6.14 and later: what is written goes to disk at once and leaves the page cache, which takes
+half the time of 3.4 GB through it."""
 
 
 def release(array: Tensor) -> None:
@@ -144,13 +147,17 @@ def in_c_order(array: Tensor) -> np.ndarray:
     return copied
 
 
-def pwrite_array(handle, array: np.ndarray, offset: int, flags: int = 0) -> None:
-    """Write an array in C order at an offset of an open file, from any thread.
-
-    ``flags`` are those of ``os.pwritev``.
-    """
+def pwrite_array(handle, array: np.ndarray, offset: int) -> None:
+    """Write an array in C order at an offset of an open file, from any thread."""
     rest = array.reshape(-1).view(np.uint8).data
+    flags = _RWF_DONTCACHE
     while rest:
-        count = os.pwritev(handle.fileno(), [rest[:_WRITE_SIZE]], offset, flags)
+        try:
+            count = os.pwritev(handle.fileno(), [rest[:_WRITE_SIZE]], offset, flags)
+        except (OSError, NotImplementedError):
+            if not flags:
+                raise
+            flags = 0  # an older Linux, another system or file system
+            continue
         rest, offset = rest[count:], offset + count
     release(array)

@@ -117,9 +117,9 @@ def claim_output(out: Path, *, force: bool) -> None:
         raise UserError(f"{out}: another run is writing it")
 
 
-def check_room(out: Path, size: int) -> None:
+def check_free_space(out: Path, size: int) -> None:
     """UserError if the disk has less than ``size`` bytes free."""
-    disk = shutil.disk_usage(_above(out))
+    disk = shutil.disk_usage(_nearest_parent(out))
     if disk.total and disk.free < size:  # some file systems do not know
         raise UserError(f"{out}: takes {_bytes(size)}, and only {_bytes(disk.free)} are free there")
 
@@ -135,14 +135,14 @@ def _check_apart(out: Path, target: Path, given: Path) -> None:
 
 
 def _check_parent(out: Path) -> None:
-    above = _above(out)
+    above = _nearest_parent(out)
     if not above.is_dir():
         raise UserError(f"{out}: cannot be written, {above} is not a folder")
     if not os.access(above, os.W_OK | os.X_OK):
         raise UserError(f"{out}: no permission to write in {above}")
 
 
-def _above(out: Path) -> Path:
+def _nearest_parent(out: Path) -> Path:
     """The nearest thing above ``out`` that exists."""
     return next(above for above in (out.absolute()).parents if os.path.lexists(above))
 

@@ -7,7 +7,7 @@ import os
 import re
 import struct
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -112,8 +112,6 @@ def _counts(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < 2**63 for n in value)
 
 
-_RWF_DONTCACHE = 0x80
-"""Linux 6.14 and later: what is written goes to disk at once and leaves the page cache."""
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
@@ -121,14 +119,13 @@ def write_safetensors(
     path: str | os.PathLike,
     state: State,
     metadata: Mapping[str, str],
-    wrote: Callable[[int], None] | None = None,
     *,
     replace: bool = True,
 ) -> None:
     """Write a safetensors file in the order that the format's library has.
 
     Tensors are read, turned and written a few at a time, wherever they come from. The hash of the
-    content joins the metadata. ``wrote`` is called with the number of bytes of every tensor.
+    content joins the metadata.
     Without ``replace``, UserError if the file is there already.
     """
     keys = sorted(state, key=lambda key: (-state[key].dtype.itemsize, key))
@@ -156,7 +153,7 @@ def write_safetensors(
         array = in_c_order(state[key])
         line = tensor_line(key, array)
         with turn:
-            pwrite_array(handle, array, start + header[key]["data_offsets"][0], flags)
+            pwrite_array(handle, array, start + header[key]["data_offsets"][0])
         return line
 
     with (
@@ -166,23 +163,8 @@ def write_safetensors(
         contextlib.closing(thread_map(write, keys)) as written,
     ):
         handle.truncate(start + end)
-        flags = _uncached_flag(handle)
-        lines = []
-        for key, line in zip(keys, written, strict=True):
-            lines.append(line)
-            if wrote is not None:
-                wrote(state[key].nbytes)
-        header["__metadata__"][CONTENT] = combined_sha256(lines)
+        header["__metadata__"][CONTENT] = combined_sha256(written)
         handle.write(struct.pack("<Q", start - 8) + text())
-
-
-def _uncached_flag(handle) -> int:
-    """RWF_DONTCACHE if this system has it, else 0: half the time of 3.4 GB through the cache."""
-    try:
-        os.pwritev(handle.fileno(), [b"0"], 0, _RWF_DONTCACHE)
-    except (OSError, NotImplementedError, AttributeError):  # an older Linux, another system
-        return 0
-    return _RWF_DONTCACHE
 
 
 def _name(path: str | os.PathLike, key: str, dtype: np.dtype) -> str:

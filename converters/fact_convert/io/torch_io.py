@@ -16,7 +16,7 @@ import warnings
 import zipfile
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -109,10 +109,10 @@ def _load(path: Path, *, mmap: bool) -> tuple[object, list[str]]:
             if not names:
                 raise
         try:
-            with torch.serialization.safe_globals(_stand_ins(names, _Held)):
+            with torch.serialization.safe_globals(_placeholders(names, _Placeholder)):
                 return load(), names
         except pickle.UnpicklingError:  # some of them are dictionaries
-            with torch.serialization.safe_globals(_stand_ins(names, _HeldItems)):
+            with torch.serialization.safe_globals(_placeholders(names, _PlaceholderDict)):
                 return load(), names
     except pickle.UnpicklingError as err:
         reason = re.search(r"(Unsupported \w+|Unsupported global: GLOBAL \S+|GLOBAL \S+)", str(err))
@@ -127,7 +127,7 @@ def _load(path: Path, *, mmap: bool) -> tuple[object, list[str]]:
         raise _damaged(path, err) from err
 
 
-class _Held:
+class _Placeholder:
     """Placeholder for an object of a class that is not imported."""
 
     held: list[object]
@@ -144,16 +144,18 @@ class _Held:
         self.held.append(state)
 
 
-class _HeldItems:
+class _PlaceholderDict:
     """Placeholder for subclasses of dict: the loader sets items of an OrderedDict alone."""
 
     def __new__(cls, *args):
         return OrderedDict(held=args)
 
 
-def _stand_ins(names: list[str], kind: type) -> list[tuple[type, str]]:
+def _placeholders(names: list[str], kind: type) -> list[tuple[type, str]]:
     # numpy's types, and partial functions, are given a state that no dictionary has.
-    kinds = {name: _Held if name.startswith(("numpy.", "functools.")) else kind for name in names}
+    kinds = {
+        name: _Placeholder if name.startswith(("numpy.", "functools.")) else kind for name in names
+    }
     return [(type(name, (base,), {}), name) for name, base in kinds.items()]
 
 
@@ -254,7 +256,7 @@ def _tensors(held: object, seen: dict[int, object]) -> Iterator[tuple[int, objec
             rest += [*value.values(), *getattr(value, "__dict__", {}).values()]
         elif isinstance(value, list | tuple | set):
             rest += value
-        elif isinstance(value, _Held):
+        elif isinstance(value, _Placeholder):
             rest += value.held
 
 
@@ -326,7 +328,6 @@ STORAGES = {
 def write_torch_file(
     path: str | os.PathLike,
     state: State,
-    wrote: Callable[[int], None] | None = None,
     *,
     replace: bool = True,
 ) -> None:
@@ -352,8 +353,6 @@ def write_torch_file(
             with archive.open(entry, "w") as member:
                 member.write(array.reshape(-1).view(np.uint8).data)
             release(array)
-            if wrote is not None:
-                wrote(array.nbytes)
         archive.writestr(zipfile.ZipInfo(f"{folder}/version"), "3\n")
 
 

@@ -8,7 +8,7 @@ which can be mapped into memory.
 import contextlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,9 @@ from fact_convert.io.parallel import thread_map
 from fact_convert.io.safetensors_io import DTYPES, MOST_AXES
 from fact_jax.utils.errors import UserError, first_line
 
-_ROOM = 2**30
-_PACKED = 64
-"""Zeros pack far better than weights do: what unpacks to more than this is not a checkpoint."""
+_SMALL, _MOST_PACKED = 2**30, 64
+"""Zeros pack far better than weights do: of more bytes than the first, what unpacks to more than so
+many times its size is not a checkpoint."""
 
 
 def read_tree(folder: Path, weights: str, sums: Mapping[str, int] | None = None) -> State:
@@ -33,12 +33,12 @@ def read_tree(folder: Path, weights: str, sums: Mapping[str, int] | None = None)
     """
     about = read_json(folder / "_METADATA")
     names = list(_names(folder, about))
-    head = weights if any(name[0] == weights for name in names) else "params"
-    chosen = [name for name in names if name[0] == head]
+    root = weights if any(name[0] == weights for name in names) else "params"
+    chosen = [name for name in names if name[0] == root]
     opened = _open(folder, [".".join(name) for name in chosen], bool(about.get("use_zarr3")))
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     declared = sum(array.nbytes for array in opened)
-    if declared > _ROOM + _PACKED * size:
+    if declared > _SMALL + _MOST_PACKED * size:
         raise UserError(f"{folder}: damaged, {size} bytes cannot hold the {declared} it claims")
     sums = sums if isinstance(sums, Mapping) else {}
     return {
@@ -140,24 +140,17 @@ def _checked(folder: Path, name: tuple[str, ...], array: Tensor, known: int | No
     return LazyTensor(array.shape, array.dtype, read)
 
 
-def write_tree(
-    folder: Path, tree: Mapping, wrote: Callable[[int], None] | None = None
-) -> dict[str, int]:
+def write_tree(folder: Path, tree: Mapping) -> dict[str, int]:
     """Write nested arrays; the checksum of every leaf by its path. A leaf may be None."""
     leaves = dict(_flatten(tree))
-    folder.mkdir()
-
     stored = {name: leaf for name, leaf in leaves.items() if leaf is not None}
+    folder.mkdir()
 
     def write(name: tuple[str, ...]) -> int:
         return _write_leaf(folder / ".".join(name), stored[name])
 
-    sums = {}
     with contextlib.closing(thread_map(write, list(stored))) as written:
-        for name, found in zip(stored, written, strict=True):
-            sums["/".join(name)] = found
-            if wrote is not None:
-                wrote(stored[name].nbytes)
+        sums = {"/".join(name): found for name, found in zip(stored, written, strict=True)}
     about = {
         "tree_metadata": {str(name): _leaf_metadata(name, leaves[name]) for name in leaves},
         "use_ocdbt": False,

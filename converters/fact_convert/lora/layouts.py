@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +52,6 @@ def save_lora(
     *,
     force: bool = False,
     dry_run: bool = False,
-    wrote: Callable[[int], None] | None = None,
 ) -> None:
     """Write a LoRA in one of :data:`LAYOUTS`, its tensors bit for bit.
 
@@ -78,7 +77,7 @@ def save_lora(
     if dry_run:
         return
     if layout == "peft":
-        _write_folder(lora, out, settings, metadata, force, wrote)
+        _write_folder(lora, out, settings, metadata, force)
         return
     packed = {f"{LORA_PARTS[k]}.{n}": v for k, said in settings.items() for n, v in said.items()}
     if layout == "kohya":
@@ -87,7 +86,7 @@ def save_lora(
         key = METADATA_KEY if layout == "diffusers" else KOHYA_METADATA_KEY
         metadata[key] = json.dumps(packed)
     texts = {"format": "pt", **metadata}
-    write_safetensors(out, _state(lora, layout), texts, wrote, replace=force)
+    write_safetensors(out, _state(lora, layout), texts, replace=force)
 
 
 def _write_folder(
@@ -96,7 +95,6 @@ def _write_folder(
     settings: Mapping[str, Mapping],
     metadata: Mapping[str, str],
     force: bool,
-    wrote: Callable[[int], None] | None,
 ) -> None:
     with output_folder(out, force=force) as folder:
         for kind, said in settings.items():
@@ -104,7 +102,7 @@ def _write_folder(
             home.mkdir(exist_ok=True)
             state = _state(lora_for(lora, kind), "peft")
             file = home / f"{FILE_STEMS[0]}.safetensors"
-            write_safetensors(file, state, {"format": "pt", **metadata}, wrote)
+            write_safetensors(file, state, {"format": "pt", **metadata})
             write_json(home / CONFIG_NAME, said)
 
 

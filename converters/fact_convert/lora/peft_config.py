@@ -55,7 +55,7 @@ class PeftConfig:
         if not self.values:
             return float(1 if rank is None else rank)
         default = self.values.get("lora_alpha" if algorithm == "LoRA" else "alpha", _ALPHA)
-        alpha = self._special("alpha_pattern", module, default)
+        alpha = self._pattern_value("alpha_pattern", module, default)
         if isinstance(alpha, bool) or not isinstance(alpha, int | float):
             return math.nan
         if abs(alpha) > _LARGEST:
@@ -65,7 +65,7 @@ class PeftConfig:
 
     def rank(self, module: str) -> int | None:
         """The rank that a module is said to have, if that is said; UserError for a strange one."""
-        rank = self._special("rank_pattern", module, self.values.get("r"))
+        rank = self._pattern_value("rank_pattern", module, self.values.get("r"))
         if rank is not None and not (type(rank) is int and 1 <= rank < _LARGEST):
             raise UserError(f"{self.where}: a rank of {str(rank)[:20]!a}")
         return rank
@@ -75,7 +75,7 @@ class PeftConfig:
         """Whether every layer has DoRA's magnitudes."""
         return bool(self.values.get("use_dora"))
 
-    def _special(self, name: str, module: str, default: object) -> object:
+    def _pattern_value(self, name: str, module: str, default: object) -> object:
         """The value of the first pattern that fits, as peft's ``get_pattern_key`` finds it."""
         patterns = self.values.get(name) or {}
         if not isinstance(patterns, Mapping):
@@ -114,13 +114,15 @@ def read_peft_configs(
         where, values = f"{file}: {key}", json_in(metadata, key, file)
     elif beside.exists() and (peft or file.stem == FILE_STEMS[0]):
         where, values = str(beside), read_json(beside)
-    found = {kind: PeftConfig(where=where, values=_own(values, kind)) for kind in LORA_PARTS}
+    found = {
+        kind: PeftConfig(where=where, values=_settings_of(values, kind)) for kind in LORA_PARTS
+    }
     for settings in found.values():
         _check(settings)
     return found
 
 
-def _own(values: Mapping[str, object], kind: str) -> dict[str, object]:
+def _settings_of(values: Mapping[str, object], kind: str) -> dict[str, object]:
     """What is said of one kind of model; of a file for one model nothing has a prefix."""
     prefixes = {k: f"{part}." for k, part in LORA_PARTS.items()}
     if not any(name.startswith(tuple(prefixes.values())) for name in values):

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -325,7 +325,6 @@ def write_adapter(
     state: State,
     config: Mapping[str, object],
     metadata: Mapping[str, object] | None = None,
-    wrote: Callable[[int], None] | None = None,
     *,
     replace: bool = True,
 ) -> None:
@@ -334,7 +333,7 @@ def write_adapter(
         raise UserError(f"{path}: an adapter file ends in .safetensors")
     own = {"format": FORMAT, "version": VERSION, "config": dict(config)}
     texts = as_texts({**(metadata or {}), **own})
-    write_safetensors(path, state, texts, wrote, replace=replace)
+    write_safetensors(path, state, texts, replace=replace)
 
 
 def as_texts(metadata: Mapping[str, object]) -> dict[str, str]:

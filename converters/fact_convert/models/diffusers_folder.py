@@ -3,7 +3,7 @@
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from fact_convert.io.json_io import read_json, write_json
@@ -128,7 +128,6 @@ def write_pipeline(
     *,
     files: WeightFileOptions,
     force: bool,
-    wrote: Callable[[int], None] | None = None,
 ) -> None:
     """Write a pipeline folder of what :func:`plan_pipeline` gave, whole or not at all.
 
@@ -138,7 +137,7 @@ def write_pipeline(
     with output_folder(out, force=force) as folder:
         for kind, part in _FOLDERS.items():
             state = reshape_pointwise(kind, states[kind], configs[kind])
-            _write_model(folder / part, kind, state, configs[kind], metadata, files, wrote)
+            _write_model(folder / part, kind, state, configs[kind], metadata, files)
         write_tokenizer(tokenizer, folder / "tokenizer")
         write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
         index = index_of(scheduler["_class_name"], name) | copy_components(source, folder)
@@ -168,16 +167,15 @@ def write_model(
     *,
     files: WeightFileOptions,
     force: bool,
-    wrote: Callable[[int], None] | None = None,
 ) -> None:
     """Write the folder of one model, whole or not at all."""
     with output_folder(out, force=force) as folder:
         state = reshape_pointwise(kind, state, config)
-        _write_model(folder, kind, state, config, metadata, files, wrote)
+        _write_model(folder, kind, state, config, metadata, files)
 
 
-def _write_model(folder, kind, state, config, metadata, files, wrote) -> None:
-    _write_files(folder, STEMS[kind], state, metadata, files, wrote)
+def _write_model(folder, kind, state, config, metadata, files) -> None:
+    _write_files(folder, STEMS[kind], state, metadata, files)
     if kind == "clip_text":
         # transformers opens the file in the precision named here, whatever is stored, while
         # diffusers opens the other models in float32: they would not fit together.
@@ -185,7 +183,7 @@ def _write_model(folder, kind, state, config, metadata, files, wrote) -> None:
     write_json(folder / "config.json", config)
 
 
-def _write_files(folder, stem, state, metadata, files, wrote) -> None:
+def _write_files(folder, stem, state, metadata, files) -> None:
     stem = LEGACY_STEMS.get(stem, stem) if files.legacy else stem
     suffix = "bin" if files.legacy else "safetensors"
     dotted = f".{files.variant}" if files.variant else ""
@@ -196,9 +194,9 @@ def _write_files(folder, stem, state, metadata, files, wrote) -> None:
         name = f"{stem}{dotted}{of}.{suffix}"
         where |= dict.fromkeys(shard, name)
         if files.legacy:
-            write_torch_file(folder / name, shard, wrote)
+            write_torch_file(folder / name, shard)
         else:
-            write_safetensors(folder / name, shard, metadata, wrote)
+            write_safetensors(folder / name, shard, metadata)
     if len(shards) > 1:
         total = sum(array.nbytes for array in state.values())
         index = {"metadata": {"total_size": total}, "weight_map": where}

@@ -35,7 +35,8 @@ PARTS = {
     "text_encoder": ("clip_text", "model"),
 }
 """Folder of each model: its kind, and what its weight files are called."""
-_SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
+SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
+"""Patterns of a pipeline's files that hold no weights."""
 _INPAINT_CLASSES = ("StableDiffusionInpaintPipeline",)
 _EDIT_CLASSES = ("StableDiffusionInstructPix2PixPipeline",)
 DEFAULT_CLASS = "StableDiffusionPipeline"
@@ -43,7 +44,8 @@ _TEXT_CLASSES = (DEFAULT_CLASS, "StableDiffusionImg2ImgPipeline", *_INPAINT_CLAS
 """Pipelines that are made of the parts here, the usual one first, by what their UNets take."""
 _LAYOUT = "0.42.0"
 """The diffusers whose layout of folders is written, which some of its pipelines look for."""
-_MOST_STEPS = 100_000
+MOST_STEPS = 100_000
+"""Training timesteps that a noise schedule may have."""
 _SCHEDULERS = {
     "DDIMScheduler": {"clip_sample": False},
     "PNDMScheduler": {"skip_prk_steps": True},
@@ -69,7 +71,7 @@ def find_pipeline(
 
     Without ``weights`` only the small files are. Raises UserError if a part is missing.
     """
-    folder = local_folder(path, _SMALL_FILES, variant, weights=weights)
+    folder = local_folder(path, SMALL_FILES, variant, weights=weights)
     absent = [part for part in (*PARTS, "tokenizer", "scheduler") if not (folder / part).is_dir()]
     if absent:
         raise UserError(f"{folder}: not a whole diffusers pipeline: it has no {', '.join(absent)}")
@@ -188,7 +190,7 @@ def read_schedule_config(config: Mapping) -> NoiseSchedule:
     try:
         schedule = NoiseSchedule.from_dict(config)
         steps = schedule.num_train_timesteps
-        if not isinstance(steps, int) or not 1 <= steps <= _MOST_STEPS:
+        if not isinstance(steps, int) or not 1 <= steps <= MOST_STEPS:
             raise ValueError(f"num_train_timesteps is {steps!r:.40}")
         alphas_cumprod_numpy(schedule)
     except (TypeError, ValueError, AttributeError, OverflowError) as err:

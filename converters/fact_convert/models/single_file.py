@@ -11,7 +11,8 @@ from fnmatch import fnmatchcase
 import numpy as np
 
 from fact_convert.io.lazy_tensor import State, Tensor
-from fact_convert.mapping import is_ignored, map_torch_key
+from fact_convert.mapping import is_known
+from fact_convert.models.pipeline import MOST_STEPS
 from fact_convert.rules.key_tables import TABLES
 from fact_convert.rules.ldm import EMA, IGNORED, PREFIXES, controlnet_pairs, unet_pairs, vae_pairs
 from fact_jax.diffusion.noise_schedules import BETA_SCHEDULES, NoiseSchedule, alphas_cumprod_numpy
@@ -19,10 +20,8 @@ from fact_jax.utils.errors import UserError, listed
 
 PREDICTION = "modelspec.prediction_type"
 """Where a file's metadata says what its UNet predicts, as other programs write it too."""
-_MOST_STEPS = 100_000
 _TEXT_WORDS = ("embeddings", "encoder", "final_layer_norm")
 OTHER_NOISE = "a noise schedule that is NOT one of those known here: give --config with its own"
-_RAW, _AVERAGED = "the running average is taken instead", "the running average of the parameters"
 
 
 def is_ldm(keys: Iterable[str]) -> bool:
@@ -49,7 +48,7 @@ def read_ldm(state: State, weights: str) -> tuple[dict[str, State], dict[str, li
     knows are kept under the kind ``unknown``.
     """
     left: dict[str, list[str]] = defaultdict(list)
-    raw = _averaged(state, weights, left)
+    raw = _take_ema(state, weights, left)
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     bare_kind = _bare_kind(raw)
     for key, array in raw.items():
@@ -66,7 +65,7 @@ def read_ldm(state: State, weights: str) -> tuple[dict[str, State], dict[str, li
         names = _Names(kind, bare)
         for short, key in bare.items():
             name = names.to_diffusers(short)
-            if name is None or name in found or not _is_known(kind, name):
+            if name is None or name in found or not is_known(kind, name, TABLES[kind].prefixes[0]):
                 unknown[key] = parts[kind][key]
             else:
                 found[name] = _as_matrix(kind, name, parts[kind][key])
@@ -90,7 +89,7 @@ def write_ldm(states: Mapping[str, State]) -> State:
     return flat
 
 
-def _averaged(state: State, weights: str, left: dict[str, list[str]]) -> State:
+def _take_ema(state: State, weights: str, left: dict[str, list[str]]) -> State:
     """The state without its running averages: put in their parameters' places, or left out."""
     averages = {k: a for k, a in state.items() if k.startswith(EMA) and not _why_ignored(k)}
     plain = {key: array for key, array in state.items() if key not in averages}
@@ -103,11 +102,11 @@ def _averaged(state: State, weights: str, left: dict[str, list[str]]) -> State:
         if key.startswith(PREFIXES["unet"]) or _bare_kind(plain) is not None
     }
     for key, average in partners.items():
-        if average in averages:
-            left[_RAW if weights == "ema" else _AVERAGED].append(
-                key if weights == "ema" else average
-            )
-            plain[key] = averages[average] if weights == "ema" else plain[key]
+        if average in averages and weights == "ema":
+            plain[key] = averages[average]
+            left["the running average is taken instead"].append(key)
+        elif average in averages:
+            left["the running average of the parameters"].append(average)
     orphans = set(averages) - set(partners.values())
     return plain | {key: array for key, array in averages.items() if key in orphans}
 
@@ -144,7 +143,7 @@ def prediction_texts(schedule: NoiseSchedule) -> dict[str, str]:
 def _schedule_of(abar: Tensor) -> NoiseSchedule | None:
     """The noise schedule with this ``alphas_cumprod``, its betas rounded to three digits."""
     held = np.asarray(abar).astype(np.float64)
-    if held.ndim != 1 or not 2 <= held.size <= _MOST_STEPS or not (held > 0).all():
+    if held.ndim != 1 or not 2 <= held.size <= MOST_STEPS or not (held > 0).all():
         return None
     usual = NoiseSchedule.sd15()
     ends = [1 - held[0], 1 - held[-1] / held[-2]]
@@ -160,11 +159,6 @@ def _schedule_of(abar: Tensor) -> NoiseSchedule | None:
         if np.allclose(alphas_cumprod_numpy(found), held, rtol=1e-2, atol=0):
             return found
     return None
-
-
-def _is_known(kind: str, name: str) -> bool:
-    prefix = TABLES[kind].prefixes[0]
-    return map_torch_key(kind, name, prefix) is not None or is_ignored(kind, name, prefix)
 
 
 def _why_ignored(key: str) -> str | None:

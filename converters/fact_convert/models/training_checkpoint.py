@@ -24,7 +24,7 @@ from fact_convert.rules.key_tables import RESAMPLER_PREFIX, TABLES
 from fact_jax.utils.command_line import version_of
 from fact_jax.utils.errors import UserError
 
-_HEADS = {
+_PARAM_NAMES = {
     "adapter": "adapter",
     "resampler": "resampler",
     "unet": "unet",
@@ -103,14 +103,14 @@ def to_torch(flat: State, kept: Mapping[str, Mapping] | None = None) -> Mapping[
 
 
 def _by_kind(flat: State) -> Mapping[str, State]:
-    heads: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     for path, array in flat.items():
-        head, _, rest = path.partition(".")
-        if head not in _TRAINING_ONLY:
-            heads.setdefault(head, {})[rest] = array
-    kinds = {head: kind for kind, head in _HEADS.items()}
-    if set(heads) <= set(kinds):
-        return {kinds[head]: part for head, part in heads.items()}
+        name, _, rest = path.partition(".")
+        if name not in _TRAINING_ONLY:
+            parts.setdefault(name, {})[rest] = array
+    kinds = {name: kind for kind, name in _PARAM_NAMES.items()}
+    if set(parts) <= set(kinds):
+        return {kinds[name]: part for name, part in parts.items()}
     # One model, not under a name of its own: the kind that knows the most of its paths.
     known = {kind: sum(bool(map_jax_path(kind, path, "")) for path in flat) for kind in TABLES}
     return {max(known, key=known.__getitem__): flat}
@@ -139,7 +139,7 @@ def to_jax(states: Mapping[str, State]) -> tuple[dict, dict[str, dict]]:
             if mapping is None:
                 difference.unexpected.append(key)
                 continue
-            *parents, last = (_HEADS[kind], *mapping.jax.split("."))
+            *parents, last = (_PARAM_NAMES[kind], *mapping.jax.split("."))
             node = params
             for name in parents:
                 node = node.setdefault(name, {})
@@ -154,19 +154,18 @@ def write_checkpoint(
     meta: Mapping | Callable[[], Mapping],
     *,
     force: bool = False,
-    wrote: Callable[[int], None] | None = None,
 ) -> None:
     """Write a checkpoint folder that :func:`read_checkpoint` reads, whole or not at all.
 
     ``meta`` may be a function, which is called while the tensors are written: hashing their file
-    takes as long. ``wrote`` is called with the number of bytes of every tensor.
+    takes as long.
     """
     with (
         output_folder(path, force=force) as folder,
         concurrent.futures.ThreadPoolExecutor(1) as beside,
     ):
         about = beside.submit(meta if callable(meta) else lambda: meta)
-        sums = write_tree(folder / "state", {"params": params, "ema": None}, wrote)
+        sums = write_tree(folder / "state", {"params": params, "ema": None})
         write_json(folder / "meta" / "metadata", {**about.result(), "checksums": sums})
         handlers = "orbax.checkpoint._src.handlers"
         items = {

@@ -1,7 +1,9 @@
 """Arrays that are read when wanted, copies in C order, threads, hashes of contents."""
 
+import errno
 import hashlib
 import json
+import os
 import threading
 import time
 
@@ -180,3 +182,22 @@ def test_where_weights_came_from(tmp_path):
 def test_the_precision_that_holds_a_number_is_named(number, hint):
     with pytest.raises(UserError, match=f"too large for float16; {hint} holds them"):
         np.asarray(cast(np.array([1, number]), np.dtype("float16"), "x"))
+
+
+def test_a_system_without_uncached_writes(tmp_path, monkeypatch):
+    """An older Linux refuses the flag of pwritev, macOS any flag."""
+    plain, refused = os.pwritev, []
+
+    def pwritev(descriptor, buffers, offset, flags=0):
+        if flags:
+            refused.append(flags)
+            raise errors[len(refused) % 2]
+        return plain(descriptor, buffers, offset)
+
+    errors = OSError(errno.EOPNOTSUPP, "Operation not supported"), NotImplementedError()
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    state = {"a": numbers(3, 4), "b": numbers(5)}
+    write_safetensors(tmp_path / "x.safetensors", state, {})
+    found, _ = read_safetensors(tmp_path / "x.safetensors")
+    assert len(refused) == 2
+    assert all(np.array_equal(found[key], state[key]) for key in state)
