@@ -34,12 +34,11 @@ def _merge(module: nn.Module, kind: str, state: State, loras: Sequence[tuple[Lor
     touched = {layer.key for lora, _ in loras for layer in lora.layers}
     tensors = {_without_prefix(kind, key): tensor for key, tensor in module.state_dict().items()}
     for key, merged in merge_into_model(kind, state, loras, dtype).items():
-        if _without_prefix(kind, key) in touched:
+        name = _without_prefix(kind, key)
+        if name in touched:
             # Exact: PyTorch takes no bfloat16 of NumPy's.
             numbers = torch.from_numpy(np.array(merged, np.float32))
-            tensors[_without_prefix(kind, key)].copy_(
-                numbers.reshape(tensors[_without_prefix(kind, key)].shape)
-            )
+            tensors[name].copy_(numbers.reshape(tensors[name].shape))
 
 
 def _without_prefix(kind: str, key: str) -> str:

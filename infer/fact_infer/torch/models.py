@@ -1,6 +1,7 @@
 """Face encoder and resampler in PyTorch, under the released names; see fact_jax.models."""
 
 import os
+from collections import OrderedDict
 from typing import TypeVar
 
 import numpy as np
@@ -37,23 +38,14 @@ class _SelfAttention(nn.Module):
         return self.proj(attend(q, k, v, self.heads))
 
 
-class _MLP(nn.Module):
-    def __init__(self, dim: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(functional.relu6(self.fc1(x)))
-
-
 class _Block(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = _SelfAttention(dim, heads)
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = _MLP(dim)
+        layers = {"fc1": nn.Linear(dim, 4 * dim), "act": nn.ReLU6(), "fc2": nn.Linear(4 * dim, dim)}
+        self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
