@@ -14,6 +14,12 @@ from fact_train.engine.partition import paths
 from fact_train.tasks import TASKS
 
 
+def assert_same(left, right):
+    """Two trees of the same structure and the same numbers."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ToyOptions:
     """``poison``: steps in [from, to) have a loss that is not a number."""

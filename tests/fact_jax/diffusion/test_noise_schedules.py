@@ -1,3 +1,5 @@
+"""Noise schedules by hand and against diffusers' own."""
+
 import diffusers
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from fact_jax.diffusion.noise_schedules import (
     training_target,
 )
 from fact_jax.utils.errors import UserError
+from tests.fact_jax.tiny import normal
 
 BOTH = pytest.mark.parametrize("schedule", [NoiseSchedule.sd15(), NoiseSchedule.mini()])
 
@@ -25,10 +28,6 @@ def coarse(prediction_type):
     return NoiseSchedule(
         num_train_timesteps=2, beta_start=0.25, beta_end=0.75, prediction_type=prediction_type
     )
-
-
-def random(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def test_alphas_cumprod_by_hand():
@@ -59,7 +58,7 @@ def test_offset_noise_by_hand():
 
 
 def test_one_timestep_for_all_samples():
-    x0, noise = random(3, 2, 4, 1), random(3, 2, 4, 1, seed=1)
+    x0, noise = normal(0, 3, 2, 4, 1), normal(1, 3, 2, 4, 1)
     schedule = NoiseSchedule.mini()
     one = add_noise(schedule, x0, noise, 300)
     np.testing.assert_array_equal(one, add_noise(schedule, x0, noise, jnp.full(3, 300)))
@@ -68,7 +67,7 @@ def test_one_timestep_for_all_samples():
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_output_gives_back_x0_and_noise(prediction_type):
     schedule = NoiseSchedule(beta_end=0.012, prediction_type=prediction_type)
-    x0, noise, t = random(3, 2, 5, 4), random(3, 2, 5, 4, seed=1), jnp.array([0, 400, 900])
+    x0, noise, t = normal(0, 3, 2, 5, 4), normal(1, 3, 2, 5, 4), jnp.array([0, 400, 900])
     x = add_noise(schedule, x0, noise, t)
     target = training_target(schedule, x0, noise, t)
     found = split_output(schedule, target, x, *signal_and_noise(schedule, t, x.ndim))
@@ -77,7 +76,7 @@ def test_output_gives_back_x0_and_noise(prediction_type):
 
 
 def test_the_same_inside_jit():
-    x0, noise, t = random(2, 3, 1, 4), random(2, 3, 1, 4, seed=1), jnp.array([5, 995])
+    x0, noise, t = normal(0, 2, 3, 1, 4), normal(1, 2, 3, 1, 4), jnp.array([5, 995])
     inside = jax.jit(add_noise, static_argnums=0)(NoiseSchedule.sd15(), x0, noise, t)
     np.testing.assert_allclose(
         inside, add_noise(NoiseSchedule.sd15(), x0, noise, t), rtol=1e-6, atol=1e-6
@@ -88,7 +87,7 @@ def test_the_same_inside_jit():
 def test_as_diffusers(schedule):
     peer = diffusers.DDPMScheduler.from_config(schedule.to_dict())
     np.testing.assert_allclose(alphas_cumprod(schedule), peer.alphas_cumprod.numpy(), atol=2e-7)
-    x0, noise, t = random(3, 4, 2, 1), random(3, 4, 2, 1, seed=1), np.array([0, 617, 999])
+    x0, noise, t = normal(0, 3, 4, 2, 1), normal(1, 3, 4, 2, 1), np.array([0, 617, 999])
     arguments = [torch.from_numpy(np.array(value)) for value in (x0, noise, t)]
     np.testing.assert_allclose(
         add_noise(schedule, x0, noise, jnp.asarray(t)), peer.add_noise(*arguments), atol=1e-6

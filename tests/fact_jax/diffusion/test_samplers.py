@@ -21,14 +21,11 @@ from fact_jax.diffusion.samplers import (
     sample_ddim,
 )
 from fact_jax.utils.errors import UserError
+from tests.fact_jax.tiny import normal
 
 SHAPE = (2, 3, 5, 4)
 KEY = jax.random.key(7, impl="rbg")  # its draws compile four times faster than threefry's
 SD15, MINI = NoiseSchedule.sd15(), NoiseSchedule.mini()
-
-
-def random(seed):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(SHAPE), jnp.float32)
 
 
 def to_torch(x):
@@ -136,7 +133,7 @@ def variants():
 @pytest.mark.parametrize("schedule", variants())
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_as_diffusers(monkeypatch, name, schedule, steps):
-    latents = random(0)
+    latents = normal(0, *SHAPE)
     ours = run_ours(name, schedule, steps, latents)
     assert_same_run(ours, run_peer(monkeypatch, name, schedule, steps, latents))
     assert len(ours[0]) == num_model_calls(name, steps)
@@ -144,7 +141,7 @@ def test_as_diffusers(monkeypatch, name, schedule, steps):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_same_compiled(name):
-    latents = random(0)
+    latents = normal(0, *SHAPE)
     compiled = run_ours(name, SD15, 6, latents, compiled=True)
     assert_same_run(compiled, run_ours(name, SD15, 6, latents))
 
@@ -152,7 +149,7 @@ def test_the_same_compiled(name):
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_the_shortest_runs_as_diffusers(monkeypatch, name, steps):
-    latents = random(10)
+    latents = normal(10, *SHAPE)
     ours = run_ours(name, SD15, steps, latents)
     assert_same_run(ours, run_peer(monkeypatch, name, SD15, steps, latents))
 
@@ -161,7 +158,7 @@ def test_the_shortest_runs_as_diffusers(monkeypatch, name, steps):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_spacings_and_clean_ends_as_diffusers(monkeypatch, name, spacing):
     schedule = dataclasses.replace(SD15, timestep_spacing=spacing, set_alpha_to_one=True)
-    latents = random(1)
+    latents = normal(1, *SHAPE)
     ours = run_ours(name, schedule, 7, latents)
     assert_same_run(ours, run_peer(monkeypatch, name, schedule, 7, latents))
 
@@ -169,7 +166,7 @@ def test_spacings_and_clean_ends_as_diffusers(monkeypatch, name, spacing):
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 @pytest.mark.parametrize("schedule", [SD15, MINI])
 def test_noisy_ddim_as_diffusers(monkeypatch, schedule, eta):
-    latents = random(2)
+    latents = normal(2, *SHAPE)
     ours = run_ours("ddim", schedule, 6, latents, eta=eta)
     assert_same_run(ours, run_peer(monkeypatch, "ddim", schedule, 6, latents, eta=eta))
 
@@ -180,7 +177,7 @@ def test_noisy_ddim_as_diffusers(monkeypatch, schedule, eta):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_image_to_image_as_diffusers(monkeypatch, name, start, spacing):
     schedule = dataclasses.replace(SD15, timestep_spacing=spacing)
-    x0, noise = random(4), random(5)
+    x0, noise = normal(4, *SHAPE), normal(5, *SHAPE)
     latents = noise_latents_for_start(schedule, name, x0, noise, 8, start)
     ours = run_ours(name, schedule, 8, latents, start=start)
     assert_same_run(ours, run_peer(monkeypatch, name, schedule, 8, noise, start=start, x0=x0))
@@ -202,13 +199,13 @@ def test_timesteps_as_diffusers_at_every_length(name, spacing):
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_model_that_knows_the_answer_is_believed(name):
     schedule = dataclasses.replace(SD15, set_alpha_to_one=True)
-    answer = random(6)
+    answer = normal(6, *SHAPE)
 
     def model(x, t, i):
         a, s = shares_at(schedule, t, jnp)
         return (x - a * answer) / s
 
-    result = SAMPLERS[name](model, random(7), schedule, steps=10, key=KEY)
+    result = SAMPLERS[name](model, normal(7, *SHAPE), schedule, steps=10, key=KEY)
     if name == "dpmpp_2m_karras":  # its timesteps are rounded, its sigmas are not
         np.testing.assert_allclose(result, answer, rtol=0, atol=1e-2)
     else:
@@ -242,7 +239,7 @@ def test_indices_name_the_timesteps():
 def test_noise_follows_the_key(name):
     @jax.jit
     def sample(key):
-        return SAMPLERS[name](lambda x, t, i: 0.5 * x, random(8), SD15, steps=3, key=key)
+        return SAMPLERS[name](lambda x, t, i: 0.5 * x, normal(8, *SHAPE), SD15, steps=3, key=key)
 
     np.testing.assert_array_equal(sample(KEY), sample(KEY))
     assert np.abs(sample(KEY) - sample(jax.random.key(8, impl="rbg"))).max() > 0.1

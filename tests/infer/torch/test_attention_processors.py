@@ -2,13 +2,11 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import safe_open
 
 from fact_infer.parts import check_fit, read_base, read_face_models
 from fact_infer.torch.attention_processors import FaceContext, FaceProcessor, installed, text_blocks
@@ -20,13 +18,6 @@ from fact_jax.utils.errors import UserError
 
 pytestmark = pytest.mark.heavy
 
-GOLDEN = Path(__file__).parents[2] / "golden"
-
-
-def golden(name: str) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    with safe_open(GOLDEN / f"{name}.safetensors", framework="numpy") as opened:
-        return {key: opened.get_tensor(key) for key in opened.keys()}, opened.metadata()  # noqa: SIM118
-
 
 def part(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
     found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -34,9 +25,9 @@ def part(tensors: dict[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
 
 
 @pytest.fixture
-def adapted():
+def adapted(golden):
     """The golden UNet with its adapters installed, the context, and the golden tensors."""
-    tensors, facts = golden("unet_adapter")
+    tensors, facts = golden("unet_adapter", "")
     config = json.loads(facts["unet_config"])
     unet = UNet2DConditionModel.from_config(config)
     load_strictly(unet, part(tensors, "unet."), "unet")
@@ -107,15 +98,15 @@ def test_copy_of_the_base_norm_wins_where_there_is_a_face(adapted):
     assert torch.equal(armed, predict(unet, tensors))
 
 
-def test_encoder_and_resampler_of_the_released_code():
-    tensors, facts = golden("transface")
+def test_encoder_and_resampler_of_the_released_code(golden):
+    tensors, facts = golden("transface", "")
     config = TransFaceConfig.from_dict(json.loads(facts["config"]))
     encoder = encoder_from(part(tensors, "state."), config, "transface")
     image = torch.from_numpy(tensors["in.image"])
     local = torch.from_numpy(tensors["out.local"])
     torch.testing.assert_close(encoder(image), local, atol=1e-4, rtol=0)
 
-    tensors, facts = golden("resampler")
+    tensors, facts = golden("resampler", "")
     resampler = Resampler(ResamplerConfig.from_dict(json.loads(facts["config"])))
     load_strictly(resampler, part(tensors, "state."), "resampler")
     tokens = torch.from_numpy(tensors["in.tokens"])

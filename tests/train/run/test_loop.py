@@ -23,16 +23,11 @@ from fact_train.engine.prefetch import prefetch
 from fact_train.overrides import override
 from fact_train.run.checkpoints import Checkpoints
 from fact_train.run.loop import run
-from tests.train.toy import ToyTask
+from tests.train.toy import ToyTask, assert_same
 
 pytestmark = pytest.mark.heavy
 
 ROOT = Path(__file__).parents[3]
-
-
-def assert_same(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 def rows(folder):

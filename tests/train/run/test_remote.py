@@ -22,7 +22,8 @@ from fact_train.run.loop import run
 from fact_train.run.remote import RemoteFolder
 from tests.train.conftest import TOY
 from tests.train.multihost.test_processes import finish, free_address, start
-from tests.train.run.test_loop import assert_same, rows
+from tests.train.run.test_loop import rows
+from tests.train.toy import assert_same
 
 pytestmark = pytest.mark.heavy
 

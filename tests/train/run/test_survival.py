@@ -15,7 +15,8 @@ from fact_train.overrides import override
 from fact_train.run.loop import run
 from tests.train.conftest import TOY
 from tests.train.multihost.test_processes import finish, free_address, start
-from tests.train.run.test_loop import assert_same, rows, start_program, wait_for_step
+from tests.train.run.test_loop import rows, start_program, wait_for_step
+from tests.train.toy import assert_same
 
 pytestmark = pytest.mark.slow
 KILLS = 20

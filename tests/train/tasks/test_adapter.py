@@ -21,6 +21,7 @@ from fact_train.engine.step import TrainStep
 from fact_train.run.loop import run
 from fact_train.tasks.adapter import AdapterTask
 from tests.train.tiny import RESAMPLER, tiny_config
+from tests.train.toy import assert_same
 
 pytestmark = pytest.mark.heavy
 
@@ -30,11 +31,6 @@ def finished(miniature, tmp_path_factory):
     """(folder, outcome) of the eight steps run through."""
     folder = tmp_path_factory.mktemp("adapter") / "run"
     return folder, run(tiny_config(miniature), folder)
-
-
-def assert_same(left, right):
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
 @pytest.mark.parametrize("start", ["zero_gates", "zero_projections"])
