@@ -79,7 +79,7 @@ def test_override_converts_to_the_type_of_the_field(assignment, read, expected):
         ("steps=1.5", "expected an integer"),
         ("steps=0", "steps must be at least 1"),
         ("log.every=0", "every must be at least 1"),
-        ("precision=float16", "expected one of float32, bfloat16"),
+        ("precision=float16", "expected one of float32, tf32, bfloat16"),
         ("ema.warmup=1", "expected true or false"),
         ("options.size=(1,2,3)", "expected tuple[int, int]"),
         ("options.size=(1,2.5)", "expected tuple[int, int]"),
