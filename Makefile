@@ -25,8 +25,9 @@ TOGETHER = -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 test: .venv/installed
 	$(PYTEST) -m "not slow" $(TOGETHER)
 
-# Before a commit: leaves out what trains, draws pictures with a whole pipeline, compares with the
-# peers' models or starts programs (the files marked heavy). Only `make test` proves those.
+# Before a commit: leaves out what trains, draws pictures or portraits, compares with the peers'
+# models, converts whole bases or starts programs (the files marked heavy). Only `make test` proves
+# those.
 test-fast: .venv/installed
 	$(PYTEST) -m "not slow and not heavy" $(TOGETHER)
 

@@ -12,6 +12,8 @@ from fact_jax.ops.attention import attention, attention_plain
 from fact_jax.ops.attention_kernels import HiddenKeys, attention_cudnn, attention_splash
 from tests.fact_jax.tiny import normal
 
+pytestmark = pytest.mark.heavy
+
 
 def hidden_keys(b: int, n: int, m: int, people: int) -> HiddenKeys:
     """Each of ``people`` owns eight of the last keys; a query sees those of some, or of none."""

@@ -26,6 +26,8 @@ from tests.parity.peers import (
 )
 from tests.parity.reference import adapted, random_adapters
 
+pytestmark = pytest.mark.heavy
+
 
 def count(kind: str, config, mark: str = "") -> int:
     """Trainable numbers of the layers whose path contains ``mark``; nothing is computed."""

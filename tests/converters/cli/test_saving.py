@@ -18,6 +18,8 @@ from fact_convert.io.weight_files import read_file
 from fact_convert.models.adapter import DIM_HEAD_KEY
 from tests.converters.conftest import run
 
+pytestmark = pytest.mark.heavy
+
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 
 

@@ -16,6 +16,8 @@ from fact_convert.models.single_file import is_ldm, read_ldm, read_schedule, wri
 from fact_convert.rules.ldm import IGNORED, unet_pairs, vae_pairs
 from fact_jax.utils.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 UNET = "model.diffusion_model."
 SD15 = {
     "unet": (

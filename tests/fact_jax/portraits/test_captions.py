@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fact_jax.portraits import GENERIC_CAPTION, VOCABULARY, captions, make_batch, sample_scene
 from fact_jax.portraits.scene import Scene
@@ -37,6 +38,7 @@ def test_vocabulary_is_closed_and_used():
     assert used == set(VOCABULARY)
 
 
+@pytest.mark.heavy
 def test_the_caption_does_not_know_the_person():
     assert len(set(make_batch(range(12), [77] * 12).captions)) == 1
 

@@ -8,6 +8,8 @@ import pytest
 from fact_jax.portraits import make_batch, portraits, render, sample_identity, sample_scene
 from fact_jax.portraits.scene import EXPRESSIONS, GLASSES
 
+pytestmark = pytest.mark.heavy
+
 COUNT = 512
 # Mean colour and nose tip of three portraits: weights in this repository depend on them.
 GOLDEN_MEANS = [[0.6939, 0.656, 0.6253], [0.5417, 0.5693, 0.623], [0.8023, 0.6937, 0.4251]]

@@ -18,6 +18,8 @@ from fact_jax.face.mask import head_mask
 from fact_jax.utils.errors import UserError
 from tests.infer.conftest import POINTS, read_text
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def detector(monkeypatch, tmp_path):

@@ -24,6 +24,8 @@ from fact_train.data.records import (
 from fact_train.tasks.validation import read_validation
 from tests.train.data.conftest import PEOPLE, PHOTOS
 
+pytestmark = pytest.mark.heavy
+
 SIZE, CROP = 20, 12
 
 
