@@ -147,10 +147,13 @@ def in_c_order(array: Tensor) -> np.ndarray:
     return copied
 
 
-def pwrite_array(handle, array: np.ndarray, offset: int) -> None:
-    """Write an array in C order at an offset of an open file, from any thread."""
+def pwrite_array(handle, array: np.ndarray, offset: int, *, uncached: bool = False) -> None:
+    """Write an array in C order at an offset of an open file, from any thread.
+
+    What is written ``uncached`` has to come from the disk when it is read again.
+    """
     rest = array.reshape(-1).view(np.uint8).data
-    flags = _RWF_DONTCACHE
+    flags = _RWF_DONTCACHE if uncached else 0
     while rest:
         try:
             count = os.pwritev(handle.fileno(), [rest[:_WRITE_SIZE]], offset, flags)

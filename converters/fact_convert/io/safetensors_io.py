@@ -153,7 +153,7 @@ def write_safetensors(
         array = in_c_order(state[key])
         line = tensor_line(key, array)
         with turn:
-            pwrite_array(handle, array, start + header[key]["data_offsets"][0])
+            pwrite_array(handle, array, start + header[key]["data_offsets"][0], uncached=True)
         return line
 
     with (
