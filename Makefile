@@ -39,6 +39,16 @@ test-slow: .venv/installed
 coverage: .venv/installed
 	$(PYTEST) -m "not slow" $(TOGETHER) --cov --cov-report=term
 
+# Compiles for TPUs and GPUs that are not here, with their compilers (5 GB), in an own environment.
+test-accelerators: .venv-accelerators/installed
+	JAX_PLATFORMS=cpu .venv-accelerators/bin/python -m pytest tests/accelerators tests/train/plan
+
+.venv-accelerators/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-accelerators
+	.venv-accelerators/bin/python -m pip install --disable-pip-version-check --progress-bar off \
+	  --no-compile -c constraints.txt -e '.[dev,tpu,cuda]'
+	touch $@
+
 lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -77,4 +87,4 @@ miniature: .venv/installed
 	mkdir -p miniature/logs/adapter && cp runs/mini/log.txt runs/mini/metrics.jsonl runs/mini/config.json miniature/logs/adapter/
 
 clean:
-	rm -rf demo .venv build *.egg-info
+	rm -rf demo .venv .venv-accelerators build *.egg-info

@@ -22,8 +22,8 @@ _FAR = 2.0**15
 """Taken off the unscaled score of a hidden key: far more than scores differ by, and a float16."""
 _LANES, _SUBLANES = 128, 16
 """A tile of 16-bit numbers on a TPU: lengths are whole lanes, heads whole sublanes."""
-QUERY_BLOCK, KEY_BLOCK = 1024, 1408
-"""Largest tile of scores that splash attention holds on the chip (float32: 5.8 MB)."""
+_WIDE_HEAD = 256
+"""Wider heads (the autoencoder's are 512) take smaller tiles, to fit beside them on the chip."""
 
 
 class HiddenKeys(NamedTuple):
@@ -62,11 +62,11 @@ def installed_kernels(q: Float[Array, "b n h d"]) -> dict[str, Kernel]:
     They take 16-bit numbers only: float32 is computed in float32, by XLA.
     """
     kernels: dict[str, Kernel] = {}
-    if q.dtype not in (jnp.bfloat16, jnp.float16):
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or not _divides(q):
         return kernels
     if _installed("jax_cuda12_plugin", "jax_cuda13_plugin") and q.shape[-1] <= _widest_on_cuda():
         kernels["cuda"] = attention_cudnn
-    if _installed("libtpu") and _divides(q):
+    if _installed("libtpu"):
         kernels["tpu"] = attention_splash
     return kernels
 
@@ -103,6 +103,26 @@ def _divides(q: Float[Array, "b n h d"]) -> bool:
     )
 
 
+def _on_devices(
+    kernel: Callable[..., Float[Array, "b n h d"]],
+    q: Float[Array, "b n h d"],
+    k: Float[Array, "b m h d"],
+    v: Float[Array, "b m h d"],
+) -> Float[Array, "b n h d"]:
+    """``kernel(q, k, v)``, each device on its own samples and heads."""
+    samples, heads = _split_axes()
+    if samples or heads:  # also over axes of one device: kernels have no automatic form
+        spec = P(samples, None, heads)
+        kernel = jax.shard_map(
+            kernel,
+            in_specs=(spec,) * 3,
+            out_specs=spec,
+            axis_names={*samples, *heads},
+            check_vma=False,
+        )
+    return kernel(q, k, v)
+
+
 def attention_cudnn(
     q: Float[Array, "b n h d"],
     k: Float[Array, "b m h d"],
@@ -110,19 +130,18 @@ def attention_cudnn(
     hidden: HiddenKeys | None = None,
 ) -> Float[Array, "b n h d"]:
     """cuDNN's flash attention, float16 or bfloat16."""
-    b, keys, _, width = k.shape
-    scale = width**-0.5
+    keys, width = k.shape[1], k.shape[-1]
     q, k = _with_groups(q, k, hidden)
     wide, padded = (-(-size // 8) * 8 for size in (q.shape[-1], keys))
-    out = jax.nn.dot_product_attention(
-        _padded(q, q.shape[1], wide),
-        _padded(k, padded, wide),
-        _padded(v, padded, wide),
-        scale=scale,
-        key_value_seq_lengths=None if padded == keys else jnp.full(b, keys, jnp.int32),
-        implementation="cudnn",
-    )
-    return out[..., :width]
+
+    def on_device(q, k, v):
+        lengths = None if padded == keys else jnp.full(len(k), keys, jnp.int32)
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=width**-0.5, key_value_seq_lengths=lengths, implementation="cudnn"
+        )
+
+    rows = _padded(q, q.shape[1], wide), _padded(k, padded, wide), _padded(v, padded, wide)
+    return _on_devices(on_device, *rows)[..., :width]
 
 
 def attention_splash(
@@ -133,13 +152,13 @@ def attention_splash(
     *,
     interpret: bool = False,
 ) -> Float[Array, "b n h d"]:
-    """Splash attention, each device on its own samples and heads.
+    """Splash attention.
 
     Keys that fill up the last tile are one more group of hidden keys. ``interpret`` runs it on any
     platform, slowly.
     """
     n, m, width = q.shape[1], k.shape[1], q.shape[-1]
-    (queries, block_q), (keys, block_k) = tiles(n, QUERY_BLOCK), tiles(m, KEY_BLOCK)
+    (queries, block_q), (keys, block_k) = query_tiles(n, width), key_tiles(m, width)
     scale = width**-0.5
     if keys > m:
         fill = HiddenKeys(jnp.ones((1, 1, 1), bool), (jnp.arange(keys) >= m)[None, :, None])
@@ -150,19 +169,8 @@ def attention_splash(
     q, k = _with_groups(q * scale, _padded(k, keys, width), hidden)
     wide = -(-q.shape[-1] // _SUBLANES) * _SUBLANES
     on_device = functools.partial(_splash, blocks=(block_q, block_k), interpret=interpret)
-    samples, heads = _split_axes()
-    if samples or heads:  # also over axes of one device: such a kernel has no automatic form
-        spec = P(samples, None, heads)
-        on_device = jax.shard_map(
-            on_device,
-            in_specs=(spec,) * 3,
-            out_specs=spec,
-            axis_names={*samples, *heads},
-            check_vma=False,
-        )
-    return on_device(_padded(q, queries, wide), _padded(k, keys, wide), _padded(v, keys, wide))[
-        :, :n, :, :width
-    ]
+    rows = _padded(q, queries, wide), _padded(k, keys, wide), _padded(v, keys, wide)
+    return _on_devices(on_device, *rows)[:, :n, :, :width]
 
 
 def _splash(q, k, v, *, blocks: tuple[int, int], interpret: bool):
@@ -186,11 +194,24 @@ def _splash(q, k, v, *, blocks: tuple[int, int], interpret: bool):
     return jax.vmap(kernel)(*(a.swapaxes(1, 2) for a in (q, k, v))).swapaxes(1, 2)
 
 
-def tiles(length: int, most: int) -> tuple[int, int]:
-    """(padded length, tile): equal tiles of whole lanes, as few as ``most`` allows."""
-    count = -(-length // most)
-    tile = -(-length // (count * _LANES)) * _LANES
-    return count * tile, tile
+def query_tiles(length: int, head_dim: int) -> tuple[int, int]:
+    """Splash attention's (padded number of queries, those of one tile)."""
+    return _tiles(length, 1024 if head_dim <= _WIDE_HEAD else 512)
+
+
+def key_tiles(length: int, head_dim: int) -> tuple[int, int]:
+    """The same of keys: with the queries' a tile of float32 scores of up to 5.8 MB on the chip."""
+    return _tiles(length, 1408 if head_dim <= _WIDE_HEAD else 512)
+
+
+def _tiles(length: int, most: int) -> tuple[int, int]:
+    """(padded length, tile): equal tiles of whole lanes up to ``most``, with the least padding."""
+    fewest = -(-length // most)
+    options = []
+    for count in range(fewest, fewest + 3):
+        tile = -(-length // (count * _LANES)) * _LANES
+        options.append((count * tile, tile))
+    return min(options, key=lambda option: (option[0], -option[1]))
 
 
 def _padded(a: Float[Array, "b n h d"], length: int, width: int) -> Float[Array, "b _ h _"]:

@@ -14,6 +14,8 @@ Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 """float32 means float32 products; tf32 is float32 numbers whose products are TF32 on NVIDIA GPUs
 and three products of bfloat16 on TPUs; the others are 16-bit numbers, with float32 sums."""
 
+_PRODUCTS = {"float32": "highest", "tf32": "high"}
+
 
 def precision_of(dtype: Any) -> Precision:
     """The precision of that name, or of what ``jnp.dtype`` takes."""
@@ -26,5 +28,8 @@ def storage_dtype(precision: Precision) -> jnp.dtype:
 
 
 def matmul_precision(precision: Precision) -> AbstractContextManager[None]:
-    """For float32 products that are traced inside; those of 16-bit numbers stay what they are."""
-    return jax.default_matmul_precision("high" if precision == "tf32" else "highest")
+    """For products that are traced inside, their gradients among them.
+
+    Of 16-bit numbers there is one kind of product, and TPU kernels refuse to be asked for another.
+    """
+    return jax.default_matmul_precision(_PRODUCTS.get(precision, "default"))

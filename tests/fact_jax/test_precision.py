@@ -23,7 +23,7 @@ def products(jaxpr):
     [
         ("float32", "float32", Precision.HIGHEST),
         ("tf32", "float32", Precision.HIGH),
-        ("bfloat16", "bfloat16", Precision.HIGHEST),
+        ("bfloat16", "bfloat16", Precision.DEFAULT),
     ],
 )
 def test_products_are_asked_for_by_name(precision, dtype, expected):

@@ -115,7 +115,7 @@ def test_bfloat16_computes_in_bfloat16_on_float32_masters():
 
 
 @pytest.mark.parametrize(
-    ("precision", "expected"), [("float32", "HIGHEST"), ("tf32", "HIGH"), ("bfloat16", "HIGHEST")]
+    ("precision", "expected"), [("float32", "HIGHEST"), ("tf32", "HIGH"), ("bfloat16", "DEFAULT")]
 )
 def test_products_are_in_the_precision(precision, expected):
     class Product(Linear):

@@ -10,7 +10,7 @@ lengths of loops.
 import dataclasses
 import re
 
-from fact_jax.ops.attention_kernels import KEY_BLOCK, QUERY_BLOCK, tiles
+from fact_jax.ops.attention_kernels import key_tiles, query_tiles
 from fact_train.plan.hlo import ARRAY, array_bytes, computations, runs
 
 _INSTRUCTION = re.compile(
@@ -109,14 +109,12 @@ class _Program:
         if match is None:
             return 0
         q, k, v, *more = one.operands[2:]  # the first two are the mask's
-        rows, keys = (shape[-2] for shape in one.operand_shapes[2:4])
+        (*_, rows, width), (*_, keys, _) = one.operand_shapes[2:4]
         if match[1] == "splash_mha_dkv":
-            again, tile, length = (q, *more), KEY_BLOCK, keys
+            again, (length, tile) = (q, *more), key_tiles(keys, width)
         else:
-            again, tile, length = (k, v), QUERY_BLOCK, rows
-        return (tiles(length, tile)[0] // tiles(length, tile)[1] - 1) * sum(
-            sizes.get(name, 0) for name in again
-        )
+            again, (length, tile) = (k, v), query_tiles(rows, width)
+        return (length // tile - 1) * sum(sizes.get(name, 0) for name in again)
 
     def _written(self, fusion: _Instruction) -> int:
         """Bytes that a fusion writes: of a result that is updated in place, the new part."""
