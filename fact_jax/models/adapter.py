@@ -81,8 +81,8 @@ class FaceAdapter(nnx.Module):
             jnp.concatenate([a, added.astype(a.dtype)], axis=1)
             for a, added in zip(own, face, strict=True)
         )
-        hidden = _hidden(regions, controls.token_mask, x.shape[1], face[0].shape[1])
-        mixed = self.attn.attend(visual, keys, values, hidden)
+        unseen = _hidden_keys(regions, controls.token_mask, x.shape[1], face[0].shape[1])
+        mixed = self.attn.attend(visual, keys, values, unseen)
         first = scale * jnp.tanh(self.alpha_attn[...]).astype(x.dtype) * mixed
         hidden = x + first
         second = (
@@ -112,7 +112,7 @@ def _moved(
     return (own - own.mean(axis=2, keepdims=True, where=there) + mean).reshape(b, m, c)
 
 
-def _hidden(
+def _hidden_keys(
     regions: Bool[Array, "b k n"] | None, token_mask: Bool[Array, " m"] | None, n: int, tokens: int
 ) -> HiddenKeys | None:
     """Which of the ``tokens`` face tokens that follow ``n`` visual ones are hidden from which."""
