@@ -9,7 +9,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-TrainPrecision = Literal["float32", "tf32", "bfloat16"]
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 """float32 means float32 products; tf32 is float32 numbers whose products are TF32 on NVIDIA GPUs
 and three products of bfloat16 on TPUs; the others are 16-bit numbers, with float32 sums."""
