@@ -22,12 +22,12 @@ def trace(function: Callable, *arguments: Any) -> Jaxpr:
     return partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0]
 
 
-def count_flops(jaxpr: Jaxpr, platform: str = "cpu") -> int:
+def count_flops(jaxpr: Jaxpr, platform: str | None = None) -> int:
     """Operations of matrix products, convolutions and attention kernels, two a multiply-add.
 
     All else (norms, activations, softmax, optimizer) is left out, as is usual for utilisation. Of
-    what depends on the platform, that of ``platform`` counts. A ``while`` loop with products inside
-    has no length to count by: ValueError.
+    what depends on the platform, that of ``platform`` counts, or (None) that of any other. A
+    ``while`` loop with products inside has no length to count by: ValueError.
     """
     total = 0
     for eqn in jaxpr.eqns:
@@ -41,7 +41,7 @@ def count_flops(jaxpr: Jaxpr, platform: str = "cpu") -> int:
     return total
 
 
-def _taken(branches: list[int], platforms: Any, platform: str) -> int:
+def _taken(branches: list[int], platforms: Any, platform: str | None) -> int:
     """Of a switch over platforms, that of this one or else the default; of another, the largest."""
     for flops, names in zip(branches, platforms or (), strict=False):
         if names is None or platform in names:

@@ -66,8 +66,8 @@ class TrainStep:
 
     ``optimizer`` gives the direction (:func:`fact_train.engine.state.make_optimizer`), the step
     applies the learning rate. If the loss, a gradient or a new value is not finite, everything
-    stays as it is. The loss is written on the global batch, which the compiler splits. UserError
-    if the batch cannot be.
+    stays as it is. The loss is a mean over samples, of which each device has its share. UserError
+    if the batch does not come out even.
     """
 
     def __init__(
