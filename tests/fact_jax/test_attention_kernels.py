@@ -66,7 +66,7 @@ def check(form, n, m, heads, width, people, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("n", "m", "width", "people"),
-    [(130, 146, 40, 2), (128, 77, 160, 0)],  # queries and keys that fill no whole tile, and a head
+    [(130, 146, 40, 2)],  # queries, keys and a head that fill no whole tile
 )
 def test_splash_is_plain(n, m, width, people, dtype):
     check(functools.partial(attention_splash, interpret=True), n, m, 1, width, people, dtype)

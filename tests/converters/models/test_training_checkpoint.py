@@ -179,8 +179,7 @@ def test_orbax_itself_reads_what_we_write(adapted, tmp_path):
         "one": np.array(7, np.int64),
         "flags": np.array([True, False]),
     }
-    counted = []
-    write_checkpoint(tmp_path / "c", params, lambda: {"a": 1}, wrote=counted.append)
+    write_checkpoint(tmp_path / "c", params, lambda: {"a": 1})
     handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
         items = {"state": ocp.args.StandardRestore(), "meta": ocp.args.JsonRestore()}
@@ -189,7 +188,6 @@ def test_orbax_itself_reads_what_we_write(adapted, tmp_path):
     assert held["state"]["ema"] is None
     flat, _ = read_checkpoint(tmp_path / "c")
     written = jax.tree_util.tree_leaves_with_path(params)
-    assert sum(counted) == sum(leaf.nbytes for _, leaf in written)
     for path, leaf in written:
         name = jax.tree_util.keystr(path, simple=True, separator=".")
         theirs = held["state"]["params"]
