@@ -13,6 +13,8 @@ from fact_convert.lora import merge_lora, merge_loras, read_lora
 from fact_jax.utils.errors import UserError
 from tests.pipelines import small_parts
 
+pytestmark = pytest.mark.heavy
+
 peft = pytest.importorskip("peft")
 LINEAR = ["to_q", "to_k", "to_out.0", "ff.net.2"]
 LAYERS = [*LINEAR, "conv1", "proj_in", "time_emb_proj"]

@@ -14,6 +14,8 @@ from fact_convert.cli.opening import open_weights
 from fact_convert.weights import parameters
 from fact_jax.utils.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture
 def folder(pipeline_folder, tmp_path):

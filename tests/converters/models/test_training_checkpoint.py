@@ -22,6 +22,8 @@ from fact_convert.models.training_checkpoint import (
 )
 from fact_jax.utils.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.fixture(scope="module")
 def adapted(golden, unet_config, resampler_config):

@@ -11,6 +11,8 @@ from fact_jax.ops.convolution import WINOGRAD_MIN_CHANNELS as WIDTH
 from fact_jax.ops.convolution import WINOGRAD_MIN_PIXELS as PIXELS
 from fact_jax.ops.convolution import conv_winograd, convolve
 
+pytestmark = pytest.mark.heavy
+
 NUMBERS = ("NHWC", "HWIO", "NHWC")
 
 

@@ -15,6 +15,8 @@ from fact_infer.evaluation.metrics import Estimate
 from fact_infer.evaluation.report import ReportSources, read_metrics, write_report
 from fact_jax.utils.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 
 class Outline(HTMLParser):
     """Tags with their attributes, and all text."""
