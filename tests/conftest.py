@@ -26,6 +26,13 @@ import pytest
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_ignore_collect(collection_path, config):
+    """Files that are heavy as a whole are not even imported where heavy tests are left out."""
+    if "not heavy" in config.option.markexpr and collection_path.suffix == ".py":
+        return True if "\npytestmark = pytest.mark.heavy" in collection_path.read_text() else None
+    return None
+
+
 def pytest_collection_modifyitems(items):
     """Heavy files first, those of training before all: the processes then end together."""
     heavy = {item.path for item in items if item.get_closest_marker("heavy")}
