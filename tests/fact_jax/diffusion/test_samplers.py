@@ -23,6 +23,8 @@ from fact_jax.diffusion.samplers import (
 from fact_jax.utils.errors import UserError
 from tests.fact_jax.tiny import normal
 
+pytestmark = pytest.mark.heavy
+
 SHAPE = (2, 3, 5, 4)
 KEY = jax.random.key(7, impl="rbg")  # its draws compile four times faster than threefry's
 SD15, MINI = NoiseSchedule.sd15(), NoiseSchedule.mini()

@@ -10,6 +10,8 @@ from fact_jax.regions import region_masks
 from fact_jax.utils.errors import UserError
 from tests.fact_jax.tiny import normal
 
+pytestmark = pytest.mark.heavy
+
 DIM, HEADS, FACE_DIM, PEOPLE, TOKENS = 8, 2, 6, 2, 3
 X = 2 * normal(1, 2, 6, DIM) + 0.5
 FACE = normal(2, 2, PEOPLE * TOKENS, FACE_DIM)

@@ -17,6 +17,8 @@ from fact_jax.ops.attention import (
 from fact_jax.ops.attention_kernels import HiddenKeys
 from tests.fact_jax.tiny import normal
 
+pytestmark = pytest.mark.heavy
+
 Q, K, V = normal(1, 2, 10, 3, 4), normal(2, 2, 7, 3, 4), normal(3, 2, 7, 3, 4)
 
 

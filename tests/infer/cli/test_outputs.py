@@ -11,6 +11,8 @@ from fact_infer.cli.main import main
 from fact_infer.evaluation.evaluate import FILES, unused_folder
 from fact_infer.evaluation.portrait_files import write_portraits
 
+pytestmark = pytest.mark.heavy
+
 
 def everything(folder) -> dict:
     return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
