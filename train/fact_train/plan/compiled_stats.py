@@ -43,7 +43,7 @@ def read_compiled(config: TrainConfig, target: Target) -> CompiledStats:
     try:
         topology = topologies.get_topology_desc(platform=target.platform, **target.options)
     except Exception as error:  # the compiler's own words, of no class that could be told apart
-        raise UserError(f"{target.name}: {first_line(error)}") from error
+        raise UserError(f"cannot compile for {target.name}: {first_line(error)}") from error
     mesh = make_mesh(config.mesh, list(topology.devices))
     built = build(config)
     step, arguments = _train_step(built, mesh), (built.state, built.frozen, built.batch)
