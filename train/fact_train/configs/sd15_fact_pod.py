@@ -15,8 +15,8 @@ hour of one CPU core,
 
 says 8.9 of 16.9 GB a chip for 32 photos each, in two rounds of 16; 1.5 GB of all-reduces and 0.5 GB
 of all-gathers a chip, over the trained parameters alone; 0.8 s if all arithmetic ran at peak. Its
-whole answer is `plans/sd15_fact_pod-v5e-16x16-8192.json`, whose memory traffic (4.2 s) is about
-15 % too high: it says itself which of its numbers are stale.
+whole answer is `plans/sd15_fact_pod-v5e-16x16-8192.json`, made before attention was fused and
+gradients were summed once a step: it says itself which of its numbers are stale.
 """
 
 from dataclasses import replace
