@@ -71,11 +71,11 @@ def check(report: dict, config, chips: int) -> None:
     for found in report["collectives"]:
         sent[found["kind"]] += found["bytes"] * found["times"]
         assert found["group"] == chips
-    # Gradients are summed, in one way or the other, with a scalar for the norm of each array and a
-    # few more (losses, FAIR and gates by block). What is gathered are the matrices whose update was
-    # split. No frozen byte.
+    # Gradients are summed, in one way or the other, with two scalars of each array (its norm, and
+    # whether it is finite) and a few more (losses, FAIR and gates by block). What is gathered are
+    # the matrices whose update was split. No frozen byte.
     scalars = sent["all-reduce"] + sent["reduce-scatter"] - trainable
-    assert 0 < scalars < 4 * (len(params) + 100)
+    assert 0 < scalars < 4 * (2 * len(params) + 100)
     assert sent["all-gather"] == matrices
 
 
