@@ -19,8 +19,13 @@ and two folders of records, `data/faces` and, for pictures of people who are not
 `fact-train cache sd15_fact` and options.cache=... they have run once before.
 
 Hardware: one node of 8 GPUs with 80 GB, 32 photos each; on fewer, accumulate=... keeps the batch.
-Expected memory, by `fact-train plan sd15_fact --gpu h100:8` (an estimate, never measured): 27.9 GB
-a GPU. Step time: never measured on a GPU, nor compiled for one.
+Compiled for 8 H100, never run on one, in ten minutes of one CPU core:
+
+    fact-train plan sd15_fact --gpu h100:8 --global-batch 256 --json
+
+says 29.8 of 79 GB a GPU, cuDNN's attention forwards and backwards, 0.154 s of arithmetic at peak and
+0.176 s of memory traffic a step: MFU at most 70 %, 37 % if the two do not overlap. The whole answer
+is `plans/sd15_fact-h100-8-256.json`.
 """
 
 from fact_jax.curriculum import Stage
