@@ -39,6 +39,7 @@ class PeerMonitor:
         self._hosts: list[str] = []
         self._heard: tuple[str, bool] | None = None  # what to say, and is somebody gone?
         self._told, self._leaving = threading.Event(), threading.Event()
+        self._ending = threading.Lock()
 
     def __enter__(self) -> "PeerMonitor":
         if self._count > 1:
@@ -125,6 +126,7 @@ class PeerMonitor:
             self._end(line)
 
     def _end(self, line: str) -> None:
+        self._ending.acquire()  # for good: of the two threads one speaks, and ends the process
         advice = "start all again to go on from the newest checkpoint"
         with contextlib.suppress(OSError):
             os.write(2, f"error: {printable(line)}; {advice}\n".encode())
