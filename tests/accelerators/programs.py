@@ -19,13 +19,13 @@ from fact_jax.mesh import MeshConfig
 from fact_jax.ops import attention as module
 from fact_jax.ops.attention import attention
 from fact_jax.ops.attention_kernels import HiddenKeys
+from fact_jax.plan.targets import Target
 from fact_jax.sharding import BATCH_AXES, make_mesh
 from fact_train.config import load_config
 from fact_train.engine.state import make_optimizer
 from fact_train.engine.step import TrainStep
 from fact_train.overrides import override
 from fact_train.plan.abstract_task import build
-from fact_train.plan.targets import Target
 
 LEVELS = {"large": (4096, 40), "middle": (1024, 80), "small": (576, 160)}
 """Tokens and head width of the UNet's levels; the last at 768 x 768."""

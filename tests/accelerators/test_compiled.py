@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from fact_train.plan.hlo import read_collectives, read_kernels
-from fact_train.plan.targets import gpu_target, tpu_target
+from fact_jax.plan.hlo import read_collectives, read_kernels
+from fact_jax.plan.targets import gpu_target, tpu_target
 from tests.accelerators.programs import LEVELS, as_argument
 
 TARGETS = {"tpu": tpu_target("v5e:2x2"), "cuda": gpu_target("h100", 4)}

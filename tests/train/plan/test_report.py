@@ -6,13 +6,12 @@ import importlib.util
 
 import pytest
 
+from fact_jax.plan.chips import CHIPS
+from fact_jax.plan.compiled_program import read_overflow
+from fact_jax.plan.targets import gpu_target, read_gpu, read_topology, tpu_target
 from fact_jax.utils.errors import UserError
-from fact_train.chips import CHIPS
-from fact_train.cli.plan import read_gpu, read_topology
 from fact_train.config import load_config
-from fact_train.plan.compiled_stats import read_overflow
 from fact_train.plan.report import format_report, make_report, suggestions, verdict
-from fact_train.plan.targets import gpu_target, tpu_target
 
 GB = 1e9
 CONFIG = dataclasses.replace(load_config("mini")[1], batch_size=64, remat="block")

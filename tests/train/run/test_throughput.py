@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from fact_train.chips import CHIPS
+from fact_jax.plan.chips import CHIPS
 from fact_train.overrides import override
 from fact_train.run.loop import run
 from fact_train.run.throughput import ProfilerTrace, ThroughputMeter

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from fact_jax.ops import attention
 from fact_jax.ops.precision import Precision, matmul_precision, storage_dtype
 from fact_jax.ops.remat import CPU_OPTIONS
+from fact_jax.plan.jaxpr_costs import count_flops, trace
 from fact_jax.sharding import (
     BATCH_AXES,
     FSDP_RULES,
@@ -27,7 +28,6 @@ from fact_jax.sharding import (
 )
 from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig
-from fact_train.engine.jaxpr_costs import count_flops, trace
 from fact_train.engine.state import (
     TrainState,
     all_finite,

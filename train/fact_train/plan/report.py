@@ -2,18 +2,36 @@
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypedDict
 
-from fact_train.chips import Chip
+from fact_jax.plan import roofline
+from fact_jax.plan.chips import GB, Chip
+from fact_jax.plan.hlo import COLLECTIVES
+from fact_jax.plan.roofline import Roofline, milliseconds, usable_bytes
 from fact_train.config import TrainConfig
-from fact_train.plan.compilation import CompiledStats
-from fact_train.plan.hlo import COLLECTIVES
 
-TPU_RESERVED = 2**28  # bytes that the compiler leaves alone: it says 15.75 GiB of v5e's 16
-GPU_USABLE = 0.92  # of a GPU's memory, for XLA_PYTHON_CLIENT_MEM_FRACTION
 KINDS = ("frozen", "trainable", "optimizer", "ema", "batch", "temporary")
-GB = 1e9
 Report = dict[str, Any]
+
+
+class CompiledStats(TypedDict):
+    """What is known of one training step.
+
+    ``flops`` and ``model_flops`` are those of all devices, the rest is that of one: ``bytes`` by
+    what holds them; ``usable`` and what follows it as of a
+    ``fact_jax.plan.compiled_program.CompiledProgram``.
+    """
+
+    notes: list[str]
+    parameters: dict[str, int]
+    bytes: dict[str, float]
+    flops: int
+    model_flops: int
+    usable: float | None
+    accessed: int | None
+    kernels: dict[str, int] | None
+    collectives: list[dict[str, Any]] | None
+    seconds: float
 
 
 def make_report(config: TrainConfig, chip: Chip, chips: int, stats: CompiledStats) -> Report:
@@ -42,26 +60,22 @@ def _roofline(config: TrainConfig, chip: Chip, chips: int, stats: CompiledStats)
     """Bounds of a step's time; None where there is no program to read."""
     if stats["accessed"] is None:
         return None
-    arithmetic = stats["flops"] / chips / chip.peak
-    traffic = stats["accessed"] / chip.bandwidth
-    best, worst = max(arithmetic, traffic), arithmetic + traffic
+    found = Roofline(stats["flops"] / chips / chip.peak, stats["accessed"] / chip.bandwidth)
     model = stats["model_flops"] / chips / chip.peak
     return {
-        "arithmetic_seconds": arithmetic,
-        "memory_seconds": traffic,
+        "arithmetic_seconds": found.arithmetic,
+        "memory_seconds": found.memory,
         "memory_bytes": stats["accessed"],
-        "step_seconds": [best, worst],
-        "mfu": [model / best, model / worst],
-        "samples_a_second_a_chip": config.batch_size / chips / best,
-        "bound_by": "arithmetic" if arithmetic >= traffic else "memory",
+        "step_seconds": [found.best, found.worst],
+        "mfu": [model / found.best, model / found.worst],
+        "samples_a_second_a_chip": config.batch_size / chips / found.best,
+        "bound_by": found.bound_by,
     }
 
 
 def _memory(config: TrainConfig, chip: Chip, chips: int, stats: CompiledStats) -> Report:
     parts = {kind: stats["bytes"][kind] for kind in KINDS}
-    on_gpu = chip.kinds[0].startswith("NVIDIA")
-    usable = chip.memory * GPU_USABLE if on_gpu else chip.memory - TPU_RESERVED
-    used, usable = sum(parts.values()), stats["usable"] or usable
+    used, usable = sum(parts.values()), stats["usable"] or usable_bytes(chip)
     fits = used <= usable
     return {
         "parts": parts,
@@ -98,24 +112,15 @@ def suggestions(
 
 
 def _assumptions(chip: Chip) -> list[str]:
-    lines = [
-        f"{chip.name}: {chip.peak / 1e12:.0f} TFLOP/s dense bfloat16, {chip.memory / GB:.1f} GB at "
-        f"{chip.bandwidth / GB:.0f} GB/s ({chip.source})",
+    return [
+        *roofline.assumptions(chip),
         "FLOPs: matrix products, convolutions and attention kernels of the traced step, loops in "
         "full, recomputation included; 'model' is without recomputation",
-        "memory traffic: what every instruction of the compiled program reads and writes, "
-        "loops in full, but for arrays that the compiler keeps on the chip",
         "kernels and collectives: read from the compiled program",
         "step: at best arithmetic at peak and memory traffic at full bandwidth go on at one time, "
         "at worst one after the other; without collectives",
         "MFU: the model's own FLOPs over the step's time and the peak",
     ]
-    if chip.kinds[0].startswith("NVIDIA"):
-        lines.append(
-            f"{GPU_USABLE:.0%} of the memory is taken to be usable "
-            f"(XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_USABLE})"
-        )
-    return lines
 
 
 def format_report(report: Report) -> Iterator[str]:
@@ -127,25 +132,26 @@ def format_report(report: Report) -> Iterator[str]:
     for note in report["notes"]:
         yield f"  note: {note}"
     yield from _memory_lines(report)
-    flops, roofline = report["flops"], report["roofline"]
+    flops, bounds = report["flops"], report["roofline"]
     yield (
         f"arithmetic a chip: {flops['executed'] / 1e12:.4g} TFLOP a step, "
         f"{flops['model'] / 1e12:.4g} of them the model's own"
     )
-    if roofline is None:
+    if bounds is None:
         yield "kernels, collectives and step time: unknown, as the step does not compile"
     else:
         yield "kernels a step" + ("" if report["kernels"] else ": none")
         yield from (f"  {times:4d} x {name}" for name, times in report["kernels"].items())
         yield from _collective_lines(report)
-        best, worst = roofline["step_seconds"]
+        best, worst = map(milliseconds, bounds["step_seconds"])
+        arithmetic = milliseconds(bounds["arithmetic_seconds"])
+        memory = milliseconds(bounds["memory_seconds"])
         yield (
-            f"a step: {_ms(best)} to {_ms(worst)}, bound by {roofline['bound_by']} (arithmetic "
-            f"{_ms(roofline['arithmetic_seconds'])}, memory {_ms(roofline['memory_seconds'])} for "
-            f"{roofline['memory_bytes'] / GB:.4g} GB); at best "
-            f"{roofline['samples_a_second_a_chip']:.3g} samples a second a chip"
+            f"a step: {best} to {worst}, bound by {bounds['bound_by']} (arithmetic {arithmetic}, "
+            f"memory {memory} for {bounds['memory_bytes'] / GB:.4g} GB); at best "
+            f"{bounds['samples_a_second_a_chip']:.3g} samples a second a chip"
         )
-        yield f"MFU: at most {roofline['mfu'][0]:.0%}, {roofline['mfu'][1]:.0%} without overlap"
+        yield f"MFU: at most {bounds['mfu'][0]:.0%}, {bounds['mfu'][1]:.0%} without overlap"
     yield "assumed"
     for line in report["assumptions"]:
         yield f"  {line}"
@@ -182,7 +188,3 @@ def verdict(report: Report) -> str:
     if memory["fits"]:
         return f"fits, with {amount} to spare"
     return f"does not fit: {amount} too much; try {', or '.join(memory['try'])}"
-
-
-def _ms(seconds: float) -> str:
-    return f"{1000 * seconds:.4g} ms"

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from fact_train.chips import chip_of
+from fact_jax.plan.chips import chip_of
 
 T = TypeVar("T")
 

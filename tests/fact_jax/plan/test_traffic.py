@@ -1,7 +1,7 @@
 """Memory traffic of short programs by hand."""
 # ruff: noqa: E501  (the compiler's lines are long)
 
-from fact_train.plan.hbm_traffic import hbm_bytes
+from fact_jax.plan.hbm_traffic import hbm_bytes
 
 ENTRY = """%fused.1 (param.2: f32[8,128], param.3: f32[8,128]) -> f32[8,128] {
   %param.2 = f32[8,128]{1,0} parameter(0)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from fact_jax.ops.attention import attention_plain, attention_tiled
 from fact_jax.ops.attention_kernels import attention_splash
 from fact_jax.ops.convolution import convolve
-from fact_train.engine.jaxpr_costs import count_flops, trace
+from fact_jax.plan.jaxpr_costs import count_flops, trace
 
 
 def shape(*dims, dtype=jnp.float32):

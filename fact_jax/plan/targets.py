@@ -5,12 +5,15 @@ are those of the makers' whitepapers and CUDA's table of compute capabilities.
 """
 
 import dataclasses
+import difflib
 import importlib.util
+import math
 import os
+import re
 from collections.abc import Mapping
 
+from fact_jax.plan.chips import CHIPS, Chip, per_device
 from fact_jax.utils.errors import UserError
-from fact_train.chips import CHIPS
 
 GPUS_A_NODE = 8
 
@@ -125,3 +128,34 @@ def gpu_target(name: str, count: int) -> Target:
 
 def _without(variables: Mapping[str, str], name: str) -> dict[str, str]:
     return {key: value for key, value in variables.items() if key != name}
+
+
+def read_topology(text: str, slices: int = 1) -> tuple[Chip, int, Target]:
+    """``v5e:16x16`` -> the chip and how many; of chips that JAX shows as several, their parts."""
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
+    if match is None:
+        raise UserError(f"--topology {text}: expected a TPU and its shape, as v5e:16x16")
+    if slices < 1:
+        raise UserError(f"--slices {slices}: expected at least 1")
+    chip = _chip(match[1], "TPU")
+    count = math.prod(map(int, match[2].split("x"))) * chip.devices * slices
+    return per_device(chip), count, tpu_target(text, slices)
+
+
+def read_gpu(text: str, usual: int = GPUS_A_NODE) -> tuple[Chip, int, Target]:
+    """``h100:64`` -> the chip, and how many (``usual`` if it does not say)."""
+    match = re.fullmatch(r"(\w+)(?::([1-9]\d*))?", text)
+    if match is None:
+        raise UserError(f"--gpu {text}: expected a GPU and how many, as h100:64")
+    chip, count = _chip(match[1], "NVIDIA"), int(match[2] or usual)
+    return chip, count, gpu_target(chip.name, count)
+
+
+def _chip(name: str, maker: str) -> Chip:
+    known = [chip.name for chip in CHIPS.values() if chip.kinds[0].startswith(maker)]
+    if name.lower() not in known:
+        near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)[0]
+        raise UserError(
+            f"no data on a chip {name!r} (known: {', '.join(known)}); the nearest is {near!r}"
+        )
+    return CHIPS[name.lower()]

@@ -1,7 +1,7 @@
 """Collectives read from short programs in the compiler's own language."""
 # ruff: noqa: E501  (its lines are long)
 
-from fact_train.plan.hlo import Collective, array_bytes, read_collectives, read_kernels, summarize
+from fact_jax.plan.hlo import Collective, array_bytes, read_collectives, read_kernels, summarize
 
 SUMS = """HloModule jit_train_step
 

@@ -11,7 +11,7 @@ import dataclasses
 import re
 
 from fact_jax.ops.attention_kernels import key_tiles, query_tiles
-from fact_train.plan.hlo import ARRAY, array_bytes, computations, runs
+from fact_jax.plan.hlo import ARRAY, array_bytes, computations, runs
 
 _INSTRUCTION = re.compile(
     r"^\s*(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = "

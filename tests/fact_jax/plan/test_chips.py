@@ -2,7 +2,7 @@
 
 import pytest
 
-from fact_train.chips import CHIPS, chip_of
+from fact_jax.plan.chips import CHIPS, chip_of
 
 
 @pytest.mark.parametrize(
