@@ -219,6 +219,7 @@ def test_what_cannot_be_done_is_said_before_anything_is_drawn(base, template):
         redraw(target, how=InpaintParams(strength=0.2))
 
 
+@pytest.mark.heavy
 def test_torch_masked_image_to_image(files, base):
     from fact_infer.photos import prepare_crops
     from fact_infer.request import Photo

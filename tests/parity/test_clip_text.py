@@ -9,6 +9,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests.parity.peers import assert_close, convert, randomize
 
+pytestmark = pytest.mark.heavy
+
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_as_transformers(activation):

@@ -48,6 +48,7 @@ def test_heads_that_nothing_says_are_asked_for(released_checkpoint):
         load_adapter(released_checkpoint)
 
 
+@pytest.mark.heavy
 def test_attached_to_its_base(base, released, golden, unet_config, same_bits):
     unet = attach_adapter(base, released)
     assert unet.config == dataclasses.replace(base.config, face_dim=24)

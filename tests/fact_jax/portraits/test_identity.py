@@ -5,9 +5,12 @@ from itertools import combinations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from fact_jax.portraits import SPLITS, sample_identity
 from fact_jax.portraits.identity import FACIAL_HAIR, HAIR_STYLES
+
+pytestmark = pytest.mark.heavy
 
 
 def test_splits_share_nobody():

@@ -9,6 +9,8 @@ from fact_jax.face import align_batch, prepare_photo
 from fact_jax.portraits import SPLITS, make_batch
 from fact_jax.utils.errors import UserError
 
+pytestmark = pytest.mark.heavy
+
 
 def test_files_hold_the_person_the_points_and_the_head(tmp_path):
     paths = write_portraits("test", 2, 2, tmp_path)

@@ -55,6 +55,7 @@ def drawn(path) -> np.ndarray:
         return np.asarray(picture)
 
 
+@pytest.mark.heavy
 def test_left_out_is_said_and_kept_on_request(checked, tmp_path, capsys):
     base = checked(True)
     assert main(words(base, tmp_path)) == 0

@@ -10,6 +10,8 @@ from fact_train.overrides import override
 from fact_train.run.dry_run import dry_run
 from fact_train.run.loop import run
 
+pytestmark = pytest.mark.heavy
+
 
 def test_it_takes_the_first_step_and_writes_nothing(
     toy_file, toy_config, tmp_path, monkeypatch, capsys

@@ -73,6 +73,7 @@ def test_a_row_begins_where_the_last_one_ended(clock, monkeypatch):
     assert row["speed/data_wait"] == 0
 
 
+@pytest.mark.heavy
 def test_a_run_on_a_known_chip_tells_its_utilisation(toy_config, tmp_path, monkeypatch):
     """Operations by hand: two layers forward, both again for their own kernels, one for inputs."""
     monkeypatch.setattr("fact_train.run.throughput.chip_of", lambda kind: CHIPS["h100"])
