@@ -144,9 +144,10 @@ class TrainStep:
             params = self.task.state_update(params, aux)
         ema = update_ema(config.ema, state.ema, params, state.step)
         moved, kept = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
-        # A norm is finite only if every gradient is. All three run over all devices, so that all
-        # of them decide alike.
-        good = jnp.isfinite(loss) & jnp.isfinite(norm) & all_finite(moved)
+        # The norm is finite only if the square of every gradient is, and with them the moments; the
+        # average lies between its old value and the parameters. Both run over all devices, so that
+        # all of them decide alike.
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & all_finite(params)
         # Else XLA computes it again for each leaf: a program that grows with their square.
         good = jax.lax.optimization_barrier(good)
         params, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(good, a, b), moved, kept)
