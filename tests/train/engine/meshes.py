@@ -38,6 +38,7 @@ VARIANTS = {
     "1x8x1": {"mesh": MeshConfig(fsdp=8)},
     "2x2x2": {"mesh": MeshConfig(fsdp=2, tensor=2)},
     "base split": {"mesh": MeshConfig(fsdp=8, base="fsdp")},
+    "base split 2x2x2": {"mesh": MeshConfig(fsdp=2, tensor=2, base="fsdp")},
     "2x2x2 accumulate": {"mesh": MeshConfig(fsdp=2, tensor=2), "accumulate": 2},
     "accumulate": {"accumulate": 2},
     "remat": {"remat": "block"},

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.heavy
 ROOT = Path(__file__).parents[3]
 # All axes of the mesh and the microbatches at once; those that are slow take them one by one.
 QUICK = ("8x1x1", "2x2x2 accumulate")
-SLOW = ("1x8x1", "2x2x2", "accumulate", "base split", "remat")
+SLOW = ("1x8x1", "2x2x2", "accumulate", "base split", "base split 2x2x2", "remat")
 
 
 def train_in(miniature, names):

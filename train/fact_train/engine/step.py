@@ -197,11 +197,11 @@ class TrainStep:
         """Mesh axes over which the gradient is summed by hand.
 
         None for a task with batch normalisation, whose statistics are those of the whole batch;
-        not ``fsdp`` where it splits the frozen base, which the compiler gathers block by block.
+        none where ``fsdp`` splits the frozen base, which the compiler gathers block by block: it
+        then sums the gradients too, in the precision of the computation.
         """
-        if hasattr(self.task, "state_update"):
-            return ()
-        return BATCH_AXES if self.config.mesh.base == "replicated" else BATCH_AXES[:1]
+        by_compiler = hasattr(self.task, "state_update") or self.config.mesh.base == "fsdp"
+        return () if by_compiler else BATCH_AXES
 
     def _local_gradient(
         self, working: PyTree, frozen: PyTree, batch: Batch, step: jax.Array, keys: jax.Array
@@ -235,8 +235,9 @@ class TrainStep:
     def _split(self, leaf: jax.Array, parts: int) -> jax.Array:
         """(b, ...) to (parts, b / parts, ...), each device keeping the rows that it has."""
         leaf = leaf.reshape(leaf.shape[0] // parts, parts, *leaf.shape[1:]).swapaxes(0, 1)
-        axes = tuple(axis for axis in BATCH_AXES if axis not in self._manual_axes())
-        return jax.lax.with_sharding_constraint(leaf, P(None, axes)) if axes else leaf
+        if self._manual_axes():
+            return leaf
+        return jax.lax.with_sharding_constraint(leaf, P(None, BATCH_AXES))
 
 
 def _device_mean(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
