@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import numpy as np
@@ -29,12 +30,12 @@ def free_address():
         return f"127.0.0.1:{opened.getsockname()[1]}"
 
 
-def start(*arguments, devices=1, cwd=ROOT):
+def start(*arguments, devices=1, cwd=ROOT, **variables):
     flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, *arguments],
         cwd=cwd,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -58,12 +59,39 @@ def exported(out):
     return rows, load_file(weights)
 
 
+def srun(processes, process, port):
+    """What srun tells a task of a step on one host; JAX would make the port of the job's number."""
+    return {
+        "JAX_COORDINATOR_PORT": port,
+        "SLURM_JOB_ID": "1",
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": str(processes),
+        "SLURM_STEP_TASKS_PER_NODE": str(processes),
+        "SLURM_NODEID": "0",
+        "SLURM_PROCID": str(process),
+        "SLURM_LOCALID": str(process),
+    }
+
+
+def mpirun(processes, process, port):
+    """The same of Open MPI 5, which names the host and process number of mpirun."""
+    return {
+        "JAX_COORDINATOR_PORT": port,
+        "PMIX_NAMESPACE": f"prterun-{socket.gethostname()}-12345@1",
+        "OMPI_COMM_WORLD_SIZE": str(processes),
+        "OMPI_COMM_WORLD_RANK": str(process),
+        "OMPI_COMM_WORLD_LOCAL_SIZE": str(processes),
+        "OMPI_COMM_WORLD_LOCAL_RANK": str(process),
+    }
+
+
 def train(out, processes, experiment, *settings, devices=1):
     """Train by the program itself on so many processes: the errors of each, and the above."""
     command = ["-m", "fact_train", "run", str(experiment), "--out", str(out), *settings]
-    place = ["--coordinator", free_address(), "--processes", str(processes), "--process"]
-    together = [[*place, str(i)] for i in range(processes)] if processes > 1 else [[]]
-    ends = finish([start(*command, *more, devices=devices) for more in together])
+    command += ["--coordinator", "auto"]
+    port = free_address().rpartition(":")[2]
+    variables = [srun(processes, process, port) for process in range(processes)]
+    ends = finish([start(*command, devices=devices, **more) for more in variables])
     assert [status for status, _, _ in ends] == [0] * processes, ends
     return [errors for _, _, errors in ends], *exported(out)
 
@@ -172,6 +200,43 @@ def test_what_one_process_lacks_is_told_by_all(tmp_path):
         assert lines[3].startswith(f"process 1 ({host}, ")
         assert "of 2 has another frozen base than process 0" in lines[3]
     assert [path.name for path in (tmp_path / "shared").rglob("*")] == ["run"]
+
+
+WHO = """
+import jax
+from fact_train.multihost.processes import initialize
+from fact_train.multihost.collectives import process_gather
+initialize("auto", None, None)
+print(*process_gather(f"{jax.process_index()} of {jax.process_count()}"), sep=", ")
+"""
+
+
+def test_processes_of_mpirun_find_each_other():
+    """And one that nobody started is alone."""
+    port = free_address().rpartition(":")[2]
+    variables = [mpirun(2, process, port) for process in (0, 1)]
+    ends = finish([start("-c", WHO, **more) for more in [*variables, {}]])
+    said = [output.splitlines()[-1:] for _, output, _ in ends]
+    assert said == [["0 of 2, 1 of 2"], ["0 of 2, 1 of 2"], ["0 of 1"]], ends
+    assert "one process trains with all devices of this host" in ends[2][2]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"SLURM_NTASKS": "4"}, "job has 4 tasks, but srun did not start this one"),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "pip install 'jax"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "do not fit together .*OMPI_COMM_WORLD_RANK"),
+    ],
+)
+def test_a_start_that_was_meant_to_be_of_several(variables, message, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    # As JAX does where it finds nothing; here it has been used already.
+    nothing = ValueError("coordinator_address should be defined.")
+    monkeypatch.setattr("jax.distributed.initialize", unittest.mock.Mock(side_effect=nothing))
+    with pytest.raises(UserError, match=message):
+        initialize("auto", None, None)
 
 
 def test_waiting_in_vain_ends_in_one_line():

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     several.add_argument(
         "--coordinator",
         metavar="HOST:PORT",
-        help="where process 0 listens; or auto, on a TPU pod or in a SLURM or Kubernetes job",
+        help="where process 0 listens; or auto: as SLURM, Open MPI, Kubernetes or a TPU pod say",
     )
     several.add_argument("--processes", type=int, metavar="N", help="how many there are")
     several.add_argument("--process", type=int, metavar="I", help="which this is, from 0")

@@ -11,12 +11,14 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from fact_jax.utils.errors import UserError, describe_os_error, first_line
 from fact_train.config import TrainConfig
 from fact_train.multihost.collectives import process_gather, raise_on_all_processes
+from fact_train.multihost.launchers import Launch, find_launch, local_devices
 from fact_train.overrides import to_json
 
 ARRIVAL_SECONDS = 300
@@ -35,34 +37,44 @@ def initialize(
 ) -> None:
     """Join the other processes of the run. Must come before anything touches a device.
 
-    ``coordinator`` is the ``host:port`` on which process 0 listens; or ``auto``, and TPU metadata,
-    SLURM, Kubernetes or Open MPI say who takes part; or None for a process alone. UserError if the
-    three do not fit together. The program ends with status 2 if not all processes arrive in time.
+    ``coordinator`` is the ``host:port`` on which process 0 listens (how many there are and which
+    this is may then come from srun or mpirun); or ``auto``, and SLURM, Open MPI, Kubernetes or TPU
+    metadata say it all, or nothing does and the process is alone with all devices of its host, as
+    it is with None. UserError if the three do not fit together. The program ends with status 2 if
+    not all processes arrive in time.
     """
     if coordinator is None:
         if processes is not None or process is not None:
             raise UserError("--processes and --process need --coordinator host:port")
         return
-    settings: dict[str, int | str | None] = {
+    launch = _launched(coordinator, processes, process)
+    settings: dict[str, Any] = {
         "initialization_timeout": 10 * arrival_seconds,
         "shutdown_timeout_seconds": LEAVING_SECONDS,
     }
-    if coordinator == "auto":
-        if processes is not None or process is not None:
-            raise UserError("--coordinator auto finds --processes and --process by itself")
-    else:
+    address = coordinator
+    if launch is not None:
+        if launch.processes == 1:
+            return
+        processes, process = launch.processes, launch.process
+        settings["local_device_ids"] = local_devices(launch, os.environ)
+        address = (launch.coordinator or "auto") if coordinator == "auto" else coordinator
+    settings |= {"num_processes": processes, "process_id": process}
+    if address != "auto":
+        settings |= {"coordinator_address": address, "cluster_detection_method": "deactivate"}
+    if coordinator != "auto":
         global _host
         _check(coordinator, processes, process)
         _host = coordinator.rpartition(":")[0].strip("[]")
-        settings |= {"num_processes": processes, "process_id": process}
-        settings |= {"coordinator_address": coordinator, "cluster_detection_method": "deactivate"}
     # JAX itself ends the program with a stack trace of its own if others do not come.
-    late = threading.Timer(arrival_seconds, _give_up, (coordinator, processes, process))
+    late = threading.Timer(arrival_seconds, _give_up, (address, processes, process))
     late.daemon = True
     late.start()
     try:
         jax.distributed.initialize(**settings)
-    except (RuntimeError, ValueError, OSError) as error:
+    except Exception as error:  # of any type: metadata servers and Kubernetes' client are asked
+        if launch is None and str(error).startswith("coordinator_address should be defined"):
+            return _say_alone()
         raise UserError(
             f"--coordinator {coordinator}: {first_line(error, 200)}; auto is for TPU pods, SLURM, "
             "Kubernetes and Open MPI, elsewhere give --coordinator host:port --processes N "
@@ -72,10 +84,42 @@ def initialize(
         late.cancel()
 
 
-def _give_up(coordinator: str, processes: int | None, process: int | None) -> None:
+def _launched(coordinator: str, processes: int | None, process: int | None) -> Launch | None:
+    """What srun or mpirun say, where the command line leaves it to them."""
+    if processes is not None or process is not None:
+        if coordinator == "auto":
+            raise UserError("--coordinator auto finds --processes and --process by itself")
+        return None
+    try:
+        return find_launch(os.environ)
+    except (KeyError, ValueError, IndexError) as error:
+        raise UserError(
+            f"--coordinator {coordinator}: SLURM's or Open MPI's variables do not fit together "
+            f"({first_line(error)}): give --processes N and --process I"
+        ) from error
+
+
+def _say_alone() -> None:
+    """Nobody started other processes; UserError where it looks as if somebody meant to."""
+    if "KUBERNETES_SERVICE_HOST" in os.environ:
+        raise UserError("--coordinator auto asks Kubernetes by its client: pip install 'jax[k8s]'")
+    if int(os.environ.get("SLURM_NTASKS", 1)) > 1:
+        raise UserError(
+            f"--coordinator auto: this SLURM job has {os.environ['SLURM_NTASKS']} tasks, but srun "
+            "did not start this one: srun fact-train run ..."
+        )
+    print(
+        "--coordinator auto: no SLURM, Open MPI, Kubernetes or TPU pod here, one process trains "
+        "with all devices of this host",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def _give_up(address: str, processes: int | None, process: int | None) -> None:
     who = "the processes" if process is None else f"process {process}: its {processes} processes"
     print(
-        f"error: {who} did not all meet at {coordinator}; start them all within a few minutes, "
+        f"error: {who} did not all meet at {address}; start them all within a few minutes, "
         "numbered from 0, with the same --coordinator and --processes",
         file=sys.stderr,
         flush=True,
