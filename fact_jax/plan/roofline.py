@@ -11,25 +11,26 @@ GPU_USABLE = 0.92  # of a GPU's memory, for XLA_PYTHON_CLIENT_MEM_FRACTION
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of arithmetic at a chip's peak, and of memory traffic at its full bandwidth.
+    """Seconds of arithmetic at a chip's peak, and of memory traffic and collectives at full speed.
 
-    At best both go on at one time, at worst one after the other.
+    At best all go on at one time, at worst one after the other.
     """
 
     arithmetic: float
     memory: float
+    collectives: float = 0.0
 
     @property
     def best(self) -> float:
-        return max(self.arithmetic, self.memory)
+        return max(self.arithmetic, self.memory, self.collectives)
 
     @property
     def worst(self) -> float:
-        return self.arithmetic + self.memory
+        return self.arithmetic + self.memory + self.collectives
 
     @property
     def bound_by(self) -> str:
-        return "arithmetic" if self.arithmetic >= self.memory else "memory"
+        return max(("arithmetic", "memory", "collectives"), key=lambda part: getattr(self, part))
 
 
 def usable_bytes(chip: Chip) -> float:

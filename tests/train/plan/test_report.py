@@ -42,8 +42,11 @@ def test_numbers_of_one_chip():
     roofline = report["roofline"]
     assert roofline["arithmetic_seconds"] == pytest.approx(16 / 197)
     assert roofline["memory_seconds"] == pytest.approx(10 / 819)
-    assert roofline["step_seconds"] == pytest.approx([16 / 197, 16 / 197 + 10 / 819])
-    assert roofline["mfu"] == pytest.approx([12 / 16, 12 / 197 / (16 / 197 + 10 / 819)])
+    # Scattered and gathered, three quarters of a GB each time, at 200 GB/s.
+    assert roofline["collective_seconds"] == pytest.approx(1.5 / 200)
+    worst = 16 / 197 + 10 / 819 + 1.5 / 200
+    assert roofline["step_seconds"] == pytest.approx([16 / 197, worst])
+    assert roofline["mfu"] == pytest.approx([12 / 16, 12 / 197 / worst])
     assert roofline["bound_by"] == "arithmetic"
     assert roofline["samples_a_second_a_chip"] == pytest.approx(16 / (16 / 197))
 
@@ -59,8 +62,9 @@ def test_it_fits():
         "optimizer",
         "   3 x flash",
         "all-reduce",
-        "a step: 81.22 ms to 93.43 ms, bound by arithmetic",
-        "MFU: at most 75%, 65% without overlap",
+        "a step: 81.22 ms to 100.9 ms, bound by arithmetic",
+        "collectives 7.5 ms",
+        "MFU: at most 75%, 60% without overlap",
         "v5e: 197",
     ):
         assert part in text

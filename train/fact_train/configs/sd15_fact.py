@@ -23,9 +23,9 @@ Compiled for 8 H100, never run on one, in ten minutes of one CPU core:
 
     fact-train plan sd15_fact --gpu h100:8 --global-batch 256 --json
 
-says 29.8 of 79 GB a GPU, cuDNN's attention forwards and backwards, 0.154 s of arithmetic at peak
-and 0.176 s of memory traffic a step: MFU at most 70 %, 37 % if the two do not overlap. The whole
-answer is `plans/sd15_fact-h100-8-256.json`.
+says 29.8 of 79 GB a GPU, cuDNN's attention forwards and backwards, 0.154 s of arithmetic at peak,
+0.176 s of memory traffic and 0.006 s of collectives a step: MFU at most 70 %, 37 % if none of them
+overlap. The whole answer is `plans/sd15_fact-h100-8-256.json`.
 """
 
 from fact_jax.curriculum import Stage

@@ -7,7 +7,9 @@ from typing import Any, TypedDict
 from fact_jax.plan import roofline
 from fact_jax.plan.chips import GB, Chip
 from fact_jax.plan.hlo import COLLECTIVES
+from fact_jax.plan.links import LINKS, collective_seconds
 from fact_jax.plan.roofline import Roofline, milliseconds, usable_bytes
+from fact_jax.plan.targets import GPUS_A_NODE
 from fact_train.config import TrainConfig
 
 KINDS = ("frozen", "trainable", "optimizer", "ema", "batch", "temporary")
@@ -60,12 +62,20 @@ def _roofline(config: TrainConfig, chip: Chip, chips: int, stats: CompiledStats)
     """Bounds of a step's time; None where there is no program to read."""
     if stats["accessed"] is None:
         return None
-    found = Roofline(stats["flops"] / chips / chip.peak, stats["accessed"] / chip.bandwidth)
+    links, near = LINKS.get(chip.name), chips // config.mesh.slices
+    if chip.kinds[0].startswith("NVIDIA"):
+        near = min(near, GPUS_A_NODE)
+    found = Roofline(
+        stats["flops"] / chips / chip.peak,
+        stats["accessed"] / chip.bandwidth,
+        collective_seconds(stats["collectives"], links, chips, near) if links else 0.0,
+    )
     model = stats["model_flops"] / chips / chip.peak
     return {
         "arithmetic_seconds": found.arithmetic,
         "memory_seconds": found.memory,
         "memory_bytes": stats["accessed"],
+        "collective_seconds": found.collectives,
         "step_seconds": [found.best, found.worst],
         "mfu": [model / found.best, model / found.worst],
         "samples_a_second_a_chip": config.batch_size / chips / found.best,
@@ -117,10 +127,21 @@ def _assumptions(chip: Chip) -> list[str]:
         "FLOPs: matrix products, convolutions and attention kernels of the traced step, loops in "
         "full, recomputation included; 'model' is without recomputation",
         "kernels and collectives: read from the compiled program",
-        "step: at best arithmetic at peak and memory traffic at full bandwidth go on at one time, "
-        "at worst one after the other; without collectives",
+        "step: at best arithmetic at peak, memory traffic and collectives at full bandwidth go on "
+        "at one time, at worst one after the other",
+        _link_line(chip),
         "MFU: the model's own FLOPs over the step's time and the peak",
     ]
+
+
+def _link_line(chip: Chip) -> str:
+    links = LINKS.get(chip.name)
+    if links is None:
+        return f"collectives take no time: the links between chips of {chip.name} are not known"
+    return (
+        f"links: {links.inside / GB:.4g} GB/s out of a chip within a slice or node, "
+        f"{links.outside / GB:.4g} GB/s between them"
+    )
 
 
 def format_report(report: Report) -> Iterator[str]:
@@ -146,10 +167,11 @@ def format_report(report: Report) -> Iterator[str]:
         best, worst = map(milliseconds, bounds["step_seconds"])
         arithmetic = milliseconds(bounds["arithmetic_seconds"])
         memory = milliseconds(bounds["memory_seconds"])
+        together = milliseconds(bounds["collective_seconds"])
         yield (
             f"a step: {best} to {worst}, bound by {bounds['bound_by']} (arithmetic {arithmetic}, "
-            f"memory {memory} for {bounds['memory_bytes'] / GB:.4g} GB); at best "
-            f"{bounds['samples_a_second_a_chip']:.3g} samples a second a chip"
+            f"memory {memory} for {bounds['memory_bytes'] / GB:.4g} GB, collectives {together}); "
+            f"at best {bounds['samples_a_second_a_chip']:.3g} samples a second a chip"
         )
         yield f"MFU: at most {bounds['mfu'][0]:.0%}, {bounds['mfu'][1]:.0%} without overlap"
     yield "assumed"
