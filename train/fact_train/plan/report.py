@@ -68,7 +68,7 @@ def _roofline(config: TrainConfig, chip: Chip, chips: int, stats: CompiledStats)
     found = Roofline(
         stats["flops"] / chips / chip.peak,
         stats["accessed"] / chip.bandwidth,
-        collective_seconds(stats["collectives"], links, chips, near) if links else 0.0,
+        collective_seconds(stats["collectives"] or (), links, chips, near) if links else 0.0,
     )
     model = stats["model_flops"] / chips / chip.peak
     return {
