@@ -1,9 +1,8 @@
-"""Generates docs/weights.md from the rule tables: ``python -m fact_convert.docs``."""
+"""docs/weights.md from the rule tables: ``python -m fact_convert.docs > docs/weights.md``."""
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 
 from fact_convert.rules.key_tables import TABLES, Table
 from fact_convert.rules.layer_transforms import LayerTransform
@@ -17,13 +16,11 @@ from fact_convert.rules.ldm import (
     VAE_ENDS,
     VAE_RESNET,
 )
-from fact_jax.utils.files import atomic_write
 
-PAGE = Path(__file__).parents[2] / "docs" / "weights.md"
 _PLACE = re.compile(
     r"((encoder|decoder)\.)?((down|up)_blocks\.\{i\}|mid_block)\.|(encoder|decoder)\."
 )
-_COMMAND = "python -m fact_convert.docs"
+_COMMAND = "python -m fact_convert.docs > docs/weights.md"
 _MODELS = {
     "adapter": "The trained part of FACT in the UNet, as files hold it beside the resampler.",
     "unet": "The UNet of a base, with its adapter if it has one.",
@@ -157,11 +154,5 @@ def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def main() -> None:
-    """Write the page."""
-    with atomic_write(PAGE) as temporary:
-        temporary.write_text(page(), encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    print(page(), end="")
