@@ -9,6 +9,9 @@ Random weights, gates open. Three sides in PyTorch, on one UNet of diffusers, ta
 without a face; `ours`; `released`, the same adapter as the released code computes it, with all
 queries and the attention matrix written out. And `jax`, ours in JAX, in a process of its own.
 A time is the best of all runs; the ratios are what it is about.
+
+Whole pictures are those of PNDM with guidance. JAX draws them by the program's own pipeline, from
+prompts and crops of faces; PyTorch's start from the text's and the faces' tokens.
 """
 
 import argparse
@@ -66,7 +69,9 @@ def main() -> int:
 
         print(json.dumps(measure(_size(arguments), arguments)))
     elif arguments.pictures:
-        _report_pictures(_run("torch"))
+        libraries = ("torch",) if arguments.no_jax else ("torch", "jax")
+        for library in libraries:
+            _report_pictures(_run(library))
     else:
         found = _run("torch")
         if not arguments.no_jax:
@@ -108,11 +113,16 @@ def _ratio(values: dict[str, float], one: str, other: str) -> float:
 
 
 def _report_pictures(found: dict) -> None:
-    print(found.pop("device"))
-    for name, row in found.items():
+    print(found["device"])
+    for row in found["pictures"]:
+        case = f"{row['side']}, {row['batch']} at a time"
+        if "failed" in row:
+            print(f"{case}: {row['failed']}")
+            continue
         print(
-            f"{name}: {row['seconds']:.3f} s a picture, peak {row['bytes'] / 2**30:.2f} GiB on the "
-            f"device, {row['host_bytes'] / 2**30:.2f} GiB in the process (weights "
+            f"{case}: {min(row['seconds']):.3f} s a picture, peak "
+            f"{(row['device_bytes'] or 0) / 2**30:.2f} GiB on the device, "
+            f"{row['host_bytes'] / 2**30:.2f} GiB in the process (weights "
             f"{row['weights'] / 2**30:.2f})"
         )
 

@@ -1,15 +1,32 @@
-"""The JAX side: a call of our UNet with a face, compiled."""
+"""The JAX side: a compiled call of our UNet with a face; or pictures, by the program's pipeline."""
 
+import argparse
 import dataclasses
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from benchmarks.memory import peak
+from benchmarks.random_weights import random_model
+from benchmarks.step_ours import device_bytes
+from fact_convert import Tokenizer
 from fact_convert.io.json_io import read_json
-from fact_jax.models.unet import UNet, UNetConfig
+from fact_infer.jax.pipeline import FlaxPipeline
+from fact_infer.parts import BaseModel, FaceModels, Parts
+from fact_infer.request import GenerationParams
+from fact_jax.diffusion.noise_schedules import NoiseSchedule
+from fact_jax.fact import Guidance
+from fact_jax.models.clip_text import CLIPTextConfig
+from fact_jax.models.resampler import ResamplerConfig
+from fact_jax.models.transface import TransFaceConfig
+from fact_jax.models.unet import UNetConfig
+from fact_jax.models.vae import VAEConfig
+from fact_jax.portraits.vocabulary import caption_vocabulary
+from fact_jax.utils.errors import first_line
 
 
 def unet_config(name: str) -> UNetConfig:
@@ -19,15 +36,15 @@ def unet_config(name: str) -> UNetConfig:
     return UNetConfig.sd15()
 
 
-def measure(size, arguments) -> dict:
-    """Seconds of each timed call."""
+def measure(size, arguments: argparse.Namespace) -> dict:
+    """Seconds of each timed call; or of pictures."""
+    if arguments.pictures:
+        return _pictures(size, arguments)
     dtype = jnp.dtype(arguments.dtype)
     config = dataclasses.replace(unet_config(size.unet), face_dim=size.face_dim)
-    graph, abstract = nnx.split(nnx.eval_shape(lambda: UNet(config, rngs=nnx.Rngs(0))))
+    graph, state = random_model("unet", config, arguments.dtype)
+    state = jax.tree.map(jnp.asarray, state)
     rng = np.random.default_rng(0)
-    state = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _weight(path, leaf.shape, rng, dtype), nnx.as_pure(abstract)
-    )
 
     def draw(*shape: int) -> jax.Array:
         return jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
@@ -50,10 +67,89 @@ def measure(size, arguments) -> dict:
     return {"jax": times}
 
 
-def _weight(path, shape: tuple[int, ...], rng: np.random.Generator, dtype) -> jax.Array:
-    name = str(getattr(path[-1], "key", path[-1]))
-    if name == "kernel":
-        array = rng.standard_normal(shape, np.float32) / np.sqrt(np.prod(shape[:-1]))
+def _pictures(size, arguments: argparse.Namespace) -> dict:
+    """Seconds a picture and peak memory, without a face and with one, of each batch."""
+    pipeline = random_pipeline(size, arguments.dtype)
+    side = pipeline.face.encoder_config.img_size
+    crops = np.random.default_rng(0).integers(0, 256, (1, 1, side, side, 3), np.uint8)
+    params = GenerationParams(sampler="pndm", steps=arguments.steps, guidance=Guidance(text=5.0))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(pipeline._states))
+    devices, rows = jax.devices(), []
+    for batch in arguments.pictures:
+        for name, faces in (("plain", None), ("face", crops)):
+            row = {"side": name, "batch": batch}
+            rows.append(row)
+            try:
+                seconds = [
+                    _seconds(pipeline, batch, faces, params) for _ in range(arguments.runs + 1)
+                ]
+            except jax.errors.JaxRuntimeError as error:
+                row["failed"] = first_line(error)
+                continue
+            row |= {"first_seconds": seconds[0], "seconds": [s / batch for s in seconds[1:]]}
+            row |= {"device_bytes": device_bytes(), "host_bytes": peak(), "weights": weights}
+    name = f"{len(devices)} x {devices[0].device_kind}, jax {jax.__version__}, {arguments.dtype}"
+    return {"device": name, "pictures": rows}
+
+
+def _seconds(pipeline: FlaxPipeline, batch: int, faces, params: GenerationParams) -> float:
+    start = time.perf_counter()
+    pipeline.generate(["a portrait"] * batch, range(batch), faces, params)
+    return time.perf_counter() - start
+
+
+def random_pipeline(size, dtype: str) -> FlaxPipeline:
+    """The program's pipeline with an adapter, on random weights."""
+    kind, (vocab, merges) = "mini" if size.unet == "mini" else "sd15", caption_vocabulary()
+    configs = model_configs(kind)
+    unet = dataclasses.replace(configs["unet"], sample_size=size.cells)
+    encoder, resampler = configs["transface"], configs["resampler"]
+    parts = Parts(
+        base=BaseModel(
+            name=kind,
+            folder=Path(),
+            unet=unet,
+            vae=configs["vae"],
+            schedule=NoiseSchedule.sd15(),
+            tokenizer=Tokenizer(
+                vocab=vocab,
+                merges=merges,
+                model_max_length=configs["clip_text"].max_position_embeddings,
+            ),
+        ),
+        face=FaceModels(
+            adapter=Path(),
+            adapter_state={},
+            metadata={},
+            resampler_config=resampler,
+            encoder=Path(),
+            encoder_state={},
+            encoder_config=encoder,
+        ),
+    )
+    kinds = {"text_encoder": "clip_text", "encoder": "transface"}
+    models = {}
+    for name in ("unet", "vae", "text_encoder", "resampler", "encoder"):
+        kind, half = kinds.get(name, name), name in ("unet", "text_encoder")
+        config = unet if name == "unet" else configs[kind]
+        graph, state = random_model(kind, config, dtype if half else "float32")
+        models[name] = nnx.merge(graph, jax.tree.map(jnp.asarray, state))
+    return FlaxPipeline(parts, models, dtype)
+
+
+def model_configs(size: str) -> dict:
+    """The configuration of every kind of model, of SD 1.5's size or the miniature's."""
+    if size == "mini":
+        resampler, unet = ResamplerConfig.mini(), UNetConfig.mini()
+        text, vae = CLIPTextConfig.mini(len(caption_vocabulary()[0])), VAEConfig.mini()
+        encoder = TransFaceConfig.mini()
     else:
-        array = np.full(shape, {"scale": 1.0, "bias": 0.0}.get(name, 0.5), np.float32)
-    return jnp.asarray(array, dtype)
+        resampler, unet = ResamplerConfig.sd15(), UNetConfig.sd15()
+        text, vae, encoder = CLIPTextConfig.sd15(), VAEConfig.sd15(), TransFaceConfig.vit_s()
+    return {
+        "unet": dataclasses.replace(unet, face_dim=resampler.output_dim),
+        "vae": vae,
+        "clip_text": text,
+        "transface": encoder,
+        "resampler": resampler,
+    }

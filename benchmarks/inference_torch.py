@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import diffusers
 import torch
@@ -12,11 +11,14 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from benchmarks.inference_jax import unet_config
+from benchmarks.memory import peak
+from fact_infer.jax_config import pin_jax_to_cpu
 from fact_infer.torch.attention_processors import FaceContext, FaceProcessor, installed, text_blocks
 from fact_infer.torch.guidance_hooks import GuidanceHooks
 from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.fact import Guidance
 from fact_jax.models.vae import VAEConfig
+from fact_jax.utils.errors import first_line
 
 _UNCOUNTED = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (
@@ -50,6 +52,7 @@ class AsReleased(FaceProcessor):
 @torch.no_grad()
 def measure(size, arguments) -> dict:
     """Seconds of each timed call of every side; or of pictures."""
+    pin_jax_to_cpu()
     torch.manual_seed(0)
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
@@ -69,7 +72,7 @@ def measure(size, arguments) -> dict:
     )
     with torch.autocast("cpu", getattr(torch, arguments.dtype), enabled=autocast):
         if arguments.pictures:
-            return {"device": name} | _pictures(unet, adapters, size, arguments)
+            return {"device": name, "pictures": _pictures(unet, adapters, size, arguments)}
         return {"device": name} | _calls(unet, adapters, size, arguments)
 
 
@@ -157,8 +160,8 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def _pictures(unet, adapters, size, arguments) -> dict:
-    """Seconds a picture and peak memory, without a face and with one, of each batch."""
+def _pictures(unet, adapters, size, arguments) -> list[dict]:
+    """Seconds a picture and peak memory of every side, of each batch."""
     device, dtype = unet.device, unet.dtype
     vae = VAEConfig.mini() if size.unet == "mini" else VAEConfig.sd15()
     parts = {k: v for k, v in vae.to_dict().items() if not k.startswith("_")}
@@ -178,10 +181,11 @@ def _pictures(unet, adapters, size, arguments) -> dict:
         pipe.vae.decode = torch.compile(pipe.vae.decode)
     words = (size.words, unet.config.cross_attention_dim)
     factor = 2 ** (len(vae.block_out_channels) - 1)
-    found = {}
+    rows = []
     for batch in arguments.pictures:
         text = torch.randn(batch, *words, device=device, dtype=dtype)
         negative = torch.randn(1, *words, device=device, dtype=dtype).expand_as(text)
+        null, face = torch.randn(2, batch, size.face_tokens, size.face_dim, device=device)
 
         def draw(text=text, negative=negative):
             pipe(
@@ -194,12 +198,19 @@ def _pictures(unet, adapters, size, arguments) -> dict:
                 output_type="np",
             )
 
-        found[f"plain, {batch} at a time"] = _best(draw, batch, arguments.runs, pipe)
-        with _adapted(unet, adapters, FaceProcessor) as context:
-            null, face = torch.randn(2, batch, size.face_tokens, size.face_dim, device=device)
-            with GuidanceHooks(pipe, context, Guidance(text=5.0)).active(face, null):
-                found[f"face, {batch} at a time"] = _best(draw, batch, arguments.runs, pipe)
-    return found
+        for side, kind in (("plain", None), ("face", FaceProcessor), ("released", AsReleased)):
+            row = {"side": side, "batch": batch}
+            rows.append(row)
+            with contextlib.ExitStack() as stack:
+                if kind is not None:
+                    context = stack.enter_context(_adapted(unet, adapters, kind))
+                    hooks = GuidanceHooks(pipe, context, Guidance(text=5.0))
+                    stack.enter_context(hooks.active(face, null))
+                try:
+                    row |= _timed(draw, batch, arguments.runs, pipe)
+                except RuntimeError as error:  # out of memory, or no compiler for the compiler
+                    row["failed"] = first_line(error)
+    return rows
 
 
 def _schedule() -> dict:
@@ -207,19 +218,18 @@ def _schedule() -> dict:
     return {k: v for k, v in schedule.items() if not k.startswith("_")}
 
 
-def _best(draw: Callable[[], None], batch: int, runs: int, pipe) -> dict:
+def _timed(draw: Callable[[], None], batch: int, runs: int, pipe) -> dict:
     device = pipe.unet.device
-    draw()
+    first = _seconds(draw, device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    seconds = min(_seconds(draw, device) for _ in range(runs))
+    seconds = [_seconds(draw, device) / batch for _ in range(runs)]
     modules = (pipe.unet, pipe.vae)
     held = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
-    rows = Path("/proc/self/status").read_text().splitlines()
-    host = next(int(row.split()[1]) for row in rows if row.startswith("VmHWM"))
     return {
-        "seconds": seconds / batch,
-        "bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
-        "host_bytes": host * 1024,
+        "first_seconds": first,
+        "seconds": seconds,
+        "device_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else None,
+        "host_bytes": peak(),
         "weights": held,
     }

@@ -1,9 +1,12 @@
-"""Models with random weights in the real formats, never in memory as a whole."""
+"""Models with random weights: in memory, or as files in the real formats."""
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
+from flax import nnx
 
 from fact_convert.io.json_io import write_json
 from fact_convert.io.lazy_tensor import LazyTensor
@@ -23,6 +26,32 @@ from fact_jax.models.unet import UNetConfig
 from fact_jax.models.vae import VAEConfig
 
 _MINIATURE = Path("miniature/base")
+
+
+def random_model(kind: str, config, dtype: str = "float32") -> tuple[nnx.GraphDef, Any]:
+    """What ``nnx.merge`` makes a model of; the parameters are numpy arrays of ``dtype``."""
+    graph, flat = abstract_state(kind, config)
+    paths = (tuple(int(key) if key.isdigit() else key for key in path.split(".")) for path in flat)
+    abstract = nnx.from_flat_state(zip(paths, flat.values(), strict=True))
+    tree = random_tree(nnx.as_pure(abstract), np.random.default_rng(0))
+    return graph, jax.tree.map(lambda array: array.astype(dtype), tree)
+
+
+def random_tree(tree: Any, rng: np.random.Generator) -> Any:
+    """Arrays of these shapes and dtypes, of unit gain: no number grows or dies on its way."""
+
+    def one(path, leaf) -> np.ndarray:
+        name = jax.tree_util.keystr(path, simple=True, separator="/").rpartition("/")[2]
+        if name in ("kernel", "embedding", "latents", "pos_embed"):
+            fan = np.prod(leaf.shape[:-1]) if name == "kernel" else leaf.shape[-1]
+            array = rng.standard_normal(leaf.shape, np.float32)
+            array /= np.sqrt(fan, dtype=np.float32)
+        else:
+            value = 0.5 if name.startswith("alpha") else name in ("scale", "var")
+            array = np.full(leaf.shape, value, np.float32)
+        return array.astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(one, tree)
 
 
 def random_state(kind: str, config, dtype: str = "float32") -> dict[str, LazyTensor]:

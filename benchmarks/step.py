@@ -1,11 +1,12 @@
-"""One training step on the CPU: ours against the same step written plainly in PyTorch.
+"""One training step: ours against the same step written plainly in PyTorch.
 
 Both train the same adapters and resampler, with random weights, on a frozen UNet: text encoder on
-the captions, denoising error plus FAIR, gradient clipping, AdamW, float32. PyTorch's has diffusers'
-UNet and fused attention. Each runs in a process of its own, one after the other.
+the captions, denoising error plus FAIR, gradient clipping, AdamW. PyTorch's has diffusers' UNet,
+fused attention and autocast. Each runs in a process of its own, on a GPU or TPU if it finds one.
 
     python -m benchmarks.step                  (Stable Diffusion 1.5's size, 256 x 256: 12 GB)
     python -m benchmarks.step --size mini      (seconds)
+    python -m benchmarks.step --cells 64 --batch 16 --precision bfloat16 --compile    (a GPU)
 """
 
 import argparse
@@ -19,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from fact_jax.utils.errors import UserError
 
@@ -42,10 +44,27 @@ SIZES = {
 }
 
 
+class Side(NamedTuple):
+    """A step that returns its loss, and what is known of it.
+
+    ``trainable`` numbers; peak bytes on the device (None on a CPU); FLOPs of a step without
+    recomputation, and those that the device can do in a second, where they are known.
+    """
+
+    step: Callable[[], float]
+    trainable: int
+    device_bytes: Callable[[], int | None]
+    model_flops: int | None = None
+    peak: float | None = None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", choices=SIZES, default="sd15")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--cells", type=int, help="side of the latents (default: the size's own)")
+    parser.add_argument("--precision", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--compile", action="store_true", help="torch.compile PyTorch's side")
     parser.add_argument("--steps", type=int, default=3, help="timed ones, after one that is not")
     parser.add_argument("--remat", choices=("none", "dots", "block"), default="none")
     parser.add_argument("--side", choices=SIDES, help="this one alone, in this process, as JSON")
@@ -86,23 +105,27 @@ def line(found: dict) -> str:
 def measure(arguments: argparse.Namespace) -> dict:
     """Times and peaks of one side, in this process."""
     size = SIZES[arguments.size]
+    size = dataclasses.replace(size, cells=arguments.cells or size.cells)
     if arguments.side == "ours":
         from benchmarks.step_ours import make
     else:
         from benchmarks.step_pytorch import make
 
-    step, trainable = make(size, arguments.batch, arguments.remat)
-    first, loss = _timed(step)
+    side = make(size, arguments)
+    first, loss = _timed(side.step)
     before = _peak()
     _forget_peak()
-    runs = [_timed(step) for _ in range(arguments.steps)]
+    runs = [_timed(side.step) for _ in range(arguments.steps)]
     return {
         "seconds": [seconds for seconds, _ in runs],
         "first_seconds": first,
         "loss": loss,
         "step_bytes": _peak(),
         "process_bytes": max(before, _peak()),
-        "trainable": trainable,
+        "device_bytes": side.device_bytes(),
+        "trainable": side.trainable,
+        "model_flops": side.model_flops,
+        "peak": side.peak,
     }
 
 

@@ -1,7 +1,7 @@
 """The same step as it would be written in PyTorch: nothing clever, nothing slow on purpose."""
 
-import contextlib
-from collections.abc import Callable, Iterator
+import argparse
+import functools
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from benchmarks.step import Side
 from benchmarks.step_ours import make_config
 from fact_convert.io.json_io import read_json
+from fact_infer.jax_config import pin_jax_to_cpu
 from fact_infer.torch.models import Resampler, attend
 from fact_jax.models.clip_text import CLIPTextConfig as TextConfig
 from fact_jax.models.unet import UNetConfig
@@ -54,37 +56,27 @@ class AdaptedUNet(nn.Module):
             Adapter(block.norm1.normalized_shape[0], block.attn1.heads, face_dim)
             for block in blocks
         )
-        self._pairs = list(zip(blocks, self.adapters, strict=True))
+        self._entering: list[Tensor] = []
+        self._ratios: list[Tensor] = []
+        for block, adapter in zip(blocks, self.adapters, strict=True):
+            block.register_forward_pre_hook(self._remember)
+            block.attn1.register_forward_hook(functools.partial(self._adapt, adapter))
 
     def forward(self, latents, t, text, face, mask) -> tuple[Tensor, Tensor]:
-        with self._adapted(face, mask) as ratios:
-            output = self.unet(latents, t, text).sample
-        return output, torch.stack(ratios).mean()
+        self._face, self._mask = face, mask
+        output = self.unet(latents, t, text).sample
+        ratio = torch.stack(self._ratios).mean()
+        self._ratios.clear()
+        return output, ratio
 
-    @contextlib.contextmanager
-    def _adapted(self, face: Tensor, mask: Tensor) -> Iterator[list[Tensor]]:
-        ratios, handles, entering = [], [], []
+    def _remember(self, block: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self._entering.append(args[0])
 
-        def remember(block, args):
-            entering.append(args[0])
-
-        def adapt(adapter):
-            def hook(attention, args, output):
-                x = entering.pop() + output  # what the block is about to compute
-                delta = adapter(x, face)
-                ratios.append(fair_ratio(x, delta, mask))
-                return output + delta
-
-            return hook
-
-        for block, adapter in self._pairs:
-            handles.append(block.register_forward_pre_hook(remember))
-            handles.append(block.attn1.register_forward_hook(adapt(adapter)))
-        try:
-            yield ratios
-        finally:
-            for handle in handles:
-                handle.remove()
+    def _adapt(self, adapter: Adapter, attention: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        x = self._entering.pop() + output  # what the block is about to compute
+        delta = adapter(x, self._face)
+        self._ratios.append(fair_ratio(x, delta, self._mask))
+        return output + delta
 
 
 def fair_ratio(x: Tensor, delta: Tensor, mask: Tensor) -> Tensor:
@@ -94,41 +86,59 @@ def fair_ratio(x: Tensor, delta: Tensor, mask: Tensor) -> Tensor:
     return ((delta * outside).flatten(1).norm(dim=1) / there).mean()
 
 
-def make(size, batch: int, remat: str) -> tuple[Callable[[], float], int]:
-    """(a step that returns its loss, how many numbers are trained)."""
-    del remat  # the other side's
+def make(size, arguments: argparse.Namespace) -> Side:
+    pin_jax_to_cpu()  # the other side's configuration is read with it
     torch.manual_seed(0)
-    config = make_config(size, batch, "none")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu, batch = device.type == "cuda", arguments.batch
+    half = getattr(torch, arguments.precision)
+    config = make_config(size, arguments)
     text_config, unet_config = _configs(size)
     words, width = text_config.max_position_embeddings, config.options.resampler.embedding_dim
     text_encoder = CLIPTextModel(text_config).eval().requires_grad_(False)
     model = AdaptedUNet(UNet2DConditionModel(**unet_config), config.options.resampler.output_dim)
-    resampler, schedule = Resampler(config.options.resampler), DDPMScheduler()
+    resampler, schedule = Resampler(config.options.resampler).to(device), DDPMScheduler()
+    model.to(device)
+    if on_gpu:  # what is frozen lies there as it is computed with
+        text_encoder.to(device, half)
+        model.unet.to(half).to(memory_format=torch.channels_last)
     trained = [*model.adapters.parameters(), *resampler.parameters()]
     optimizer = torch.optim.AdamW(trained, lr=config.optimizer.learning_rate)
+    predict = torch.compile(model) if arguments.compile else model
     channels, cells = unet_config["in_channels"], size.cells
-    tokens, partner = torch.randn(2, batch, size.tokens, width)
-    latents, ids = torch.randn(batch, channels, cells, cells), torch.ones(batch, words).long()
-    mask = (torch.randn(batch, cells, cells) > 0).float()
+    tokens, partner = torch.randn(2, batch, size.tokens, width, device=device)
+    latents = torch.randn(batch, channels, cells, cells, device=device)
+    mask = (torch.randn(batch, cells, cells, device=device) > 0).float()
+    ids = torch.ones(batch, words, dtype=torch.long, device=device)
 
-    def step() -> float:
-        shuffled, no_face, no_text = (torch.rand(batch, 1) < p for p in (SHUFFLE, NO_FACE, NO_TEXT))
+    def forward() -> Tensor:
+        shuffled, no_face, no_text = (
+            torch.rand(batch, 1, 1, device=device) < p for p in (SHUFFLE, NO_FACE, NO_TEXT)
+        )
         with torch.no_grad():
             text = text_encoder(ids).last_hidden_state
             empty = text_encoder(torch.zeros_like(ids[:1])).last_hidden_state
-        text = torch.where(no_text[..., None], empty, text)
-        chosen = torch.where(shuffled[..., None], partner, tokens)
-        face = resampler(torch.where(no_face[..., None], 0, chosen))
-        noise, t = torch.randn_like(latents), torch.randint(0, 1000, (batch,))
-        output, fair = model(schedule.add_noise(latents, noise, t), t, text, face, mask)
-        loss = functional.mse_loss(output, noise) + FAIR_WEIGHT * fair
+        text = torch.where(no_text, empty, text)
+        chosen = torch.where(shuffled, partner, tokens)
+        face = resampler(torch.where(no_face, 0, chosen))
+        noise, t = torch.randn_like(latents), torch.randint(0, 1000, (batch,), device=device)
+        output, fair = predict(schedule.add_noise(latents, noise, t), t, text, face, mask)
+        return functional.mse_loss(output.float(), noise) + FAIR_WEIGHT * fair
+
+    def step() -> float:
+        with torch.autocast(device.type, half, enabled=half != torch.float32):
+            loss = forward()
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         return loss.item()
 
-    return step, sum(parameter.numel() for parameter in trained)
+    return Side(
+        step=step,
+        trainable=sum(parameter.numel() for parameter in trained),
+        device_bytes=lambda: torch.cuda.max_memory_allocated() if on_gpu else None,
+    )
 
 
 def _configs(size) -> tuple[CLIPTextConfig, dict]:
