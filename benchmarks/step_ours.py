@@ -10,8 +10,8 @@ from benchmarks.random_weights import random_tree
 from benchmarks.step import Side
 from fact_jax.curriculum import Stage
 from fact_jax.models.resampler import ResamplerConfig
+from fact_jax.plan.chips import chip_of, per_device
 from fact_jax.sharding import make_mesh
-from fact_train.chips import chip_of, per_device
 from fact_train.config import EMAConfig, TrainConfig
 from fact_train.engine.state import make_optimizer, place_state
 from fact_train.engine.step import TrainStep
