@@ -97,7 +97,8 @@ class CausalSelfAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         q, k, v = (split_heads(p(x), self.heads) for p in (self.q_proj, self.k_proj, self.v_proj))
-        scores = jnp.einsum("bnhd,bmhd->bhnm", q * q.shape[-1] ** -0.5, k).astype(jnp.float32)
+        q = q * q.shape[-1] ** -0.5
+        scores = jnp.einsum("bnhd,bmhd->bhnm", q, k, preferred_element_type=jnp.float32)
         visible = jnp.tril(jnp.ones(scores.shape[-2:], bool))
         weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1).astype(v.dtype)
         return self.out_proj(merge_heads(jnp.einsum("bhnm,bmhd->bnhd", weights, v)))
@@ -144,7 +145,9 @@ class Embeddings(nnx.Module):
 
     def __call__(self, input_ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
         positions = jnp.arange(input_ids.shape[1])
-        return self.token_embedding(input_ids) + self.position_embedding(positions)
+        x = self.token_embedding(input_ids) + self.position_embedding(positions)
+        # An Embed gives the dtype that it was made with, not that of its parameters.
+        return x.astype(self.token_embedding.embedding[...].dtype)
 
 
 class Layers(nnx.Module):

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import sys
 from typing import Any
 
 import jax
@@ -12,10 +11,9 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from fact_jax.ops import attention
 from fact_jax.ops.precision import Precision, matmul_precision, storage_dtype
 from fact_jax.ops.remat import CPU_OPTIONS
-from fact_jax.plan.jaxpr_costs import count_flops, trace
+from fact_jax.plan.jaxpr_costs import model_flops
 from fact_jax.sharding import (
     BATCH_AXES,
     FSDP_RULES,
@@ -94,12 +92,7 @@ class TrainStep:
         task, config = copy.copy(self.task), dataclasses.replace(self.config, remat="none")
         task.config = config
         plain = TrainStep(task, self.optimizer, config, self.mesh)
-        limit = attention.KEPT_MATRIX_LIMIT
-        attention.KEPT_MATRIX_LIMIT = sys.maxsize  # no tiles, which the backward pass recomputes
-        try:
-            return count_flops(trace(plain.compute, state, frozen, batch))
-        finally:
-            attention.KEPT_MATRIX_LIMIT = limit
+        return model_flops(plain.compute, state, frozen, batch)
 
     def _compiled(self, state: TrainState, frozen: PyTree) -> Any:
         if self._jitted is None:
