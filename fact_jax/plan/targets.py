@@ -11,11 +11,12 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 from fact_jax.plan.chips import CHIPS, Chip, per_device
 from fact_jax.utils.errors import UserError
 
-GPUS_A_NODE = 8
+GPUS_A_NODE, CHIPS_A_HOST = 8, 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Target:
 
     platform: str
     name: str
-    options: Mapping[str, str | int]
+    options: Mapping[str, Any]
 
     def environment(self) -> dict[str, str]:
         """Of a process that compiles for it. UserError where the compiler is not installed."""
@@ -88,12 +89,30 @@ _GPUS = {
 }
 
 
+def slowdowns(chip: Chip) -> dict[str, float]:
+    """How much longer than at its peak a chip takes for products of float32, by their precision as
+    :func:`fact_jax.plan.jaxpr_costs.flops_by_product` names it.
+
+    A TPU multiplies in passes of bfloat16, six or three; NVIDIA's TF32 has half the rate of 16
+    bits, and float32 that of the ordinary lanes.
+    """
+    if chip.name not in _GPUS:
+        return {"float32": 6.0, "tf32": 3.0}
+    gpu = _GPUS[chip.name]
+    lanes = 2e9 * gpu.cores * gpu.lanes * gpu.clock
+    return {"float32": chip.peak / lanes, "tf32": 2.0, "default": 2.0}
+
+
 def tpu_target(topology: str, slices: int = 1) -> Target:
     """So many slices of a TPU topology, as ``v5e:16x16``."""
+    options: dict[str, Any] = {"topology_name": topology, "num_slices": slices}
+    shape = [int(side) for side in topology.partition(":")[2].split("x")]
+    if math.prod(shape) < CHIPS_A_HOST:
+        options["chips_per_host_bounds"] = [*shape, 1][:3]
     return Target(
         platform="tpu",
         name=f"{slices} x {topology}" if slices > 1 else topology,
-        options={"topology_name": topology, "num_slices": slices},
+        options=options,
     )
 
 

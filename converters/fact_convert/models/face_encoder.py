@@ -53,6 +53,27 @@ def read_encoder(
     return state, found
 
 
+def find_encoder_config(path: str | os.PathLike, width: int) -> tuple[TransFaceConfig, list[str]]:
+    """The configuration of a TransFace, and what was assumed.
+
+    Where there is no such file or folder it is that of the public one whose tokens are ``width``
+    wide; UserError if there is none. No weights are needed.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return read_config("transface", read_json(path / "config.json")), []
+    if path.is_file():
+        return read_encoder(path)[1], []
+    sizes = (TransFaceConfig.vit_s(), TransFaceConfig.vit_t(), TransFaceConfig.vit_l())
+    config = next((size for size in sizes if size.embed_dim == width), None)
+    if config is None:
+        raise UserError(
+            f"{path}: no config.json there, and no public TransFace is {width} wide, as the "
+            "resampler's embedding_dim"
+        )
+    return config, [f"{path} is not here: a TransFace of width {width} is assumed"]
+
+
 def infer_encoder(state: State) -> tuple[dict[str, int], str]:
     """A TransFace's configuration from its tensors, and a note on what is assumed.
 

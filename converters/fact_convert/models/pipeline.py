@@ -20,11 +20,12 @@ from fact_convert.mapping import key_prefix
 from fact_convert.models.tokenizer import Tokenizer, read_tokenizer, write_tokenizer
 from fact_convert.models.validation import check_fits
 from fact_convert.rules.key_tables import ADAPTER_INFIX
-from fact_convert.weights import cast_state, dump_some, load_state
+from fact_convert.weights import abstract_module, cast_state, dump_some, load_state, read_config
 from fact_jax.diffusion.noise_schedules import NoiseSchedule, alphas_cumprod_numpy
-from fact_jax.models.clip_text import CLIPTextModel
+from fact_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from fact_jax.models.unet import UNet, UNetConfig
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
+from fact_jax.portraits.vocabulary import caption_vocabulary
 from fact_jax.utils.errors import UserError, error_context
 
 log = logging.getLogger(__name__)
@@ -35,6 +36,7 @@ PARTS = {
     "text_encoder": ("clip_text", "model"),
 }
 """Folder of each model: its kind, and what its weight files are called."""
+_SD15 = {"unet": UNetConfig.sd15(), "vae": VAEConfig.sd15(), "text_encoder": CLIPTextConfig.sd15()}
 SMALL_FILES = ("model_index.json", "*/*.json", "*/merges.txt")
 """Patterns of a pipeline's files that hold no weights."""
 _INPAINT_CLASSES = ("StableDiffusionInpaintPipeline",)
@@ -109,6 +111,33 @@ def load_pipeline(
         schedule=read_schedule_config(scheduler),
         scheduler_class=scheduler.get("_class_name", "DDIMScheduler"),
     )
+
+
+def abstract_pipeline(path: str | os.PathLike) -> tuple[Pipeline, list[str]]:
+    """A pipeline without weights, from the small files of a diffusers folder, and what was assumed.
+
+    Where there is no such folder it has the shapes of Stable Diffusion 1.5, and a tokenizer of any
+    words. Parameters are zeros: call it under ``jax.eval_shape``, where they take no memory.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        vocab, merges = caption_vocabulary()
+        pipeline = Pipeline(
+            **{part: abstract_module(PARTS[part][0], config) for part, config in _SD15.items()},
+            tokenizer=Tokenizer(vocab=vocab, merges=merges),
+            schedule=NoiseSchedule.sd15(),
+        )
+        note = f"{path} is no folder here: the shapes of Stable Diffusion 1.5 are assumed"
+        return pipeline, [note]
+    models = {
+        part: abstract_module(kind, read_config(kind, read_json(folder / part / "config.json")))
+        for part, (kind, _) in PARTS.items()
+    }
+    text = models["text_encoder"].config
+    tokenizer = read_tokenizer(folder / "tokenizer", text.max_position_embeddings, text.vocab_size)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    schedule = read_schedule_config(scheduler)
+    return Pipeline(**models, tokenizer=tokenizer, schedule=schedule), []
 
 
 def load_part(

@@ -22,6 +22,7 @@ from fact_infer.cli.options import (
     add_people_options,
     add_photo_options,
     add_sampling,
+    add_size,
     check_control,
     read_guidance,
     read_photos,
@@ -71,8 +72,7 @@ def _add_picture_options(group: argparse._ActionsContainer) -> None:
     group.add_argument(
         "--count", type=int, default=1, metavar="N", help="seeds for each prompt (default 1)"
     )
-    group.add_argument("--height", type=int, metavar="PX", help="default: the base's own")
-    group.add_argument("--width", type=int, metavar="PX", help="default: the base's own")
+    add_size(group)
     group.add_argument(
         "--best",
         type=int,

@@ -8,6 +8,7 @@ from pathlib import Path
 from fact_infer.cli.evaluate import add_commands
 from fact_infer.cli.generate import add_generate
 from fact_infer.cli.options import add_photo_options
+from fact_infer.cli.plan import add_plan
 from fact_infer.cli.redraw import add_redraw
 from fact_infer.cli.unused_options import without_effect
 from fact_jax.utils.command_line import ArgumentParser, add_version
@@ -22,9 +23,12 @@ class _Parser(ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The program; returns the exit status (0 done, 2 bad input, 130 interrupted)."""
+    """The program; returns the exit status.
 
-    def run() -> None:
+    0: done, 1: a plan that does not fit, 2: bad input, 130: interrupted.
+    """
+
+    def run() -> int | None:
         words = sys.argv[1:] if argv is None else argv
         arguments = _parser().parse_args(words)
         for line in without_effect(arguments, words):
@@ -34,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             pin_jax_to_cpu()
         try:
-            arguments.run(arguments)
+            return arguments.run(arguments)
         except RuntimeError as error:
             # XLA and PyTorch have no MemoryError.
             if not any(sign in str(error) for sign in _NO_MEMORY):
@@ -53,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     add_generate(commands)
     add_redraw(commands)
     _add_face(commands)
+    add_plan(commands)
     add_commands(commands)
     return parser
 

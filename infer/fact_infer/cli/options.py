@@ -18,28 +18,9 @@ _PRECISIONS = ("float32", "tf32", "bfloat16", "float16")
 
 def add_models(models: argparse._ActionsContainer) -> None:
     """Options of the models: files, backend, precision, LoRAs and ControlNet."""
-    models.add_argument(
-        "--base", required=True, metavar="DIR", help="diffusers folder of a Stable Diffusion 1.5"
-    )
-    models.add_argument(
-        "--adapter",
-        metavar="FILE",
-        help="FACT adapter, .safetensors or .ckpt, or the folder of one with its own encoder/",
-    )
-    models.add_argument(
-        "--encoder",
-        metavar="DIR",
-        help="TransFace: folder, or released .pt (default: encoder/ beside the adapter)",
-    )
+    add_model_files(models)
     models.add_argument(
         "--backend", choices=("flax", "torch"), default="flax", help="who computes (default flax)"
-    )
-    models.add_argument(
-        "--precision",
-        choices=_PRECISIONS,
-        default="float32",
-        help="numbers in which UNet, text encoder and, in PyTorch, the autoencoder compute "
-        "(default float32); tf32: float32 numbers, multiplied faster and less exactly on GPUs",
     )
     models.add_argument(
         "--safety-checker",
@@ -54,12 +35,42 @@ def add_models(models: argparse._ActionsContainer) -> None:
         metavar="FILE=X",
         help="a LoRA's file, or peft's folder, added to the base X times; may be repeated",
     )
+
+
+def add_model_files(models: argparse._ActionsContainer) -> None:
+    """Options of what a model's programs depend on."""
+    models.add_argument(
+        "--base", required=True, metavar="DIR", help="diffusers folder of a Stable Diffusion 1.5"
+    )
+    models.add_argument(
+        "--adapter",
+        metavar="FILE",
+        help="FACT adapter, .safetensors or .ckpt, or the folder of one with its own encoder/",
+    )
+    models.add_argument(
+        "--encoder",
+        metavar="DIR",
+        help="TransFace: folder, or released .pt (default: encoder/ beside the adapter)",
+    )
+    models.add_argument(
+        "--precision",
+        choices=_PRECISIONS,
+        default="float32",
+        help="numbers in which UNet, text encoder and, in PyTorch, the autoencoder compute "
+        "(default float32); tf32: float32 numbers, multiplied faster and less exactly on GPUs",
+    )
     models.add_argument("--controlnet", metavar="DIR", help="folder of a ControlNet")
 
 
 def add_sampling(group: argparse._ActionsContainer) -> None:
     """Options of sampling."""
     group.add_argument("--negative", default="", metavar="TEXT", help="negative prompt")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="first seed (default 0)")
+    add_steps(group)
+
+
+def add_steps(group: argparse._ActionsContainer) -> None:
+    """Options of what sampling costs."""
     group.add_argument(
         "--sampler", default="pndm", metavar="NAME", help=f"one of {_SAMPLERS} (default pndm)"
     )
@@ -71,10 +82,15 @@ def add_sampling(group: argparse._ActionsContainer) -> None:
         metavar="X",
         help="of the text; 1 is none (default 5)",
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="first seed (default 0)")
     group.add_argument(
         "--batch", type=int, default=4, metavar="N", help="pictures at a time (default 4)"
     )
+
+
+def add_size(group: argparse._ActionsContainer) -> None:
+    """Options of the pictures' size."""
+    group.add_argument("--height", type=int, metavar="PX", help="default: the base's own")
+    group.add_argument("--width", type=int, metavar="PX", help="default: the base's own")
 
 
 def add_files(group: argparse._ActionsContainer, folder: str) -> None:
@@ -131,12 +147,7 @@ def add_photo_options(group: argparse._ActionsContainer, *, several: bool) -> No
 def add_guidance_options(group: argparse._ActionsContainer) -> None:
     """Add what :func:`read_guidance` reads to a group of options."""
     _add_strength(group)
-    group.add_argument(
-        "--face-guidance",
-        type=float,
-        metavar="X",
-        help="guidance of the face apart from the text's, by a third branch (default: none)",
-    )
+    add_face_guidance(group)
     group.add_argument(
         "--negative-face",
         choices=("null", "same"),
@@ -160,6 +171,16 @@ def add_guidance_options(group: argparse._ActionsContainer) -> None:
         "--adain",
         action="store_true",
         help="move the face's keys and values to the picture's mean: more of the prompt's style",
+    )
+
+
+def add_face_guidance(group: argparse._ActionsContainer) -> None:
+    """``--face-guidance``: a third branch."""
+    group.add_argument(
+        "--face-guidance",
+        type=float,
+        metavar="X",
+        help="guidance of the face apart from the text's, by a third branch (default: none)",
     )
 
 

@@ -104,6 +104,25 @@ class FlaxPipeline(Pipeline):
         return matmul_precision(self.precision)
 
     def _generate(self, inputs: GenerationInputs, bar: tqdm | None) -> UInt8[np.ndarray, "b h w 3"]:
+        shape, shared, rows = self._inputs_of_prepare(inputs)
+        of_steps = self._inputs_of_steps(inputs, shared["photo_mask"])
+        self._limit_programs(shape, {**rows, **of_steps["controls"]})
+        states = self._placed(shape.devices)
+        if bar is not None and not bar.n:
+            bar.set_description("compiling")
+        conditions, noise, keys, x0 = self._prepare(states, shared, rows, shape=shape)
+        denoise = functools.partial(self._denoise, states, jax.device_put(of_steps), shape=shape)
+        with _Progress(bar) as progress:
+
+            def model(x: Array, t: Array, i: Array) -> Array:
+                rows = {"x": x, "conditions": conditions}
+                return progress(denoise(rows, t.astype(jnp.float32), i))
+
+            latents = self._sample(model, inputs, noise, keys, x0)
+        return np.asarray(self._decode(states, {}, latents, shape=shape))
+
+    def _inputs_of_prepare(self, inputs: GenerationInputs) -> tuple[StaticParams, dict, dict]:
+        """What the first program takes, shared and for each picture, and the shape of all three."""
         guidance, photo_mask = inputs.guidance, None
         rows: PyTree = {"ids": inputs.token_ids[1:], "seeds": inputs.seeds}
         if inputs.crops is not None:
@@ -122,29 +141,21 @@ class FlaxPipeline(Pipeline):
             combine=inputs.params.guidance.combine,
             devices=_share(len(inputs.seeds), jax.local_device_count()),
         )
+        return shape, {"negative": inputs.token_ids[:1], "photo_mask": photo_mask}, rows
+
+    def _inputs_of_steps(
+        self, inputs: GenerationInputs, photo_mask: Bool[np.ndarray, " photos"] | None
+    ) -> dict[str, Any]:
+        """What all calls of the UNet share beside the conditions."""
+        guidance = inputs.guidance
         controls = {} if guidance.cap is None else {"cap": guidance.cap, "adain": guidance.adain}
-        self._limit_programs(shape, {**rows, **controls})
-        states = self._placed(shape.devices)
-        if bar is not None and not bar.n:
-            bar.set_description("compiling")
-        shared: PyTree = {"negative": inputs.token_ids[:1], "photo_mask": photo_mask}
-        conditions, noise, keys, x0 = self._prepare(states, shared, rows, shape=shape)
-        shared = {
+        return {
             "weights": guidance.weights,
             "controls": controls,
             "strengths": self._strengths(inputs),
             "control": np.float32(inputs.control_scale),
             "photo_mask": photo_mask,
         }
-        denoise = functools.partial(self._denoise, states, jax.device_put(shared), shape=shape)
-        with _Progress(bar) as progress:
-
-            def model(x: Array, t: Array, i: Array) -> Array:
-                rows = {"x": x, "conditions": conditions}
-                return progress(denoise(rows, t.astype(jnp.float32), i))
-
-            latents = self._sample(model, inputs, noise, keys, x0)
-        return np.asarray(self._decode(states, {}, latents, shape=shape))
 
     def _strengths(self, inputs: GenerationInputs) -> Float[np.ndarray, "bound blocks"]:
         """The adapter's strength by step and block, of one shape however many steps there are."""

@@ -1,7 +1,6 @@
 """The adapter task without weights: every array a shape, from the base's small files alone."""
 
 import dataclasses
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,26 +8,18 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from fact_convert import Pipeline, Tokenizer
-from fact_convert.io.json_io import read_json
-from fact_convert.models.pipeline import PARTS
-from fact_convert.models.tokenizer import read_tokenizer
-from fact_convert.weights import abstract_module, read_config
-from fact_jax.diffusion.noise_schedules import NoiseSchedule
-from fact_jax.models.clip_text import CLIPTextConfig
+from fact_convert import Pipeline
+from fact_convert.models.face_encoder import find_encoder_config
+from fact_convert.models.pipeline import abstract_pipeline
+from fact_convert.weights import abstract_module
 from fact_jax.models.resampler import Resampler
-from fact_jax.models.transface import TransFace, TransFaceConfig
-from fact_jax.models.unet import UNetConfig
-from fact_jax.models.vae import VAEConfig
-from fact_jax.portraits.vocabulary import caption_vocabulary
+from fact_jax.models.transface import TransFace
 from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig
 from fact_train.engine.state import make_optimizer, make_state
 from fact_train.engine.step import cast
 from fact_train.tasks import require_parts
 from fact_train.tasks.adapter import AdapterTask
-
-SD15 = {"unet": UNetConfig.sd15(), "vae": VAEConfig.sd15(), "text_encoder": CLIPTextConfig.sd15()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,24 +42,11 @@ class AbstractAdapterTask(AdapterTask):
         super().__init__(config)
 
     def _load(self) -> tuple[Pipeline, TransFace]:
-        return _pipeline(self.options.base, self.notes), self._encoder()
-
-    def _encoder(self) -> TransFace:
-        folder = Path(self.options.encoder)
-        if (folder / "config.json").is_file():
-            return abstract_module(
-                "transface", read_config("transface", read_json(folder / "config.json"))
-            )
-        wide = self.options.resampler.embedding_dim
-        sizes = (TransFaceConfig.vit_s(), TransFaceConfig.vit_t(), TransFaceConfig.vit_l())
-        config = next((size for size in sizes if size.embed_dim == wide), None)
-        if config is None:
-            raise UserError(
-                f"{folder}: no config.json there, and no public TransFace is {wide} wide "
-                "(options.resampler.embedding_dim)"
-            )
-        self.notes.append(f"{folder} is no folder here: a TransFace of width {wide} is assumed")
-        return abstract_module("transface", config)
+        pipeline, notes = abstract_pipeline(self.options.base)
+        width = self.options.resampler.embedding_dim
+        config, more = find_encoder_config(self.options.encoder, width)
+        self.notes += notes + more
+        return pipeline, abstract_module("transface", config)
 
     def _new_resampler(self, rngs: nnx.Rngs) -> Resampler:
         return Resampler(self.options.resampler, rngs=rngs)
@@ -122,28 +100,3 @@ def batch_shapes(task: AdapterTask, count: int) -> dict[str, jax.ShapeDtypeStruc
     return {
         name: jax.ShapeDtypeStruct((count, *dims), dtype) for name, (dims, dtype) in arrays.items()
     }
-
-
-def _pipeline(base: str, notes: list[str]) -> Pipeline:
-    folder = Path(base)
-    if not folder.is_dir():
-        notes.append(f"{base} is no folder here: the shapes of Stable Diffusion 1.5 are assumed")
-        vocab, merges = caption_vocabulary()  # any will do: its ids are never looked at
-        return Pipeline(
-            **{part: abstract_module(PARTS[part][0], config) for part, config in SD15.items()},
-            tokenizer=Tokenizer(vocab=vocab, merges=merges),
-            schedule=NoiseSchedule.sd15(),
-        )
-    models = {
-        part: abstract_module(kind, read_config(kind, read_json(folder / part / "config.json")))
-        for part, (kind, _) in PARTS.items()
-    }
-    text = models["text_encoder"].config
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    return Pipeline(
-        **models,
-        tokenizer=read_tokenizer(
-            folder / "tokenizer", text.max_position_embeddings, text.vocab_size
-        ),
-        schedule=NoiseSchedule.from_dict(scheduler),
-    )
