@@ -64,10 +64,10 @@ def test_products_of_the_traced_programs(request_, planned):
     pipeline, _ = planned
     programs = pipeline.trace(inputs_of(request_, pipeline), jax.devices()[0])
     found = {
-        name: flops_by_product(without_dead_code(program.traced.jaxpr.jaxpr))
+        name: set(flops_by_product(without_dead_code(program.traced.jaxpr.jaxpr))) - {"bool"}
         for name, program in programs.items()
     }
-    assert {name: set(flops) for name, flops in found.items()} == {
+    assert found == {  # but for masks
         "prepare": {"bfloat16", "default"},
         "denoise": {"bfloat16"},
         "decode": {"default"},
@@ -83,11 +83,9 @@ def test_what_is_not_here_is_as_released(tmp_path):
         *("owner/sd15", "fact.ckpt", "encoder", "owner/pose"),
     ]
     count = {name: sum(a.size for a in jax.tree.leaves(s)) for name, s in pipeline.states.items()}
-    plain, _ = build(dataclasses.replace(absent, adapter=None, controlnet=None))
-    (unet,) = (sum(a.size for a in jax.tree.leaves(plain.states[n])) for n in ("unet",))
-    assert unet == 859_520_964
+    assert count["unet"] > 859_520_964  # the base's own, and the adapters
+    assert count["text_encoder"] == 123_060_480
     assert count["controlnet"] == 361_279_120
-    assert count["unet"] > unet
     assert inputs_of(absent, pipeline).size == (64, 64)
 
 
