@@ -148,7 +148,10 @@ def run_part(command: tuple[str, ...], name: str) -> dict:
     if done.returncode:
         print(done.stderr, file=sys.stderr)
         return {"failed": reason(done.returncode, done.stderr)}
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        return json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        return {"failed": "ended without a result"}
 
 
 def _environment() -> dict[str, str]:

@@ -17,7 +17,8 @@ def run(tmp_path, monkeypatch, capsys):
     """``main`` on parts whose processes print these answers, or fail with None: (status, table)."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "answer.py").write_text(
-        "import sys\nif sys.argv[1] == 'null': raise MemoryError('no more')\nprint(sys.argv[1])\n"
+        "import sys\nif sys.argv[1] == 'null': raise MemoryError('no more')\n"
+        "if sys.argv[1] != '{}': print(sys.argv[1])\n"
     )
     versions = {"platform": "gpu", "text": "1 x device, library 1.0"}
     monkeypatch.setattr(accelerator, "_in_process", lambda name: ("answer", json.dumps(versions)))
@@ -68,6 +69,7 @@ def test_one_table_with_ratios(run):
         ({"error": float("nan")}, 1, "error nan of 1e-04 allowed, **too large**"),
         ({"failed": "out of memory"}, 1, "**failed**: out of memory"),
         (None, 1, "**failed**: MemoryError: no more"),
+        ({}, 1, "**failed**: ended without a result"),
     ],
 )
 def test_the_exit_code_is_parity(run, found, status, cell):
@@ -109,6 +111,17 @@ def test_attention_is_compared_under_regions(monkeypatch):
     assert [error > row["most"] for error in row["errors"].values()] == [False, True]
     assert row["error"] == row["errors"]["2 regions"]
     assert min(row["seconds"], row["plain_seconds"]) > 0
+
+
+def test_one_gpu_and_a_cpu_for_every_part(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    variables = accelerator._environment()
+    assert (variables["JAX_PLATFORMS"], variables["CUDA_VISIBLE_DEVICES"]) == ("cuda,cpu", "3")
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    variables = accelerator._environment()
+    assert (variables["JAX_PLATFORMS"], variables["CUDA_VISIBLE_DEVICES"]) == ("cpu", "0")
 
 
 @pytest.mark.slow
