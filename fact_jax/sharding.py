@@ -173,12 +173,17 @@ def shard(tree: PyTree, placed: PyTree) -> PyTree:
     return jax.tree.map(one, tree, placed)
 
 
-def local_copy(tree: PyTree) -> PyTree:
-    """The whole arrays on this process's first device; every process must ask at the same time."""
+def gathered(tree: PyTree) -> PyTree:
+    """The whole arrays on every device; every process must ask at the same time."""
     leaves = jax.tree.leaves(tree)
     if not all(leaf.sharding.is_fully_replicated for leaf in leaves):
         tree = _gather(leaves[0].sharding.mesh)(tree)
-    return jax.tree.map(lambda leaf: leaf.addressable_data(0), tree)
+    return tree
+
+
+def local_copy(tree: PyTree) -> PyTree:
+    """The same, as arrays of this process's first device alone."""
+    return jax.tree.map(lambda leaf: leaf.addressable_data(0), gathered(tree))
 
 
 @functools.lru_cache(maxsize=2)

@@ -11,9 +11,15 @@ heads. Where an accelerator has a fused kernel that takes the numbers, that is u
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from fact_jax.ops.attention_kernels import HiddenKeys, installed_kernels
+from fact_jax.ops.attention_kernels import (
+    HiddenKeys,
+    attention_cudnn,
+    attention_splash,
+    installed_kernels,
+)
 
 PLAIN_MATRIX_LIMIT, PLAIN_MATRIX_LIMIT_CPU = 1024 * 1280, 512 * 1024
 """Largest queries x keys matrix a head may materialise before a tiled form takes over."""
@@ -43,6 +49,15 @@ def attention(
         return _recomputed(q, k, v, mask)
 
     return lax.platform_dependent(q, k, v, hidden, default=unfused, **kernels)
+
+
+def attention_form(dtype: DTypeLike) -> str:
+    """How attention of long sequences of such numbers is computed on this platform, in words."""
+    heads = jnp.zeros((1, 1, 8, 40), dtype)
+    platform = jax.local_devices()[0].platform
+    kernel = installed_kernels(heads).get("cuda" if platform == "gpu" else platform)
+    names = {attention_cudnn: "cuDNN's kernel", attention_splash: "Pallas splash kernel"}
+    return names[kernel] if kernel else "by XLA, in tiles"
 
 
 def attention_plain(

@@ -1,6 +1,7 @@
 """The plain form against the definition in double precision; the tiled form against the plain."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from fact_jax.ops import attention as module
 from fact_jax.ops.attention import (
     attention,
+    attention_form,
     attention_plain,
     attention_query_chunked,
     attention_tiled,
@@ -158,3 +160,19 @@ def test_the_gradient_on_this_platform(monkeypatch, limit):
     expected = jax.grad(lambda *a: (attention_plain(*a, MASK) * weights).sum(), argnums=(0, 1, 2))
     for one, other in zip(masked(Q, K, V), expected(Q, K, V), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "form"),
+    [
+        ("gpu", jnp.bfloat16, "cuDNN's kernel"),
+        ("tpu", jnp.bfloat16, "Pallas splash kernel"),
+        ("tpu", jnp.float32, "by XLA, in tiles"),
+        ("cpu", jnp.bfloat16, "by XLA, in tiles"),
+    ],
+)
+def test_the_form_in_words(platform, dtype, form, monkeypatch):
+    here = [types.SimpleNamespace(platform=platform)]
+    monkeypatch.setattr("fact_jax.ops.attention_kernels._installed", lambda *modules: True)
+    monkeypatch.setattr(jax, "local_devices", lambda: here)
+    assert attention_form(dtype) == form

@@ -48,7 +48,7 @@ def found(miniature):
 
 @pytest.fixture(scope="module")
 def found_slowly(miniature):
-    return train_in(miniature, SLOW)
+    return train_in(miniature, [*SLOW, "watched"])
 
 
 def assert_the_numbers_of_one_device(found, name):
@@ -134,6 +134,16 @@ def test_what_the_axes_split(found):
     assert held(found, mixed, "params/.*face/attn/to_q/kernel$") == {1 / 4}
     assert held(found, mixed, "unet/.*(to_q|to_out/0)/kernel$") == {1 / 2}
     assert held(found, mixed, "alpha_attn|norm1/bias") == {1.0}
+
+
+@pytest.mark.slow
+def test_eight_devices_draw_the_pictures_of_one(found_slowly):
+    """Up to a level of rounding. Rows of noise and of people that were mixed up would show."""
+    found = found_slowly["watched"]
+    assert all(difference <= 1.0 for difference in found["difference"].values())
+    numbers = [found["difference"][f"watch/{name}"] for name in ("similarity", "inside_change")]
+    assert max(numbers) < 1e-3
+    assert found["change"] > 0.05
 
 
 @pytest.mark.slow

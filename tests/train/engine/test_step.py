@@ -1,6 +1,7 @@
 """One step: by hand, skipped, in bfloat16, with running statistics."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from fact_jax.sharding import make_mesh
 from fact_train.config import EMAConfig, OptimizerConfig, TrainConfig
 from fact_train.engine.state import make_optimizer, make_state
-from fact_train.engine.step import TrainStep
+from fact_train.engine.step import GPU_OPTIONS, TrainStep, compiler_options
 
 
 class Linear:
@@ -159,3 +160,18 @@ def test_the_program_grows_with_the_parameters_and_not_with_their_square():
     step, state, frozen = start(Linear(), **many)
     text = step.lower(state, frozen, {"x": X}).compile().as_text()
     assert text.count(" is-finite(") < 2 * len(jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize(
+    ("platform", "devices", "flags", "options"),
+    [
+        ("gpu", 8, "", GPU_OPTIONS),
+        ("gpu", 8, "--xla_gpu_enable_latency_hiding_scheduler=false", None),
+        ("gpu", 1, "", None),
+        ("tpu", 8, "", None),
+    ],
+)
+def test_options_of_the_compiler(platform, devices, flags, options, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    row = np.array([types.SimpleNamespace(platform=platform)] * devices)
+    assert compiler_options(types.SimpleNamespace(devices=row, size=devices)) == options

@@ -5,12 +5,16 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import pytest
 
+from fact_convert import load_pipeline
+from fact_jax.plan.jaxpr_costs import count_flops, trace
 from fact_train.cli.main import main
 from fact_train.config import load_config
 from fact_train.overrides import override
-from fact_train.plan.abstract_task import build
+from fact_train.plan.abstract_task import build, watched_flops
+from tests.train.tiny import tiny_config
 
 pytestmark = pytest.mark.heavy
 
@@ -77,6 +81,21 @@ def check(report: dict, config, chips: int) -> None:
     scalars = sent["all-reduce"] + sent["reduce-scatter"] - trainable
     assert 0 < scalars < 4 * (2 * len(params) + 100)
     assert sent["all-gather"] == matrices
+
+
+def test_pictures_to_watch_cost_their_unet_calls_and_their_decoding(miniature):
+    """Two strengths, 25 steps from noise and 15 from a template, two branches of guidance each.
+
+    The adapter comes on top of the base, and of the rest the encoding, which is of one picture.
+    """
+    config = tiny_config(miniature)
+    pipeline = load_pipeline(str(miniature / "base"))
+    latents, text = jnp.zeros((2, 8, 8, 4)), jnp.zeros((2, 32, 12))
+    unet = count_flops(trace(lambda x: pipeline.unet(x, jnp.zeros(2), text), latents))
+    decoder = count_flops(trace(lambda x: pipeline.vae.decode(x), latents[:1]))
+    drawn = 2 * (25 + 15) * unet + 2 * 2 * decoder
+    assert drawn < watched_flops(config, 8) < 1.5 * drawn
+    assert watched_flops(config, 3) == 3 * watched_flops(config, 100)
 
 
 @needs_compiler

@@ -25,6 +25,7 @@ def stats(**changes):
         "bytes": PARTS | {"temporary": 8 * GB},
         "flops": 64e12,
         "model_flops": 48e12,
+        "watched_flops": 2000e12,
         "accessed": 10 * GB,
         "kernels": {"flash": 3},
         "usable": None,
@@ -39,6 +40,9 @@ def test_numbers_of_one_chip():
     report = make_report(CONFIG, CHIPS["v5e"], 4, stats())
     assert report["samples_a_chip"] == 16
     assert report["flops"] == {"executed": 16e12, "model": 12e12}
+    # Every 1,000 steps, as in `mini`, beside 1,000 x 16 TFLOP.
+    watching = {"pictures": 32, "every": 1000, "flops": 2e15, "share": pytest.approx(2 / 18)}
+    assert report["watching"] == watching
     roofline = report["roofline"]
     assert roofline["arithmetic_seconds"] == pytest.approx(16 / 197)
     assert roofline["memory_seconds"] == pytest.approx(10 / 819)
@@ -60,6 +64,7 @@ def test_it_fits():
         "note: a note",
         "16 samples a chip",
         "optimizer",
+        "pictures: 32 every 1000 steps, 2000 TFLOP a chip, 11.1% of the whole",
         "   3 x flash",
         "all-reduce",
         "a step: 81.22 ms to 100.9 ms, bound by arithmetic",

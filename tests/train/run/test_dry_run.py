@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import pytest
 
 from fact_jax.utils.errors import UserError
@@ -22,6 +23,9 @@ def test_it_takes_the_first_step_and_writes_nothing(
     assert not list(tmp_path.iterdir())
     said = capsys.readouterr().err.splitlines()
     assert said[0] == "dry run: loading what the toy task starts from ..."
+    placed = f"1 x {jax.devices()[0].device_kind} in 1 process(es), mesh data 1 x fsdp 1 x tensor 1"
+    options = "xla_disable_hlo_passes=cse_barrier_expander"
+    assert f"{placed}; float32, attention: by XLA, in tiles; {options}" in said
     assert "compiling the training step ..." in said
     assert said[-1].startswith("dry run: one step in ")
     run(override(toy_config, ["steps=1"]), out)

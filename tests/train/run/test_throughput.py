@@ -32,7 +32,7 @@ def slow_batches(clock):
 
 def train(meter, clock):
     """Four steps of 2 s, half a second of waiting for each, and 30 s of something else."""
-    meter.begin(flops=197e12)
+    meter.begin(197e12, 2 * 197e12)
     for _ in meter.waits(slow_batches(clock)):
         clock.now += 2.0
         meter.step()
@@ -49,6 +49,9 @@ def test_speeds_on_a_known_chip(clock, monkeypatch):
     assert row["speed/data_wait"] == pytest.approx(0.2)
     # A step is one second's work of one chip at its peak; four chips take 2.5 s for it.
     assert row["speed/mfu"] == pytest.approx(1 / 4 / 2.5)
+    # As much again is recomputed.
+    assert row["speed/step_seconds"] == pytest.approx(2.5)
+    assert row["speed/arithmetic_seconds"] == pytest.approx(2 / 4)
 
 
 def test_two_devices_of_a_chip_are_one_chip(clock, monkeypatch):
@@ -84,6 +87,9 @@ def test_a_run_on_a_known_chip_tells_its_utilisation(toy_config, tmp_path, monke
     for row in rows:
         expected = row["steps_per_second"] * flops / CHIPS["h100"].peak / jax.device_count()
         assert row["speed/mfu"] == pytest.approx(expected, rel=1e-6)
+        assert row["speed/step_seconds"] == pytest.approx(1 / row["steps_per_second"])
+        at_peak = flops / CHIPS["h100"].peak / jax.device_count()  # nothing is recomputed
+        assert row["speed/arithmetic_seconds"] == pytest.approx(at_peak)
 
 
 def test_a_profile_of_some_steps(tmp_path):

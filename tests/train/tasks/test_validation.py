@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fact_jax.portraits import SPLITS
+from fact_jax.sharding import MeshConfig, make_mesh
 from fact_jax.utils.errors import UserError
 from fact_train.tasks.adapter import AdapterTask
 from fact_train.tasks.validation import PEOPLE, ValidationCallback, change, draw_validation
@@ -60,7 +61,7 @@ def test_records_to_watch_that_are_not_there_are_told_when_they_are_opened(task,
 
 def test_pictures_and_numbers(task, validation):
     trainable, frozen = task.init(jax.random.key(0))
-    watch = ValidationCallback(task, validation)
+    watch = ValidationCallback(task, validation, make_mesh(MeshConfig()))
     silent = watch(trainable, frozen, jax.random.key(1))
     assert silent["template-base-fact"].shape == silent["reference-base-fact"].shape
     # The adapter adds nothing yet: FACT is the base.
@@ -75,6 +76,6 @@ def test_pictures_and_numbers(task, validation):
 
 
 def test_the_reference_itself_is_as_similar_as_can_be(task, validation):
-    watch = ValidationCallback(task, validation)
+    watch = ValidationCallback(task, validation, make_mesh(MeshConfig()))
     same = (watch._identities(validation.crops) * watch._wanted).sum(-1)
     np.testing.assert_allclose(same, 1.0, rtol=1e-5)

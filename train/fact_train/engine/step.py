@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jaxtyping import PyTree
 
 from fact_jax.ops.precision import Precision, matmul_precision, storage_dtype
 from fact_jax.ops.remat import CPU_OPTIONS
-from fact_jax.plan.jaxpr_costs import model_flops
+from fact_jax.plan.jaxpr_costs import count_flops, model_flops, trace
 from fact_jax.sharding import (
     BATCH_AXES,
     FSDP_RULES,
@@ -59,6 +60,23 @@ def frozen_shardings(frozen: PyTree, config: TrainConfig, mesh: Mesh) -> PyTree:
     return shardings(frozen, FSDP_RULES if config.mesh.base == "fsdp" else REPLICATED_RULES, mesh)
 
 
+# So that sums of gradients cross GPUs while more gradients are computed. XLA has it by default on
+# Hopper and Blackwell; on an A100 each sum was waited for. On TPUs nothing of the kind changed the
+# compiled step, and 30 MB of gradients are summed at once by default.
+GPU_OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
+
+
+def compiler_options(mesh: Mesh) -> dict[str, Any] | None:
+    """XLA's options for a step on these devices, but for those that XLA_FLAGS names."""
+    platform, set_by_user = mesh.devices.flat[0].platform, os.environ.get("XLA_FLAGS", "")
+    options: dict[str, Any] = {}
+    if platform == "cpu":
+        options = CPU_OPTIONS
+    elif platform == "gpu" and mesh.size > 1:
+        options = GPU_OPTIONS
+    return {k: v for k, v in options.items() if f"--{k}" not in set_by_user} or None
+
+
 class TrainStep:
     """The step of a task on a mesh, compiled at its first call; the state given to it is donated.
 
@@ -94,17 +112,25 @@ class TrainStep:
         plain = TrainStep(task, self.optimizer, config, self.mesh)
         return model_flops(plain.compute, state, frozen, batch)
 
+    def executed_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
+        """FLOPs of one step on all devices as it is computed here, recomputation included.
+
+        Arguments and errors as of :meth:`model_flops`.
+        """
+        platform = self.mesh.devices.flat[0].platform
+        jaxpr = trace(self.compute, state, frozen, batch)
+        return count_flops(jaxpr, "cuda" if platform == "gpu" else platform)
+
     def _compiled(self, state: TrainState, frozen: PyTree) -> Any:
         if self._jitted is None:
             placed = state_shardings(state, self.mesh)
             given = (placed, frozen_shardings(frozen, self.config, self.mesh))
-            on_cpu = self.mesh.devices.flat[0].platform == "cpu"
             self._jitted = jax.jit(
                 self.compute,
                 donate_argnums=0,
                 in_shardings=(*given, batch_sharding(self.mesh)),
                 out_shardings=(placed, replicated(self.mesh)),
-                compiler_options=CPU_OPTIONS if on_cpu else None,
+                compiler_options=compiler_options(self.mesh),
             )
         return self._jitted
 

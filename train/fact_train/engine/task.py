@@ -68,7 +68,9 @@ class Task(Protocol):
         """Name -> uint8 picture (h, w, 3), or a number; the key is the same at every call.
 
         None unless a task has some. If the task has an attribute ``score``, it is the name of the
-        number by which the best checkpoints are known (the higher the better).
+        number by which the best checkpoints are known (the higher the better). Every process calls
+        this, with arrays of its first device; if the task has ``samples_on_mesh`` set, with arrays
+        that lie whole on every device of the mesh, and all of them may draw.
         """
         return {}
 

@@ -14,12 +14,14 @@ from fact_convert.models.pipeline import abstract_pipeline
 from fact_convert.weights import abstract_module
 from fact_jax.models.resampler import Resampler
 from fact_jax.models.transface import TransFace
+from fact_jax.plan.jaxpr_costs import count_flops, trace
 from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig
 from fact_train.engine.state import make_optimizer, make_state
 from fact_train.engine.step import cast
 from fact_train.tasks import require_parts
 from fact_train.tasks.adapter import AdapterTask
+from fact_train.tasks.validation import PEOPLE, SCALES, STARTS, draw_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,3 +102,23 @@ def batch_shapes(task: AdapterTask, count: int) -> dict[str, jax.ShapeDtypeStruc
     return {
         name: jax.ShapeDtypeStruct((count, *dims), dtype) for name, (dims, dtype) in arrays.items()
     }
+
+
+def watched_flops(config: TrainConfig, devices: int) -> int:
+    """FLOPs on each device for the pictures of people that are watched, drawn once."""
+
+    def draw():
+        task = AbstractAdapterTask(config)
+        trainable, frozen = task.init(jax.random.key(0))
+        unet, encoder = task.pipeline.unet.config, task.encoder
+        crop, photo = ((size, size, 3) for size in (encoder.config.img_size, task.size))
+        rows = {
+            "ids": jnp.zeros((1, task.pipeline.tokenizer.model_max_length), jnp.int32),
+            "crops": jnp.zeros((1, *crop)),
+            "templates": jnp.zeros((1, *photo)),
+            "noise": jnp.zeros((1, unet.sample_size, unet.sample_size, unet.in_channels)),
+        }
+        parts = {"vae": task.pipeline.vae, "encoder": encoder}
+        return [draw_rows(task, trainable, frozen, rows, 1.0, start=s, **parts) for s in STARTS]
+
+    return -(-PEOPLE // devices) * len(SCALES) * count_flops(trace(draw))

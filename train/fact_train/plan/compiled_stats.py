@@ -10,14 +10,13 @@ from jaxtyping import PyTree
 
 from fact_jax.plan.compilation import answer
 from fact_jax.plan.compiled_program import compile_program, target_devices
-from fact_jax.plan.jaxpr_costs import count_flops, trace
 from fact_jax.plan.targets import Target
 from fact_jax.sharding import batch_sharding, make_mesh
 from fact_train.config import TrainConfig, load_config
 from fact_train.engine.state import make_optimizer, state_shardings
 from fact_train.engine.step import TrainStep, frozen_shardings
 from fact_train.overrides import override
-from fact_train.plan.abstract_task import AbstractStep, build
+from fact_train.plan.abstract_task import AbstractStep, build, watched_flops
 from fact_train.plan.report import CompiledStats
 
 
@@ -27,8 +26,10 @@ def read_compiled(config: TrainConfig, target: Target) -> CompiledStats:
     built = build(config)
     step, arguments = _train_step(built, mesh), (built.state, built.frozen, built.batch)
     stats = _stats(built, mesh)
-    stats["flops"] = count_flops(trace(step.compute, *arguments), target.platform)
+    stats["flops"] = step.executed_flops(*arguments)
     stats["model_flops"] = step.model_flops(*arguments)
+    if config.log.samples_every:
+        stats["watched_flops"] = watched_flops(built.config, mesh.size)
     start = time.monotonic()
     program = compile_program(step.lower(*arguments))
     for name in ("usable", "accessed", "kernels", "collectives"):
@@ -57,6 +58,7 @@ def _stats(built: AbstractStep, mesh: Mesh) -> CompiledStats:
         },
         "flops": 0,
         "model_flops": 0,
+        "watched_flops": None,
         "usable": None,
         "accessed": None,
         "kernels": None,

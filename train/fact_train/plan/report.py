@@ -11,6 +11,7 @@ from fact_jax.plan.links import LINKS, collective_seconds
 from fact_jax.plan.roofline import Roofline, milliseconds, usable_bytes
 from fact_jax.plan.targets import GPUS_A_NODE
 from fact_train.config import TrainConfig
+from fact_train.tasks.validation import PEOPLE, SCALES, STARTS
 
 KINDS = ("frozen", "trainable", "optimizer", "ema", "batch", "temporary")
 Report = dict[str, Any]
@@ -19,8 +20,9 @@ Report = dict[str, Any]
 class CompiledStats(TypedDict):
     """What is known of one training step.
 
-    ``flops`` and ``model_flops`` are those of all devices, the rest is that of one: ``bytes`` by
-    what holds them; ``usable`` and what follows it as of a
+    ``flops`` and ``model_flops`` are those of all devices, the rest is that of one:
+    ``watched_flops`` of the pictures that are drawn now and then, None if never; ``bytes`` by what
+    holds them; ``usable`` and what follows it as of a
     ``fact_jax.plan.compiled_program.CompiledProgram``.
     """
 
@@ -29,6 +31,7 @@ class CompiledStats(TypedDict):
     bytes: dict[str, float]
     flops: int
     model_flops: int
+    watched_flops: int | None
     usable: float | None
     accessed: int | None
     kernels: dict[str, int] | None
@@ -50,6 +53,7 @@ def make_report(config: TrainConfig, chip: Chip, chips: int, stats: CompiledStat
         "parameters": stats["parameters"],
         "memory": _memory(config, chip, chips, stats),
         "flops": {"executed": stats["flops"] / chips, "model": stats["model_flops"] / chips},
+        "watching": _watching(config, chips, stats),
         "kernels": stats["kernels"],
         "collectives": stats["collectives"],
         "roofline": _roofline(config, chip, chips, stats),
@@ -80,6 +84,19 @@ def _roofline(config: TrainConfig, chip: Chip, chips: int, stats: CompiledStats)
         "mfu": [model / found.best, model / found.worst],
         "samples_a_second_a_chip": config.batch_size / chips / found.best,
         "bound_by": found.bound_by,
+    }
+
+
+def _watching(config: TrainConfig, chips: int, stats: CompiledStats) -> Report | None:
+    """What the pictures of ``log.samples_every`` cost beside the steps; None if there are none."""
+    every, flops = config.log.samples_every, stats["watched_flops"]
+    if not every or flops is None:
+        return None
+    return {
+        "pictures": PEOPLE * len(STARTS) * len(SCALES),
+        "every": every,
+        "flops": flops,
+        "share": flops / (flops + every * stats["flops"] / chips),
     }
 
 
@@ -126,6 +143,7 @@ def _assumptions(chip: Chip) -> list[str]:
         *roofline.assumptions(chip),
         "FLOPs: matrix products, convolutions and attention kernels of the traced step, loops in "
         "full, recomputation included; 'model' is without recomputation",
+        "pictures: those of the adapter's people to watch, each device some of them",
         "kernels and collectives: read from the compiled program",
         "step: at best arithmetic at peak, memory traffic and collectives at full bandwidth go on "
         "at one time, at worst one after the other",
@@ -158,6 +176,11 @@ def format_report(report: Report) -> Iterator[str]:
         f"arithmetic a chip: {flops['executed'] / 1e12:.4g} TFLOP a step, "
         f"{flops['model'] / 1e12:.4g} of them the model's own"
     )
+    if (watching := report["watching"]) is not None:
+        yield (
+            f"pictures: {watching['pictures']} every {watching['every']} steps, "
+            f"{watching['flops'] / 1e12:.4g} TFLOP a chip, {watching['share']:.1%} of the whole"
+        )
     if bounds is None:
         yield "kernels, collectives and step time: unknown, as the step does not compile"
     else:

@@ -11,7 +11,7 @@ from fact_train.config import TrainConfig
 from fact_train.engine.step import TrainStep, check_batch
 from fact_train.multihost.processes import check_alike
 from fact_train.run.logger import stage
-from fact_train.run.prepare import prepare, sizes
+from fact_train.run.prepare import placement, prepare, sizes
 
 
 def dry_run(config: TrainConfig) -> dict[str, float]:
@@ -25,6 +25,7 @@ def dry_run(config: TrainConfig) -> dict[str, float]:
     check_batch(config, mesh)
     ready = prepare(config, mesh, _say, "dry run")
     _say(sizes(ready.state, ready.frozen))
+    _say(placement(mesh, config.precision))
     rows = rows_of_process(mesh, config.batch_size)
     batch = global_batch(mesh, config.batch_size, rows, next(ready.source.batches(0, rows)))
     step = TrainStep(ready.task, ready.optimizer, config, mesh)

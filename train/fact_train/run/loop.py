@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from fact_jax.sharding import global_batch, local_copy, make_mesh, rows_of_process
+from fact_jax.sharding import gathered, global_batch, local_copy, make_mesh, rows_of_process
 from fact_jax.utils.errors import UserError, first_line
 from fact_jax.utils.files import replace_folder, require_local
 from fact_train.config import TrainConfig
@@ -35,7 +35,7 @@ from fact_train.run.folder import (
     now,
 )
 from fact_train.run.logger import RunLogger, average, stage
-from fact_train.run.prepare import PreparedRun, prepare, sizes
+from fact_train.run.prepare import PreparedRun, placement, prepare, sizes
 from fact_train.run.provenance import revision, versions
 from fact_train.run.remote import RemoteFolder, is_url
 from fact_train.run.signal_handler import SignalHandler
@@ -108,6 +108,7 @@ def _train(
         state = checkpoints.restore(ready.state, log.say) or ready.state
         start = int(state.step)
         log.say(f"{sizes(state, ready.frozen)}, {'resuming at' if start else 'from'} step {start}")
+        log.say(placement(mesh, config.precision))
         for change in changes:
             log.say(f"{change} from step {start} on")
         log.begin(start, about.config)
@@ -181,11 +182,12 @@ class _Loop:
     ) -> jax.stages.Compiled:
         with stage(self.log.say, "compiling the training step"):
             compiled = train_step.lower(state, self.frozen, batch).compile()
-            flops = None
+            model, executed = None, None
             if self.meter.peak:
                 with contextlib.suppress(ValueError):  # a loop of unknown length
-                    flops = train_step.model_flops(state, self.frozen, batch)
-        self.meter.begin(flops)
+                    model = train_step.model_flops(state, self.frozen, batch)
+                    executed = train_step.executed_flops(state, self.frozen, batch)
+        self.meter.begin(model, executed)
         return compiled
 
     def _record(self, step: int, state: TrainState, metrics: Metrics, stop: bool) -> None:
@@ -213,9 +215,10 @@ class _Loop:
     def _watch(self, step: int, state: TrainState) -> dict[str, float]:
         """Keep the task's pictures; its numbers join the step's row. A failure is a warning."""
         numbers, pictures, failure = dict[str, float](), dict[str, np.ndarray](), ""
-        weights = self._local(state)
+        copy = gathered if getattr(self.task, "samples_on_mesh", False) else local_copy
+        weights, frozen = map(copy, self._weights(state))
         try:
-            for name, value in self.task.samples(*weights, self.key).items():
+            for name, value in self.task.samples(weights, frozen, self.key).items():
                 if np.ndim(value):
                     pictures[name] = np.asarray(value)
                 else:
@@ -268,7 +271,7 @@ class _Loop:
 
     def export(self, state: TrainState) -> None:
         """Write ``export`` whole or not at all; files of others in it stay."""
-        step, (weights, frozen) = int(state.step), self._local(state)
+        step, (weights, frozen) = int(state.step), map(local_copy, self._weights(state))
         target = self.folder / "export"
         about = {"step": step, "config": to_json(self.config), "versions": versions()}
         about["revision"] = revision()
@@ -297,9 +300,9 @@ class _Loop:
             self.log.say(f"export: {why}; written again from checkpoint {step}")
             self.export(state)
 
-    def _local(self, state: TrainState) -> tuple[PyTree, PyTree]:
-        """The weights to look at and the frozen ones, whole on one device of each process."""
-        return local_copy(state.params if state.ema is None else state.ema), local_copy(self.frozen)
+    def _weights(self, state: TrainState) -> tuple[PyTree, PyTree]:
+        """The weights to look at, and the frozen ones."""
+        return state.params if state.ema is None else state.ema, self.frozen
 
     def _not_finite(self, step: int, in_a_row: int) -> UserError:
         saved, last_good = self.checkpoints.steps(), step - in_a_row

@@ -8,11 +8,13 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from fact_jax.ops.attention import attention_form
+from fact_jax.ops.precision import Precision, storage_dtype
 from fact_jax.sharding import shard
 from fact_train.config import TrainConfig
 from fact_train.engine.checksums import content_hash
 from fact_train.engine.state import TrainState, make_optimizer, place_state
-from fact_train.engine.step import cast, frozen_shardings
+from fact_train.engine.step import cast, compiler_options, frozen_shardings
 from fact_train.engine.task import Source, Task
 from fact_train.multihost.collectives import raise_on_all_processes
 from fact_train.multihost.processes import check_same
@@ -73,4 +75,15 @@ def prepare(config: TrainConfig, mesh: Mesh, say: Callable[[str], None], name: s
 def sizes(state: TrainState, frozen: PyTree) -> str:
     """How many parameters there are, and where, for a person."""
     count = [sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, frozen)]
-    return f"{count[0]:,} parameters trained, {count[1]:,} frozen, on {jax.default_backend()}"
+    return f"{count[0]:,} parameters trained, {count[1]:,} frozen"
+
+
+def placement(mesh: Mesh, precision: Precision) -> str:
+    """Devices, how they share the work, how attention is computed there, and XLA's options."""
+    options = compiler_options(mesh) or {}
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    return (
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind} in {jax.process_count()} process(es), "
+        f"mesh {axes}; {precision}, attention: {attention_form(storage_dtype(precision))}"
+        + "".join(f"; {name}={value}" for name, value in options.items())
+    )

@@ -21,13 +21,13 @@ class ThroughputMeter:
         self._chips = devices / (chip.devices if chip else 1)
         # None for a chip that is not in the table: a share of it would have to be invented.
         self.peak = chip.peak * self._chips if chip else None
-        self._flops: float | None = None
+        self._flops: tuple[float | None, float | None] = (None, None)
         self._batch_size = batch_size
         self._restart()
 
-    def begin(self, flops: float | None) -> None:
-        """Count from here. ``flops``: of one step on all chips together, None if unknown."""
-        self._flops = flops
+    def begin(self, model_flops: float | None, executed_flops: float | None) -> None:
+        """Count from here. FLOPs are those of one step on all chips together, None if unknown."""
+        self._flops = model_flops, executed_flops
         self._restart()
 
     def _restart(self) -> None:
@@ -56,7 +56,12 @@ class ThroughputMeter:
         self._paused += time.monotonic() - began
 
     def row(self) -> dict[str, float]:
-        """The speeds since the last row; ``mfu`` (model FLOPs utilisation) on known chips only."""
+        """The speeds since the last row.
+
+        On known chips also ``step_seconds`` beside ``arithmetic_seconds``, what a step would take
+        with all of its FLOPs at peak; and ``mfu`` (model FLOPs utilisation), the model's own FLOPs
+        over the step's time and the peak. Both are as ``fact-train plan`` has them.
+        """
         spent = max(time.monotonic() - self._began - self._paused, 1e-9)
         per_second = self._steps / spent
         values = {
@@ -64,8 +69,11 @@ class ThroughputMeter:
             "speed/samples_per_second_per_chip": per_second * self._batch_size / self._chips,
             "speed/data_wait": self._waited / spent,
         }
-        if self.peak and self._flops:
-            values["speed/mfu"] = per_second * self._flops / self.peak
+        model, executed = self._flops
+        if self.peak and model and executed:
+            values["speed/mfu"] = per_second * model / self.peak
+            values["speed/step_seconds"] = spent / max(self._steps, 1)
+            values["speed/arithmetic_seconds"] = executed / self.peak
         self._restart()
         return values
 

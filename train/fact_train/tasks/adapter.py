@@ -33,6 +33,7 @@ from fact_jax.losses import denoising_error, fair_ratio, min_snr_weight
 from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.transface import TransFace
 from fact_jax.models.unet import UNet
+from fact_jax.sharding import make_mesh
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.ranges import CheckedFields, Length, Name, NonNegative, Positive, Probability
 from fact_train.config import TrainConfig
@@ -115,6 +116,7 @@ class AdapterTask(Task):
     """The adapter of every block and the resampler learn; everything else stays bit for bit."""
 
     score = SCORE
+    samples_on_mesh = True
     options: AdapterOptions
 
     def __init__(self, config: TrainConfig):
@@ -309,7 +311,7 @@ class AdapterTask(Task):
 
     @functools.cached_property
     def _validation_callback(self) -> ValidationCallback:
-        return ValidationCallback(self, self._validation)
+        return ValidationCallback(self, self._validation, make_mesh(self.config.mesh))
 
     def export(self, trainable: PyTree, frozen: PyTree, directory: Path, step: int) -> None:
         """``adapter.safetensors``; its ``step`` counts the steps before this run too."""

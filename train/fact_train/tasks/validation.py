@@ -5,6 +5,8 @@ second, portraits of other people (templates) are half noised and drawn again wi
 face. There the place of the face is known without any detector, so numbers are taken there:
 similarity of who is seen to the reference, by the face encoder's own embedding, for FACT and for
 the base; and how much FACT changes inside and outside the head, against the base.
+
+All devices of the mesh draw, each some of the rows.
 """
 
 import contextlib
@@ -15,14 +17,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, UInt8
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from fact_convert import tokenize
 from fact_jax.diffusion.samplers import noise_latents_for_start, sample_ddim
 from fact_jax.face import align_batch
 from fact_jax.fact import Guidance, encode_face, guided_model, null_face
 from fact_jax.losses import normalize
+from fact_jax.models.transface import TransFace
+from fact_jax.models.vae import AutoencoderKL
 from fact_jax.portraits import SPLITS
+from fact_jax.sharding import replicated, shard
 from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.pixels import denormalize_pixels, normalize_pixels
@@ -35,6 +42,8 @@ PEOPLE = 8
 STEPS = 25
 # Enough noise to take the face away, little enough to leave it in its place.
 TEMPLATE_START = 10
+STARTS = (0, TEMPLATE_START)
+SCALES = (0.0, 1.0)  # the base, FACT
 SCORE = "watch/similarity"
 
 
@@ -106,32 +115,37 @@ def _read(records: Records, number: int) -> dict[str, Any]:
 class ValidationCallback:
     """Generate the grids and measure similarity; ``task`` is the adapter task."""
 
-    def __init__(self, task: Any, validation: ValidationSet):
-        self._task, self._validation = task, validation
-        self._vae, self._encoder = split_module(task.pipeline.vae), split_module(task.encoder)
-        self._models = {"vae": self._vae.arrays, "encoder": self._encoder.arrays}
-        prompts = tokenize(task.pipeline.tokenizer, [*validation.captions, ""])[0]
-        self._inputs = {
-            "ids": jnp.asarray(prompts),
-            "crops": jnp.asarray(normalize_pixels(validation.crops)),
-            "templates": jnp.asarray(normalize_pixels(validation.templates)),
-        }
-        self._draw = jax.jit(self._drawn, static_argnames="start")
+    def __init__(self, task: Any, validation: ValidationSet, mesh: Mesh):
+        self._task, self._validation, self._mesh = task, validation, mesh
+        modules = {"vae": task.pipeline.vae, "encoder": task.encoder}
+        self._parts = {name: split_module(module) for name, module in modules.items()}
+        count, devices = len(validation.photos), mesh.size
+        # Rows that fill up the last device's share are drawn and forgotten.
+        self._rows = np.arange(-(-count // devices) * devices) % count
+        ids = tokenize(task.pipeline.tokenizer, validation.captions)[0]
+        crops, templates = map(normalize_pixels, (validation.crops, validation.templates))
+        self._inputs = self._spread({"ids": ids, "crops": crops, "templates": templates})
+        self._draw = jax.jit(
+            self._drawn, static_argnames="start", out_shardings=replicated(self._mesh)
+        )
         self._embed = jax.jit(self._embedded)
         self._wanted = self._identities(validation.crops)
 
     def __call__(self, trainable, frozen, key) -> dict[str, np.ndarray | float]:
-        """Both grids, and the numbers under ``watch/``."""
+        """Both grids, and the numbers under ``watch/``; the arrays lie whole on all devices."""
         given = self._validation
-        weights = (trainable, frozen, self._models, self._inputs, key)
+        count, config = len(given.photos), self._task.pipeline.unet.config
+        side = config.sample_size
+        noise = jax.random.normal(key, (count, side, side, config.in_channels))
+        arrays = {name: part.arrays for name, part in self._parts.items()}
+        everywhere = jax.tree.map(lambda _: replicated(self._mesh), arrays)
+        rows = self._inputs | self._spread({"noise": noise})
+        weights = (trainable, frozen, shard(arrays, everywhere), rows)
         made = {
-            start: [
-                np.asarray(denormalize_pixels(self._draw(*weights, scale, start=start)))
-                for scale in (0.0, 1.0)
-            ]
-            for start in (0, TEMPLATE_START)
+            start: [np.asarray(self._draw(*weights, scale, start=start)) for scale in SCALES]
+            for start in STARTS
         }
-        count, (base, fact) = len(given.photos), made[TEMPLATE_START]
+        base, fact = made[TEMPLATE_START]
         drawn, swapped = [given.photos, *made[0]], [given.templates, base, fact]
         inside, outside = change(base, fact, given.masks)
         return {
@@ -143,48 +157,77 @@ class ValidationCallback:
             "watch/outside_change": outside,
         }
 
+    def _spread(self, rows: dict[str, Array | np.ndarray]) -> dict[str, Array]:
+        """Each device its share of the rows."""
+        place = dict.fromkeys(rows, NamedSharding(self._mesh, P(self._mesh.axis_names)))
+        return shard({name: np.asarray(array)[self._rows] for name, array in rows.items()}, place)
+
     def _similarity(self, pictures: UInt8[np.ndarray, "n h w 3"]) -> float:
         given = self._validation
         crops = align_batch(pictures, given.points, given.masks, given.crops.shape[1])
         return float((self._identities(crops) * self._wanted).sum(-1).mean())
 
     def _identities(self, crops: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n k"]:
-        return np.asarray(self._embed(self._models, normalize_pixels(crops)))
+        arrays = self._parts["encoder"].arrays
+        return np.asarray(self._embed(arrays, normalize_pixels(crops)))
 
-    def _embedded(self, models, crops):
-        encoder = self._encoder.module(models["encoder"])
+    def _embedded(self, arrays, crops):
+        encoder = self._parts["encoder"].module(arrays)
         return normalize(encoder(crops)[1].astype(jnp.float32))
 
-    def _drawn(self, trainable, frozen, models, inputs, key, scale, start: int):
-        task = self._task
-        vae = self._vae.module(models["vae"])
-        resampler = task.resampler.module(trainable["resampler"])
-        unet = task.unet(trainable["adapter"], frozen["unet"])
-        states = task.encoders.text(frozen, inputs["ids"])
-        text, empty = states[:-1], states[-1:]
-        face = encode_face(
-            self._encoder.module(models["encoder"]), resampler, inputs["crops"][:, None]
-        )
-        model = guided_model(
-            unet,
-            text=text,
-            negative_text=jnp.broadcast_to(empty, text.shape),
-            face=face,
-            no_face=null_face(resampler, task.encoder.config.tokens),
-            guidance=Guidance(text=3.0, face_scale=scale),
-            steps=STEPS,
-        )
-        config, schedule = unet.config, task.pipeline.schedule
-        noise = jax.random.normal(
-            key, (len(text), config.sample_size, config.sample_size, config.in_channels)
-        )
-        factor = vae.config.scaling_factor
-        if start:
-            # One at a time: at full size the autoencoder needs more memory than the UNet.
-            clean = jax.lax.map(lambda x: vae.encode(x[None])[0][0], inputs["templates"]) * factor
-            noise = noise_latents_for_start(schedule, "ddim", clean, noise, STEPS, start)
-        latents = sample_ddim(model, noise, schedule, steps=STEPS, start=start)
-        return jax.lax.map(lambda z: vae.decode(z[None])[0], latents / factor)
+    def _drawn(self, trainable, frozen, arrays, rows, scale, start: int):
+        def on_device(trainable, frozen, arrays, rows, scale):
+            parts = {name: part.module(arrays[name]) for name, part in self._parts.items()}
+            return draw_rows(self._task, trainable, frozen, rows, scale, start=start, **parts)
+
+        split = P(self._mesh.axis_names)
+        pictures = jax.shard_map(
+            on_device,
+            mesh=self._mesh,
+            in_specs=(P(), P(), P(), split, P()),
+            out_specs=split,
+            check_vma=False,
+        )(trainable, frozen, arrays, rows, scale)
+        return pictures[: len(self._validation.photos)]
+
+
+def draw_rows(
+    task: Any,
+    trainable: PyTree,
+    frozen: PyTree,
+    rows: dict[str, Array],
+    scale: float | Array,
+    *,
+    vae: AutoencoderKL,
+    encoder: TransFace,
+    start: int,
+) -> UInt8[Array, "n h w 3"]:
+    """One picture for each row of ``ids``, ``crops``, ``templates`` and ``noise``.
+
+    They are drawn from the noise, or with ``start`` from the templates.
+    """
+    resampler = task.resampler.module(trainable["resampler"])
+    unet = task.unet(trainable["adapter"], frozen["unet"])
+    empty = tokenize(task.pipeline.tokenizer, [""])[0]
+    states = task.encoders.text(frozen, jnp.concatenate([rows["ids"], empty]))
+    text, empty = states[:-1], states[-1:]
+    model = guided_model(
+        unet,
+        text=text,
+        negative_text=jnp.broadcast_to(empty, text.shape),
+        face=encode_face(encoder, resampler, rows["crops"][:, None]),
+        no_face=null_face(resampler, task.encoder.config.tokens),
+        guidance=Guidance(text=3.0, face_scale=scale),
+        steps=STEPS,
+    )
+    schedule, noise = task.pipeline.schedule, rows["noise"]
+    factor = vae.config.scaling_factor
+    if start:
+        # One at a time: at full size the autoencoder needs more memory than the UNet.
+        clean = jax.lax.map(lambda x: vae.encode(x[None])[0][0], rows["templates"]) * factor
+        noise = noise_latents_for_start(schedule, "ddim", clean, noise, STEPS, start)
+    latents = sample_ddim(model, noise, schedule, steps=STEPS, start=start)
+    return denormalize_pixels(jax.lax.map(lambda z: vae.decode(z[None])[0], latents / factor))
 
 
 def change(
