@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from fact_jax.models.layers import Attention, FeedForward, layer_norm
+from fact_jax.models.layers import Attention, FeedForward, Linear, layer_norm
 from fact_jax.ops.attention_kernels import HiddenKeys
 
 FaceKeys = tuple[Float[Array, "b m c"], Float[Array, "b m c"]]
@@ -43,7 +43,7 @@ class FaceAdapter(nnx.Module):
     """One block's adapter. With both gates at 0 (as created here) it adds exactly nothing."""
 
     def __init__(self, dim: int, heads: int, face_dim: int, *, rngs: nnx.Rngs):
-        self.linear = nnx.Linear(face_dim, dim, rngs=rngs)
+        self.linear = Linear(face_dim, dim, rngs=rngs)
         self.norm1 = layer_norm(dim, rngs=rngs)
         self.norm2 = layer_norm(dim, rngs=rngs)
         self.attn = Attention(dim, heads, rngs=rngs)
@@ -67,7 +67,7 @@ class FaceAdapter(nnx.Module):
         Only the N visual tokens ask queries: the face tokens' own rows would be thrown away.
         """
         regions = None if controls.regions is None else controls.regions[x.shape[1]]
-        scale = jnp.asarray(scale, x.dtype)
+        scale = jnp.asarray(scale, jnp.float32)
         scale = scale[:, None, None] if scale.ndim else scale
         visual = self.norm1(x)
         own = self.attn.keys_values(visual)
@@ -83,11 +83,9 @@ class FaceAdapter(nnx.Module):
         )
         unseen = _hidden_keys(regions, controls.token_mask, x.shape[1], face[0].shape[1])
         mixed = self.attn.attend(visual, keys, values, unseen)
-        first = scale * jnp.tanh(self.alpha_attn[...]).astype(x.dtype) * mixed
+        first = _gated(scale, self.alpha_attn[...], mixed)
         hidden = x + first
-        second = (
-            scale * jnp.tanh(self.alpha_dense[...]).astype(x.dtype) * self.ff(self.norm2(hidden))
-        )
+        second = _gated(scale, self.alpha_dense[...], self.ff(self.norm2(hidden)))
         if regions is None and controls.cap is None:
             return hidden + second, first + second
         increment = first + second
@@ -96,6 +94,14 @@ class FaceAdapter(nnx.Module):
         if controls.cap is not None:
             increment = _capped(increment, x, controls.cap)
         return x + increment, increment
+
+
+def _gated(
+    scale: Float[Array, "..."], alpha: Float[Array, ""], increment: Float[Array, "b n c"]
+) -> Float[Array, "b n c"]:
+    """In float32, and with it the sum over all numbers that is the gradient of ``alpha``."""
+    gate = scale * jnp.tanh(alpha.astype(jnp.float32))
+    return (gate * increment.astype(jnp.float32)).astype(increment.dtype)
 
 
 def _moved(

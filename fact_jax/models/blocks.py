@@ -19,6 +19,7 @@ from fact_jax.models.layers import (
     Attention,
     Downsample,
     FeedForward,
+    Linear,
     ResnetBlock,
     Upsample,
     check_diffusers_config,
@@ -269,7 +270,7 @@ class SpatialTransformer(nnx.Module):
     def __init__(self, dim: int, heads: int, config: UNetEncoderConfig, *, rngs: nnx.Rngs):
         self.norm = group_norm(dim, config.norm_num_groups, 1e-6, rngs=rngs)
         linear = config.use_linear_projection
-        make = nnx.Linear if linear else (lambda i, o, *, rngs: conv(i, o, 1, rngs=rngs))
+        make = Linear if linear else (lambda i, o, *, rngs: conv(i, o, 1, rngs=rngs))
         self.proj_in = make(dim, dim, rngs=rngs)
         self.transformer_blocks = nnx.List([TransformerBlock(dim, heads, config, rngs=rngs)])
         self.proj_out = make(dim, dim, rngs=rngs)
@@ -354,8 +355,8 @@ class TimeEmbedding(nnx.Module):
     """Sinusoids through two linear layers with SiLU between."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.linear_1 = nnx.Linear(inputs, outputs, rngs=rngs)
-        self.linear_2 = nnx.Linear(outputs, outputs, rngs=rngs)
+        self.linear_1 = Linear(inputs, outputs, rngs=rngs)
+        self.linear_2 = Linear(outputs, outputs, rngs=rngs)
 
     def __call__(
         self, timesteps: Real[Array, ""] | Real[Array, " b"], latents: Float[Array, "b h w c"]

@@ -45,6 +45,32 @@ def layer_norm(channels: int, eps: float = 1e-5, *, rngs: nnx.Rngs) -> nnx.Layer
     return nnx.LayerNorm(channels, epsilon=eps, use_fast_variance=False, rngs=rngs)
 
 
+@jax.custom_vjp
+def _add_bias(x: Float[Array, "*b c"], bias: Float[Array, " c"]) -> Float[Array, "*b c"]:
+    return x + bias
+
+
+def _add_bias_forward(x, bias):
+    return x + bias, bias
+
+
+def _add_bias_backward(bias, g):
+    # jnp.sum adds up in float32. The gradient of a broadcast, which this is, would in 16 bits.
+    return g, g.sum(range(g.ndim - 1)).astype(bias.dtype)
+
+
+_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+
+
+class Linear(nnx.Linear):
+    """``nnx.Linear``, the gradient of whose bias is summed in float32."""
+
+    def __call__(self, inputs: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
+        if self.bias is None:
+            return super().__call__(inputs)
+        return _add_bias(jnp.dot(inputs, self.kernel[...]), self.bias[...])
+
+
 def conv(inputs: int, outputs: int, kernel: int = 3, *, rngs: nnx.Rngs) -> nnx.Conv:
     """A convolution that keeps height and width."""
     return nnx.Conv(
@@ -99,7 +125,7 @@ class ResnetBlock(nnx.Module):
     ):
         self.norm1 = group_norm(inputs, groups, eps, rngs=rngs)
         self.conv1 = conv(inputs, outputs, rngs=rngs)
-        self.time_emb_proj = nnx.Linear(time_dim, outputs, rngs=rngs) if time_dim else None
+        self.time_emb_proj = Linear(time_dim, outputs, rngs=rngs) if time_dim else None
         self.norm2 = group_norm(outputs, groups, eps, rngs=rngs)
         self.conv2 = conv(outputs, outputs, rngs=rngs)
         self.conv_shortcut = conv(inputs, outputs, 1, rngs=rngs) if inputs != outputs else None
@@ -159,10 +185,10 @@ class Attention(nnx.Module):
     ):
         self.heads = heads
         context_dim = context_dim or dim
-        self.to_q = nnx.Linear(dim, dim, use_bias=qkv_bias, rngs=rngs)
-        self.to_k = nnx.Linear(context_dim, dim, use_bias=qkv_bias, rngs=rngs)
-        self.to_v = nnx.Linear(context_dim, dim, use_bias=qkv_bias, rngs=rngs)
-        self.to_out = nnx.List([nnx.Linear(dim, dim, rngs=rngs)])
+        self.to_q = Linear(dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_k = Linear(context_dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_v = Linear(context_dim, dim, use_bias=qkv_bias, rngs=rngs)
+        self.to_out = nnx.List([Linear(dim, dim, rngs=rngs)])
 
     def keys_values(
         self, context: Float[Array, "b m e"]
@@ -190,7 +216,7 @@ class GEGLU(nnx.Module):
     """Gated linear unit with the exact (erf) GELU (Shazeer 2020, arXiv 2002.05202)."""
 
     def __init__(self, dim: int, inner: int, *, rngs: nnx.Rngs):
-        self.proj = nnx.Linear(dim, 2 * inner, rngs=rngs)
+        self.proj = Linear(dim, 2 * inner, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n f"]:
         value, gate = jnp.split(self.proj(x), 2, axis=-1)
@@ -202,7 +228,7 @@ class FeedForward(nnx.Module):
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs):
         self.net = nnx.List(
-            [GEGLU(dim, 4 * dim, rngs=rngs), Identity(), nnx.Linear(4 * dim, dim, rngs=rngs)]
+            [GEGLU(dim, 4 * dim, rngs=rngs), Identity(), Linear(4 * dim, dim, rngs=rngs)]
         )
 
     def __call__(self, x: Float[Array, "b n c"]) -> Float[Array, "b n c"]:

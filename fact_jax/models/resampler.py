@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 
 from fact_jax.models.layers import (
     Identity,
+    Linear,
     check_diffusers_config,
     layer_norm,
     merge_heads,
@@ -62,9 +63,9 @@ class PerceiverAttention(nnx.Module):
         self.heads = config.heads
         self.norm1 = layer_norm(config.dim, rngs=rngs)
         self.norm2 = layer_norm(config.dim, rngs=rngs)
-        self.to_q = nnx.Linear(config.dim, inner, use_bias=False, rngs=rngs)
-        self.to_kv = nnx.Linear(config.dim, 2 * inner, use_bias=False, rngs=rngs)
-        self.to_out = nnx.Linear(inner, config.dim, use_bias=False, rngs=rngs)
+        self.to_q = Linear(config.dim, inner, use_bias=False, rngs=rngs)
+        self.to_kv = Linear(config.dim, 2 * inner, use_bias=False, rngs=rngs)
+        self.to_out = Linear(inner, config.dim, use_bias=False, rngs=rngs)
 
     def __call__(
         self, tokens: Float[Array, "b n d"], latents: Float[Array, "b m d"]
@@ -91,9 +92,9 @@ class Resampler(nnx.Module):
         self.latents = nnx.Param(
             jax.random.normal(rngs.params(), (1, config.num_queries, dim)) / dim**0.5
         )
-        self.proj_in = nnx.Linear(config.embedding_dim, dim, rngs=rngs)
+        self.proj_in = Linear(config.embedding_dim, dim, rngs=rngs)
         self.layers = nnx.List([_layer(config, rngs) for _ in range(config.depth)])
-        self.proj_out = nnx.Linear(dim, config.output_dim, rngs=rngs)
+        self.proj_out = Linear(dim, config.output_dim, rngs=rngs)
         self.norm_out = layer_norm(config.output_dim, rngs=rngs)
 
     def __call__(self, tokens: Float[Array, "b n e"]) -> Float[Array, "b m o"]:
@@ -116,9 +117,9 @@ def _layer(config: ResamplerConfig, rngs: nnx.Rngs) -> nnx.List:
     feed_forward = nnx.List(
         [
             layer_norm(dim, rngs=rngs),
-            nnx.Linear(dim, 4 * dim, use_bias=False, rngs=rngs),
+            Linear(dim, 4 * dim, use_bias=False, rngs=rngs),
             Gelu(),
-            nnx.Linear(4 * dim, dim, use_bias=False, rngs=rngs),
+            Linear(4 * dim, dim, use_bias=False, rngs=rngs),
         ]
     )
     return nnx.List([PerceiverAttention(config, rngs=rngs), feed_forward])

@@ -64,6 +64,15 @@ def test_gradients_cross_devices_once_in_float32(programs):
     assert {one.times for one in sums} == {1}
 
 
+def test_sums_over_tokens_are_in_float32(programs):
+    """Statistics, softmax, loss and the gradients of gates, biases and norms."""
+    _, texts = programs
+    sums = re.findall(r"(\w+)\[([\d,]*)\]\S* reduce\(.*reduce_sum", texts["step-bfloat16"])
+    assert {dtype for dtype, shape in sums if "," not in shape} == {"f32"}
+    roots = re.findall(r"(\w+)\[[\d,]*\]\S* (?:rsqrt|sqrt)\(", texts["step-bfloat16"])
+    assert set(roots) == {"f32"}
+
+
 def test_the_step_is_fused_too(programs):
     platform, texts = programs
     kernels = read_kernels(texts["step-bfloat16"])

@@ -1,5 +1,8 @@
 """The adapter's controls: caps, AdaIN-mean and regions do what they promise, and only that."""
 
+import re
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -52,6 +55,24 @@ def test_cap_by_hand(adapter):
     np.testing.assert_array_equal(capped[within], plain[within])
     expected = plain[beyond] * cap * np.linalg.norm(X[beyond]) / np.linalg.norm(plain[beyond])
     np.testing.assert_allclose(capped[beyond], expected, atol=1e-6)
+
+
+def test_gradients_of_gates_and_biases_are_summed_in_float32(adapter):
+    """In 16 bits a sum over thousands of tokens stops growing when it is 256 times its terms."""
+    half = nnx.clone(adapter)
+    nnx.update(half, nnx.map_state(lambda _, a: a.astype(jnp.bfloat16), nnx.state(half)))
+    graph, state = nnx.split(half)
+    x, face = X.astype(jnp.bfloat16), FACE.astype(jnp.bfloat16)
+
+    def total(state):
+        adapter = nnx.merge(graph, state)
+        return adapter(x, adapter.keys(face))[0].astype(jnp.float32).sum()
+
+    gradient = jax.grad(total)
+    sums = re.findall(r":(\w+)\[([\d,]*)\] = reduce_sum", str(jax.make_jaxpr(gradient)(state)))
+    small = {dtype for dtype, shape in sums if shape in ("", f"{DIM}", f"{8 * DIM}")}
+    assert small == {"f32"}
+    assert {leaf.dtype for leaf in jax.tree.leaves(gradient(state))} == {jnp.dtype(jnp.bfloat16)}
 
 
 def test_a_cap_is_measured_in_float32(adapter):

@@ -270,10 +270,11 @@ def _mean(values: jax.Array) -> jax.Array:
 
 
 def cast(tree: PyTree, precision: Precision) -> PyTree:
-    """Floating leaves in the precision of the computation."""
+    """Floating leaves in the precision of the computation; scalars, which gates are, in float32."""
     dtype = storage_dtype(precision)
 
     def one(leaf):
-        return leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+        changes = leaf.ndim and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return leaf.astype(dtype) if changes else leaf
 
     return jax.tree.map(one, tree)
