@@ -45,6 +45,12 @@ _RULES = (
         lambda a: not a.photo,
         "without --photo",
     ),
+    _Rule(
+        ("plan",),
+        ("encoder", "photos", "face-guidance"),
+        lambda a: not a.adapter,
+        "without --adapter",
+    ),
     _Rule(("report",), ("points",), lambda a: not a.photo, "without --photo"),
     _Rule(("report",), ("flax",), lambda a: not a.torch, "without --torch"),
     _Rule(("report",), ("torch",), lambda a: not a.flax, "without --flax"),

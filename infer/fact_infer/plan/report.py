@@ -197,8 +197,8 @@ def format_report(report: Report) -> Iterator[str]:
     """The report as lines of text."""
     height, width = report["size"]
     yield (
-        f"{report['chips']} x {report['chip']}, {report['batch']} pictures of {width} x {height} "
-        f"at a time: {report['pictures_a_chip']} a chip, {report['calls']} calls of the UNet"
+        f"{report['chips']} x {report['chip']}, batch {report['batch']} of {width} x {height}: "
+        f"{report['pictures_a_chip']} a chip, {report['calls']} calls of the UNet"
     )
     for note in report["notes"]:
         yield f"  note: {note}"
@@ -227,7 +227,7 @@ def format_report(report: Report) -> Iterator[str]:
 
 def _program_lines(name: str, program: Report) -> Iterator[str]:
     flops = sum(program["flops"].values())
-    line = f"{name}, {program['runs']} times: {flops / 1e12:.4g} TFLOP"
+    line = f"{program['runs']} x {name}: {flops / 1e12:.4g} TFLOP"
     if "seconds" not in program:
         yield f"{line}; it does not compile"
         return
@@ -248,6 +248,6 @@ def verdict(report: Report) -> str:
         return f"{fits}; not even one picture a chip does"
     compiled = " and ".join(map(str, largest["compiled"]))
     return (
-        f"{fits}; the largest batch is {largest['pictures']}, by the memory of programs compiled "
-        f"for {compiled}"
+        f"{fits}; the largest batch is {largest['pictures']}, on a straight line through the "
+        f"memory of programs compiled for {compiled}"
     )

@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 from fact_jax.ops.attention import attention_plain, attention_tiled
 from fact_jax.ops.attention_kernels import attention_splash
 from fact_jax.ops.convolution import convolve
-from fact_jax.plan.jaxpr_costs import count_flops, trace
+from fact_jax.ops.precision import matmul_precision
+from fact_jax.plan.jaxpr_costs import count_flops, flops_by_product, trace
 
 
 def shape(*dims, dtype=jnp.float32):
@@ -23,6 +24,18 @@ def test_product():
     assert count_flops(trace(jnp.matmul, shape(3, 5), shape(5, 7))) == 2 * 3 * 5 * 7
     einsum = trace(lambda a, b: jnp.einsum("bnhd,bmhd->bhnm", a, b), *[shape(2, 6, 4, 8)] * 2)
     assert count_flops(einsum) == 2 * (2 * 4) * 6 * 6 * 8
+
+
+def test_products_by_precision():
+    """Of float32 by the precision that is asked for, of other numbers by their dtype."""
+    matrices, picture = (shape(3, 5), shape(5, 7)), (shape(1, 4, 4, 2), shape(3, 3, 2, 5))
+    for precision, name in (("float32", "float32"), ("tf32", "tf32"), ("bfloat16", "default")):
+        with matmul_precision(precision):
+            assert flops_by_product(trace(jnp.matmul, *matrices)) == {name: 2 * 3 * 5 * 7}
+            assert set(flops_by_product(trace(conv, *picture))) == {name}
+    halves = [shape(3, 5, dtype=jnp.bfloat16), shape(5, 7, dtype=jnp.bfloat16)]
+    both = trace(lambda a, b, c, d: (a @ b, c @ d), *matrices, *halves)
+    assert flops_by_product(both) == {"default": 210, "bfloat16": 210}
 
 
 def conv(x, kernel, stride=1):

@@ -68,11 +68,11 @@ def test_numbers_of_one_chip():
     assert (memory["largest_program"], memory["used"]) == ("decode", 6 * GB)
     text = "\n".join(format_report(report))
     for part in (
-        "2 x v5e, 4 pictures of 512 x 256 at a time: 2 a chip, 50 calls of the UNet",
+        "2 x v5e, batch 4 of 512 x 256: 2 a chip, 50 calls of the UNet",
         "note: a note",
         "   10 parameters",
         "temporary        2.5000 GB   of decode",
-        "denoise, 50 times: 0.197 TFLOP and 1.638 GB, 2 ms to 3 ms, bound by memory",
+        "50 x denoise: 0.197 TFLOP and 1.638 GB, 2 ms to 3 ms, bound by memory",
         "   3 x flash",
         "a picture: 32.86 ms to 45.74 ms, bound by memory",
     ):
@@ -109,8 +109,8 @@ def test_second_batch_is_near_to_the_largest():
 def test_verdict():
     fitting = make_report(CHIPS["v5e"], 2, stats(batch(1, GB, GB), batch(8, 8 * GB, 8 * GB)))
     assert verdict(fitting) == (
-        "fits, with 12.91 GB to spare; the largest batch is 26, by the memory of programs compiled "
-        "for 2 and 16"
+        "fits, with 12.91 GB to spare; the largest batch is 26, on a straight line through the "
+        "memory of programs compiled for 2 and 16"
     )
     # The compiler's refusal names what it needs and what there is.
     refused = batch(1, 20 * GB, GB)
@@ -127,7 +127,7 @@ def test_verdict():
         (["--gpu", "h100:8", "--batch", "4"], "--batch 4 does not divide over 8 chips"),
         (["--gpu", "h10"], "the nearest is 'h100'"),
         (["--topology", "v5e", "--batch", "4"], "expected a TPU and its shape"),
-        (["--gpu", "h200", "--photos", "0"], "--photos must be at least 1"),
+        (["--gpu", "h200", "--adapter", "a", "--photos", "0"], "--photos must be at least 1"),
         (["--gpu", "h200"], "pip install 'jax[cuda13]'"),
         (["--topology", "v5e:2x2"], "pip install 'jax[tpu]'"),
     ],

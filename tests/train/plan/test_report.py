@@ -132,9 +132,16 @@ def test_reading_what_was_asked_for():
     assert target.options == {"topology_name": "v5e:16x16", "num_slices": 1}
     assert read_topology("v5e:16x16", slices=4)[1:] == (1024, tpu_target("v5e:16x16", 4))
     assert read_topology("v5p:4x4x8")[:2] == (CHIPS["v5p"], 128)
+    # Less than a whole host has to be said.
+    alone = read_topology("v5e:1x1")[2].options
+    assert alone == tpu_target("v5e:2x2").options | {
+        "topology_name": "v5e:1x1",
+        "chips_per_host_bounds": [1, 1, 1],
+    }
     half, count, _ = read_topology("tpu7x:2x2x1")
     assert (half.peak, half.memory, count) == (2307e12 / 2, 96 * 2**30, 8)
     assert read_gpu("h100") == (CHIPS["h100"], 8, gpu_target("h100", 8))
+    assert read_gpu("h200", usual=1)[1] == 1
     chip, count, target = read_gpu("H200:64")
     assert (chip, count, target.options["topology"]) == (CHIPS["h200"], 64, "1x8x8")
     assert "major: 9 minor: 0" in target.options["target_config"]
