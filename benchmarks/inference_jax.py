@@ -130,7 +130,7 @@ def random_pipeline(size, dtype: str) -> FlaxPipeline:
     kinds = {"text_encoder": "clip_text", "encoder": "transface"}
     models = {}
     for name in ("unet", "vae", "text_encoder", "resampler", "encoder"):
-        kind, half = kinds.get(name, name), name in ("unet", "text_encoder")
+        kind, half = kinds.get(name, name), name in ("unet", "vae", "text_encoder")
         config = unet if name == "unet" else configs[kind]
         graph, state = random_model(kind, config, dtype if half else "float32")
         models[name] = nnx.merge(graph, jax.tree.map(jnp.asarray, state))
