@@ -226,6 +226,10 @@ def test_processes_of_mpirun_find_each_other():
     [
         ({"SLURM_NTASKS": "4"}, "job has 4 tasks, but srun did not start this one"),
         ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, "pip install 'jax"),
+        (
+            srun(1, 0, "1") | {"SLURM_NTASKS": "4"},
+            "SLURM_NTASKS is 4, but this step has 1.*by srun",
+        ),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, "do not fit together .*OMPI_COMM_WORLD_RANK"),
     ],
 )

@@ -32,6 +32,8 @@ class Launch:
 def find_launch(environment: Mapping[str, str]) -> Launch | None:
     """What the launcher says; None if there is none, or one that JAX knows better.
 
+    KeyError, ValueError or IndexError where its variables do not fit together.
+
     Open MPI goes first: its mpirun starts its own daemons by srun, whose numbers they inherit.
     """
     if "OMPI_COMM_WORLD_SIZE" in environment:
@@ -47,11 +49,17 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
         )
     if all(f"SLURM_{name}" in environment for name in ("JOB_ID", "NTASKS", *_SLURM)):
         process, local, node = (int(environment[f"SLURM_{name}"]) for name in _SLURM[:3])
+        tasks, counts = (
+            environment["SLURM_NTASKS"],
+            _counts(environment["SLURM_STEP_TASKS_PER_NODE"]),
+        )
+        if int(tasks) != sum(counts):  # as in the shell of salloc, itself a step of one task
+            raise ValueError(f"SLURM_NTASKS is {tasks}, but this step has {sum(counts)}")
         return Launch(
             launcher="SLURM",
-            processes=int(environment["SLURM_NTASKS"]),
+            processes=sum(counts),
             process=process,
-            local_processes=_counts(environment["SLURM_STEP_TASKS_PER_NODE"])[node],
+            local_processes=counts[node],
             local_process=local,
         )
     return None

@@ -95,7 +95,8 @@ def _launched(coordinator: str, processes: int | None, process: int | None) -> L
     except (KeyError, ValueError, IndexError) as error:
         raise UserError(
             f"--coordinator {coordinator}: SLURM's or Open MPI's variables do not fit together "
-            f"({first_line(error)}): give --processes N and --process I"
+            f"({first_line(error)}): start it by srun or mpirun, or give --coordinator host:port "
+            "--processes N --process I"
         ) from error
 
 
