@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
+
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*-> .*\{\s*$")
 _COLLECTIVE = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(COLLECTIVES)})(?P<start>-start)?\(")
@@ -24,10 +26,10 @@ _TILE = re.compile(r"\{(?P<order>[\d,]+):T\((?P<tile>[\d,]+)\)")
 ARRAY = re.compile(
     r"\b(pred|[a-z]+\d+[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?"
 )  # type, dimensions, layout
-# [2,4]<=[8], {{0,1},{2,3}}, or mesh['x'=4,'y'=2] {'y'}
+# [2,4]<=[8], [4,2]<=[2,4]T(1,0), {{0,1},{2,3}}, or mesh['x'=4,'y'=2] {'y'}
 _GROUPS = re.compile(
-    r"replica_groups=(?:\[\d+,(?P<size>\d+)\]|\{\{(?P<first>[\d,]+)\}"
-    r"|mesh\[(?P<mesh>[^\]]*)\] ?\{(?P<axes>[^}]*)\})"
+    r"replica_groups=(?:\[\d+,(?P<size>\d+)\]<=\[(?P<dims>[\d,]+)\](?:T\((?P<order>[\d,]+)\))?"
+    r"|\{\{(?P<first>[\d,]+)\}|mesh\[(?P<mesh>[^\]]*)\] ?\{(?P<axes>[^}]*)\})"
 )
 
 
@@ -35,7 +37,8 @@ _GROUPS = re.compile(
 class Collective:
     """One instruction: bytes of the whole (unscattered, gathered) arrays, on one device, a time.
 
-    ``group`` is how many devices take part (0: all), ``times`` how often a step runs it.
+    ``group`` is how many devices take part (0: all), every ``stride``-th in the mesh's order;
+    ``times`` how often a step runs it.
     """
 
     kind: str
@@ -43,6 +46,7 @@ class Collective:
     arrays: int
     group: int
     times: int
+    stride: int = 1
 
 
 def read_collectives(text: str) -> list[Collective]:
@@ -59,7 +63,7 @@ def read_collectives(text: str) -> list[Collective]:
         for line in lines:
             if (match := _COLLECTIVE.search(line)) is None:
                 continue
-            kind, group = match["kind"], _group(line)
+            kind, (group, stride) = match["kind"], _group(line)
             sizes = [array_bytes(*array[:2]) for array in ARRAY.findall(match["shape"])]
             payload = sum(sizes)
             if match["start"] and kind == "all-gather":  # (what goes in, what comes out)
@@ -75,7 +79,12 @@ def read_collectives(text: str) -> list[Collective]:
                 kind = "reduce-scatter"
             found.append(
                 Collective(
-                    kind=kind, bytes=payload, arrays=len(sizes), group=group, times=times[name]
+                    kind=kind,
+                    bytes=payload,
+                    arrays=len(sizes),
+                    group=group,
+                    times=times[name],
+                    stride=stride,
                 )
             )
     return found
@@ -151,16 +160,30 @@ def _rounds(line: str, condition: list[str]) -> int:
     return max(constants, default=1)
 
 
-def _group(line: str) -> int:
+def _group(line: str) -> tuple[int, int]:
+    """Size of the groups, and the stride between the first two devices of the first one."""
     match = _GROUPS.search(line)
     if match is None:
-        return 0
-    if match["size"]:
-        return int(match["size"])
-    if match["first"]:
-        return len(match["first"].split(","))
-    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match["mesh"])}
-    return math.prod(sizes[name] for name in re.findall(r"'(\w+)'", match["axes"]))
+        return 0, 1
+    if match["axes"]:
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", match["mesh"])}
+        own = re.findall(r"'(\w+)'", match["axes"])
+        members = np.arange(math.prod(sizes.values())).reshape(*sizes.values())
+        rest = [axis for axis, name in enumerate(sizes) if name not in own]
+        members = members.transpose(*rest, *map([*sizes].index, own))
+        members = members.reshape(-1, math.prod(sizes[name] for name in own))[0]
+    elif match["first"]:
+        members = np.array(_numbers(match["first"]))
+    else:
+        dims = _numbers(match["dims"])
+        order = _numbers(match["order"]) if match["order"] else range(len(dims))
+        members = np.arange(math.prod(dims)).reshape(dims).transpose(order).reshape(-1)
+        members = members[: int(match["size"])]
+    return len(members), int(members[1] - members[0]) if len(members) > 1 else 1
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def array_bytes(dtype: str, dims: str, layout: str = "") -> int:

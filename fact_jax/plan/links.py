@@ -44,7 +44,8 @@ def collective_seconds(
     seconds = 0.0
     for row in collectives:
         group = row["group"] or devices
-        inside = min(group, near)
+        # Of a group over the outer axes of the mesh not all that would fit are near.
+        inside = max(min(group, near // row.get("stride", 1)), 1)
         rounds = 2 if row["kind"] == "all-reduce" else 1
         a_byte = (1 - 1 / inside) / links.inside + (1 - inside / group) / inside / links.outside
         seconds += rounds * row["bytes"] * row["times"] * a_byte

@@ -1,6 +1,8 @@
 """Collectives read from short programs in the compiler's own language."""
 # ruff: noqa: E501  (its lines are long)
 
+import pytest
+
 from fact_jax.plan.hlo import Collective, array_bytes, read_collectives, read_kernels, summarize
 
 SUMS = """HloModule jit_train_step
@@ -66,6 +68,25 @@ def test_every_kind():
     ]
 
 
+@pytest.mark.parametrize(
+    ("groups", "group", "stride"),
+    [
+        ("[2,4]<=[8]", 4, 1),
+        ("[8,2]<=[2,8]T(1,0)", 2, 8),
+        ("[4,4]<=[2,4,2]T(1,0,2)", 4, 1),
+        ("{{0,4},{1,5},{2,6},{3,7}}", 2, 4),
+        ("{{0},{1}}", 1, 1),
+        ("mesh['data'=2,'fsdp'=4,'tensor'=2] {'data'}", 2, 8),
+        ("mesh['data'=2,'fsdp'=4,'tensor'=2] {'fsdp'}", 4, 2),
+        ("mesh['data'=2,'fsdp'=4] {'data','fsdp'}", 8, 1),
+    ],
+)
+def test_groups_and_their_strides(groups, group, stride):
+    text = LOOP.replace("[1,4]<=[4]", groups)
+    (found,) = read_collectives(text)
+    assert (found.group, found.stride) == (group, stride)
+
+
 def test_a_started_scatter_counts_what_goes_in_once():
     line = "%scatter.7 = f32[16,128]{1,0} reduce-scatter("
     started = "%scatter.7 = ((f32[64,128]{1,0}), f32[16,128]{1,0}) reduce-scatter-start("
@@ -88,8 +109,8 @@ def test_loop_runs_as_often_as_its_condition_says():
 def test_like_ones_together_largest_first():
     small, large = one("all-reduce", 4, 1, 8), one("all-gather", 100, 1, 8)
     assert summarize([small, large, small]) == [
-        {"kind": "all-gather", "bytes": 100, "arrays": 1, "group": 8, "times": 1},
-        {"kind": "all-reduce", "bytes": 4, "arrays": 1, "group": 8, "times": 2},
+        {"kind": "all-gather", "bytes": 100, "arrays": 1, "group": 8, "times": 1, "stride": 1},
+        {"kind": "all-reduce", "bytes": 4, "arrays": 1, "group": 8, "times": 2, "stride": 1},
     ]
 
 

@@ -20,6 +20,15 @@ def test_within_a_slice():
     assert collective_seconds([row("all-reduce", 800)], LINKS, 1, 1) == 0
 
 
+def test_a_group_over_the_outer_axis_is_not_near():
+    """Two nodes of four, pairs with one in each; four nodes of four, two of each node."""
+    pairs = row("all-reduce", 800, group=2) | {"stride": 4}
+    assert collective_seconds([pairs], LINKS, 8, 4) == pytest.approx(2 * 800 / 2 / 10)
+    fours = row("all-gather", 800, group=8) | {"stride": 2}
+    expected = 800 / 2 / 100 + 800 * (1 - 2 / 8) / 2 / 10
+    assert collective_seconds([fours], LINKS, 16, 4) == pytest.approx(expected)
+
+
 def test_between_slices_a_chip_sends_its_own_part():
     """Two slices of four: 800 bytes are scattered over four chips, whose 200 go to and fro."""
     found = collective_seconds([row("all-reduce", 800)], LINKS, 8, 4)
