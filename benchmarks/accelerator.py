@@ -65,6 +65,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there")
     parser.add_argument("--in-process", help=argparse.SUPPRESS)
     options = parser.parse_args(words)
+    if options.json and not options.json.absolute().parent.is_dir():
+        parser.error(f"--json {options.json}: no such folder")
     if options.in_process:
         print(json.dumps(_measure(options)))
         return 0

@@ -124,6 +124,12 @@ def test_one_gpu_and_a_cpu_for_every_part(monkeypatch):
     assert (variables["JAX_PLATFORMS"], variables["CUDA_VISIBLE_DEVICES"]) == ("cpu", "0")
 
 
+def test_the_folder_of_the_numbers_is_looked_for_first(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        accelerator.main(["--json", str(tmp_path / "absent" / "found.json")])
+    assert "no such folder" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_everything_of_the_miniature(tmp_path):
     file = tmp_path / "found.json"
