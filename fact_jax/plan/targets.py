@@ -151,14 +151,14 @@ def _without(variables: Mapping[str, str], name: str) -> dict[str, str]:
 
 def read_topology(text: str, slices: int = 1) -> tuple[Chip, int, Target]:
     """``v5e:16x16`` -> the chip and how many; of chips that JAX shows as several, their parts."""
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", text)
+    match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)+)", text)
     if match is None:
         raise UserError(f"--topology {text}: expected a TPU and its shape, as v5e:16x16")
     if slices < 1:
         raise UserError(f"--slices {slices}: expected at least 1")
     chip = _chip(match[1], "TPU")
     count = math.prod(map(int, match[2].split("x"))) * chip.devices * slices
-    return per_device(chip), count, tpu_target(text, slices)
+    return per_device(chip), count, tpu_target(f"{chip.name}:{match[2]}", slices)
 
 
 def read_gpu(text: str, usual: int = GPUS_A_NODE) -> tuple[Chip, int, Target]:

@@ -15,6 +15,7 @@ GENERATE = ["generate", "--base", "b", "--prompt", "p"]
 ONE = [*GENERATE, "--photo", "a", "--adapter", "x", "--encoder", "y"]
 TWO = [*ONE, "--photo", "b"]
 REDRAW = ["redraw", "t.png", *ONE[1:3], *ONE[5:]]
+PLAN = ["plan", "--gpu", "h100", "--base", "b"]
 REPORT = ["report", "--training", "t", "--evaluation", "e", "--out", "o"]
 
 
@@ -50,6 +51,8 @@ REPORT = ["report", "--training", "t", "--evaluation", "e", "--out", "o"]
             ["--adain", "--face-scale", "0.5"],
             "--face-scale, --adain have no effect without --photo",
         ),
+        (PLAN, ["--photos", "2"], "--photos has no effect without --adapter"),
+        (PLAN, ["--adapter", "a", "--photos", "2", "--encoder", "e"], None),
         (REPORT, ["--points", "p"], "--points has no effect without --photo"),
         (REPORT, ["--flax", "f"], "--flax has no effect without --torch"),
         (REPORT, ["--torch", "f"], "--torch has no effect without --flax"),

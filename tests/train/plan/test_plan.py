@@ -98,6 +98,11 @@ def test_pictures_to_watch_cost_their_unet_calls_and_their_decoding(miniature):
     assert watched_flops(config, 3) == 3 * watched_flops(config, 100)
 
 
+def test_slices_of_gpus(capsys):
+    assert main(["plan", "mini", "--gpu", "h100:16", "--slices", "2"]) == 2
+    assert "--slices 2 is of TPUs" in capsys.readouterr().err
+
+
 @needs_compiler
 def test_unknown_topology(capsys):
     assert main(["plan", "mini", "--topology", "v5e:3x5"]) == 2

@@ -131,6 +131,7 @@ def test_reading_what_was_asked_for():
     assert (chip, count) == (CHIPS["v5e"], 256)
     assert target.options == {"topology_name": "v5e:16x16", "num_slices": 1}
     assert read_topology("v5e:16x16", slices=4)[1:] == (1024, tpu_target("v5e:16x16", 4))
+    assert read_topology("V5E:16x16") == read_topology("v5e:16x16")
     assert read_topology("v5p:4x4x8")[:2] == (CHIPS["v5p"], 128)
     # Less than a whole host has to be said.
     alone = read_topology("v5e:1x1")[2].options
@@ -174,6 +175,7 @@ def test_the_compiler_must_be_installed(monkeypatch, compilers):
         (read_topology, "v5e", "expected a TPU and its shape, as v5e:16x16"),
         (read_topology, "v6:2x2", "the nearest is 'v6e'"),
         (read_topology, "h100:2x2", "no data on a chip 'h100'"),
+        (read_topology, "v5e:0x2", "expected a TPU and its shape"),
         (functools.partial(read_topology, slices=0), "v5e:2x2", "--slices 0: expected at least 1"),
         (read_gpu, "h100:0", "expected a GPU and how many"),
         (read_gpu, "h100:12", "up to 8 GPUs, or whole nodes of them"),

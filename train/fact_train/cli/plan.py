@@ -5,6 +5,7 @@ import json
 
 from fact_jax.plan.compilation import ask
 from fact_jax.plan.targets import read_gpu, read_topology
+from fact_jax.utils.errors import UserError
 from fact_train.config import load_config
 from fact_train.overrides import override
 from fact_train.plan.report import format_report, make_report
@@ -13,6 +14,8 @@ from fact_train.plan.report import format_report, make_report
 def plan(arguments: argparse.Namespace) -> int:
     """Print the plan; 0 if the step fits, 1 if it does not."""
     name, overrides, slices = arguments.config, arguments.override, arguments.slices
+    if slices != 1 and arguments.gpu:
+        raise UserError(f"--slices {slices} is of TPUs: --gpu says by its number how many nodes")
     if arguments.topology:
         chip, chips, target = read_topology(arguments.topology, slices)
     else:
