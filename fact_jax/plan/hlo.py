@@ -12,6 +12,11 @@ import numpy as np
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) \(.*-> .*\{\s*$")
 _COLLECTIVE = re.compile(rf"= (?P<shape>.*?) (?P<kind>{'|'.join(COLLECTIVES)})(?P<start>-start)?\(")
+# Between TPU slices: sent through the hosts by XLA's Megascale runtime, {slices}x{devices of each}.
+_BETWEEN_SLICES = re.compile(
+    r"= \((?P<shape>\w+\[[\d,]*\]).* send\(.*_xla_megascale_target=\"\{(?P<slices>[\d,:]+)\}"
+    r"x\{(?P<devices>[\d,:]+)\}\".*_xla_megascale_transfer_type=\"(?P<kind>\w+)\""
+)
 _CALLED = re.compile(
     r"(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
@@ -61,6 +66,8 @@ def read_collectives(text: str) -> list[Collective]:
     found = []
     for name, lines in parts.items():
         for line in lines:
+            if (match := _BETWEEN_SLICES.search(line)) is not None:
+                found.append(_between_slices(match, times[name]))
             if (match := _COLLECTIVE.search(line)) is None:
                 continue
             kind, (group, stride) = match["kind"], _group(line)
@@ -88,6 +95,26 @@ def read_collectives(text: str) -> list[Collective]:
                 )
             )
     return found
+
+
+def _between_slices(match: re.Match[str], times: int) -> Collective:
+    """What each device of a slice sends to those of the same number in the others."""
+    (array,), slices = ARRAY.findall(match["shape"]), _count(match["slices"])
+    kind, payload = match["kind"].lower().replace("_", "-"), array_bytes(*array[:2])
+    return Collective(
+        kind=kind,
+        bytes=payload * slices if kind == "all-gather" else payload,
+        arrays=1,
+        group=slices,
+        times=times,
+        stride=_count(match["devices"]),
+    )
+
+
+def _count(ranges: str) -> int:
+    """How many numbers there are in ``0:255`` or ``1,2,5:8``."""
+    pairs = ([*map(int, part.split(":"))] for part in ranges.split(","))
+    return sum(pair[-1] - pair[0] + 1 for pair in pairs)
 
 
 def read_kernels(text: str) -> dict[str, int]:

@@ -87,6 +87,21 @@ def test_groups_and_their_strides(groups, group, stride):
     assert (found.group, found.stride) == (group, stride)
 
 
+SLICES = """ENTRY %main.1 (p.1: f32[4,128]) -> f32[4,128] {
+  %send = (f32[4,128]{1,0:T(4,128)}, u32[], token[]) send(%p.1, %after-all), channel_id=3, is_host_transfer=true, frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2,3,4}x{0:255}",_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send.1 = (f32[2]{0}, u32[], token[]) send(%q.1, %after-all), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_megascale_target="{0:1}x{0:7}",_xla_megascale_transfer_type="ALL_GATHER"}
+}
+"""
+
+
+def test_between_slices_the_hosts_send():
+    common = {"arrays": 1, "times": 1}
+    assert read_collectives(SLICES) == [
+        Collective(kind="all-reduce", bytes=2048, group=4, stride=256, **common),
+        Collective(kind="all-gather", bytes=16, group=2, stride=8, **common),
+    ]
+
+
 def test_a_started_scatter_counts_what_goes_in_once():
     line = "%scatter.7 = f32[16,128]{1,0} reduce-scatter("
     started = "%scatter.7 = ((f32[64,128]{1,0}), f32[16,128]{1,0}) reduce-scatter-start("
