@@ -15,8 +15,8 @@ an hour of one CPU core:
 
 says 8.1 of 16.9 GB a chip, splash attention forwards and backwards, 0.81 s of arithmetic at peak,
 0.87 s of memory traffic and 0.018 s of collectives a step: MFU at most 71 %, 36 % if none of them
-overlap. The whole answer is `plans/sd15_fact_pod-v5e-16x16-8192.json`. With accumulate=2 it takes as
-long and 13.6 GB.
+overlap. The whole answer is `plans/sd15_fact_pod-v5e-16x16-8192.json`. With accumulate=2 it
+takes as long and 13.6 GB.
 """
 
 from dataclasses import replace
