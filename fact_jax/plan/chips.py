@@ -30,6 +30,10 @@ class Chip:
     source: str
     devices: int = 1
 
+    @property
+    def is_gpu(self) -> bool:
+        return self.kinds[0].startswith("NVIDIA")
+
 
 CHIPS = {
     chip.name: chip

@@ -35,7 +35,7 @@ class Roofline:
 
 def usable_bytes(chip: Chip) -> float:
     """Of a chip's memory, where the compiler does not say."""
-    return chip.memory * GPU_USABLE if _is_gpu(chip) else chip.memory - TPU_RESERVED
+    return chip.memory * GPU_USABLE if chip.is_gpu else chip.memory - TPU_RESERVED
 
 
 def assumptions(chip: Chip) -> Iterator[str]:
@@ -48,7 +48,7 @@ def assumptions(chip: Chip) -> Iterator[str]:
         "memory traffic: what every instruction of the compiled program reads and writes, "
         "loops in full, but for arrays that the compiler keeps on the chip"
     )
-    if _is_gpu(chip):
+    if chip.is_gpu:
         yield (
             f"{GPU_USABLE:.0%} of the memory is taken to be usable "
             f"(XLA_PYTHON_CLIENT_MEM_FRACTION={GPU_USABLE})"
@@ -57,7 +57,3 @@ def assumptions(chip: Chip) -> Iterator[str]:
 
 def milliseconds(seconds: float) -> str:
     return f"{1000 * seconds:.4g} ms"
-
-
-def _is_gpu(chip: Chip) -> bool:
-    return chip.kinds[0].startswith("NVIDIA")

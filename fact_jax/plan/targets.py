@@ -156,7 +156,7 @@ def read_topology(text: str, slices: int = 1) -> tuple[Chip, int, Target]:
         raise UserError(f"--topology {text}: expected a TPU and its shape, as v5e:16x16")
     if slices < 1:
         raise UserError(f"--slices {slices}: expected at least 1")
-    chip = _chip(match[1], "TPU")
+    chip = _chip(match[1], gpu=False)
     count = math.prod(map(int, match[2].split("x"))) * chip.devices * slices
     return per_device(chip), count, tpu_target(f"{chip.name}:{match[2]}", slices)
 
@@ -166,12 +166,12 @@ def read_gpu(text: str, usual: int = GPUS_A_NODE) -> tuple[Chip, int, Target]:
     match = re.fullmatch(r"(\w+)(?::([1-9]\d*))?", text)
     if match is None:
         raise UserError(f"--gpu {text}: expected a GPU and how many, as h100:64")
-    chip, count = _chip(match[1], "NVIDIA"), int(match[2] or usual)
+    chip, count = _chip(match[1], gpu=True), int(match[2] or usual)
     return chip, count, gpu_target(chip.name, count)
 
 
-def _chip(name: str, maker: str) -> Chip:
-    known = [chip.name for chip in CHIPS.values() if chip.kinds[0].startswith(maker)]
+def _chip(name: str, *, gpu: bool) -> Chip:
+    known = [chip.name for chip in CHIPS.values() if chip.is_gpu == gpu]
     if name.lower() not in known:
         near = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.0)[0]
         raise UserError(

@@ -67,7 +67,7 @@ def _roofline(config: TrainConfig, chip: Chip, chips: int, stats: CompiledStats)
     if stats["accessed"] is None:
         return None
     links, near = LINKS.get(chip.name), chips // config.mesh.slices
-    if chip.kinds[0].startswith("NVIDIA"):
+    if chip.is_gpu:
         near = min(near, GPUS_A_NODE)
     found = Roofline(
         stats["flops"] / chips / chip.peak,
