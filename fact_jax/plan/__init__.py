@@ -2,6 +2,6 @@
 
 ``targets`` says what the compilers need to know of a chip and ``chips`` what it can do;
 ``compilation`` asks a process of its own, where ``compiled_program`` compiles and reads: ``hlo``
-the kernels and collectives, ``hbm_traffic`` the memory traffic. ``jaxpr_costs`` counts FLOPs and
-``roofline`` makes bounds of time of it all.
+the kernels and collectives, ``hbm_traffic`` the memory traffic. ``jaxpr_costs`` counts FLOPs,
+``links`` the seconds of collectives, and ``roofline`` makes bounds of time of it all.
 """

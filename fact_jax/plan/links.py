@@ -45,7 +45,7 @@ def collective_seconds(
     for row in collectives:
         group = row["group"] or devices
         # Of a group over the outer axes of the mesh not all that would fit are near.
-        inside = max(min(group, near // row.get("stride", 1)), 1)
+        inside = max(min(group, near // row["stride"]), 1)
         rounds = 2 if row["kind"] == "all-reduce" else 1
         a_byte = (1 - 1 / inside) / links.inside + (1 - inside / group) / inside / links.outside
         seconds += rounds * row["bytes"] * row["times"] * a_byte

@@ -8,7 +8,7 @@ LINKS = Links(inside=100, outside=10)
 
 
 def row(kind, size, group=0, times=1):
-    return {"kind": kind, "bytes": size, "group": group, "times": times}
+    return {"kind": kind, "bytes": size, "group": group, "times": times, "stride": 1}
 
 
 def test_within_a_slice():

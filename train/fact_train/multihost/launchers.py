@@ -49,10 +49,8 @@ def find_launch(environment: Mapping[str, str]) -> Launch | None:
         )
     if all(f"SLURM_{name}" in environment for name in ("JOB_ID", "NTASKS", *_SLURM)):
         process, local, node = (int(environment[f"SLURM_{name}"]) for name in _SLURM[:3])
-        tasks, counts = (
-            environment["SLURM_NTASKS"],
-            _counts(environment["SLURM_STEP_TASKS_PER_NODE"]),
-        )
+        tasks = environment["SLURM_NTASKS"]
+        counts = _counts(environment["SLURM_STEP_TASKS_PER_NODE"])
         if int(tasks) != sum(counts):  # as in the shell of salloc, itself a step of one task
             raise ValueError(f"SLURM_NTASKS is {tasks}, but this step has {sum(counts)}")
         return Launch(
