@@ -81,10 +81,6 @@ class AbstractPipeline(FlaxPipeline):
         """The parameters of each model."""
         return self._states
 
-    @states.setter
-    def states(self, shapes: dict[str, PyTree]) -> None:
-        self._states = shapes
-
     def trace(self, inputs: GenerationInputs, device: Any) -> dict[str, TracedProgram]:
         """The programs that generate the pictures of these inputs on one device, by name."""
         shape, shared, rows = self._inputs_of_prepare(inputs)
@@ -143,7 +139,7 @@ def build(request: PlannedGeneration) -> tuple[AbstractPipeline, list[str]]:
 
     shapes = jax.eval_shape(init)
     pipeline, notes = built[0]
-    pipeline.states = shapes
+    pipeline._states = shapes
     return pipeline, notes
 
 
