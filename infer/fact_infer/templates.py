@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from scipy.ndimage import distance_transform_edt
+from tqdm import tqdm
 
 from fact_infer.img2img import Img2ImgInput, blend, check_strength, first_step, to_latent_mask
 from fact_infer.parts import BaseModel
@@ -184,15 +185,16 @@ def inpaint_faces(
     how: InpaintParams,
     *,
     batch: int = BATCH,
+    bar: tqdm | None = None,
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     """The templates of all requests with their faces redrawn, one after another, each in its size.
 
     ``batch`` squares are drawn at a time, of whatever templates they are. All people need the same
     number of photos, and all requests a control picture or none. What cannot be done is said, as
-    UserError, before anything is drawn.
+    UserError, before anything is drawn. ``bar`` moves by one a call of the UNet.
     """
     params = check_requests(pipeline.base, requests, params, how, batch)
-    return _redraw(pipeline, requests, params, how, batch)
+    return _redraw(pipeline, requests, params, how, batch, bar)
 
 
 def _redraw(
@@ -201,6 +203,7 @@ def _redraw(
     params: GenerationParams,
     how: InpaintParams,
     batch: int,
+    bar: tqdm | None,
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     targets = [
         (number, target) for number, request in enumerate(requests) for target in request.targets
@@ -225,6 +228,7 @@ def _redraw(
             ),
             control=np.stack(controls) if controls else None,
             control_scale=how.control_scale,
+            bar=bar,
         )
         for (number, _), square, pixels in zip(part[:count], squares, drawn, strict=False):
             image = images.get(number, requests[number].template.image)

@@ -2,17 +2,19 @@
 
 import argparse
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fact_infer.cli.models import (
+    Say,
     drawing_files,
     load_pipeline,
     load_safety_checker,
     note,
     open_parts,
-    warn_of_cut_prompts,
+    warn,
 )
 from fact_infer.cli.options import (
     add_files,
@@ -34,9 +36,9 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
     from fact_infer.evaluation.ranking import IdentityRanking
-    from fact_infer.output_images import Source
-    from fact_infer.parts import FaceModels
+    from fact_infer.parts import FaceModels, Parts
     from fact_infer.request import GenerationRequest
+    from fact_infer.service.work import GenerateWork, Picture, Work
 
 _REQUEST = (
     *("image", "image_mask", "strength", "control", "control_scale"),
@@ -56,15 +58,20 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     )
     command.set_defaults(run=_generate)
     add_models(command.add_argument_group("models"))
+    add_request_options(command)
+    group = command.add_argument_group("files")
+    group.add_argument("--sheet", action="store_true", help="write all of them on one sheet too")
+    add_files(group, "portraits")
+
+
+def add_request_options(command: argparse.ArgumentParser) -> None:
+    """Options of one request, whoever loads the models."""
     face = command.add_argument_group("face")
     add_photo_options(face, several=True)
     add_guidance_options(face)
     add_people_options(face)
     add_input_options(command.add_argument_group("pictures to start from"))
-    _add_picture_options(command.add_argument_group("picture"))
-
-
-def _add_picture_options(group: argparse._ActionsContainer) -> None:
+    group = command.add_argument_group("picture")
     group.add_argument(
         "--prompt", required=True, action="append", metavar="TEXT", help="may be repeated"
     )
@@ -80,8 +87,6 @@ def _add_picture_options(group: argparse._ActionsContainer) -> None:
         help="of each prompt's --count pictures keep the N whose faces are most like the photos, "
         "by the encoder's own judgement; without a detector where the face lies in the first photo",
     )
-    group.add_argument("--sheet", action="store_true", help="write all of them on one sheet too")
-    add_files(group, "portraits")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -89,53 +94,63 @@ def _generate(arguments: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from fact_infer.input_images import read_inputs
-    from fact_infer.output_images import check_folder, parameters, save_picture
-    from fact_infer.photos import prepare_crops
-    from fact_infer.pipeline import generate_batches
+    from fact_infer.output_images import check_folder
 
     check_folder(arguments.out)
     parts = open_parts(arguments)
-    base, face, crops = parts.base, parts.face, None
+    work = _plan(arguments, request, parts, note, warn)
+    check_safety = load_safety_checker(parts.base, arguments.safety_checker)
+    work = dataclasses.replace(work, check_safety=check_safety)
+    pipeline = load_pipeline(arguments, parts)
+    written = []
+    with _progress(work.steps) as bar:
+        for picture in work.draw(pipeline, bar):
+            tqdm.write(str(picture.save(arguments.out, f".{arguments.format}")))
+            written.append(picture)
+    if arguments.sheet:
+        print(_save_sheet(written, arguments))
+
+
+def plan_generate(arguments: argparse.Namespace, parts: "Parts", note: Say, warn: Say) -> "Work":
+    """What the arguments ask for, checked, with its files read; UserError if it cannot be."""
+    return _plan(arguments, _request(arguments), parts, note, warn)
+
+
+def _plan(
+    arguments: argparse.Namespace,
+    request: "GenerationRequest",
+    parts: "Parts",
+    note: Say,
+    warn: Say,
+) -> "GenerateWork":
+    from fact_infer.input_images import read_inputs
+    from fact_infer.photos import prepare_crops
+    from fact_infer.service.work import GenerateWork
+
+    base, face, crops, ranking = parts.base, parts.face, None, None
     base.check(request)
     read_inputs(request, base, 1, note)
-    warn_of_cut_prompts(base, [*request.prompts, request.negative])
+    for line in base.cut_prompts([*request.prompts, request.negative]):
+        warn(line)
     parts.check_photos(len(request.photos))
     if face is not None:
         crops, notes = prepare_crops(request.photos, face.encoder_config.img_size)
         for line in notes:
             note(line)
-    # Where a mask keeps pixels of a picture, a model has drawn a part only.
-    source: Source = "trainedAlgorithmicMedia"
-    if request.image_mask is not None:
-        source = "compositeWithTrainedAlgorithmicMedia"
-    suffix, ranking = f".{arguments.format}", None
-    if arguments.best is not None and face is not None and crops is not None:
-        ranking = _ranking(request, face, crops)
-    check_safety = load_safety_checker(base, arguments.safety_checker)
-    pipeline = load_pipeline(arguments, parts)
-    todo, group, written = iter(request.pictures()), [], []
-    with _progress(request, arguments.batch) as bar:
-        for pictures in generate_batches(pipeline, request, crops, batch=arguments.batch, bar=bar):
-            for image in check_safety(pictures):
-                prompt, seed = next(todo)
-                values = parameters(request, prompt, seed, base, **drawing_files(arguments))
-                if ranking is not None:
-                    values["similarity"] = ranking.similarity(image)
-                group.append((image, values))
-                if ranking is not None and len(group) < arguments.count:
-                    continue
-                for image, values in _best(group, arguments.best):
-                    path = save_picture(image, arguments.out, values, suffix=suffix, source=source)
-                    tqdm.write(str(path))
-                    written.append((image, values))
-                group.clear()
-    if arguments.sheet:
-        print(_save_sheet(written, arguments, source))
+        if arguments.best is not None:
+            ranking = _ranking(request, face, crops, note)
+    return GenerateWork(
+        batch=arguments.batch,
+        request=request,
+        crops=crops,
+        record=drawing_files(arguments),
+        ranking=ranking,
+        best=arguments.best,
+    )
 
 
 def _ranking(
-    request: "GenerationRequest", face: "FaceModels", crops: "np.ndarray"
+    request: "GenerationRequest", face: "FaceModels", crops: "np.ndarray", note: Say
 ) -> "IdentityRanking":
     """The ranking of a prompt's pictures; notes that there is no detector of faces."""
     from fact_infer.evaluation.ranking import IdentityRanking
@@ -150,17 +165,7 @@ def _ranking(
     return IdentityRanking(face, crops, photo.pack, points)
 
 
-def _best(group: list, count: int | None) -> list:
-    """The ``count`` most similar of one prompt's pictures, the best first; None: as drawn."""
-    if count is None:
-        return list(group)
-    from fact_infer.evaluation.ranking import best_first
-
-    order = best_first([values["similarity"] for _, values in group])
-    return [group[i] for i in order[:count]]
-
-
-def _save_sheet(written: list, arguments: argparse.Namespace, source: "Source") -> Path:
+def _save_sheet(written: list["Picture"], arguments: argparse.Namespace) -> Path:
     """A row for each prompt; returns the path."""
     import numpy as np
 
@@ -168,14 +173,15 @@ def _save_sheet(written: list, arguments: argparse.Namespace, source: "Source") 
     from fact_jax.utils.contact_sheet import contact_sheet
 
     labels = []
-    for _, values in written:
-        likeness = values.get("similarity")
-        labels.append(f"seed {values['seed']}" + ("" if likeness is None else f"  {likeness:.2f}"))
-    images = np.stack([image for image, _ in written])
+    for picture in written:
+        likeness = picture.values.get("similarity")
+        seed = f"seed {picture.values['seed']}"
+        labels.append(seed + ("" if likeness is None else f"  {likeness:.2f}"))
+    images = np.stack([picture.image for picture in written])
     columns = arguments.best or arguments.count
     sheet = contact_sheet(images, columns, gap=6, border=6, captions=labels)
     path = picture_path(arguments.out, "sheet", f".{arguments.format}")
-    return save_image(sheet, path, {"prompts": "\n".join(arguments.prompt)}, source)
+    return save_image(sheet, path, {"prompts": "\n".join(arguments.prompt)}, written[0].source)
 
 
 def _request(arguments: argparse.Namespace) -> "GenerationRequest":
@@ -204,15 +210,9 @@ def _request(arguments: argparse.Namespace) -> "GenerationRequest":
 
 
 @contextlib.contextmanager
-def _progress(request: "GenerationRequest", batch: int) -> Iterator["tqdm | None"]:
+def _progress(steps: int) -> Iterator["tqdm | None"]:
     """Progress bar over all calls of the UNet; None where stderr is no terminal."""
     from tqdm import tqdm
 
-    from fact_infer.img2img import first_step
-    from fact_jax.diffusion.samplers import num_model_calls
-
-    batches = -(-len(request.pictures()) // max(batch, 1))
-    start = first_step(request.strength, request.steps) if request.image else 0
-    total = batches * num_model_calls(request.sampler, request.steps, start)
-    with tqdm(total=total, desc="drawing", unit="step", disable=None) as bar:
+    with tqdm(total=steps, desc="drawing", unit="step", disable=None) as bar:
         yield None if bar.disable else bar

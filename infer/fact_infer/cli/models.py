@@ -14,9 +14,18 @@ if TYPE_CHECKING:
     from fact_infer.pipeline import Pipeline
 
 
+Say = Callable[[str], None]
+"""Takes a line for the user."""
+
+
 def note(line: str) -> None:
     """Print a note on stderr."""
     print(f"note: {line}", file=sys.stderr)
+
+
+def warn(line: str) -> None:
+    """Print a warning on stderr."""
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def open_parts(arguments: argparse.Namespace) -> "Parts":
@@ -41,12 +50,6 @@ def drawing_files(arguments: argparse.Namespace) -> dict[str, str | None]:
     checked = "on" if arguments.safety_checker else None
     files = {name: getattr(arguments, name) for name in names}
     return files | {"loras": loras or None, "safety checker": checked}
-
-
-def warn_of_cut_prompts(base: "BaseModel", prompts: list[str]) -> None:
-    """Warn of the end of each prompt that the text encoder does not see."""
-    for line in base.cut_prompts(prompts):
-        print(f"warning: {line}", file=sys.stderr)
 
 
 def load_pipeline(arguments: argparse.Namespace, parts: "Parts") -> "Pipeline":

@@ -1,18 +1,20 @@
 """The command ``redraw``."""
 
 import argparse
+import dataclasses
 import itertools
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fact_infer.cli.models import (
+    Say,
     drawing_files,
     load_pipeline,
     load_safety_checker,
     note,
     open_parts,
-    warn_of_cut_prompts,
+    warn,
 )
 from fact_infer.cli.options import (
     add_control_scale,
@@ -31,7 +33,9 @@ from fact_jax.utils.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
+    from fact_infer.parts import Parts
     from fact_infer.request import GenerationParams, Photo
+    from fact_infer.service.work import RedrawWork, Work
     from fact_infer.templates import FaceTarget, InpaintRequest, Template
 
 _HOW = ("strength", "control_scale", "fill", "grow", "soften")
@@ -51,6 +55,12 @@ def add_redraw(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_redraw)
     command.add_argument("templates", nargs="+", type=Path, metavar="TEMPLATE")
     add_models(command.add_argument_group("models"))
+    add_request_options(command)
+    add_files(command.add_argument_group("files"), "redrawn")
+
+
+def add_request_options(command: argparse.ArgumentParser) -> None:
+    """Options of one request, whoever loads the models and names the templates."""
     group = command.add_argument_group("people")
     add_photo_options(group, several=True)
     add_person_option(group, "whose photo it is, if they are of several people")
@@ -107,7 +117,6 @@ def _add_picture_options(group: argparse._ActionsContainer) -> None:
         group.add_argument(
             f"--{name}", type=float, default=default, metavar="X", help=f"{text} ({default})"
         )
-    add_files(group, "redrawn")
 
 
 def _redraw(arguments: argparse.Namespace) -> None:
@@ -115,10 +124,38 @@ def _redraw(arguments: argparse.Namespace) -> None:
 
     from tqdm import tqdm
 
-    from fact_infer.output_images import check_folder, picture_path, recorded, save_image
+    from fact_infer.output_images import check_folder
+
+    check_folder(arguments.out)
+    parts = open_parts(arguments)
+    work = _plan(arguments, people, parts, note, warn)
+    check_safety = load_safety_checker(parts.base, arguments.safety_checker)
+    work = dataclasses.replace(work, check_safety=check_safety)
+    pipeline = load_pipeline(arguments, parts)
+    total = sum(len(request.targets) for request in work.requests)
+    with tqdm(total=len(work.requests), desc=f"redrawing {total} faces", disable=None) as bar:
+        for picture in work.draw(pipeline):
+            path = picture.save(arguments.out, f".{arguments.format}")
+            bar.update()
+            tqdm.write(str(path))
+
+
+def plan_redraw(arguments: argparse.Namespace, parts: "Parts", note: Say, warn: Say) -> "Work":
+    """What the arguments ask for, checked, with its files read; UserError if it cannot be."""
+    return _plan(arguments, _people(arguments), parts, note, warn)
+
+
+def _plan(
+    arguments: argparse.Namespace,
+    people: list[list["Photo"]],
+    parts: "Parts",
+    note: Say,
+    warn: Say,
+) -> "RedrawWork":
     from fact_infer.photos import prepare_crops
     from fact_infer.request import GenerationParams
-    from fact_infer.templates import InpaintParams, check_requests, inpaint_faces
+    from fact_infer.service.work import RedrawWork
+    from fact_infer.templates import InpaintParams, check_requests
 
     params = GenerationParams(
         negative=arguments.negative,
@@ -127,36 +164,25 @@ def _redraw(arguments: argparse.Namespace) -> None:
         guidance=read_guidance(arguments),
     )
     how = InpaintParams(**{name: getattr(arguments, name) for name in _HOW})
-    check_folder(arguments.out)
-    parts = open_parts(arguments)
     base, face = parts.base, parts.face
     assert face is not None  # _people wants --adapter
     base.check(params)
-    warn_of_cut_prompts(base, [arguments.prompt, arguments.negative])
+    for line in base.cut_prompts([arguments.prompt, arguments.negative]):
+        warn(line)
     prepared = [prepare_crops(photos, face.encoder_config.img_size) for photos in people]
     notes = [line for _, found in prepared for line in found]
     requests = _requests(arguments, [crops for crops, _ in prepared], notes)
     for line in notes:
         note(line)
     check_requests(base, requests, params, how, arguments.batch)
-    check_safety = load_safety_checker(base, arguments.safety_checker)
-    pipeline = load_pipeline(arguments, parts)
-    total = sum(len(request.targets) for request in requests)
-    with tqdm(total=len(requests), desc=f"redrawing {total} faces", disable=None) as bar:
-        pictures = inpaint_faces(pipeline, requests, params, how, batch=arguments.batch)
-        for request, path, picture in zip(requests, arguments.templates, pictures, strict=True):
-            out = picture_path(arguments.out, f"{path.stem}-redrawn", f".{arguments.format}")
-            text = recorded(_values(arguments, params, request))
-            (picture,) = check_safety(picture[None])
-            out = save_image(
-                picture,
-                out,
-                text,
-                "compositeWithTrainedAlgorithmicMedia",
-                request.template.profile,
-            )
-            bar.update()
-            tqdm.write(str(out))
+    return RedrawWork(
+        batch=arguments.batch,
+        requests=requests,
+        params=params,
+        how=how,
+        names=[f"{path.stem}-redrawn" for path in arguments.templates],
+        records=[_values(arguments, params, request) for request in requests],
+    )
 
 
 def _people(arguments: argparse.Namespace) -> list[list["Photo"]]:
