@@ -54,13 +54,13 @@ class VAEConfig:
 
     @classmethod
     def mini(cls) -> "VAEConfig":
-        """The miniature: 64 x 64 pictures, 8 x 8 x 16 latents; narrow where pixels are many.
+        """The miniature: 128 x 128 pictures, 16 x 16 x 12 latents; narrow where pixels are many.
 
         Few groups: a group of one narrow channel would lose its mean, and the picture its colours.
         """
         return cls(
-            sample_size=64,
-            latent_channels=16,
+            sample_size=128,
+            latent_channels=12,
             block_out_channels=(16, 16, 48, 96),
             layers_per_block=1,
             norm_num_groups=2,

@@ -43,9 +43,11 @@ def align_portraits(batch: Batch, size: int) -> UInt8[np.ndarray, "n s s 3"]:
     return align_batch(batch.images, batch.portrait.points, batch.portrait.head_mask, size)
 
 
-def draw_crops(split: str, people: int, photos: int, size: int) -> UInt8[np.ndarray, "n s s 3"]:
-    """Aligned crops of a split's first people, sorted by person."""
-    return align_portraits(draw_portraits(split, people, photos), size)
+def draw_crops(
+    split: str, people: int, photos: int, crop_size: int, size: int = 64
+) -> UInt8[np.ndarray, "n s s 3"]:
+    """Aligned crops of pictures of a split's first people, sorted by person."""
+    return align_portraits(draw_portraits(split, people, photos, size=size), crop_size)
 
 
 def portrait_examples(

@@ -158,7 +158,8 @@ class AdapterTask(Task):
     def some_tokens(self) -> Float[np.ndarray, "n t d"]:
         """Face tokens of a few hundred of the photos."""
         if self.rows is None:
-            crops = draw_crops("adapter", WHITENED_ON, 1, self.encoder.config.img_size)
+            crop_size = self.encoder.config.img_size
+            crops = draw_crops("adapter", WHITENED_ON, 1, crop_size, size=self.size)
             return encode_tokens(self.encoder, crops)
         # One photo of each person, as far as there are so many and they can be read.
         _, first = np.unique(self.rows.identities, return_index=True)

@@ -69,7 +69,8 @@ class BaseTask(Task):
         return {"unet": self.unet.arrays, "text_encoder": self.text_encoder.arrays}, {}
 
     def source(self) -> ShuffledArrays:
-        batch = draw_portraits("base", self.options.people, self.options.photos)
+        size = self.vae.config.sample_size
+        batch = draw_portraits("base", self.options.people, self.options.photos, size=size)
         latents = encode_latents(self.vae, batch.images)
         ids, _ = tokenize(self.tokenizer, batch.captions)
         head = np.asarray(resize_area(batch.portrait.head_mask, latents.shape[1:3]))

@@ -50,9 +50,10 @@ class VAETask(Task):
     def __init__(self, config: TrainConfig):
         super().__init__(config)
         if self.options.decoder_of is None:
-            self.vae = split_module(AutoencoderKL(VAEConfig.mini(), rngs=nnx.Rngs(config.seed)))
+            vae = AutoencoderKL(VAEConfig.mini(), rngs=nnx.Rngs(config.seed))
         else:
-            self.vae = split_module(load_vae(self.options.decoder_of))
+            vae = load_vae(self.options.decoder_of)
+        self.vae, self.size = split_module(vae), vae.config.sample_size
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         if self.options.decoder_of is None:
@@ -60,7 +61,7 @@ class VAETask(Task):
         return split_by_paths(self.vae.arrays, ["^decoder/", "^post_quant_conv/"])
 
     def source(self) -> ShuffledArrays:
-        batch = draw_portraits("base", self.options.people, self.options.photos)
+        batch = draw_portraits("base", self.options.people, self.options.photos, size=self.size)
         masks = np.rint(batch.portrait.head_mask * 255).astype(np.uint8)
         arrays = {"images": batch.images, "head": masks}
         return ShuffledArrays(arrays, self.config.batch_size, self.config.seed)
@@ -80,7 +81,7 @@ class VAETask(Task):
         return absolute + square + self.options.kl_weight * kl, metrics
 
     def samples(self, trainable, frozen, key):
-        images = draw_portraits("test", 8, 1).images
+        images = draw_portraits("test", 8, 1, size=self.size).images
         decoded = jax.jit(self._round_trip)(merge(frozen, trainable), jnp.asarray(images))
         pairs = np.concatenate([images, denormalize_pixels(decoded)])
         return {"reconstruction": contact_sheet(pairs, 8)}
@@ -94,8 +95,8 @@ class VAETask(Task):
         # What is frozen goes out as it was read: the step may hold it in half precision.
         vae = self.vae.module(overlay(self.vae.arrays, trainable))
         if self.options.decoder_of is None:
-            images = normalize_pixels(jnp.asarray(draw_portraits("base", 256, 1).images))
-            deviation = float(jax.jit(lambda x: vae.encode(x)[0].std())(images))
+            images = draw_portraits("base", 256, 1, size=self.size).images
+            deviation = float(jax.jit(lambda x: vae.encode(normalize_pixels(x))[0].std())(images))
             vae.config = dataclasses.replace(vae.config, scaling_factor=round(1 / deviation, 5))
         save_part(vae, directory / "vae", "diffusion_pytorch_model")
 
