@@ -67,6 +67,27 @@ def find_faces(
     return faces, note
 
 
+def find_face_in(
+    image: UInt8[np.ndarray, "h w 3"],
+    *,
+    pack: str | os.PathLike | None = None,
+    index: int | None = None,
+) -> tuple[Face, str]:
+    """:func:`find_face` of a picture that is in no file, by the detector."""
+    folder = local_pack(pack)
+    if folder is None:
+        raise UserError(
+            f"no face points for a picture: give its five points ({_ORDER}), or install a "
+            f"detector: pip install 'fact-jax[data]' and unpack the insightface pack "
+            f"{DEFAULT_PACK} into {_PACKS / DEFAULT_PACK}"
+        )
+    faces = detect_faces(image, folder)
+    if not faces:
+        raise UserError(f"no face found in a picture: give its five points ({_ORDER})")
+    face, note = _choose(faces, index, Path("the picture"))
+    return face, "; ".join(filter(None, [_licence_note(folder), note]))
+
+
 def can_find_faces(photo_path: str | os.PathLike, pack: str | os.PathLike | None = None) -> bool:
     """Whether ``find_faces`` has points beside the photo, or a detector, to look with."""
     return _sidecar_of(Path(photo_path)) is not None or local_pack(pack) is not None
@@ -103,9 +124,11 @@ def read_sidecar(path: str | os.PathLike) -> list[Face]:
     """
     content = _read_json(path)
     if isinstance(content, dict) and isinstance(content.get("faces"), list):
-        return [_face(entry, f"{path}, face {i}") for i, entry in enumerate(content["faces"])]
+        return [
+            checked_face(entry, f"{path}, face {i}") for i, entry in enumerate(content["faces"])
+        ]
     if isinstance(content, dict) and "points" in content:
-        return [_face(content, str(path))]
+        return [checked_face(content, str(path))]
     raise UserError(
         f'{path} holds no face points: expected {{"points": [[x, y], ...]}} with five points '
         f'({_ORDER}) or {{"faces": [{{"points": ...}}, ...]}}'
@@ -264,7 +287,8 @@ def _choose(faces: list[Face], index: int | None, where: Path) -> tuple[Face, st
     )
 
 
-def _face(entry: Any, where: str) -> Face:
+def checked_face(entry: Any, where: str) -> Face:
+    """A face from ``points`` and perhaps ``box``; a UserError for others names ``where``."""
     if not isinstance(entry, dict) or "points" not in entry:
         raise UserError(f'{where}: expected an object with "points"')
     points = _numbers(entry["points"], (5, 2), f'{where}: "points"', f"five [x, y] ({_ORDER})")

@@ -4,10 +4,19 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fact_infer.request import Photo
-from fact_jax.face import PreparedFace, draw_face, prepare_photo
+from fact_jax.face import (
+    PreparedFace,
+    align_face,
+    checked_face,
+    draw_face,
+    find_face_in,
+    head_mask,
+    limit_side,
+    prepare_photo,
+)
 
 
 def prepare_face(photo: Photo, size: int) -> PreparedFace:
@@ -37,3 +46,20 @@ def visualize_face(face: PreparedFace) -> UInt8[np.ndarray, "h w 3"]:
     side = len(drawn)
     crop = Image.fromarray(face.crop).resize((side, side), Image.Resampling.BICUBIC)
     return np.concatenate([drawn, np.asarray(crop)], axis=1)
+
+
+def crop_picture(
+    picture: Image.Image | UInt8[np.ndarray, "h w 3"], size: int, points: object = None
+) -> tuple[UInt8[np.ndarray, "s s 3"], str]:
+    """The crop of a picture in memory, and a line that the user should see ("": none).
+
+    ``points`` are its five, or None: the largest face that the installed detector sees.
+    """
+    if isinstance(picture, Image.Image):
+        picture = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    if points is None:
+        face, note = find_face_in(picture)
+    else:
+        face, note = checked_face({"points": points}, "the points of the face"), ""
+    image, own = limit_side(picture, face.points)
+    return align_face(image, own, size, head_mask(image.shape, own).mask), note

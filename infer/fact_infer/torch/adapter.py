@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -178,7 +179,7 @@ class FactTorch:
         face = face if isinstance(face, Tensor) else _concatenate_people(face, masks)
         people = 1 if masks is None else _people(masks)
         null = self.null_tokens(self._check_tokens(face, people)).to(face)
-        strength = _strength(scale)
+        strength = checked_strength(scale)
         hooks = GuidanceHooks(self.pipe, self.context, guidance, scales, masks, follow=follow)
         with hooks.active(face, null):
             self.context.strength = strength
@@ -188,7 +189,16 @@ class FactTorch:
         """Change the strength of the faces that are being drawn, as in a callback between steps."""
         if self.context.guidance is None:
             raise UserError("no face is being drawn: set_scale is for within `with fact.face(...)`")
-        self.context.strength = _strength(scale)
+        self.context.strength = checked_strength(scale)
+
+    def fingerprint(self) -> str:
+        """A hash of what makes face tokens of photos: encoder and resampler, by their vectors."""
+        found = hashlib.sha256()
+        for module in (self.encoder, self.resampler):
+            for name, tensor in module.state_dict().items():
+                if tensor.ndim == 1:
+                    found.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+        return found.hexdigest()
 
     def _device(self) -> torch.device:
         """Where the pipe computes; refused where moving a model there would lose its weights."""
@@ -292,7 +302,7 @@ def unload_fact(pipe: Any) -> None:
         processor.remove()
 
 
-def _strength(scale: Scale) -> Float[Tensor, "*_"]:
+def checked_strength(scale: Scale) -> Float[Tensor, "*_"]:
     """A strength that the user gave, on the CPU; UserError for what is none."""
     try:
         strength = torch.as_tensor(scale, dtype=torch.float32, device="cpu")

@@ -9,7 +9,13 @@ import pytest
 
 from fact_jax.face import landmarks as module
 from fact_jax.face.align import template_points
-from fact_jax.face.landmarks import can_find_faces, detect_faces, find_face, read_sidecar
+from fact_jax.face.landmarks import (
+    can_find_faces,
+    detect_faces,
+    find_face,
+    find_face_in,
+    read_sidecar,
+)
 from fact_jax.utils.errors import UserError
 
 IMAGE = np.zeros((150, 200, 3), np.uint8)
@@ -134,6 +140,20 @@ def test_the_default_pack_is_used_where_it_is_installed(tmp_path, pack):
     pack.rename(pack.with_name("buffalo_l"))
     face, _ = find_face(tmp_path / "a.jpg", IMAGE)
     np.testing.assert_allclose(face.points, LARGE, atol=1e-4)
+
+
+def test_a_face_in_a_picture_that_is_no_file(pack, monkeypatch):
+    with pytest.raises(UserError, match=r"give its five points \(left eye, .* install a detector"):
+        find_face_in(IMAGE)
+    face, note = find_face_in(IMAGE, pack=pack)
+    np.testing.assert_allclose(face.points, LARGE, atol=1e-4)
+    assert "non-commercial" in note
+    assert "2 faces found" in note
+    face, _ = find_face_in(IMAGE, pack=pack, index=0)
+    np.testing.assert_allclose(face.points, SMALL, atol=1e-5)
+    monkeypatch.setattr(FakeAnalysis, "found", [])
+    with pytest.raises(UserError, match="no face found in a picture"):
+        find_face_in(IMAGE, pack=pack)
 
 
 def test_no_face(tmp_path, pack, monkeypatch):
