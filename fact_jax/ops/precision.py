@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 Precision = Literal["float32", "tf32", "bfloat16", "float16"]
 """float32 means float32 products; tf32 is float32 numbers whose products are TF32 on NVIDIA GPUs
@@ -24,6 +25,17 @@ def precision_of(dtype: Any) -> Precision:
 def storage_dtype(precision: Precision) -> jnp.dtype:
     """What weights and activations are stored in."""
     return jnp.dtype("float32" if precision == "tf32" else precision)
+
+
+def cast_parameters(tree: PyTree, precision: Precision) -> PyTree:
+    """Floating leaves as they are stored; scalars, which gates are, as they came."""
+    dtype = storage_dtype(precision)
+
+    def one(leaf: Any) -> Any:
+        changes = leaf.ndim and jnp.issubdtype(leaf.dtype, jnp.floating)
+        return jnp.asarray(leaf, dtype) if changes else leaf
+
+    return jax.tree.map(one, tree)
 
 
 def matmul_precision(precision: Precision) -> AbstractContextManager[None]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
@@ -37,7 +37,7 @@ from fact_jax.fact import (
     initial_noise,
     null_face,
 )
-from fact_jax.ops.precision import matmul_precision, precision_of, storage_dtype
+from fact_jax.ops.precision import cast_parameters, matmul_precision, precision_of, storage_dtype
 from fact_jax.utils.pixels import denormalize_pixels, normalize_pixels
 
 _HALF_PARTS = ("unet", "text_encoder", "controlnet")
@@ -79,7 +79,7 @@ class FlaxPipeline(Pipeline):
         self._graphs = {name: graph for name, (graph, _) in split.items()}
         self._states = {name: nnx.as_pure(state) for name, (_, state) in split.items()}
         for name in set(_HALF_PARTS) & set(models):
-            self._states[name] = _cast(self._states[name], self.dtype)
+            self._states[name] = cast_parameters(self._states[name], self.precision)
         self._devices = 1
         self._shapes: set = set()
         self._prepare = _over_devices(self._prepare_rows)
@@ -339,11 +339,6 @@ def _over_devices(function: Callable) -> Callable:
 
     run.__name__ = function.__name__  # what profiles and the programs kept on disk are called
     return jax.jit(run, static_argnames="shape")
-
-
-def _cast(state: Mapping, dtype) -> Any:
-    cast = functools.partial(jnp.asarray, dtype=dtype)
-    return jax.tree.map(lambda a: cast(a) if jnp.issubdtype(a.dtype, jnp.floating) else a, state)
 
 
 def _share(pictures: int, devices: int) -> int:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
-from fact_jax.ops.precision import Precision, matmul_precision, storage_dtype
+from fact_jax.ops.precision import cast_parameters, matmul_precision
 from fact_jax.ops.remat import CPU_OPTIONS
 from fact_jax.plan.jaxpr_costs import count_flops, model_flops, trace
 from fact_jax.sharding import (
@@ -144,10 +144,10 @@ class TrainStep:
         # Parameters that are split over `fsdp` are gathered once, here: not again in the forward
         # pass, its recomputation and the backward pass.
         working = jax.lax.with_sharding_constraint(
-            cast(state.params, config.precision),
+            cast_parameters(state.params, config.precision),
             shardings(state.params, REPLICATED_RULES, self.mesh),
         )
-        frozen = cast(frozen, config.precision)
+        frozen = cast_parameters(frozen, config.precision)
         # Attention kernels are split over the mesh too, and look for it.
         with (
             jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh),
@@ -235,7 +235,7 @@ class TrainStep:
             (loss, metrics), gradient = jax.value_and_grad(loss_of, has_aux=True)(
                 working, batch, keys
             )
-            return cast(gradient, "float32"), loss, metrics
+            return cast_parameters(gradient, "float32"), loss, metrics
 
         parts = self.config.accumulate
         if parts == 1:
@@ -267,14 +267,3 @@ def _device_mean(leaf: jax.Array, axes: tuple[str, ...]) -> jax.Array:
 def _mean(values: jax.Array) -> jax.Array:
     """Over microbatches; what is counted in whole numbers is the same in each."""
     return values.mean(0) if jnp.issubdtype(values.dtype, jnp.floating) else values[0]
-
-
-def cast(tree: PyTree, precision: Precision) -> PyTree:
-    """Floating leaves in the precision of the computation; scalars, which gates are, in float32."""
-    dtype = storage_dtype(precision)
-
-    def one(leaf):
-        changes = leaf.ndim and jnp.issubdtype(leaf.dtype, jnp.floating)
-        return leaf.astype(dtype) if changes else leaf
-
-    return jax.tree.map(one, tree)

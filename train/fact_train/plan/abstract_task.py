@@ -14,11 +14,11 @@ from fact_convert.models.pipeline import abstract_pipeline
 from fact_convert.weights import abstract_module
 from fact_jax.models.resampler import Resampler
 from fact_jax.models.transface import TransFace
+from fact_jax.ops.precision import cast_parameters
 from fact_jax.plan.jaxpr_costs import count_flops, trace
 from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig
 from fact_train.engine.state import make_optimizer, make_state
-from fact_train.engine.step import cast
 from fact_train.tasks import require_parts
 from fact_train.tasks.adapter import AdapterTask
 from fact_train.tasks.validation import PEOPLE, SCALES, STARTS, draw_rows
@@ -67,7 +67,7 @@ def build(config: TrainConfig) -> AbstractStep:
         built.append(AbstractAdapterTask(config))
         params, frozen = built[0].init(jax.random.key(0))
         state = make_state(params, make_optimizer(config.optimizer), config.ema)
-        return state, cast(frozen, config.precision)
+        return state, cast_parameters(frozen, config.precision)
 
     state, frozen = jax.eval_shape(init)
     return AbstractStep(

@@ -9,12 +9,12 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from fact_jax.ops.attention import attention_form
-from fact_jax.ops.precision import Precision, storage_dtype
+from fact_jax.ops.precision import Precision, cast_parameters, storage_dtype
 from fact_jax.sharding import shard
 from fact_train.config import TrainConfig
 from fact_train.engine.checksums import content_hash
 from fact_train.engine.state import TrainState, make_optimizer, place_state
-from fact_train.engine.step import cast, compiler_options, frozen_shardings
+from fact_train.engine.step import compiler_options, frozen_shardings
 from fact_train.engine.task import Source, Task
 from fact_train.multihost.collectives import raise_on_all_processes
 from fact_train.multihost.processes import check_same
@@ -47,7 +47,7 @@ def prepare(config: TrainConfig, mesh: Mesh, say: Callable[[str], None], name: s
             params, frozen = task.init(jax.random.fold_in(root, INIT_KEY))
         frozen = jax.tree.map(jax.numpy.asarray, frozen)
         content = content_hash(frozen)
-        frozen = cast(frozen, config.precision)
+        frozen = cast_parameters(frozen, config.precision)
         frozen = shard(frozen, frozen_shardings(frozen, config, mesh))
         if jax.process_count() > 1:
             # What a process holds a copy of is never compared again.

@@ -126,6 +126,7 @@ class AdapterTask(Task):
         self.encoders = FrozenEncoders(self.pipeline, self.encoder)
         rngs = nnx.Rngs(config.seed)
         self.face_dim = self.options.resampler.output_dim
+        self.size = self.pipeline.unet.config.sample_size * self.pipeline.vae.config.downscale
         unet_config = dataclasses.replace(self.pipeline.unet.config, face_dim=self.face_dim)
         self.graph, shapes = abstract_state("unet", unet_config)
         self.steps_before = 0
@@ -146,7 +147,6 @@ class AdapterTask(Task):
         trained, frozen = ({name for name, _ in paths(t)} for t in (self.adapters, self.base))
         assert_covers({name.replace(".", "/") for name in shapes}, trained, frozen)
         self.resampler = split_module(resampler)
-        self.size = self.pipeline.unet.config.sample_size * self.pipeline.vae.config.downscale
 
     def _load(self) -> tuple[Pipeline, TransFace]:
         """Everything that stays frozen."""
