@@ -86,7 +86,8 @@ def load_state(kind: str, state: State, config, *, dtype=jnp.float32) -> nnx.Mod
     ``kind`` is one of unet, vae, clip_text, transface, resampler, controlnet. ``config`` is the
     peer's configuration as a dict (or our frozen config). A ``unet`` state may hold the released
     ``...attn2.processor.*`` keys: then the UNet has adapters. Whatever precision the file has,
-    parameters are of ``dtype``; :func:`dump_state` gives the file's own precision back.
+    parameters are of ``dtype``, scalars of float32; :func:`dump_state` gives the file's own
+    precision back.
 
     Raises one UserError that lists every missing, unexpected and misshapen key, and one that names
     a key whose numbers are too large for ``dtype``.
@@ -115,7 +116,8 @@ def _build(kind: str, state: State, config, dtype, base: nnx.Module | None = Non
             continue
         winner, ndim = mappings[-1], len(flat[path].get_value().shape)
         view = winner.transform.to_jax(state[winner.torch], ndim)
-        values[path] = _to_device(view, dtype, winner.torch)
+        # Scalars are gates, which half precision would round by 0.2 %.
+        values[path] = _to_device(view, dtype if ndim else jnp.float32, winner.torch)
         if path in held:
             replaced[map_jax_path(kind, path, prefix)[0].torch] = winner.torch
     kept = {*ignored, *_overridden(sources, state)}

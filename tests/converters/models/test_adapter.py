@@ -71,10 +71,12 @@ def test_a_second_adapter_is_refused(base, released):
         attach_adapter(attach_adapter(base, released), released)
 
 
-def test_adapter_and_base_have_one_precision(golden, unet_config, released):
+def test_adapter_and_base_have_one_precision_and_gates_float32(golden, unet_config, released):
     base = load_state("unet", golden("unet_adapter", "unet.")[0], unet_config, dtype=jnp.bfloat16)
     unet = attach_adapter(base, released)
-    assert {var.get_value().dtype for var in parameters(unet).values()} == {np.dtype("bfloat16")}
+    values = [var.get_value() for var in parameters(unet).values()]
+    assert {value.dtype for value in values if value.ndim} == {np.dtype("bfloat16")}
+    assert {value.dtype for value in values if not value.ndim} == {np.dtype("float32")}
 
 
 def test_a_norm2_of_its_own_replaces_the_bases_and_is_written_back(
