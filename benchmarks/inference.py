@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Size:
-    """A UNet (``miniature/...`` or a named constructor), a face's tokens, a side in latents."""
+    """A named constructor of a UNet, a face's tokens, a side in latents."""
 
     unet: str
     face_tokens: int
@@ -36,7 +36,7 @@ class Size:
 
 SIZES = {
     "sd15": Size(unet="sd15", face_tokens=16, face_dim=768, words=77, cells=64),
-    "mini": Size(unet="mini", face_tokens=16, face_dim=64, words=24, cells=8),
+    "mini": Size(unet="mini", face_tokens=16, face_dim=64, words=24, cells=16),
 }
 
 

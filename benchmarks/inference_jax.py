@@ -14,7 +14,6 @@ from benchmarks.memory import peak
 from benchmarks.random_weights import random_model
 from benchmarks.step_ours import device_bytes
 from fact_convert import Tokenizer
-from fact_convert.io.json_io import read_json
 from fact_infer.jax.pipeline import FlaxPipeline
 from fact_infer.parts import BaseModel, FaceModels, Parts
 from fact_infer.request import GenerationParams
@@ -30,10 +29,8 @@ from fact_jax.utils.errors import first_line
 
 
 def unet_config(name: str) -> UNetConfig:
-    """Of the miniature that the repository holds, or Stable Diffusion 1.5's."""
-    if name == "mini":
-        return UNetConfig.from_dict(read_json("miniature/base/unet/config.json"))
-    return UNetConfig.sd15()
+    """The miniature's or Stable Diffusion 1.5's."""
+    return UNetConfig.mini() if name == "mini" else UNetConfig.sd15()
 
 
 def measure(size, arguments: argparse.Namespace) -> dict:
@@ -140,11 +137,11 @@ def random_pipeline(size, dtype: str) -> FlaxPipeline:
 def model_configs(size: str) -> dict:
     """The configuration of every kind of model, of SD 1.5's size or the miniature's."""
     if size == "mini":
-        resampler, unet = ResamplerConfig.mini(), UNetConfig.mini()
+        resampler, unet = ResamplerConfig.mini(), unet_config(size)
         text, vae = CLIPTextConfig.mini(len(caption_vocabulary()[0])), VAEConfig.mini()
         encoder = TransFaceConfig.mini()
     else:
-        resampler, unet = ResamplerConfig.sd15(), UNetConfig.sd15()
+        resampler, unet = ResamplerConfig.sd15(), unet_config(size)
         text, vae, encoder = CLIPTextConfig.sd15(), VAEConfig.sd15(), TransFaceConfig.vit_s()
     return {
         "unet": dataclasses.replace(unet, face_dim=resampler.output_dim),
