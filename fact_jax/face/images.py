@@ -19,8 +19,22 @@ MIN_SIDE = 16
 _HEIC = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 
+class ImageBytes(io.BytesIO):
+    """An image file in memory, under the name that messages give it."""
+
+    def __init__(self, content: bytes, name: str):
+        super().__init__(content)
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
+
+
+ImageFile = str | os.PathLike | ImageBytes
+
+
 @contextlib.contextmanager
-def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
+def open_image(path: ImageFile) -> Iterator[Image.Image]:
     """An image file, opened and fully decoded; UserError when it cannot be.
 
     Size is checked before anything is decoded, so a small file cannot ask for all the memory. HEIC
@@ -58,7 +72,7 @@ def open_image(path: str | os.PathLike) -> Iterator[Image.Image]:
         yield image
 
 
-def read_image(path: str | os.PathLike, *, to_srgb: bool = False) -> UInt8[np.ndarray, "h w 3"]:
+def read_image(path: ImageFile, *, to_srgb: bool = False) -> UInt8[np.ndarray, "h w 3"]:
     """A photo as RGB bytes, upright by its EXIF orientation; transparency is laid on white.
 
     With ``to_srgb`` colours of another profile are converted; otherwise the bytes are those of the
@@ -121,9 +135,12 @@ def _register_heif() -> bool:
     return True
 
 
-def _is_heic(path: str | os.PathLike) -> bool:
-    with open(path, "rb") as file:
-        head = file.read(12)
+def _is_heic(path: ImageFile) -> bool:
+    if isinstance(path, ImageBytes):
+        head = path.getvalue()[:12]
+    else:
+        with open(path, "rb") as file:
+            head = file.read(12)
     return head[4:8] == b"ftyp" and head[8:12] in _HEIC
 
 
@@ -132,7 +149,7 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def file_error(path: str | os.PathLike, error: OSError) -> str:
+def file_error(path: ImageFile, error: OSError) -> str:
     """What to tell a person when ``path`` could not be opened."""
     if isinstance(error, FileNotFoundError):
         return f"no such file: {path}"

@@ -104,7 +104,7 @@ def _look(
     sidecar = Path(points_file) if points_file is not None else _sidecar_of(photo_path)
     if sidecar is not None:
         faces, where = read_sidecar(sidecar), sidecar
-        _check_inside(faces, image.shape[1], image.shape[0], sidecar)
+        check_inside(faces, image.shape[1], image.shape[0], sidecar)
     else:
         folder = _pack_folder(pack, photo_path)
         faces, note = detect_faces(image, folder), _licence_note(folder)
@@ -122,15 +122,19 @@ def read_sidecar(path: str | os.PathLike) -> list[Face]:
     Each of ``faces`` holds ``points`` and may hold ``box``; a face without gets the box of its
     aligned crop. Raises UserError, one line, for anything else than that.
     """
-    content = _read_json(path)
+    return parse_faces(_read_json(path), str(path))
+
+
+def parse_faces(content: Any, where: str) -> list[Face]:
+    """Faces from what a JSON file of ``read_sidecar`` holds; ``where`` begins the errors' lines."""
     if isinstance(content, dict) and isinstance(content.get("faces"), list):
         return [
-            checked_face(entry, f"{path}, face {i}") for i, entry in enumerate(content["faces"])
+            checked_face(entry, f"{where}, face {i}") for i, entry in enumerate(content["faces"])
         ]
     if isinstance(content, dict) and "points" in content:
-        return [checked_face(content, str(path))]
+        return [checked_face(content, where)]
     raise UserError(
-        f'{path} holds no face points: expected {{"points": [[x, y], ...]}} with five points '
+        f'{where} holds no face points: expected {{"points": [[x, y], ...]}} with five points '
         f'({_ORDER}) or {{"faces": [{{"points": ...}}, ...]}}'
     )
 
@@ -251,9 +255,13 @@ def _sidecar_of(photo_path: Path) -> Path | None:
 def _is_about_points(path: Path) -> bool:
     """A ``NAME.json`` beside a photo may be anybody's: of a photo service, of a camera."""
     try:
-        content = _read_json(path)
+        return is_about_points(_read_json(path))
     except UserError:
         return False
+
+
+def is_about_points(content: Any) -> bool:
+    """Whether what a JSON file holds has points, right or wrong ones."""
     if not isinstance(content, dict):
         return False
     faces = content.get("faces")
@@ -316,7 +324,8 @@ def _numbers(value: Any, shape: tuple[int, ...], where: str, wanted: str) -> np.
     return numbers
 
 
-def _check_inside(faces: list[Face], width: int, height: int, path: Path) -> None:
+def check_inside(faces: list[Face], width: int, height: int, path: str | Path) -> None:
+    """UserError unless all points lie within the photo."""
     for face in faces:
         for name, (x, y) in zip(_POINT_NAMES, face.points, strict=True):
             if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):

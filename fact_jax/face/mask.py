@@ -16,7 +16,7 @@ from fact_jax.face.align import (
     similarity_transform,
     transform_points,
 )
-from fact_jax.face.images import open_image
+from fact_jax.face.images import ImageFile, open_image
 from fact_jax.utils.errors import UserError
 
 # Label numbers of CelebAMask-HQ, which the public BiSeNet face-parsing models give: 1 skin,
@@ -46,7 +46,7 @@ def head_mask(
     points: Float[np.ndarray, "5 2"],
     *,
     parsing: str | os.PathLike | Shaped[np.ndarray, "..."] | None = None,
-    mask_file: str | os.PathLike | None = None,
+    mask_file: ImageFile | None = None,
     labels: Collection[int] = HEAD_LABELS,
 ) -> HeadMask:
     """The head's mask for an image of ``image_shape`` (h, w, ...).
@@ -97,7 +97,7 @@ def _mask_from_parsing(
     return np.isin(numbers, list(labels)).astype(np.float32), source
 
 
-def read_mask(path: str | os.PathLike) -> Float[np.ndarray, "h w"]:
+def read_mask(path: ImageFile) -> Float[np.ndarray, "h w"]:
     """A mask file as float32 in [0, 1]: grey values are soft, a file of only 0 and 1 is hard.
 
     What is transparent is background.

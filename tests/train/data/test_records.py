@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fact_jax.utils.errors import UserError
+from fact_train.cli.main import main
 from fact_train.data.portraits import align_portraits, draw_portraits
 from fact_train.data.record_writer import write_records
 from fact_train.data.records import (
@@ -174,3 +175,9 @@ def test_missing_libraries_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "grain", None)
     with pytest.raises(UserError, match=r"pip install 'fact-jax\[data\]'"):
         data_libraries()
+
+
+def test_too_many_made_up_people(tmp_path, capsys):
+    command = ["records", "portraits", "--people", "9999999", "--out", str(tmp_path / "out")]
+    assert main(command) == 2
+    assert "the split adapter has 20000 people" in capsys.readouterr().err

@@ -2,10 +2,9 @@
 
 import argparse
 import re
-import sys
 from pathlib import Path
 
-from fact_jax.utils.errors import UserError, printable
+from fact_jax.utils.errors import UserError
 
 _SPLITS = ("base", "encoder", "adapter", "judge", "test")
 
@@ -14,9 +13,9 @@ def add_records(commands: argparse._SubParsersAction) -> None:
     """The command ``records``."""
     records = commands.add_parser(
         "records",
-        help="write photos as records to train on",
+        help="write made-up people as records to train on",
         description="Write photos, masks, crops, points and captions as a tensorflow_datasets "
-        "folder of array_record shards.",
+        "folder of array_record shards. For your own photos: fact-train data build.",
     )
     sources = records.add_subparsers(dest="source", required=True)
     portraits = sources.add_parser(
@@ -24,29 +23,17 @@ def add_records(commands: argparse._SubParsersAction) -> None:
         help="made-up people",
         description="Write portraits of made-up people.",
     )
-    portraits.add_argument("--people", type=_count, required=True, metavar="N")
-    portraits.add_argument("--photos", type=_count, default=4, metavar="M", help="of each (4)")
+    portraits.add_argument("--people", type=whole_number, required=True, metavar="N")
+    portraits.add_argument(
+        "--photos", type=whole_number, default=4, metavar="M", help="of each (4)"
+    )
     portraits.add_argument(
         "--split", choices=_SPLITS, default="adapter", help="which people (adapter)"
     )
-    _add_common(portraits, size=64, crop=48)
-    folder = sources.add_parser(
-        "folder",
-        help="your own photos, a folder a person",
-        description="Write the photos SRC/PERSON/NAME.jpg (or png, webp, bmp, tif, avif, and heic "
-        "where pillow-heif is installed), their colours in sRGB. Beside each: "
-        "NAME.points.json or NAME.json with the five points, unless a face detector is installed; "
-        "NAME.mask.png, the grey head mask, and NAME.txt, the caption, if there are any.",
-    )
-    folder.add_argument("folder", type=Path, metavar="SRC")
-    _add_common(folder, size=512, crop=112)
-
-
-def _add_common(parser: argparse.ArgumentParser, size: int, crop: int) -> None:
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
-    parser.add_argument("--size", type=_count, default=size, help=f"side of the photos ({size})")
-    parser.add_argument("--crop", type=_count, default=crop, help=f"side of the crops ({crop})")
-    parser.add_argument("--force", action="store_true", help="replace DIR if it is there")
+    portraits.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    portraits.add_argument("--size", type=whole_number, default=64, help="side of the photos (64)")
+    portraits.add_argument("--crop", type=whole_number, default=48, help="side of the crops (48)")
+    portraits.add_argument("--force", action="store_true", help="replace DIR if it is there")
 
 
 def add_cache(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
@@ -70,23 +57,13 @@ def add_cache(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
 
 def run_records(arguments: argparse.Namespace) -> int:
     """``fact-train records``."""
-    from fact_train.data.photo_folder import Totals, folder_examples
+    from fact_train.data.portraits import portrait_examples
     from fact_train.data.record_writer import write_records
 
-    totals = Totals()
     sizes = {"size": arguments.size, "crop_size": arguments.crop}
-    if arguments.source == "portraits":
-        from fact_train.data.portraits import portrait_examples
-
-        examples = portrait_examples(arguments.split, arguments.people, arguments.photos, **sizes)
-    else:
-        examples = folder_examples(arguments.folder, warn=_warn, totals=totals, **sizes)
-    try:
-        photos, people = write_records(examples, arguments.out, force=arguments.force, **sizes)
-        print(f"{arguments.out}: {photos} photos of {people} people")
-    finally:
-        for line in totals.lines():
-            print(printable(line))
+    examples = portrait_examples(arguments.split, arguments.people, arguments.photos, **sizes)
+    photos, people = write_records(examples, arguments.out, force=arguments.force, **sizes)
+    print(f"{arguments.out}: {photos} photos of {people} people")
     return 0
 
 
@@ -100,7 +77,7 @@ def run_cache(arguments: argparse.Namespace) -> int:
     if records is None:
         raise UserError(
             f"the experiment {arguments.config} has no records to encode: set options.records to a "
-            "folder that `fact-train records` wrote"
+            "folder that `fact-train data build` or `fact-train records` wrote"
         )
 
     from fact_convert import load_encoder, load_pipeline
@@ -124,11 +101,7 @@ def run_cache(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _warn(line: str) -> None:
-    print(f"warning: {printable(line)}", file=sys.stderr)
-
-
-def _count(text: str) -> int:
+def whole_number(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1")
     return int(text)

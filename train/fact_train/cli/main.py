@@ -11,6 +11,7 @@ from fact_jax.utils.command_line import add_version
 from fact_jax.utils.errors import run_program
 from fact_jax.utils.files import require_local
 from fact_train.cli import data as data_cli
+from fact_train.cli import prepare as prepare_cli
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +41,8 @@ def _dispatch(arguments: argparse.Namespace, command: str) -> int:
         return plan(arguments)
     if arguments.command == "records":
         return data_cli.run_records(arguments)
+    if arguments.command == "data":
+        return prepare_cli.run_data(arguments)
     if arguments.command == "cache":
         return data_cli.run_cache(arguments)
     return _run(arguments, command)
@@ -85,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     chips.add_argument("--gpu", metavar="GPU[:COUNT]", help="as h100:64 (8 if it does not say)")
     plan.add_argument("--global-batch", type=int, metavar="N", help="instead of batch_size")
     plan.add_argument("--json", action="store_true", help="print JSON")
+    prepare_cli.add_data(commands)
     data_cli.add_records(commands)
     _add_experiment(data_cli.add_cache(commands))
     commands.add_parser("configs", help="list the experiments", description="List the experiments.")

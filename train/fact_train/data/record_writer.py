@@ -1,10 +1,10 @@
 """Writing records: ``Example``s into a tensorflow_datasets folder of array_record shards."""
 
-import contextlib
 import io
-import shutil
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -12,34 +12,23 @@ from PIL import Image
 from fact_convert.io.output_paths import output_folder
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError
-from fact_train.data.records import (
-    NAME,
-    PICTURES,
-    VERSION,
-    Example,
-    data_libraries,
-    write_index,
+from fact_train.data.dataset_files import (
+    Coder,
+    face_features,
+    shard_name,
+    shard_writer,
+    write_info,
 )
+from fact_train.data.records import NAME, PICTURES, VERSION, Example
 
-data_libraries()  # says what is missing
+_SHARD_BYTES = 256 << 20
 
-import tensorflow_datasets as tfds  # noqa: E402
 
-_DESCRIPTION = """\
-Photos of people for training FACT (Face Adapter with deCoupled Training, arXiv 2410.12312).
-
-One record is one photo: `photo` (square RGB, PNG or JPEG), `caption` (it names the scene, not the
-person), `face_mask` and `head_mask` (grey, of the photo's size, 255 on the face or on the head
-with its hair), `crop` (the face aligned to the ArcFace template by its five points, everything but
-the head black, as the face encoder takes it), `points` (left eye, right eye, nose tip, left and
-right mouth corner as the viewer sees them; x and y in pixels of the photo), `identity` (the same
-text for all photos of a person) and `name` (where the photo came from).
-
-Records stand in the order in which they were written; `identities.npy` beside them holds the number
-of the person in each, int32, `sizes.json` the bytes of every shard. Reading needs no TensorFlow:
-
-    tfds.data_source("face_records", split="train", data_dir=...)
-"""
+def as_row(example: Example) -> dict[str, Any]:
+    """An example as tfds takes it: an open file is stored as it is."""
+    pictures = {name: io.BytesIO(getattr(example, name)) for name in PICTURES}
+    texts = {name: getattr(example, name) for name in ("caption", "identity", "name")}
+    return {**pictures, **texts, "points": example.points}
 
 
 def write_records(
@@ -51,25 +40,46 @@ def write_records(
     in any order, which is kept. Raises UserError for an example of another size, for none at all,
     and if ``out`` exists and ``force`` is not given.
     """
-    people: dict[str, int] = {}
-    identities: list[int] = []
-
-    def numbered() -> Iterator[Example]:
-        for example in examples:
-            _check_sizes(example, size, crop_size)
-            identities.append(people.setdefault(example.identity, len(people)))
-            yield example
-        if not identities:
-            raise UserError(f"{out}: there is no usable photo, so nothing was written")
-
-    with output_folder(out, force=force) as folder:
-        builder = FaceRecords(folder, numbered(), size=size, crop_size=crop_size)
+    with output_folder(out, force=force) as temporary:
+        folder = temporary / NAME / VERSION
+        folder.mkdir(parents=True)
         try:
-            builder.write()
+            return _write(examples, folder, out, size, crop_size)
         except OSError as error:
             raise UserError(f"{out} cannot be written: {one_line(error)}") from error
-        folder = Path(builder.data_path)
-        write_index(folder, identities, sorted(folder.glob("*.array_record*")))
+
+
+def _write(
+    examples: Iterable[Example], folder: Path, out: Path, size: int, crop_size: int
+) -> tuple[int, int]:
+    people: dict[str, int] = {}
+    identities: list[int] = []
+    features = face_features(size, crop_size)
+    coder, writer = Coder(features), None
+    lengths: list[int] = []
+    filled = 0
+    for example in examples:
+        _check_sizes(example, size, crop_size)
+        record = coder.encode(as_row(example))
+        if writer is None or filled > _SHARD_BYTES:
+            if writer is not None:
+                writer.close()
+            writer, filled = shard_writer(folder / f"{len(lengths)}"), 0
+            lengths.append(0)
+        writer.write(record)
+        lengths[-1] += 1
+        filled += len(record)
+        identities.append(people.setdefault(example.identity, len(people)))
+    if writer is None:
+        raise UserError(f"{out}: there is no usable photo, so nothing was written")
+    writer.close()
+    sizes = {}
+    for shard in range(len(lengths)):
+        name = shard_name(shard, len(lengths))
+        os.rename(folder / f"{shard}", folder / name)
+        sizes[name] = (folder / name).stat().st_size
+    splits = {"train": (lengths, sum(sizes.values()))}
+    write_info(folder, features, splits, {"train": np.asarray(identities)}, sizes)
     return len(identities), len(people)
 
 
@@ -82,61 +92,3 @@ def _check_sizes(example: Example, size: int, crop_size: int) -> None:
                     f"{example.name}: its {name} is {image.size[0]} x {image.size[1]}, these "
                     f"records hold {wanted} x {wanted}"
                 )
-
-
-# Left out of the registry: tfds then opens a folder by the features written in it, whose sizes
-# are not the same in all of them.
-with tfds.core.registered.skip_registration():
-
-    class FaceRecords(tfds.core.GeneratorBasedBuilder):
-        """``Example``s -> ``FOLDER/face_records/1.0.0``, array_record shards."""
-
-        name = NAME
-        VERSION = tfds.core.Version(VERSION)
-        RELEASE_NOTES = {"1.0.0": "First."}  # noqa: RUF012 (as the base class has it)
-        # Nothing is downloaded, so nobody need look for checksums (that takes a package which
-        # tfds does not install).
-        url_infos = None
-
-        def __init__(self, folder: Path, examples: Iterable[Example], *, size: int, crop_size: int):
-            self._examples, self._sizes = examples, (size, crop_size)
-            super().__init__(data_dir=folder, file_format="array_record")
-
-        def write(self) -> None:
-            """Write all examples."""
-            tfds.disable_progress_bar()
-            with contextlib.redirect_stdout(io.StringIO()):  # it tells of a download
-                self.download_and_prepare()
-            shutil.rmtree(self.data_path.parents[1] / "downloads", ignore_errors=True)
-
-        def _info(self) -> tfds.core.DatasetInfo:
-            size, crop_size = self._sizes
-            kinds = tfds.features
-            mask = kinds.Image(shape=(size, size, 1), encoding_format="png")
-            features = {
-                "photo": kinds.Image(shape=(size, size, 3)),
-                "caption": kinds.Text(),
-                "face_mask": mask,
-                "head_mask": mask,
-                "crop": kinds.Image(shape=(crop_size, crop_size, 3), encoding_format="png"),
-                "points": kinds.Tensor(shape=(5, 2), dtype=np.float32),
-                "identity": kinds.Text(),
-                "name": kinds.Text(),
-            }
-            return tfds.core.DatasetInfo(
-                builder=self,
-                description=_DESCRIPTION,
-                features=kinds.FeaturesDict(features),
-                citation="Yu et al., FaceChain-FACT, arXiv 2410.12312, 2024",
-                disable_shuffling=True,
-            )
-
-        def _split_generators(self, dl_manager) -> dict:
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self) -> Iterator[tuple[int, dict]]:
-            for number, example in enumerate(self._examples):
-                # An open file is stored as it is; an array would need TensorFlow.
-                pictures = {name: io.BytesIO(getattr(example, name)) for name in PICTURES}
-                texts = {name: getattr(example, name) for name in ("caption", "identity", "name")}
-                yield number, {**pictures, **texts, "points": example.points}

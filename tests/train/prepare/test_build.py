@@ -1,0 +1,219 @@
+"""A folder of people: what is usable becomes records, what is not is a line with its reason."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from fact_jax.face import ARCFACE_TEMPLATE, Face, face_mask, prepare_photo
+from fact_jax.portraits import GENERIC_CAPTION
+from fact_train.cli.main import main
+from fact_train.data.records import Records, data_libraries, decode
+from fact_train.prepare.build import build
+from fact_train.prepare.models.provider import Photo
+from fact_train.prepare.photos.photo import square_up
+from fact_train.prepare.settings import BuildSettings
+from fact_train.prepare.sources import Item
+from tests.train.prepare.conftest import POINTS, rejected, write_photo
+
+SIZES = ["--size", "64", "--crop", "48"]
+
+
+def icc_profile() -> bytes:
+    """Pillow's sRGB profile under another name, its red and green primaries swapped."""
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = profile.replace(b"rXYZ", b"-two").replace(b"gXYZ", b"rXYZ").replace(b"-two", b"gXYZ")
+    return swapped.replace(b"s\0R\0G\0B", b"o\0w\0n\0 ")
+
+
+@pytest.fixture
+def people(tmp_path):
+    """Two usable people, and one of each thing that can be wrong."""
+    source = tmp_path / "people"
+    write_photo(source / "anna" / "1.png", seed=1)
+    write_photo(source / "anna" / "2.png", seed=2, mask=False)
+    (source / "anna" / "2.txt").write_bytes(b"\xef\xbb\xbfa woman\n in a garden ")
+    (source / "anna" / "notes.md").write_text("not a photo")
+    (source / "anna" / "cut.png").write_bytes((source / "anna" / "1.png").read_bytes()[:5000])
+    write_photo(source / "anna" / "bare.jpg")
+    (source / "anna" / "bare.json").unlink()
+    write_photo(source / "anna" / "mute.png")
+    (source / "anna" / "mute.txt").write_text(" ")
+    write_photo(source / "bo" / "1.jpg", seed=3)
+    write_photo(source / "cy" / "1.jpg", points=POINTS + 90)
+    return source
+
+
+def run(people, out, **more):
+    settings = BuildSettings(source=str(people), size=64, crop=48, **more)
+    return build(settings, str(out)).summary
+
+
+def test_every_photo_is_a_record_or_has_its_reason(people, tmp_path, capsys):
+    os.mkfifo(people / "anna" / "pipe.png")  # never waited for
+    (people / "bo" / "README.md").touch()
+    (people / "bo" / "Makefile").touch()
+    write_photo(people / "loose.jpg", seed=4)
+    write_photo(people / "bo" / "old" / "2.jpg", seed=5)
+    out = tmp_path / "out"
+    command = ["data", "build", str(people), str(out), *SIZES]
+    assert main(command) == 0
+    said = capsys.readouterr()
+    assert said.out.splitlines() == [
+        f"{out}: 10 photos in, 4 records of 2 people, 6 rejected",
+        "rejected: 1 no points, 1 not readable, 1 caption, 1 no file, 1 points, 1 no identity",
+        "ignored files: 2 .md, 1 without ending",
+    ]
+    found = rejected(out)
+    wanted = {
+        "anna/bare.jpg": ("no points", "no face points"),
+        "anna/cut.png": ("not readable", "truncated or damaged"),
+        "anna/mute.png": ("caption", "a caption has 1 to 2000 characters"),
+        "anna/pipe.png": ("no file", "is no file"),
+        "cy/1.jpg": ("points", "lies outside the photo"),
+        "loose.jpg": ("no identity", "lies beside the people's folders"),
+    }
+    assert found.keys() == wanted.keys()
+    for name, (reason, text) in wanted.items():
+        assert found[name][0] == reason
+        assert name in found[name][1]
+        assert text in found[name][1]
+    records = Records(out)
+    np.testing.assert_array_equal(records.identities, [0, 0, 1, 1])
+    rows = [records[i] for i in range(4)]
+    names = [row["name"].decode() for row in rows]
+    assert names == ["anna/1.png", "anna/2.png", "bo/1.jpg", "bo/old/2.jpg"]
+    captions = [row["caption"].decode() for row in rows]
+    assert captions == [GENERIC_CAPTION, "a woman in a garden", GENERIC_CAPTION, GENERIC_CAPTION]
+    assert decode(rows[2]["photo"]).shape == (64, 64, 3)
+    # The crop is the one that generation sees.
+    for row, mask in ((rows[0], "1.mask.png"), (rows[1], None)):
+        photo = people / row["name"].decode()
+        mask_file = mask and photo.with_name(mask)
+        face = prepare_photo(photo, mask_file=mask_file, crop_size=48)
+        np.testing.assert_array_equal(decode(row["crop"]), face.crop)
+    tfds = data_libraries().tfds
+    assert len(tfds.data_source("face_records", split="train", data_dir=out)) == 4
+    # Again: nothing is done, nothing changes.
+    before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert main(command) == 0
+    assert "it was there already" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    # Other settings: refused, or by force.
+    other = ["data", "build", str(people), str(out), "--size", "32", "--crop", "48"]
+    assert main(other) == 2
+    assert "with other settings" in capsys.readouterr().err
+    assert main([*other, "--force"]) == 0
+    assert Records(out).size == 32
+
+
+def test_the_same_picture_is_no_partner_of_itself(people, tmp_path):
+    """Copied, or saved again in another format; of another person it is told of."""
+    first = people / "anna" / "1.png"
+    for name in ("anna/9.png", "anna/8.tiff", "bo/2.png", "bo/3.png"):
+        copy = people / name
+        Image.open(first).save(copy)
+        copy.with_suffix(".json").write_bytes(first.with_suffix(".json").read_bytes())
+    out = tmp_path / "out"
+    summary = run(people, out)
+    found = rejected(out)
+    assert {name: why for name, why in found.items() if why[0] == "duplicate"} == {
+        "anna/8.tiff": ("duplicate", "anna/8.tiff is the same picture as anna/1.png"),
+        "anna/9.png": ("duplicate", "anna/9.png is the same picture as anna/1.png"),
+        "bo/3.png": ("duplicate", "bo/3.png is the same picture as bo/2.png"),
+    }
+    assert summary["suspects"] == {"same picture": 6}  # three of anna's, two of bo's
+    lines = [json.loads(line) for line in (out / "suspects.jsonl").read_text().splitlines()]
+    assert lines[0] == {
+        "kind": "same picture",
+        "photos": ["anna/1.png", "bo/2.png"],
+        "people": ["anna", "bo"],
+        "splits": ["train"],
+        "alarm": False,
+    }
+    assert "anna/mute.png" in found  # a rejected photo makes no duplicate of a usable one
+
+
+def test_colours_of_another_profile_become_srgb(people, tmp_path):
+    """A profile whose red and green are swapped: what it calls red is green."""
+    pixels = np.zeros((80, 120, 3), np.uint8)
+    pixels[..., 0] = 255
+    Image.fromarray(pixels).save(people / "anna" / "1.png", icc_profile=icc_profile())
+    run(people, tmp_path / "out")
+    row = Records(tmp_path / "out")[0]
+    np.testing.assert_allclose(decode(row["photo"])[32, 32], [0, 255, 0], atol=4)
+    np.testing.assert_allclose(decode(row["crop"])[24, 24], [0, 255, 0], atol=1)
+
+
+def test_the_square_lies_around_the_head_and_takes_the_points_along():
+    """A bright dot at the nose, and the mask, are where the points say after the change of size."""
+    image = np.zeros((80, 120, 3), np.uint8)
+    nose = POINTS[2].round().astype(int)
+    image[nose[1] - 1 : nose[1] + 2, nose[0] - 1 : nose[0] + 2] = 255
+    mask = np.zeros((80, 120), np.float32)
+    mask[5:75, 40:100] = 1
+    points = POINTS.astype(np.float32)
+    points[2] = nose
+    face = Face(points, np.array([40, 5, 100, 75], np.float32))
+    picture, moved, head = square_up(Photo(Item("a"), image, (80, 120), face=face, mask=mask), 160)
+    # The square is 80 wide; the head's middle is 70, so it runs from 30 to 110.
+    np.testing.assert_allclose(moved, (points - (30, 0) + 0.5) * 2 - 0.5, atol=1e-4)
+    pixels = decode(picture).astype(np.float32).mean(-1)
+    rows, columns = np.mgrid[:160, :160]
+    centre = [(where * pixels).sum() / pixels.sum() for where in (columns, rows)]
+    np.testing.assert_allclose(centre, moved[2], atol=0.1)
+    expected = np.zeros((160, 160))
+    expected[10:150, 20:140] = 1
+    np.testing.assert_allclose(head, expected, atol=1e-6)
+
+
+def test_the_face_lies_inside_the_head():
+    points = (ARCFACE_TEMPLATE * 2).astype(np.float32)
+    head = np.zeros((224, 224), np.float32)
+    head[:, 40:] = 1
+    face = face_mask(head, points)
+    assert face[int(points[2, 1]), int(points[2, 0])] == 1  # the nose
+    assert all(face[int(y), int(x)] == 1 for x, y in points)
+    assert face[20, 112] == 0  # hair over the forehead
+    assert face[:, :40].max() == 0  # not on the head
+    # Half axes of 40 and 52 of the template, less what the head leaves out at the left.
+    assert 0.9 * np.pi * 80 * 104 < face.sum() < np.pi * 80 * 104
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["SRC/nobody", "OUT"], "SRC/nobody does not exist"),
+        (["SRC/anna", "OUT"], "there is no usable photo, so no records were written"),
+        (["EMPTY", "OUT"], "EMPTY holds no photo"),
+        (["SRC/anna/notes.md", "OUT"], "is not a folder, a table"),
+        (["SRC", "SRC"], "which no build wrote"),
+        (["SRC", "OUT", "--gate", "beauty=1"], "--gate beauty: known are face"),
+        (["SRC", "OUT", "--gate", "yaw"], "--gate yaw: give NAME=VALUE"),
+        (["SRC", "OUT", "--gate", "yaw=x"], "--gate: x is no number"),
+        (["SRC", "OUT", "--gate", "yaw=-3"], "yaw must be"),
+        (["SRC", "OUT", "--column", "who=id"], "column who: known are image"),
+        (["SRC", "OUT", "--split", "train=0.5"], "split train=0.5"),
+        (["SRC", "OUT", "--split", "a=0.5", "--split", "b=0.5"], "leave no people to train on"),
+        (["SRC", "OUT", "--duplicates", "2"], "duplicates must be"),
+        (["SRC", "OUT", "--embedder", "x.onnx"], "--embedder x.onnx does not exist"),
+        (["SRC", "OUT", "--parser", "SRC/anna/notes.md"], "is no ONNX model that loads"),
+        (["SRC", "OUT", "--captioner", "nowhere"], "--captioner nowhere is not a folder"),
+        (["nosuch://bucket/x", "OUT"], "nosuch"),
+    ],
+)
+def test_wrong_input_is_one_line(people, tmp_path, capsys, arguments, line):
+    (tmp_path / "empty").mkdir()
+    places = {"SRC": str(people), "OUT": str(tmp_path / "out"), "EMPTY": str(tmp_path / "empty")}
+    for name, path in places.items():
+        arguments = [text.replace(name, path) for text in arguments]
+        line = line.replace(name, path)
+    # Of anna alone without points, so that nobody is usable.
+    for path in (people / "anna").glob("*.json"):
+        path.unlink()
+    assert main(["data", "build", *arguments, *SIZES]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1
+    assert line in said.err

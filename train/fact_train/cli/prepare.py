@@ -1,0 +1,176 @@
+"""`fact-train data`: what its commands take, and what they call."""
+
+import argparse
+import dataclasses
+import shlex
+import sys
+
+from fact_jax.utils.errors import UserError, printable
+from fact_train.cli.data import whole_number
+
+_FORMATS = ("auto", "people", "flat", "table", "parquet", "tar")
+
+
+def add_data(commands: argparse._SubParsersAction) -> None:
+    """The command ``data`` and its own."""
+    data = commands.add_parser(
+        "data",
+        help="photographs to records to train on: build, verify, split, merge, remove, report",
+        description="From photographs to a set of records: a tensorflow_datasets folder.",
+    )
+    what = data.add_subparsers(dest="action", required=True)
+    _add_build(what)
+
+
+def _add_build(what: argparse._SubParsersAction) -> None:
+    build = what.add_parser(
+        "build",
+        help="write photos as records",
+        description="Write the photos of SOURCE as records into OUT, with rejected.jsonl (why a "
+        "photo is none), suspects.jsonl, a card, and summary.json, which comes last. Stopped or "
+        "killed, the same command goes on. The exit status is 1 if one face is in two splits.",
+        epilog="SOURCE: a folder with a subfolder for each person (people); a folder of photos "
+        "(flat); a table of images that are files: .jsonl, .csv, a Hugging Face folder with "
+        "metadata.jsonl, a .json list as IP-Adapter takes (table); Parquet with the images inside; "
+        "WebDataset .tar shards as of img2dataset. Beside a photo NAME.jpg, or in its tar: "
+        "NAME.points.json or NAME.json (five points), NAME.mask.png (the head, grey), NAME.txt "
+        "(caption), NAME.quality.txt, NAME.embedding.npy. Columns of those roles, and identity, "
+        "licence, source and consent, do the same. What neither says, a model says that is named.",
+    )
+    build.add_argument(
+        "source", metavar="SOURCE", help="folder or file, or URL of one (gs://, s3://)"
+    )
+    build.add_argument("folder", metavar="OUT", help="new folder, or URL of one")
+    build.add_argument("--format", choices=_FORMATS, default="auto", help="of SOURCE (auto)")
+    build.add_argument("--root", metavar="DIR", help="of a table's images (the table's folder)")
+    build.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="ROLE=NAME",
+        help="a column by its role: image, identity, caption, points, mask, quality, embedding, "
+        "licence, source, consent",
+    )
+    build.add_argument("--size", type=whole_number, default=512, help="side of the photos (512)")
+    build.add_argument("--crop", type=whole_number, default=112, help="side of the crops (112)")
+    models = build.add_argument_group("models, from local files; none is ever downloaded")
+    for role, text in (
+        ("detector", "SCRFD, RetinaFace or YuNet (.onnx, or an insightface pack's folder)"),
+        ("parser", "BiSeNet with CelebAMask-HQ's 19 labels (.onnx)"),
+        ("quality", "eDifFIQA or CR-FIQA (.onnx)"),
+        ("embedder", "a recognition network in ArcFace's layout (.onnx)"),
+        ("captioner", "a BLIP folder"),
+    ):
+        models.add_argument(f"--{role}", metavar="PATH", help=text)
+    models.add_argument("--provider", choices=("cpu", "cuda"), default="cpu", help="of them (cpu)")
+    models.add_argument("--batch", type=whole_number, default=16, help="photos at once (16)")
+    choice = build.add_argument_group("which photos")
+    choice.add_argument(
+        "--gate",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="at least: face (24 px), sharpness, score, quality; at most: clipped, second, yaw, "
+        "pitch, roll (degrees)",
+    )
+    choice.add_argument(
+        "--duplicates",
+        type=float,
+        default=0.22,
+        metavar="SHARE",
+        help="of the bits of two copies' hashes that may differ (0.22)",
+    )
+    choice.add_argument("--same-face", type=float, default=0.5, metavar="COS", help="(0.5)")
+    choice.add_argument("--other-face", type=float, default=0.2, metavar="COS", help="(0.2)")
+    choice.add_argument(
+        "--min-photos", type=whole_number, default=1, metavar="N", help="a person (1)"
+    )
+    choice.add_argument(
+        "--split",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="people set apart, as validation=0.02; the rest is train",
+    )
+    run = build.add_argument_group("how")
+    run.add_argument("--workers", type=whole_number, default=1, help="processes here (1), by Beam")
+    run.add_argument("--beam", metavar="OPTIONS", help="Beam's, as '--runner=DataflowRunner ...'")
+    run.add_argument("--chunk", type=whole_number, default=64, help="photos a piece of work (64)")
+    run.add_argument("--shard-mb", type=float, default=256.0, metavar="MB", help="a shard (256)")
+    run.add_argument("--force", action="store_true", help="replace what a build wrote in OUT")
+    run.add_argument("--keep-work", action="store_true", help="keep OUT/work")
+
+
+def run_data(arguments: argparse.Namespace) -> int:
+    """``fact-train data``."""
+    return {"build": _build}[arguments.action](arguments)
+
+
+def _build(arguments: argparse.Namespace) -> int:
+    from fact_train.prepare.build import build
+    from fact_train.prepare.engine import Engine
+    from fact_train.prepare.settings import BuildSettings, Gates
+
+    given = {
+        name: getattr(arguments, name)
+        for name in (
+            *("source", "format", "root", "size", "crop", "detector", "parser", "quality"),
+            *("embedder", "captioner", "provider", "batch", "chunk", "duplicates", "same_face"),
+            *("other_face", "min_photos"),
+        )
+    }
+    gates = {name: _number(text, "--gate") for name, text in _pairs(arguments.gate, "--gate")}
+    known = [field.name for field in dataclasses.fields(Gates)]
+    for name in gates:
+        if name not in known:
+            raise UserError(f"--gate {name}: known are {', '.join(known)}")
+    splits = {name: _number(text, "--split") for name, text in _pairs(arguments.split, "--split")}
+    try:
+        settings = BuildSettings(
+            **given,
+            columns=dict(_pairs(arguments.column, "--column")),
+            gates=Gates(**gates),
+            splits=splits,
+            shard_megabytes=arguments.shard_mb,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    engine = Engine(arguments.workers, tuple(shlex.split(arguments.beam or "")), progress=True)
+    built = build(
+        settings,
+        arguments.folder,
+        engine,
+        force=arguments.force,
+        keep_work=arguments.keep_work,
+    )
+    summary = built.summary
+    told = "" if built.fresh else " (it was there already)"
+    print(
+        f"{arguments.folder}: {summary['in']} photos in, {summary['records']} records of "
+        f"{summary['people']} people, {summary['rejected']} rejected{told}"
+    )
+    for title, found in (("rejected", summary["reasons"]), ("ignored files", summary["ignored"])):
+        if found:
+            parts = ", ".join(f"{count} {name}" for name, count in found.items())
+            print(printable(f"{title}: {parts}"))
+    for kind, count in summary["suspects"].items():
+        print(f"to look at: {count} of the kind '{kind}', in suspects.jsonl")
+    if summary["alarms"]:
+        line = f"warning: {summary['alarms']} times one face may be in two splits: suspects.jsonl"
+        print(line, file=sys.stderr)
+        return 1
+    return 0
+
+
+def _pairs(texts: list[str], option: str) -> list[tuple[str, str]]:
+    for text in texts:
+        if "=" not in text.strip("="):
+            raise UserError(f"{option} {text}: give NAME=VALUE")
+    return [(text.partition("=")[0], text.partition("=")[2]) for text in texts]
+
+
+def _number(text: str, option: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise UserError(f"{option}: {text} is no number") from None

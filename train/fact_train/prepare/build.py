@@ -1,0 +1,277 @@
+"""``fact-train data build``: the phases one after the other, and what is decided between them."""
+
+import dataclasses
+import functools
+import io
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fact_jax.utils.command_line import version_of
+from fact_jax.utils.errors import UserError, listed
+from fact_train.data.dataset_files import shard_reader
+from fact_train.data.records import data_libraries
+from fact_train.prepare.decide import Decisions, decide, split_of, units_of
+from fact_train.prepare.engine import HERE, Engine
+from fact_train.prepare.models.roles import describe_models, providers
+from fact_train.prepare.pairs import block_names, compare_blocks, read_pairs
+from fact_train.prepare.photos.chunk import prepare_chunk, thumbnail
+from fact_train.prepare.product import dataset as product
+from fact_train.prepare.settings import BuildSettings, digest
+from fact_train.prepare.sources import list_chunks
+from fact_train.prepare.sources.items import chunk_text
+from fact_train.prepare.store import Store
+from fact_train.prepare.table import Table, read_table
+
+_SHOWN = 6
+"""Thumbnails of each reason that is decided at the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What a build says at its end; ``fresh`` if it did not find everything there."""
+
+    summary: dict[str, Any]
+    fresh: bool
+
+
+def build(
+    settings: BuildSettings,
+    out: str,
+    engine: Engine = HERE,
+    *,
+    force: bool = False,
+    keep_work: bool = False,
+    say: Callable[[str], None] = print,
+) -> Built:
+    """Build records of ``settings.source`` in ``out``, or go on with it.
+
+    Raises UserError for a source that holds nothing, models that do not load, no usable photo, and
+    an ``out`` that holds anything but an unfinished build of the same.
+    """
+    data_libraries()
+    store = Store(out)
+    models = describe_models(settings)
+    text = settings.to_json()
+    providers(text)  # what does not load is said before anything is written
+    ignored: Counter[str] = Counter()
+    same = digest(text, json.dumps(models, sort_keys=True), f"fact-jax {version_of()}")
+    names, listing = [], digest("")
+    claimed = False
+    for number, chunk in enumerate(list_chunks(settings, ignored)):
+        if not claimed:
+            _claim(store, same, force)
+            claimed = True
+        content = chunk_text(chunk)
+        name = f"{number:07d}-{digest(same, content)}"
+        names.append(name)
+        listing = digest(listing, name)
+        if not store.exists(f"{product.WORK}/list/{name}.json"):
+            store.write(f"{product.WORK}/list/{name}.json", content)
+    fingerprint = digest(same, listing)
+    if store.exists(product.SUMMARY):
+        summary = store.json(product.SUMMARY)
+        if summary.get("fingerprint") == fingerprint:
+            if not keep_work:
+                store.remove(product.WORK)
+            return Built(summary, False)
+        store.remove(product.WORK)
+        raise UserError(
+            f"{out} holds records of another source or with other settings: name another folder, "
+            "or replace it with --force"
+        )
+    work = Store(f"{out.rstrip('/')}/{product.WORK}")
+    _prepare(engine, text, work, names)
+    table = read_table(work, names)
+    if not len(table):
+        _tell_rejected(store, work, names, table, Decisions({}, [], []))
+        raise UserError(
+            f"{out}: there is no usable photo, so no records were written; "
+            f"{product.REJECTED} in it says why"
+        )
+    plan = f"plan/{digest(fingerprint)}"
+    decisions = _decide(engine, work, plan, table, settings)
+    photos, reasons = _tell_rejected(store, work, names, table, decisions)
+    _write(engine, store, work, plan, names, table, decisions, settings)
+    suspects = Counter(suspect["kind"] for suspect in decisions.suspects)
+    alarms = sum(suspect["alarm"] for suspect in decisions.suspects)
+    product.write_lines(store, product.SUSPECTS, decisions.suspects)
+    shards, people = _shards(work, plan)
+    rejected = sum(reasons.values())
+    written = sum(map(len, people.values()))
+    if photos != written + rejected:
+        raise RuntimeError(f"{photos} photos, but {written} records and {rejected} rejected")
+    about = {
+        "in": photos,
+        "records": 0,
+        "rejected": rejected,
+        "reasons": dict(reasons.most_common()),
+        "ignored": dict(sorted(ignored.items())),
+        "suspects": dict(suspects),
+        "alarms": alarms,
+        "models": models,
+        "settings": json.loads(text),
+        "fingerprint": fingerprint,
+    }
+    product.finish(store, shards, people, (settings.size, settings.crop), about)
+    if not keep_work:
+        store.remove(product.WORK)
+    return Built(store.json(product.SUMMARY), True)
+
+
+def _claim(store: Store, same: str, force: bool) -> None:
+    """UserError unless the folder is new, or holds a build; with ``force`` that is removed."""
+    held = [name for name in store.names("") if not name.startswith(".")]
+    strange = [name for name in held if name not in product.OURS]
+    marked = store.exists(f"{product.WORK}/build.json") or store.exists(product.SUMMARY)
+    if held and (strange or not marked):
+        raise UserError(
+            f"{store.url} holds {listed(strange or held)}, which no build wrote: name another "
+            "folder"
+        )
+    if force:
+        for name in held:
+            store.remove(name)
+    found = (
+        store.json(f"{product.WORK}/build.json")
+        if store.exists(f"{product.WORK}/build.json")
+        else None
+    )
+    if found is not None and found != {"settings": same}:
+        raise UserError(
+            f"{store.url} holds an unfinished build with other settings or models: go on with "
+            "those, name another folder, or begin anew with --force"
+        )
+    if not store.exists(product.SUMMARY):
+        store.write(f"{product.WORK}/build.json", json.dumps({"settings": same}))
+
+
+def _prepare(engine: Engine, text: str, work: Store, names: list[str]) -> None:
+    there = {name.removesuffix(".jsonl") for name in work.names("done")}
+    missing = [name for name in names if name not in there]
+
+    def done() -> int:
+        return sum(name.endswith(".jsonl") for name in work.names("done")) - len(there)
+
+    engine.map("photos", functools.partial(prepare_chunk, text, work.url), missing, done)
+
+
+def _decide(
+    engine: Engine, work: Store, plan: str, table: Table, settings: BuildSettings
+) -> Decisions:
+    units = units_of(table)
+    arrays = {"hash": table.hashes, "colours": table.colours, "face": units.vectors}
+    for kind, vectors in arrays.items():
+        if not work.exists(f"{plan}/{kind}.npy"):
+            buffer = io.BytesIO()
+            np.save(buffer, vectors)
+            work.write(f"{plan}/{kind}.npy", buffer.getvalue())
+    thresholds = {"hash": 1 - 2 * settings.duplicates, "face": settings.same_face}
+    names = block_names("hash", len(table)) + block_names("face", len(units.vectors))
+    compare = functools.partial(compare_blocks, work.url, plan, thresholds)
+    engine.map("pairs", compare, names, lambda: len(work.names(f"{plan}/pairs")))
+    pictures, faces = (read_pairs(work, plan, kind) for kind in ("hash", "face"))
+    return decide(table, units, pictures, faces, settings)
+
+
+def _write(
+    engine: Engine,
+    store: Store,
+    work: Store,
+    plan: str,
+    names: list[str],
+    table: Table,
+    decisions: Decisions,
+    settings: BuildSettings,
+) -> None:
+    records = (
+        (
+            split_of(decisions.identity[i], settings.splits),
+            names[table.chunk[i]],
+            int(table.row[i]),
+            int(table.size[i]),
+            decisions.identity[i],
+        )
+        for i in range(len(table))
+        if i not in decisions.rejected
+    )
+    shards = product.plan_shards(records, settings.shard_megabytes)
+    if not shards:
+        raise UserError(
+            f"{store.url}: no photo is left to write: fewer gates, or fewer --min-photos"
+        )
+    wanted = []
+    for split in ("train", *settings.splits):
+        some = shards.get(split, [])
+        for number, content in enumerate(some):
+            name = f"{split}-{number:05d}-{len(some):05d}"
+            wanted.append(name)
+            work.write(f"{plan}/shards/{name}.json", json.dumps(content))
+    write = functools.partial(product.write_shard, work.url, plan, store.url)
+    engine.map("shards", write, wanted, lambda: len(work.names(f"{plan}/written")))
+
+
+def _shards(
+    work: Store, plan: str
+) -> tuple[dict[str, list[tuple[int, int]]], dict[str, list[str]]]:
+    """(records, bytes) of each shard and the person of each record, by split."""
+    shards: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    people: dict[str, list[str]] = defaultdict(list)
+    names = sorted(work.names(f"{plan}/shards"), key=lambda name: (name[:6] != "train-", name))
+    for name in names:
+        split = name.split("-")[0]
+        content = work.json(f"{plan}/shards/{name}")
+        shards[split].append((len(content), work.json(f"{plan}/written/{name}")["bytes"]))
+        people[split] += [identity for _, _, identity in content]
+    return dict(shards), dict(people)
+
+
+def _tell_rejected(
+    store: Store, work: Store, names: list[str], table: Table, decisions: Decisions
+) -> tuple[int, Counter[str]]:
+    """Write ``rejected.jsonl`` in the order of the source: number of photos, counts by reason."""
+    reasons: Counter[str] = Counter()
+    photos = 0
+
+    def lines() -> Iterator[dict]:
+        nonlocal photos
+        number = 0
+        for chunk in names:
+            for line in work.lines(f"done/{chunk}.jsonl"):
+                photos += 1
+                if "reason" not in line:
+                    told = decisions.rejected.get(number)
+                    number += 1
+                    if told is None:
+                        continue
+                    line = _told_late(work, chunk, line, told, reasons[told[0]] < _SHOWN)
+                reasons[line["reason"]] += 1
+                yield line
+
+    product.write_lines(store, product.REJECTED, lines())
+    return photos, reasons
+
+
+def _told_late(
+    work: Store, chunk: str, line: dict, told: tuple[str, str], shown: bool
+) -> dict[str, Any]:
+    """A line about a record that was rejected when all were known."""
+    found = {
+        key: line[key] for key in ("name", "width", "height", "face", "quality") if key in line
+    }
+    found |= {"reason": told[0], "detail": told[1], "identity": line["identity"]}
+    if shown:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        with work.reading(f"done/{chunk}.array_record") as path:
+            reader = shard_reader(path)
+            example = tf_example_pb2.Example.FromString(reader.read([line["row"]])[0])
+            reader.close()
+        photo = example.features.feature["photo"].bytes_list.value[0]
+        with Image.open(io.BytesIO(photo)) as opened:
+            found["thumbnail"] = thumbnail(np.asarray(opened))
+    return found

@@ -1,0 +1,122 @@
+"""Near pairs among many vectors of 8 bits: all with all, in blocks, exactly.
+
+``hash``: signs of pictures' frequencies, also mirrored, of like colours. ``face``: embeddings.
+One product of matrices answers both questions: whether hashes of -1 and 1 differ in few bits, and
+whether embeddings point the same way. Whole numbers below 2^24 are exact in float32, so the answer
+depends neither on the machine nor on the order.
+"""
+
+import io
+import itertools
+from collections.abc import Iterator
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Int8, UInt8
+
+from fact_train.prepare.photos.measures import COLOUR_SIDE, mirrored
+from fact_train.prepare.store import Store
+
+BLOCK = 4096
+_COLOURS_APART = 9
+"""Of 255, in the worst channel."""
+
+
+def block_names(kind: str, count: int) -> list[str]:
+    """Names of the blocks of pairs among ``count`` vectors."""
+    blocks = range(-(-count // BLOCK))
+    pairs = itertools.combinations_with_replacement(blocks, 2)
+    return [f"{kind}-{one:05d}-{other:05d}" for one, other in pairs]
+
+
+def compare_blocks(work: str, plan: str, thresholds: dict[str, float], name: str) -> dict[str, int]:
+    """The pairs of a block: ``PLAN/pairs/NAME.npy`` of rows (i, j), i < j; their number."""
+    store = Store(work)
+    file = f"{plan}/pairs/{name}.npy"
+    if not store.exists(file):
+        kind, one, other = name.split("-")
+        starts = int(one) * BLOCK, int(other) * BLOCK
+        with store.reading(f"{plan}/{kind}.npy") as path:
+            vectors = np.load(path, mmap_mode="r")
+            parts = [np.asarray(vectors[start : start + BLOCK]) for start in starts]
+        found = near_pairs(parts[0], parts[1], thresholds[kind], hashes=kind == "hash") + starts
+        if kind == "hash":
+            with store.reading(f"{plan}/colours.npy") as path:
+                found = found[same_colours(np.load(path, mmap_mode="r"), found)]
+        buffer = io.BytesIO()
+        np.save(buffer, found[found[:, 0] < found[:, 1]])
+        store.write(file, buffer.getvalue())
+    return {}
+
+
+def near_pairs(
+    ones: Int8[np.ndarray, "n d"],
+    others: Int8[np.ndarray, "m d"],
+    threshold: float,
+    *,
+    hashes: bool,
+) -> Int[np.ndarray, "pairs 2"]:
+    """Pairs whose cosine is at least ``threshold``; of hashes, of a picture or its mirror image."""
+    near = cosines(ones, others) >= threshold
+    if hashes:
+        near |= cosines(ones, mirrored(others)) >= threshold
+    return np.argwhere(near)
+
+
+def same_colours(
+    colours: UInt8[np.ndarray, "n cells"], pairs: Int[np.ndarray, "p 2"]
+) -> Bool[np.ndarray, " p"]:
+    """Whether three quarters of two views' cells are of one colour, as they are or mirrored.
+
+    Not all of them: what a cut changes is near the borders.
+    """
+    shape = (-1, COLOUR_SIDE, COLOUR_SIDE, 3)
+    found = np.zeros(len(pairs), bool)
+    for start in range(0, len(pairs), BLOCK):
+        one, other = (
+            colours[pairs[start : start + BLOCK, side]].reshape(shape).astype(np.int16)
+            for side in (0, 1)
+        )
+        for view in (other, other[:, :, ::-1]):
+            apart = np.abs(one - view).max(-1).reshape(len(one), -1)
+            found[start : start + BLOCK] |= np.percentile(apart, 75, axis=1) <= _COLOURS_APART
+    return found
+
+
+def cosines(
+    ones: Int8[np.ndarray, "n d"], others: Int8[np.ndarray, "m d"]
+) -> Float[np.ndarray, "n m"]:
+    left, right = ones.astype(np.float32), others.astype(np.float32)
+    lengths = np.linalg.norm(left, axis=1)[:, None] * np.linalg.norm(right, axis=1)
+    return left @ right.T / np.maximum(lengths, 1e-6)
+
+
+def read_pairs(store: Store, plan: str, kind: str) -> Iterator[tuple[int, int]]:
+    """All pairs of a kind, in the order of the blocks."""
+    for name in store.names(f"{plan}/pairs"):
+        if name.startswith(f"{kind}-"):
+            for one, other in np.load(io.BytesIO(store.read(f"{plan}/pairs/{name}"))):
+                yield int(one), int(other)
+
+
+class Groups:
+    """Sets of numbers that pairs join."""
+
+    def __init__(self, count: int):
+        self._parent = np.arange(count)
+
+    def find(self, one: int) -> int:
+        while self._parent[one] != one:
+            self._parent[one] = self._parent[self._parent[one]]
+            one = int(self._parent[one])
+        return one
+
+    def join(self, one: int, other: int) -> None:
+        low, high = sorted((self.find(one), self.find(other)))
+        self._parent[high] = low
+
+    def members(self) -> dict[int, list[int]]:
+        """The sets of more than one, by their smallest number."""
+        found: dict[int, list[int]] = {}
+        for one in range(len(self._parent)):
+            found.setdefault(self.find(one), []).append(one)
+        return {first: group for first, group in found.items() if len(group) > 1}

@@ -1,0 +1,1 @@
+"""A photo from its bytes to a record."""

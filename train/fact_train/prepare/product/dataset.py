@@ -1,0 +1,180 @@
+"""The product: shards of records with a line about each, and the files that tell of the whole."""
+
+import json
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import numpy as np
+
+from fact_jax.utils.command_line import version_of
+from fact_train.data.dataset_files import (
+    DESCRIPTION,
+    face_features,
+    shard_name,
+    shard_reader,
+    shard_writer,
+    with_identity,
+    write_info,
+)
+from fact_train.data.records import NAME, VERSION
+from fact_train.prepare.product.card import card
+from fact_train.prepare.store import Store, json_line
+
+FOLDER = f"{NAME}/{VERSION}"
+SUMMARY, REJECTED, SUSPECTS = "summary.json", "rejected.jsonl", "suspects.jsonl"
+CARD, ABOUT, LOG, WORK = "README.md", "about", "log.jsonl", "work"
+OURS = (NAME, ABOUT, WORK, SUMMARY, REJECTED, SUSPECTS, CARD, LOG, "report.html")
+"""Everything that a build writes into its folder."""
+_MOST_TOLD = 50
+"""Kinds of a licence, source or consent that are counted each; others are counted together."""
+
+
+def about_name(split: str, shard: int) -> str:
+    """The lines about the records of a shard, in their order."""
+    return f"{ABOUT}/{split}-{shard:05d}.jsonl"
+
+
+def plan_shards(
+    records: Iterable[tuple[str, str, int, int, str]], megabytes: float
+) -> dict[str, list[list[list]]]:
+    """Split -> shards -> ``[chunk, row, identity]``; of (split, chunk, row, bytes, identity).
+
+    A shard ends where the next record would make it larger than ``megabytes``.
+    """
+    plan: dict[str, list[list[list]]] = {}
+    filled: Counter[str] = Counter()
+    for split, chunk, row, size, identity in records:
+        shards = plan.setdefault(split, [[]])
+        if shards[-1] and filled[split] + size > megabytes * 2**20:
+            shards.append([])
+            filled[split] = 0
+        filled[split] += size
+        shards[-1].append([chunk, row, identity])
+    return plan
+
+
+def write_shard(work: str, plan: str, out: str, name: str) -> dict[str, int]:
+    """Shard ``SPLIT-I-OF-N`` by ``PLAN/shards/NAME.json``, and the lines about its records."""
+    store, product = Store(work), Store(out)
+    marker = f"{plan}/written/{name}.json"
+    if store.exists(marker):
+        return {}
+    split, shard, shards = name.split("-")
+    records = store.json(f"{plan}/shards/{name}.json")
+    file = f"{FOLDER}/{shard_name(int(shard), int(shards), split)}"
+    with product.writing(file) as temporary:
+        writer, lines = shard_writer(temporary), []
+        for record, line in _planned(store, records):
+            writer.write(record)
+            lines.append(json_line(line))
+        writer.close()
+        size = temporary.stat().st_size
+    product.write(about_name(split, int(shard)), "".join(lines))
+    store.write(marker, json.dumps({"bytes": size}))
+    return {}
+
+
+def _planned(store: Store, records: Sequence[Sequence]) -> Iterator[tuple[bytes, dict]]:
+    """Records with their final identities, and lines; neighbours come from the same chunk."""
+    start = 0
+    while start < len(records):
+        chunk = records[start][0]
+        end = start
+        while end < len(records) and records[end][0] == chunk:
+            end += 1
+        rows = {line["row"]: line for line in store.lines(f"done/{chunk}.jsonl") if "row" in line}
+        with store.reading(f"done/{chunk}.array_record") as path:
+            reader = shard_reader(path)
+            for _, row, identity in records[start:end]:
+                line = {
+                    key: value
+                    for key, value in rows[row].items()
+                    if key not in ("row", "bytes", "colours", "embedding")
+                }
+                record = reader.read([row])[0]
+                if line["identity"] != identity:
+                    record = with_identity(record, identity)
+                yield record, line | {"identity": identity}
+            reader.close()
+        start = end
+
+
+def finish(
+    out: Store,
+    shards: Mapping[str, Sequence[tuple[int, int]]],
+    people: Mapping[str, Sequence[str]],
+    sizes: tuple[int, int],
+    about: dict[str, Any],
+) -> None:
+    """Write index, card and at last ``summary.json``: a folder with it is whole.
+
+    ``shards`` gives (records, bytes) of each, ``people`` the person of each record by split;
+    ``about`` goes into the summary, beside what is counted here.
+    """
+    splits = {
+        split: ([count for count, _ in some], sum(size for _, size in some))
+        for split, some in shards.items()
+    }
+    numbers = {}
+    bytes_of: dict[str, int] = {}
+    for split, some in shards.items():
+        seen: dict[str, int] = {}
+        numbers[split] = np.asarray([seen.setdefault(name, len(seen)) for name in people[split]])
+        bytes_of |= {shard_name(i, len(some), split): size for i, (_, size) in enumerate(some)}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        text = DESCRIPTION + f"\nBuilt by fact-train data: {CARD} two folders up tells of what.\n"
+        features = face_features(*sizes)
+        write_info(folder, features, splits, numbers, bytes_of, description=text)
+        for path in sorted(folder.iterdir(), key=lambda path: path.name == "features.json"):
+            out.write(f"{FOLDER}/{path.name}", path.read_bytes())
+    counted = count_lines(out, shards)
+    summary = about | {
+        "software": f"fact-jax {version_of()}",
+        "size": sizes[0],
+        "crop": sizes[1],
+        "records": sum(len(names) for names in people.values()),
+        "people": len({name for names in people.values() for name in names}),
+        "splits": {
+            split: {"records": len(names), "people": len(set(names)), "shards": len(shards[split])}
+            for split, names in people.items()
+        },
+        **counted,
+    }
+    out.write(CARD, card(summary))
+    out.write(SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+
+
+def count_lines(out: Store, shards: Mapping[str, Sequence]) -> dict[str, Any]:
+    """What the lines about the records add up to."""
+    counts: dict[str, Counter[str]] = {
+        key: Counter() for key in ("licences", "sources", "consent", "made_by")
+    }
+    for split, some in shards.items():
+        for shard in range(len(some)):
+            for line in out.lines(about_name(split, shard)):
+                source = line.get("source", "not told")
+                _count(counts["sources"], urlparse(source).netloc or source)
+                _count(counts["licences"], line.get("licence", "not told"))
+                _count(counts["consent"], line.get("consent", "not told"))
+                for role, name in line["by"].items():
+                    counts["made_by"][f"{role}: {name}"] += 1
+    return {key: dict(found.most_common()) for key, found in counts.items()}
+
+
+def _count(found: Counter[str], key: str) -> None:
+    found[key if key in found or len(found) < _MOST_TOLD else "others"] += 1
+
+
+def write_lines(out: Store, name: str, lines: Iterable[dict]) -> int:
+    """A JSONL file of any length, whole or not at all; the number of its lines."""
+    count = 0
+    with out.writing(name) as temporary, open(temporary, "w", encoding="utf-8") as opened:
+        for line in lines:
+            opened.write(json_line(line))
+            count += 1
+    return count

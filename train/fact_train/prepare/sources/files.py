@@ -1,0 +1,107 @@
+"""Photos that are files: in folders of people, in one folder, or named by a table's rows."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from fact_jax.face.images import one_line
+from fact_train.prepare.settings import RejectedError
+from fact_train.prepare.store import Store
+
+SUFFIXES = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif"),
+    *(".heic", ".heif"),  # where pillow-heif is installed; without it each one is told of
+)
+BESIDE = {
+    "points": (".points.json", ".json"),
+    "mask": (".mask.png",),
+    "caption": (".txt",),
+    "quality": (".quality.txt",),
+    "embedding": (".embedding.npy",),
+}
+"""Role -> endings of a photo's side files, the first that is there counts."""
+MAX_BYTES = 256 << 20
+_MAX_SIDE_BYTES = 64 << 20
+_DEEPEST = 16
+
+
+def list_folder(store: Store, *, people: bool, ignored: Counter) -> Iterator[dict]:
+    """A row for each photo under a folder, sorted; the first folder is the person if ``people``.
+
+    ``ignored`` counts the other files by their endings.
+    """
+    for path, beside, about in _walk(store, "", ignored, 0):
+        row: dict[str, Any] = {"path": path, "beside": beside, "about": about}
+        person, inside, _ = path.partition("/")
+        if people and inside:
+            row["fields"] = {"identity": person}
+        elif people:
+            row["problem"] = ("no identity", f"{path} lies beside the people's folders")
+        yield row
+
+
+def _walk(
+    store: Store, folder: str, ignored: Counter, depth: int
+) -> Iterator[tuple[str, list[str], list]]:
+    entries = sorted(store.fs.ls(store.path(folder), detail=True), key=lambda entry: entry["name"])
+    named = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry for entry in entries}
+    named = {name: entry for name, entry in named.items() if not name.startswith(".")}
+    within = f"{folder}/" if folder else ""
+    ends = tuple(ending for group in BESIDE.values() for ending in group)
+    for name, entry in named.items():
+        photo = name.lower().endswith(SUFFIXES) and not name.endswith(BESIDE["mask"])
+        if entry["type"] == "directory" and not photo:
+            if depth < _DEEPEST and not entry.get("islink"):
+                yield from _walk(store, within + name, ignored, depth + 1)
+            else:
+                ignored["link to a folder, or folder too deep"] += 1
+        elif photo:
+            stem = name.rsplit(".", 1)[0]
+            beside = [end for end in ends if f"{stem}{end}" in named]
+            about = [_state(named[one]) for one in (name, *(f"{stem}{end}" for end in beside))]
+            yield within + name, beside, about
+        elif not name.endswith(ends):
+            suffix = name.rsplit(".", 1)[-1].lower()
+            ignored[f".{suffix}" if "." in name else "without ending"] += 1
+
+
+def _state(entry: dict) -> list:
+    """What changes when a file does: its size, and when or as what it was written."""
+    when = entry.get("mtime", entry.get("ETag", entry.get("etag", entry.get("created", ""))))
+    return [entry["type"], entry.get("size"), str(when)]
+
+
+def read_file(store: Store, row: dict) -> tuple[bytes, dict[str, Any]]:
+    """The photo's bytes and the fields of a row: what its side files say, then what it says itself.
+
+    Raises RejectedError for what is no file, or too large.
+    """
+    path = row["path"]
+    photo = _read(store, path, MAX_BYTES)
+    fields: dict[str, Any] = {}
+    stem, given = path.rsplit(".", 1)[0], row.get("fields", {})
+    for role, endings in BESIDE.items():
+        for ending in endings:
+            wanted = row["beside"] is None or ending in row["beside"]
+            if not wanted or role in given:
+                continue
+            if row["beside"] is None and not store.exists(stem + ending):
+                continue
+            fields.setdefault(role + ending, _read(store, stem + ending, _MAX_SIDE_BYTES))
+    if isinstance(mask := given.get("mask"), str):
+        given = given | {"mask": _read(store, mask, _MAX_SIDE_BYTES)}
+    return photo, fields | given
+
+
+def _read(store: Store, path: str, most: int) -> bytes:
+    try:
+        about = store.fs.info(store.path(path))
+        if about["type"] != "file" and not (about.get("islink") and store.fs.isfile(about["name"])):
+            raise RejectedError("no file", f"{path} is no file ({about['type']})")
+        if (about.get("size") or 0) > most:
+            raise RejectedError("too large", f"{path} is too large: at most {most >> 20} MB")
+        return store.read(path)
+    except FileNotFoundError:
+        raise RejectedError("no file", f"{path} is not there") from None
+    except OSError as error:
+        raise RejectedError("not readable", f"{path} cannot be read: {one_line(error)}") from None

@@ -1,0 +1,167 @@
+"""Tables of photos: JSONL, CSV, a JSON list (as IP-Adapter takes), Parquet with images inside."""
+
+import csv
+import functools
+import io
+import json
+import posixpath
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fact_jax.face.images import one_line
+from fact_jax.utils.errors import UserError
+from fact_train.prepare.settings import ROLES, BuildSettings, RejectedError
+from fact_train.prepare.sources.files import MAX_BYTES
+from fact_train.prepare.store import Store
+
+ENDINGS = (".jsonl", ".json", ".csv")
+METADATA = ("metadata.jsonl", "metadata.csv")
+"""Of a Hugging Face image folder."""
+
+
+def folder_of(store: Store) -> str:
+    """The folder that a table's names of images are in."""
+    return store.url if store.fs.isdir(store.root) else store.url.rsplit("/", 1)[0] or "/"
+
+
+def list_table(store: Store, settings: BuildSettings) -> Iterator[dict]:
+    """A row for each row of a table whose images are files."""
+    if store.fs.isdir(store.root):
+        there = [name for name in METADATA if store.exists(name)]
+        if not there:
+            raise UserError(f"{store.url} holds no {' or '.join(METADATA)}")
+        store = Store(f"{store.url.rstrip('/')}/{there[0]}")
+    about = [store.fs.info(store.root).get(key) for key in ("size", "mtime", "ETag")]
+    where = store.url.rsplit("/", 1)[-1]
+    for number, row in enumerate(_rows(store)):
+        name = f"{where}:{number}"
+        if isinstance(row, str):
+            yield {"path": name, "problem": ("row", f"{name}: {row}")}
+            continue
+        fields = fields_of(row, settings)
+        path = fields.pop("image", None)
+        if not isinstance(path, str) or not path:
+            wanted = " or ".join(settings.columns_of("image"))
+            yield {"path": name, "problem": ("row", f"{name} names no image: {wanted} is needed")}
+            continue
+        path = posixpath.normpath(path.lstrip("/") if settings.root == "/" else path)
+        if path.startswith(("/", "../")) or "://" in path:
+            text = f"{name}: {path} lies outside the folder of the images; give --root"
+            yield {"path": name, "problem": ("row", text)}
+            continue
+        yield {"path": path, "beside": None, "about": about, "fields": fields}
+
+
+def _rows(store: Store) -> Iterator[dict | str]:
+    """Rows, or what is wrong with one."""
+    with store.fs.open(store.root, "rb") as opened:
+        if store.root.endswith(".json"):
+            try:
+                rows = json.load(opened)
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{store.url} is not JSON: {one_line(error)}") from None
+            if not isinstance(rows, list):
+                raise UserError(f"{store.url} is not a list of objects")
+            yield from (row if isinstance(row, dict) else "it is no object" for row in rows)
+        elif store.root.endswith(".csv"):
+            text = io.TextIOWrapper(opened, encoding="utf-8-sig", errors="replace", newline="")
+            try:
+                for row in csv.DictReader(text):
+                    yield {key: value for key, value in row.items() if key and value}
+            except csv.Error as error:
+                yield f"it is not CSV: {one_line(error)}"
+        else:
+            for line in filter(bytes.strip, opened):
+                try:
+                    row = json.loads(line)
+                    yield row if isinstance(row, dict) else "it is no object"
+                except (ValueError, RecursionError) as error:
+                    yield f"it is not JSON: {one_line(error)}"
+
+
+def fields_of(row: dict[str, Any], settings: BuildSettings) -> dict[str, Any]:
+    """The roles that a row's columns have, without those that are empty."""
+    found = {}
+    for role in ROLES:
+        for column in settings.columns_of(role):
+            if row.get(column) not in (None, ""):
+                found[role] = row[column]
+                break
+    for role in ("points", "embedding"):  # lists in the cell of a CSV file
+        if isinstance(value := found.get(role), str):
+            try:
+                found[role] = json.loads(value)
+            except ValueError:
+                continue  # said where the points are read
+    return found
+
+
+def list_parquet(shards: list[Store], settings: BuildSettings) -> Iterator[dict]:
+    """A chunk for each row group; a file that cannot be opened is one item."""
+    for store in shards:
+        about = [store.fs.info(store.root).get(key) for key in ("size", "mtime", "ETag")]
+        chunk: dict[str, Any] = {"file": store.url, "about": about}
+        try:
+            with store.fs.open(store.root, "rb") as opened:
+                groups = _parquet(opened).metadata
+                rows = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
+        except (OSError, ValueError) as error:
+            yield chunk | {"problem": ("damaged shard", f"{store.url}: {one_line(error)}")}
+            continue
+        start = 0
+        for group, count in enumerate(rows):
+            yield chunk | {"group": group, "start": start, "count": count}
+            start += count
+
+
+def read_parquet(
+    chunk: dict, settings: BuildSettings
+) -> Iterator[tuple[str, Callable[[], tuple[bytes, dict]]]]:
+    """Name and reader of each row of a row group."""
+    file = chunk["file"].rsplit("/", 1)[-1]
+    if "problem" in chunk:
+        yield file, functools.partial(_refuse, *chunk["problem"])
+        return
+    store, done = Store(chunk["file"]), 0
+    try:
+        with store.fs.open(store.root, "rb") as opened:
+            table = _parquet(opened)
+            for batch in table.iter_batches(settings.batch, row_groups=[chunk["group"]]):
+                for row in batch.to_pylist():
+                    name = f"{file}:{chunk['start'] + done}"
+                    done += 1
+                    yield name, functools.partial(_parquet_row, row, name, settings)
+    except (OSError, ValueError) as error:
+        text = one_line(error)
+        for number in range(done, chunk["count"]):
+            name = f"{file}:{chunk['start'] + number}"
+            yield name, functools.partial(_refuse, "damaged shard", f"{name}: {text}")
+
+
+def _parquet(opened: Any) -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(
+            f"Parquet needs pyarrow ({one_line(error)}): pip install 'fact-jax[data]'"
+        ) from None
+    return pyarrow.parquet.ParquetFile(opened)
+
+
+def _parquet_row(row: dict, name: str, settings: BuildSettings) -> tuple[bytes, dict]:
+    fields = fields_of(row, settings)
+    photo = fields.pop("image", None)
+    if isinstance(photo, dict):  # as Hugging Face writes images
+        photo = photo.get("bytes")
+    if isinstance(fields.get("mask"), dict):
+        fields["mask"] = fields["mask"].get("bytes")
+    if not isinstance(photo, bytes):
+        wanted = " or ".join(settings.columns_of("image"))
+        raise RejectedError("row", f"{name} holds no bytes of an image in {wanted}")
+    if len(photo) > MAX_BYTES:
+        raise RejectedError("too large", f"{name} is too large: at most {MAX_BYTES >> 20} MB")
+    return photo, fields
+
+
+def _refuse(reason: str, detail: str) -> tuple[bytes, dict]:
+    raise RejectedError(reason, detail)

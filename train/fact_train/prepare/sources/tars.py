@@ -1,0 +1,108 @@
+"""WebDataset shards, as of img2dataset: the files of a sample follow each other in a tar."""
+
+import functools
+import io
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from fact_jax.face.images import one_line
+from fact_train.prepare.settings import BuildSettings, RejectedError
+from fact_train.prepare.sources.files import BESIDE, MAX_BYTES, SUFFIXES
+from fact_train.prepare.sources.tables import fields_of
+from fact_train.prepare.store import Store
+
+_PHOTOS = tuple(suffix[1:] for suffix in SUFFIXES)
+_MOST_FILES = 64
+"""Of one sample; what comes after is not looked at."""
+
+
+def list_tars(shards: list[Store], settings: BuildSettings) -> Iterator[dict]:
+    """Chunks of samples, each with where its files lie; nothing is read but the headers."""
+    for store in shards:
+        about = [store.fs.info(store.root).get(key) for key in ("size", "mtime", "ETag")]
+        chunk, samples = {"file": store.url, "about": about}, []
+        for sample in _samples(store):
+            samples.append(sample)
+            if len(samples) == settings.chunk:
+                yield chunk | {"samples": samples}
+                samples = []
+        if samples:
+            yield chunk | {"samples": samples}
+
+
+def _samples(store: Store) -> Iterator[dict]:
+    """``{"key", "files": {ending: [offset, size]}}`` each; a damaged tar ends with a problem."""
+    current: dict[str, Any] = {}
+    problem = None
+    try:
+        with store.fs.open(store.root, "rb") as opened, tarfile.open(fileobj=opened) as archive:
+            size = opened.seek(0, io.SEEK_END)
+            opened.seek(0)
+            for member in archive:
+                if not member.isfile():
+                    continue
+                folder, _, base = member.name.rpartition("/")
+                key, _, ending = base.partition(".")
+                key, ending = f"{folder}/{key}" if folder else key, ending.lower()
+                if current and (key != current["key"] or ending in current["files"]):
+                    yield current
+                    current = {}
+                current = current or {"key": key, "files": {}}
+                if member.offset_data + member.size > size:
+                    raise tarfile.ReadError(f"{member.name} is cut off")
+                if len(current["files"]) < _MOST_FILES:
+                    current["files"][ending] = [member.offset_data, member.size]
+                archive.members = []  # type: ignore[attr-defined]  # else it keeps all
+    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+        problem = one_line(error)
+    if current and current["files"]:
+        yield current
+    if problem is not None:
+        yield {"key": "", "problem": ("damaged shard", f"{store.url}: {problem}")}
+
+
+def read_tar(
+    chunk: dict, settings: BuildSettings
+) -> Iterator[tuple[str, Callable[[], tuple[bytes, dict]]]]:
+    """Name and reader of each sample of a chunk."""
+    store = Store(chunk["file"])
+    file = store.url.rsplit("/", 1)[-1]
+    with store.fs.open(store.root, "rb") as opened:
+        for sample in chunk["samples"]:
+            name = f"{file}/{sample['key']}".rstrip("/")
+            yield name, functools.partial(_read, opened, sample, name, settings)
+
+
+def _read(
+    opened: Any, sample: dict, name: str, settings: BuildSettings
+) -> tuple[bytes, dict[str, Any]]:
+    if "problem" in sample:
+        raise RejectedError(*sample["problem"])
+    there = sample["files"]
+    photo = next((ending for ending in there if ending in _PHOTOS), None)
+    if photo is None:
+        raise RejectedError("row", f"{name} holds no photo, only {', '.join(there)}")
+
+    def content(ending: str) -> bytes:
+        offset, size = there[ending]
+        if size > MAX_BYTES:
+            raise RejectedError("too large", f"{name}.{ending} is too large")
+        opened.seek(offset)
+        return opened.read(size)
+
+    fields: dict[str, Any] = {}
+    for role, endings in BESIDE.items():
+        for ending in endings:
+            if ending[1:] in there:
+                fields.setdefault(role + ending, content(ending[1:]))
+    if "json" in there:
+        try:
+            row = json.loads(content("json"))
+        except (ValueError, RecursionError):
+            row = None  # said where the points are read, if it should hold them
+        if isinstance(row, dict):
+            fields |= fields_of(row, settings)
+            fields.pop("image", None)
+    return content(photo), fields

@@ -1,0 +1,104 @@
+"""Files of a folder or of an object store's prefix, by fsspec; written whole or not at all."""
+
+import contextlib
+import io
+import json
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fact_jax.face.images import one_line
+from fact_jax.utils.errors import UserError
+
+
+class Store:
+    """What lies under ``url``: a path, or ``gs://``, ``s3://``, ``hdfs://`` and so on."""
+
+    def __init__(self, url: str):
+        import fsspec
+
+        self.url = url
+        try:
+            self.fs, root = fsspec.core.url_to_fs(url)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"{url}: {one_line(error)}") from None
+        self.root = root.rstrip("/")
+        self.local = self.fs.protocol == "file" or "file" in self.fs.protocol
+
+    def path(self, name: str) -> str:
+        return f"{self.root}/{name}" if name else self.root
+
+    def exists(self, name: str) -> bool:
+        return self.fs.exists(self.path(name))
+
+    def read(self, name: str) -> bytes:
+        return self.fs.cat_file(self.path(name))
+
+    def json(self, name: str) -> Any:
+        return json.loads(self.read(name))
+
+    def write(self, name: str, content: bytes | str) -> None:
+        """A file, whole or not at all."""
+        content = content.encode() if isinstance(content, str) else content
+        if not self.local:
+            self.fs.pipe_file(self.path(name), content)
+            return
+        with self.writing(name) as temporary:
+            temporary.write_bytes(content)
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A path on this machine, whose file has the name ``name`` afterwards."""
+        path = self.path(name)
+        if self.local:
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
+            try:
+                yield temporary
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder, "file")
+            yield temporary
+            self.fs.put_file(str(temporary), path)
+
+    @contextlib.contextmanager
+    def reading(self, name: str) -> Iterator[Path]:
+        """A path on this machine with the file's content."""
+        if self.local:
+            yield Path(self.path(name))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder, Path(name).name)
+            self.fs.get_file(self.path(name), str(copy))
+            yield copy
+
+    def lines(self, name: str) -> Iterator[dict]:
+        """The objects of a JSONL file."""
+        with self.fs.open(self.path(name), "rb") as opened:
+            for line in io.TextIOWrapper(opened, encoding="utf-8"):
+                yield json.loads(line)
+
+    def names(self, folder: str) -> list[str]:
+        """Names of the files in a folder, sorted; none where there is no such folder."""
+        try:
+            self.fs.invalidate_cache()
+            found = self.fs.ls(self.path(folder), detail=False)
+        except FileNotFoundError:
+            return []
+        names = sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
+        return [name for name in names if not name.endswith(".tmp")]
+
+    def remove(self, name: str) -> None:
+        """A file or a folder, if it is there."""
+        if self.exists(name):
+            self.fs.rm(self.path(name), recursive=True)
+
+
+def json_line(content: Any) -> str:
+    return json.dumps(content, ensure_ascii=False, sort_keys=True) + "\n"
