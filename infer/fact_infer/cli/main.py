@@ -10,7 +10,7 @@ from fact_infer.cli.generate import add_generate
 from fact_infer.cli.options import add_photo_options
 from fact_infer.cli.plan import add_plan
 from fact_infer.cli.redraw import add_redraw
-from fact_infer.cli.serve import add_serve
+from fact_infer.cli.serve import add_serve, add_ui
 from fact_infer.cli.unused_options import without_effect
 from fact_jax.utils.command_line import ArgumentParser, add_version
 from fact_jax.utils.errors import UserError, run_program
@@ -59,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     add_redraw(commands)
     _add_face(commands)
     add_serve(commands)
+    add_ui(commands)
     add_plan(commands)
     add_commands(commands)
     return parser

@@ -14,13 +14,16 @@ from fact_jax.utils.errors import UserError
 from fact_jax.utils.miniature import require_miniature
 
 if TYPE_CHECKING:
-    from fact_infer.service.operations import Operation
+    from fastapi import FastAPI
+
+    from fact_infer.service.operations import Operation, Service
 
 _MINIATURE = {
     "--base": "miniature/base",
     "--adapter": "miniature/adapter/adapter.safetensors",
     "--encoder": "miniature/encoder",
 }
+_PEOPLE = 6
 _TOKEN = "FACT_INFER_TOKEN"
 _LIMITS = (
     ("queue", int, 8, "N", "requests that are not finished; one more gets status 429"),
@@ -45,7 +48,7 @@ def add_serve(commands: argparse._SubParsersAction) -> None:
         "options of the commands of that name; /docs says everything. Without --base the shipped "
         "miniature is served. SIGTERM finishes what is drawn and refuses the rest.",
     )
-    command.set_defaults(run=_serve)
+    command.set_defaults(run=_run)
     _add_options(command, 8000)
 
 
@@ -82,11 +85,19 @@ def _add_options(command: argparse.ArgumentParser, port: int) -> None:
         )
 
 
-def _serve(arguments: argparse.Namespace) -> int | None:
-    return _run(arguments)
+def add_ui(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "ui",
+        help="a page in the browser where portraits are made",
+        description="Open a page for making portraits, with the API of `serve` behind it. Without "
+        "--base it uses the shipped miniature and offers people who do not exist.",
+    )
+    command.set_defaults(run=lambda arguments: _run(arguments, page=True))
+    _add_options(command, 7860)
 
 
-def _run(arguments: argparse.Namespace) -> int | None:
+def _run(arguments: argparse.Namespace, *, page: bool = False) -> int | None:
+    shipped = arguments.base is None
     limits, token = _limits(arguments), _token(arguments)
     _default_models(arguments)
     try:
@@ -105,12 +116,27 @@ def _run(arguments: argparse.Namespace) -> int | None:
     engine = Engine(lambda: load_pipeline(arguments, parts), Limits(**limits))
     service = Service(engine, parts, operations(parts.face is not None), arguments, check_safety)
     app = build_app(service, token=token, loopback=is_loopback(arguments.host))
+    if page:
+        app = _with_page(app, service, token, shipped)
 
     def ready(address: str) -> None:
-        print(f"{parts.base.name} is served at {address} (what can be asked: {address}/docs)")
+        what = "a page" if page else "an API"
+        print(f"{address}: {what} for {parts.base.name}; what can be asked: {address}/docs")
         sys.stdout.flush()
 
     return run(app, engine, sock, ready)
+
+
+def _with_page(app: "FastAPI", service: "Service", token: str | None, shipped: bool) -> "FastAPI":
+    """The application with the page, which offers made-up people where the miniature is shipped."""
+    try:
+        from fact_infer.ui.page import mount
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error}: pip install 'fact-jax[ui]'") from None
+    from fact_infer.evaluation.portrait_files import write_portraits
+
+    people = write_portraits("test", _PEOPLE, 1, service.engine.root / "people") if shipped else []
+    return mount(app, service, token, people)
 
 
 def operations(with_face: bool) -> list["Operation"]:
@@ -121,6 +147,13 @@ def operations(with_face: bool) -> list["Operation"]:
     drawing, over, photo = (ArgumentParser(add_help=False) for _ in range(3))
     generate.add_request_options(drawing)
     over.add_argument("templates", nargs="+", type=Path, help="the photos whose faces are redrawn")
+    over.add_argument(
+        "--template-points",
+        type=Path,
+        action="append",
+        default=[],
+        help="the points of a template's faces as JSON, once for each template",
+    )
     redraw.add_request_options(over)
     photo.add_argument("photo", type=Path, help="a photo with one face or several")
     add_photo_options(photo, several=False)

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from fact_jax.utils.errors import UserError
 
 Kind = Literal["int", "float", "text", "flag", "file", "numbers", "pairs", "choice"]
+POINTS = ("points", "template_points")
+"""Files that may be plain JSON in a JSON body."""
 MAX_ITEMS = 64
 """Values of one field that may be repeated."""
 
@@ -33,13 +35,13 @@ class Field:
     def read(self, value: Any) -> Any:
         """A value of JSON or of a form as argparse would have it; UserError if it is none.
 
-        Files are bytes, from a form or as base64 in JSON; ``points`` may be plain JSON.
+        Files are bytes, from a form or as base64 in JSON; ``POINTS`` may be plain JSON.
         """
         if self.kind == "pairs":
             return self._pairs(value)
         if not self.many:
             return self._one(value)
-        if self.name == "points" and _is_points(value):
+        if self.name in POINTS and _is_points(value):
             value = [value]
         values = value if isinstance(value, list) else [value]
         if len(values) > MAX_ITEMS:
@@ -118,7 +120,7 @@ class Field:
     def _file(self, value: Any) -> bytes:
         if isinstance(value, bytes):
             return value
-        if self.name == "points" and isinstance(value, list | dict):
+        if self.name in POINTS and isinstance(value, list | dict):
             return json.dumps({"points": value} if isinstance(value, list) else value).encode()
         try:
             # A data: URL is what a browser has.

@@ -5,7 +5,7 @@ import hashlib
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -171,9 +171,3 @@ class SharedProgress:
                 stopped.append(error)
         if len(stopped) == len(self._jobs):
             raise stopped[0]
-
-
-def record_of(texts: Mapping[str, Any]) -> str | None:
-    """The record in the texts of one of our pictures; None in another's."""
-    found = texts.get("fact_jax")
-    return found if isinstance(found, str) else None

@@ -5,6 +5,7 @@ import base64
 import dataclasses
 import functools
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +15,23 @@ from PIL import Image, UnidentifiedImageError
 
 from fact_infer.parts import Parts
 from fact_infer.service.engine import Engine
-from fact_infer.service.fields import Field, read_fields
+from fact_infer.service.fields import POINTS, Field, read_fields
 from fact_infer.service.jobs import Job
 from fact_infer.service.work import GenerateWork, RedrawWork, Work
-from fact_jax.face import draw_face, find_faces, prepare_photo, read_image
+from fact_jax.face import (
+    Face,
+    PreparedFace,
+    draw_face,
+    find_faces,
+    prepare_photo,
+    read_image,
+)
 from fact_jax.face.landmarks import local_pack
 from fact_jax.utils.errors import UserError
 
 Say = Callable[[str], None]
+# Repetitions in a stranger's regular expression could run for years.
+_PATTERN = re.compile(r"[\w.|^$]{1,100}")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF", "HEIF")
 
 
@@ -52,6 +62,11 @@ class Service:
         self.operations = {operation.kind: operation for operation in operations}
         self._check_safety = check_safety
 
+    @property
+    def can_find_faces(self) -> bool:
+        """Whether there is a face detector."""
+        return local_pack(self.operator.detector) is not None
+
     def plan(self, kind: str, job: Job, given: dict[str, Any]) -> Work:
         """The work that a request's fields ask for; UserError if it cannot be done."""
         operation = self.operations[kind]
@@ -63,12 +78,16 @@ class Service:
         self._check_pictures(work)
         return work
 
+    def check_photo(self, job: Job, content: bytes) -> None:
+        """UserError for what is no photo."""
+        check_image(job.receive("photo", content), self.engine.limits.input_pixels)
+
     def receive(self, job: Job, values: dict[str, Any], fields: list[Field]) -> dict[str, Any]:
         """The values with each file's content kept in a file of the job."""
 
         def keep(name: str, content: bytes) -> Path:
             path = job.receive(name, content)
-            if name != "points":
+            if name not in POINTS:
                 check_image(path, self.engine.limits.input_pixels)
             return path
 
@@ -80,12 +99,17 @@ class Service:
                     if field.many
                     else keep(field.name, value)
                 )
+        beside = values.pop("template_points", [])
+        if beside and len(beside) != len(values["templates"]):
+            raise UserError("give template_points once for each template, in their order")
+        for template, points in zip(values.get("templates", ()), beside, strict=False):
+            points.rename(template.with_suffix(".points.json"))
         return values
 
     def check_points(self, values: dict[str, Any]) -> None:
         """UserError for photos in which nobody could find a face."""
         unmarked = values.get("photo") and not values.get("points")
-        if unmarked and local_pack(self.operator.detector) is None:
+        if unmarked and not self.can_find_faces:
             raise UserError(
                 "photos need points here, as there is no face detector: five [x, y] of each: "
                 "left eye, right eye, nose tip, left and right mouth corner, as seen"
@@ -102,6 +126,11 @@ class Service:
         ):
             if value > most:
                 raise UserError(f"{name}: at most {most:,} here, got {value:,}")
+        for pattern, _ in values["block_scale"]:
+            if not _PATTERN.fullmatch(pattern):
+                raise UserError(
+                    f"block_scale {pattern[:40]!r}: here a pattern has letters, digits, _ . | ^ $"
+                )
 
     def _check_pictures(self, work: Work) -> None:
         limits, base = self.engine.limits, self.parts.base
@@ -135,39 +164,53 @@ class Service:
             raise
 
     def faces(self, job: Job, given: dict[str, Any]) -> dict[str, Any]:
-        """What is found in a photo: points, boxes, and for each the crop that the encoder sees."""
+        """The faces of a photo ready for JSON, for each the crop that the encoder sees."""
+        image, found = self.find_faces(job, given)
+        faces = [
+            {
+                "points": np.round(face.points.astype(float), 2).tolist(),
+                "box": np.round(face.box.astype(float), 2).tolist(),
+                "score": round(float(face.score), 4),
+                "crop": base64.b64encode(png(prepared.crop)).decode(),
+                "seen": base64.b64encode(png(_seen(prepared))).decode(),
+            }
+            for face, prepared in found
+        ]
+        size = {"height": image.shape[0], "width": image.shape[1]}
+        return {**size, "faces": faces, "notes": job.notes}
+
+    def find_faces(
+        self, job: Job, given: dict[str, Any]
+    ) -> tuple[np.ndarray, list[tuple[Face, PreparedFace]]]:
+        """A photo, and its faces from left to right."""
         fields = self.operations["faces"].fields
         values = self.receive(job, read_fields(fields, given), fields)
         self.check_points(values)
-        photo, points = values["photo"], values["points"]
+        photo, points, pack = values["photo"], values["points"], self.operator.detector
         image = read_image(photo)
-        found, note = find_faces(photo, image, points_file=points, pack=self.operator.detector)
+        found, note = find_faces(photo, image, points_file=points, pack=pack)
         if note:
             job.say(note)
+        if len(found) > self.engine.limits.pictures:
+            raise UserError(f"at most {self.engine.limits.pictures} faces here, got {len(found)}")
         size = self.parts.face.encoder_config.img_size if self.parts.face else 112
-        faces = []
-        for index, face in enumerate(found):
-            prepared = prepare_photo(
+        prepared = [
+            prepare_photo(
                 photo,
                 points_file=points,
                 mask_file=values["mask"],
                 parsing=values["parsing"],
-                pack=self.operator.detector,
+                pack=pack,
                 index=index,
                 crop_size=size,
             )
-            seen = draw_face(prepared.image, prepared.points, prepared.mask)
-            faces.append(
-                {
-                    "points": np.round(face.points.astype(float), 2).tolist(),
-                    "box": np.round(face.box.astype(float), 2).tolist(),
-                    "score": round(float(face.score), 4),
-                    "crop": base64.b64encode(png(prepared.crop)).decode(),
-                    "seen": base64.b64encode(png(seen)).decode(),
-                }
-            )
-        size_of = {"height": image.shape[0], "width": image.shape[1]}
-        return {**size_of, "faces": faces, "notes": job.notes}
+            for index in range(len(found))
+        ]
+        return image, list(zip(found, prepared, strict=True))
+
+
+def _seen(face: PreparedFace) -> np.ndarray:
+    return draw_face(face.image, face.points, face.mask)
 
 
 def png(pixels: np.ndarray) -> bytes:
