@@ -36,7 +36,7 @@ _VALUES = (
 def mutated(draw, good):
     """A good JSON request with some fields made strange."""
     body = dict(good)
-    for _ in range(draw.randint(1, 3)):
+    for _ in range(draw.randint(0, 2)):
         name = draw.choice([*good, *FIELDS, "unknown", ""])
         body[name] = draw.choice(_VALUES)
         if draw.random() < 0.2:
@@ -130,7 +130,8 @@ def test_strange_requests(client, astronaut, form, count):
         assert 200 <= answer.status_code < 203 or answer.json()["detail"]
         if answer.status_code == 202:
             client.delete(answer.headers["location"])
-    assert {200, 400, 415, 422} <= statuses
+    assert {400, 415, 422} <= statuses
+    assert statuses & {200, 202}
     assert client.get("/readyz").status_code == 200
     assert client.engine.counts() == {"preparing": 0, "queued": 0, "running": 0}
 
