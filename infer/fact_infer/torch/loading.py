@@ -8,6 +8,7 @@ import contextlib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -17,6 +18,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fact_convert.io.safetensors_io import write_safetensors
+from fact_infer.parts import (
+    ENCODER,
+    FaceModels,
+    find_face_models,
+    has_encoder,
+    read_face_models,
+)
 from fact_infer.photos import crop_picture
 from fact_infer.request import MAX_SCALE, Photo, check_range
 from fact_infer.torch.adapter import (
@@ -41,6 +49,32 @@ _FACT = "_fact_adapter"
 _MAX_EMBEDS = 1 << 26
 
 
+class FactAdapter:
+    """An adapter and its encoder as diffusers loads a part of a pipeline; ``files`` are opened."""
+
+    def __init__(self, files: FaceModels):
+        self.files = files
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike,
+        subfolder: str | None = None,
+        weight_name: str | None = None,
+        image_encoder: str | os.PathLike | None = None,
+        **_: Any,
+    ) -> "FactAdapter":
+        """Open them as :meth:`FactAdapterMixin.load_fact_adapter` does."""
+        parts = [str(pretrained_model_name_or_path), subfolder, weight_name]
+        name = "/".join(part.rstrip("/") for part in parts if part)
+        aside = Path(name).parent.parent / ENCODER
+        if image_encoder is None and not has_encoder(name) and aside.is_dir():
+            image_encoder = aside
+        return cls(read_face_models(*find_face_models(name, image_encoder)))
+
+    from_single_file = from_pretrained
+
+
 class FactAdapterMixin:
     """For a pipeline of diffusers with a UNet; see :func:`with_fact`."""
 
@@ -48,7 +82,7 @@ class FactAdapterMixin:
 
     def load_fact_adapter(
         self,
-        pretrained_model_name_or_path: str | os.PathLike,
+        pretrained_model_name_or_path: str | os.PathLike | FactAdapter,
         subfolder: str | None = None,
         weight_name: str | None = None,
         image_encoder: str | os.PathLike | None = None,
@@ -57,11 +91,13 @@ class FactAdapterMixin:
 
         A file, a folder or a name on the Hub, in which ``subfolder`` and ``weight_name`` may name
         the file; ``image_encoder`` is the face encoder, None: the folder ``encoder`` beside the
-        adapter. See :func:`fact_infer.load_fact`, whose errors are raised.
+        adapter or beside its folder. Or what :class:`FactAdapter` opened. See
+        :func:`fact_infer.load_fact`, whose errors are raised.
         """
-        parts = [str(pretrained_model_name_or_path), subfolder, weight_name]
-        name = "/".join(part.rstrip("/") for part in parts if part)
-        setattr(unwrap_compiled(self.unet), _FACT, load_fact(self, name, image_encoder))
+        given = pretrained_model_name_or_path
+        if not isinstance(given, FactAdapter):
+            given = FactAdapter.from_pretrained(given, subfolder, weight_name, image_encoder)
+        setattr(unwrap_compiled(self.unet), _FACT, load_fact(self, files=given.files))
         self.set_fact_adapter_scale(1.0)
 
     def unload_fact_adapter(self) -> None:
@@ -182,6 +218,10 @@ class FactAdapterMixin:
             context = self._fact_adapter().on(self).face(faces, regions=fact_adapter_masks, **more)
         with context:
             return super().__call__(*args, **kwargs)  # type: ignore[misc]
+
+    def has_fact_adapter(self) -> bool:
+        """Whether one is loaded."""
+        return _FACT in vars(unwrap_compiled(self.unet))
 
     def _embeds(self, images: Any) -> list[Tensor]:
         people = images if _is_nested(images) else [images]
