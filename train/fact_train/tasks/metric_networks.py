@@ -23,6 +23,7 @@ from fact_jax.utils.pixels import normalize_pixels
 from fact_jax.utils.ranges import CheckedFields, Probability
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
+from fact_train.data.pixels import soften
 from fact_train.data.portraits import Photos, align_portraits, draw_portraits, people_of
 from fact_train.engine.partition import overlay, split_module
 from fact_train.engine.sample_keys import split_keys
@@ -75,13 +76,13 @@ class JudgeTask(Task):
 
     def loss(self, trainable, frozen, batch, *, step, keys):
         crop_keys, image_keys = split_keys(keys, 2)
-        crops = self._soften(normalize_pixels(batch["crops"]), crop_keys)
+        crops = soften(normalize_pixels(batch["crops"]), crop_keys, self.options.blur)
         recogniser = self.recogniser.module(trainable["recogniser"])
         recogniser.train()
         embeddings = recogniser(crops)
         identity, accuracy = arcface_loss(embeddings, trainable["centres"], batch["person"])
 
-        images = self._soften(normalize_pixels(batch["images"]), image_keys)
+        images = soften(normalize_pixels(batch["images"]), image_keys, self.options.blur)
         found = self.parser.module(trainable["parser"])(images)
         masks = batch["masks"] / 255.0
         points = ((found["points"] - batch["points"]) / 16.0) ** 2
@@ -106,15 +107,6 @@ class JudgeTask(Task):
     def state_update(self, trainable, statistics):
         """Put the recogniser's running centre beside the learned weights."""
         return {**trainable, "recogniser": overlay(trainable["recogniser"], statistics)}
-
-    def _soften(self, images, keys):
-        """Blur some pictures a little: generated ones are less sharp than drawn ones."""
-        blurred = jax.image.resize(
-            images, (len(images), *(s // 2 for s in images.shape[1:3]), 3), "linear"
-        )
-        blurred = jax.image.resize(blurred, images.shape, "linear")
-        amount = jax.vmap(jax.random.uniform)(keys)[:, None, None, None] * self.options.blur
-        return images + amount * (blurred - images)
 
     def export(self, trainable: PyTree, frozen: PyTree, directory: Path, step: int) -> None:
         recogniser = self.recogniser.module(trainable["recogniser"])
