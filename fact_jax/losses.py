@@ -1,10 +1,10 @@
-"""Losses as pure functions: denoising, FAIR, ArcFace."""
+"""Losses as pure functions: denoising, FAIR, ArcFace, identity."""
 
 import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from fact_jax.diffusion.noise_schedules import NoiseSchedule, alphas_cumprod
 from fact_jax.face import resize_area
@@ -85,6 +85,29 @@ def arcface_loss(
     log_probability = jax.nn.log_softmax(scale * jnp.where(chosen, shifted, cosine))
     loss = -jnp.take_along_axis(log_probability, labels[:, None], axis=1).mean()
     return loss, (cosine.argmax(axis=1) == labels).mean()
+
+
+def identity_distance(found: Float[Array, "b k"], own: Float[Array, "b k"]) -> Float[Array, " b"]:
+    """1 - cosine of two embeddings of each sample, 0 to 2, float32."""
+    found, own = (normalize(a.astype(jnp.float32)) for a in (found, own))
+    return 1.0 - (found * own).sum(axis=-1)
+
+
+def identity_info_nce(
+    found: Float[Array, "b k"],
+    own: Float[Array, "b k"],
+    others: Float[Array, "n k"],
+    same: Bool[Array, "b n"],
+    temperature: float,
+) -> Float[Array, " b"]:
+    """InfoNCE (arXiv 1807.03748) of each sample: its own person against n others, float32.
+
+    Cosines over ``temperature``. What ``same`` marks is the sample's own person, and no negative.
+    """
+    found, own, others = (normalize(a.astype(jnp.float32)) for a in (found, own, others))
+    positive = (found * own).sum(axis=-1, keepdims=True) / temperature
+    negatives = jnp.where(same, -jnp.inf, found @ others.T / temperature)
+    return jax.nn.logsumexp(jnp.concatenate([positive, negatives], 1), 1) - positive[:, 0]
 
 
 def normalize(x: Float[Array, "..."], axis: int = -1) -> Float[Array, "..."]:

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 
 from fact_jax.diffusion.noise_schedules import NoiseSchedule
-from fact_jax.losses import arcface_loss, denoising_error, fair_ratio, min_snr_weight, normalize
+from fact_jax.losses import (
+    arcface_loss,
+    denoising_error,
+    fair_ratio,
+    identity_distance,
+    identity_info_nce,
+    min_snr_weight,
+    normalize,
+)
 from tests.fact_jax.tiny import normal
 
 # Cells of 2 x 2 mask pixels: all face, half face, a quarter face, none.
@@ -135,6 +143,25 @@ def test_arcface_gradient_at_the_centre_is_finite():
     gradient = jax.grad(lambda e: arcface_loss(e, centres, jnp.array([0]))[0])
     assert np.isfinite(gradient(jnp.array([[2.0, 0.0]]))).all()
     assert np.isfinite(gradient(jnp.zeros((1, 2)))).all()
+
+
+def test_identity_distance_by_hand():
+    found = jnp.array([[3.0, 4], [1, 0], [2, 0]])
+    own = jnp.array([[1.0, 0], [0, 5], [-1, 0]])
+    np.testing.assert_allclose(identity_distance(found, own), [1 - 0.6, 1, 2], rtol=1e-6)
+
+
+def test_info_nce_by_hand():
+    """Cosines 1 to itself, 0 and -1 to others, by 0.5; the second of the others is the person."""
+    found = own = jnp.array([[2.0, 0.0]])
+    others = jnp.array([[0.0, 3.0], [1.0, 0.0], [-1.0, 0.0]])
+    same = jnp.array([[False, True, False]])
+    wanted = np.log(np.exp(2) + np.exp(0) + np.exp(-2)) - 2
+    np.testing.assert_allclose(
+        identity_info_nce(found, own, others, same, 0.5), [wanted], rtol=1e-6
+    )
+    nobody = identity_info_nce(found, own, others, same | True, 0.5)
+    np.testing.assert_allclose(nobody, [0.0], atol=1e-6)
 
 
 def test_normalize():

@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 from fact_convert import Pipeline, Tokenizer, tokenize
+from fact_jax.face.warp import crop_to_picture
 from fact_jax.models.transface import TransFace
 from fact_jax.utils.errors import UserError
 from fact_train.data.records import Records
@@ -30,18 +31,34 @@ class PixelDataset:
     """Rows with ``images``, ``crops`` and ``partner_crops`` in 0..255, ``ids``, and ``mask``.
 
     ``region`` ("head" or "face") says which mask; it is averaged to ``cells`` x ``cells``, which
-    divide the photo's size.
+    divide the photo's size. With ``identity`` also what an identity loss takes: ``head`` masks in
+    0..255, ``warp`` (2, 3) from the crop to the photo, and the ``person``'s number.
     """
 
-    def __init__(self, records: Records, tokenizer: Tokenizer, *, region: str, cells: int):
+    def __init__(
+        self,
+        records: Records,
+        tokenizer: Tokenizer,
+        region: str,
+        cells: int,
+        identity: bool = False,
+    ):
         self._records, self._tokenizer = records, tokenizer
-        self._region, self._cells = region, cells
+        self._region, self._cells, self._identity = region, cells, identity
         self.identities, self.fingerprint = records.identities, records.fingerprint
 
     def load(self, number: int, partner: int) -> dict[str, np.ndarray]:
         row = self._records[number]
         other = row if partner == number else self._records[partner]
+        more = {}
+        if self._identity:
+            more = {
+                "head": self._records.picture(number, row, "head_mask"),
+                "warp": crop_to_picture(row["points"], self._records.crop_size),
+                "person": np.int32(self.identities[number]),
+            }
         return {
+            **more,
             **self.sample(number, row),
             "mask": self.mask(number, row, self._region),
             "partner_crops": self._records.picture(partner, other, "crop"),

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
@@ -21,6 +22,7 @@ from fact_train.config import TrainConfig
 from fact_train.engine.state import make_optimizer, make_state
 from fact_train.tasks import require_parts
 from fact_train.tasks.adapter import AdapterTask
+from fact_train.tasks.identity_loss import IdentityLoss
 from fact_train.tasks.validation import PEOPLE, SCALES, STARTS, draw_rows
 
 
@@ -49,6 +51,15 @@ class AbstractAdapterTask(AdapterTask):
         config, more = find_encoder_config(self.options.encoder, width)
         self.notes += notes + more
         return pipeline, abstract_module("transface", config)
+
+    def _load_identity_encoder(self, file: str) -> TransFace:
+        config, more = find_encoder_config(file, self.options.resampler.embedding_dim)
+        self.notes += more
+        return abstract_module("transface", config)
+
+    def _negatives(self, identity: IdentityLoss) -> tuple[np.ndarray, np.ndarray]:
+        count = identity.options.others
+        return np.zeros((count, identity.config.num_classes), np.float32), np.arange(count)
 
     def _new_resampler(self, rngs: nnx.Rngs) -> Resampler:
         return Resampler(self.options.resampler, rngs=rngs)
@@ -99,6 +110,12 @@ def batch_shapes(task: AdapterTask, count: int) -> dict[str, jax.ShapeDtypeStruc
     else:
         arrays |= {"latents": (latents, float32), "ids": ((words,), int32)}
         arrays |= {"tokens": (face, float16), "partner": (face, float16)}
+    if task.identity is not None:
+        arrays |= {"head": ((pixels, pixels), uint8), "warp": ((2, 3), float32)}
+        arrays |= {"person": ((), int32)}
+        if options.records is None:
+            own = task.identity.config.img_size
+            arrays |= {"own_crops": ((own, own, 3), uint8)}
     return {
         name: jax.ShapeDtypeStruct((count, *dims), dtype) for name, (dims, dtype) in arrays.items()
     }

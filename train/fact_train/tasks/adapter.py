@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from fact_convert import Pipeline, load_encoder, load_pipeline, save_adapter, tokenize
 from fact_convert.weights import abstract_state
@@ -27,12 +27,19 @@ from fact_jax.curriculum import (
     draw_shuffle,
     stage_values,
 )
-from fact_jax.diffusion.noise_schedules import add_noise, offset_noise, training_target
+from fact_jax.diffusion.noise_schedules import (
+    add_noise,
+    offset_noise,
+    signal_and_noise,
+    split_output,
+    training_target,
+)
 from fact_jax.face import resize_area
 from fact_jax.losses import denoising_error, fair_ratio, min_snr_weight
 from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.transface import TransFace
 from fact_jax.models.unet import UNet
+from fact_jax.portraits import SPLITS
 from fact_jax.sharding import make_mesh
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.ranges import CheckedFields, Length, Name, NonNegative, Positive, Probability
@@ -49,6 +56,12 @@ from fact_train.engine.partition import assert_covers, merge, paths, split_modul
 from fact_train.engine.sample_keys import sample_normal, sample_timesteps, split_keys
 from fact_train.engine.task import Task
 from fact_train.tasks.adapter_init import new_adapters, read_adapters, whitened_resampler
+from fact_train.tasks.identity_loss import (
+    IdentityLoss,
+    IdentityOptions,
+    check_crop_size,
+    drawn_arrays,
+)
 from fact_train.tasks.validation import (
     SCORE,
     ValidationCallback,
@@ -60,6 +73,7 @@ from fact_train.tasks.validation import (
 MINI_RESAMPLER = ResamplerConfig.mini()
 WHITENED_ON = 256  # people
 DEFAULT_DROP = Drop()
+NO_IDENTITY_LOSS = IdentityOptions()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -101,9 +115,15 @@ class AdapterOptions(CheckedFields):
     noise_offset: NonNegative = 0.0
     neutral: Probability = 0.0
     neutral_caption: Name = "a portrait of a person"
+    identity: IdentityOptions = NO_IDENTITY_LOSS
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.identity.encoder is not None and self.cache is not None:
+            raise ValueError(
+                "identity.encoder takes the points and masks of records, which a cache does not "
+                "hold: leave cache away"
+            )
         drawn = self.records is None and self.cache is None
         if drawn and self.photos == 1 and any(max(stage.shuffle) for stage in self.stages):
             raise ValueError(
@@ -147,6 +167,15 @@ class AdapterTask(Task):
         trained, frozen = ({name for name, _ in paths(t)} for t in (self.adapters, self.base))
         assert_covers({name.replace(".", "/") for name in shapes}, trained, frozen)
         self.resampler = split_module(resampler)
+        self.identity = None
+        if (file := self.options.identity.encoder) is not None:
+            network = self._load_identity_encoder(file)
+            if self.options.records is not None:
+                check_crop_size(network, self.encoder)
+            self.identity = IdentityLoss(self.options.identity, network, self.pipeline)
+
+    def _load_identity_encoder(self, file: str) -> TransFace:
+        return load_encoder(file)
 
     def _load(self) -> tuple[Pipeline, TransFace]:
         """Everything that stays frozen."""
@@ -157,21 +186,32 @@ class AdapterTask(Task):
 
     def some_tokens(self) -> Float[np.ndarray, "n t d"]:
         """Face tokens of a few hundred of the photos."""
-        if self.rows is None:
-            crop_size = self.encoder.config.img_size
-            crops = draw_crops("adapter", WHITENED_ON, 1, crop_size, size=self.size)
-            return encode_tokens(self.encoder, crops)
-        # One photo of each person, as far as there are so many and they can be read.
+        if self.options.cache is not None:
+            return np.stack([row["tokens"] for row in self._first_photos(WHITENED_ON)])
+        return encode_tokens(
+            self.encoder, self._first_crops(WHITENED_ON, self.encoder.config.img_size)[0]
+        )
+
+    def _first_photos(self, count: int) -> list[dict[str, np.ndarray]]:
+        """One photo of each person, as far as there are so many and they can be read."""
+        assert self.rows is not None
         _, first = np.unique(self.rows.identities, return_index=True)
         some = []
-        for row in first[:WHITENED_ON]:
+        for row in first[:count]:
             with contextlib.suppress(DamagedError):  # the data source tells of it
-                some.append(self.rows.load(int(row), int(row)))
+                some.append({"row": row, **self.rows.load(int(row), int(row))})
         if not some:
             raise UserError("none of the records' first photos can be read: write them again")
-        if self.options.cache is not None:
-            return np.stack([row["tokens"] for row in some])
-        return encode_tokens(self.encoder, np.stack([row["crops"] for row in some]))
+        return some
+
+    def _first_crops(self, count: int, size: int) -> tuple[np.ndarray, Int[np.ndarray, " n"]]:
+        """A crop of each of the first people, and their numbers."""
+        if self.rows is None:
+            count = min(count, len(SPLITS["adapter"]))
+            return draw_crops("adapter", count, 1, size, size=self.size), np.arange(count)
+        some = self._first_photos(count)
+        people = self.rows.identities[[row["row"] for row in some]]
+        return np.stack([row["crops"] for row in some]), people
 
     @functools.cached_property
     def rows(self) -> Dataset | None:
@@ -187,7 +227,8 @@ class AdapterTask(Task):
             return None
         cells = self.pipeline.unet.config.sample_size
         tokenizer = self.pipeline.tokenizer
-        return PixelDataset(records, tokenizer, region=options.region, cells=cells)
+        with_identity = options.identity.encoder is not None
+        return PixelDataset(records, tokenizer, options.region, cells, with_identity)
 
     def _check_widths(self) -> None:
         resampler, encoder = self.options.resampler, self.encoder.config
@@ -209,10 +250,15 @@ class AdapterTask(Task):
         names = ["text_encoder"]
         if self.options.records is not None and self.options.cache is None:
             names += ["vae", "encoder"]
-        return trainable, {
-            "unet": self.base,
-            **{name: self.encoders.arrays[name] for name in names},
-        }
+        frozen = {"unet": self.base, **{name: self.encoders.arrays[name] for name in names}}
+        if self.identity is not None:
+            frozen |= self.identity.arrays(*self._negatives(self.identity))
+        return trainable, frozen
+
+    def _negatives(self, identity: IdentityLoss) -> tuple[np.ndarray, np.ndarray]:
+        """Embeddings of other people for the contrastive term, and these people's numbers."""
+        crops, people = self._first_crops(identity.options.others, identity.config.img_size)
+        return identity.embed(crops), people
 
     def source(self) -> PairedArrays | GrainSource:
         options = self.options
@@ -228,6 +274,8 @@ class AdapterTask(Task):
             "mask": np.asarray(resize_area(mask, latents.shape[1:3]), np.float32),
             "tokens": encode_tokens(self.encoder, crops).astype(np.float16),
         }
+        if self.identity is not None:
+            arrays |= drawn_arrays(batch, self.identity.config.img_size)
         return PairedArrays(arrays, self.config.batch_size, self.config.seed, options.photos)
 
     def loss(self, trainable, frozen, batch, *, step, keys):
@@ -243,6 +291,7 @@ class AdapterTask(Task):
         attended = stage.cross_attention > 0 if switched else None
         neutral = draw_generic_caption(neutral_keys, options.neutral)
         dtype = trainable["resampler"]["latents"].dtype
+        photos = {"own_crops": batch["crops"], **batch} if "crops" in batch else batch
         batch = self.encoders.encode_batch(frozen, batch, shuffled, latent_keys)
         # The null condition is the resampler of all-zero tokens.
         tokens = jnp.where(no_face[:, None, None], 0, batch["tokens"]).astype(dtype)
@@ -283,6 +332,12 @@ class AdapterTask(Task):
             "curriculum/cross_attention": stage.cross_attention,
             **by_block(unet, ratios),
         }
+        if self.identity is not None:
+            signal = signal_and_noise(schedule, t, latents.ndim)
+            clean, _ = split_output(schedule, output.astype(jnp.float32), noisy, *signal)
+            remat = self.config.remat != "none"
+            extra, found = self.identity(frozen, photos, clean, t, ~no_face, remat=remat)
+            error, metrics = error + extra, metrics | found
         return error + stage.fair_weight * fair, metrics
 
     def _captions(self, frozen, text, neutral, no_text):

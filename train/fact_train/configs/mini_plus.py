@@ -1,0 +1,26 @@
+"""FACT with an identity loss on the miniature: goes on from the shipped adapter.
+
+fact-train run mini_identity --out runs/mini_identity
+fact-train run mini_plus --out runs/mini_plus
+"""
+
+from dataclasses import replace
+
+from fact_train.configs.mini import config as mini
+from fact_train.tasks.identity_loss import IdentityOptions
+
+STEPS = 3000
+
+config = replace(
+    mini,
+    steps=STEPS,
+    optimizer=replace(mini.optimizer, learning_rate=1e-3),
+    options=replace(
+        mini.options,
+        weights="miniature/adapter/adapter.safetensors",
+        stages=(replace(mini.options.stages[-1], steps=STEPS),),
+        identity=IdentityOptions(
+            encoder="runs/mini_identity/export/encoder", weight=0.3, contrastive=0.05
+        ),
+    ),
+)
