@@ -14,7 +14,8 @@ import itertools
 import json
 from pathlib import Path
 
-import fact_infer.evaluation.evaluate as evaluation
+from fact_infer.evaluation import world
+from fact_infer.evaluation.evaluate import measure
 from fact_infer.jax.pipeline import FlaxPipeline
 from fact_infer.request import GenerationParams
 from fact_jax.curriculum import Stage
@@ -56,16 +57,14 @@ def variant(start: str, pull: str, steps: int, batch: int) -> TrainConfig:
     )
 
 
-def judge(
-    folder: Path, people: evaluation.People, networks: evaluation.MetricNetworks
-) -> dict[str, float]:
+def judge(folder: Path, people: world.People, networks: world.MetricNetworks) -> dict[str, float]:
     """What a trained adapter does to the pictures, and where its gates and FAIR ended."""
     pipeline = FlaxPipeline.load(
         MINIATURE / "base", folder / "export" / "adapter.safetensors", MINIATURE / "encoder"
     )
     params = GenerationParams(sampler="ddim", steps=15, guidance=Guidance(text=3.0, face_scale=1.0))
-    pictures = evaluation.generate_pictures(pipeline, people, params, seed=0, batch=32)
-    measures = evaluation.measure(networks, people, pictures)
+    pictures = world.generate_pictures(pipeline, people, params, seed=0, batch=32)
+    measures = measure(networks, people, pictures)
     last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     found = {
         "similarity": measures["reference/fact"].mean,
@@ -87,8 +86,8 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("runs/starts"))
     arguments = parser.parse_args()
-    people = evaluation.render_people(arguments.people, 1, 48, "encoder")
-    networks = evaluation.MetricNetworks(MINIATURE / "judge")
+    people = world.render_people(arguments.people, 1, 48, "encoder")
+    networks = world.MetricNetworks(MINIATURE / "judge")
     rows = []
     for start, pull in itertools.product(STARTS, PULLS):
         folder = arguments.out / f"{start}-{pull.replace(' ', '-')}"

@@ -1,145 +1,231 @@
-"""The commands ``portraits``, ``evaluate`` and ``report``."""
+"""The command ``evaluate``: an adapter in the portrait world or on photos, or any pictures."""
 
 import argparse
-import dataclasses
 import sys
 from pathlib import Path
+from typing import Any
 
 from fact_jax.utils.errors import UserError
 
-
-def add_commands(commands: argparse._SubParsersAction) -> None:
-    """Add the three to fact-infer's commands."""
-    text = "draw photos of made-up people, with points and head masks beside them"
-    portraits = commands.add_parser("portraits", help=text, description=f"{_sentence(text)}.")
-    portraits.set_defaults(run=_portraits)
-    portraits.add_argument(
-        "--split",
-        default="test",
-        choices=("base", "encoder", "adapter", "judge", "test"),
-        help="whose training they are for; nothing is trained on those of test, the default",
-    )
-    portraits.add_argument("--people", type=int, default=4, metavar="N", help="how many (4)")
-    portraits.add_argument("--photos", type=int, default=1, metavar="N", help="of each (1)")
-    portraits.add_argument("--out", type=Path, required=True, metavar="DIR")
-    _add_evaluate(commands)
-    _add_report(commands)
+_DESCRIPTION = """
+Measures an adapter of the miniature on made-up people whom nothing was trained on; with --folder an
+adapter on photos of people, whose last photo each is kept from the model; with --pictures what any
+other model made. Stopped and started again with the same options it goes on. Writes a table
+(evaluation.txt), all numbers (evaluation.json, pictures.jsonl) and a page of pictures, from worst
+to best (pictures.html).
+"""
 
 
-def _add_evaluate(commands: argparse._SubParsersAction) -> None:
-    text = "measure an adapter of the miniature on made-up people whom nothing was trained on"
-    evaluate = commands.add_parser("evaluate", help=text, description=f"{_sentence(text)}.")
+def add_evaluate(commands: argparse._SubParsersAction) -> None:
+    """Add ``evaluate`` to fact-infer's commands."""
+    text = "measure an adapter, or pictures that any model made: likeness, copying, leakage, text"
+    evaluate = commands.add_parser("evaluate", help=text, description=_DESCRIPTION)
     evaluate.set_defaults(run=_evaluate)
-    evaluate.add_argument("--base", type=Path, default=Path("miniature/base"), metavar="DIR")
-    evaluate.add_argument("--adapter", type=Path, required=True, metavar="FILE")
-    evaluate.add_argument(
+    what = evaluate.add_argument_group("what is measured")
+    what.add_argument("--adapter", type=Path, metavar="FILE", help="needed without --pictures")
+    what.add_argument("--base", type=Path, default=Path("miniature/base"), metavar="DIR")
+    what.add_argument(
         "--encoder",
         type=Path,
         metavar="DIR",
         help="(encoder/ beside the adapter, else miniature/encoder)",
     )
-    evaluate.add_argument(
+    what.add_argument(
+        "--folder",
+        type=Path,
+        metavar="DIR",
+        help="people to draw: DIR/NAME/*.jpg, with .points.json beside each or a detector",
+    )
+    what.add_argument(
+        "--pictures",
+        type=Path,
+        metavar="JSONL",
+        help='pictures that are there: a line {"picture", "person", "references", "target", '
+        '"prompt", "base", "seed"} each, paths relative to the file; the last four may be absent',
+    )
+    what.add_argument(
+        "--people", type=int, metavar="N", help="how many (96; of --folder: everybody)"
+    )
+    what.add_argument("--photos", type=int, default=1, metavar="N", help="seen of each (1)")
+    what.add_argument(
+        "--prompt", action="append", metavar="TEXT", help="with --folder; may be repeated"
+    )
+    what.add_argument("--seeds", type=int, default=1, metavar="N", help="pictures of each (1)")
+    drawn = evaluate.add_argument_group("how it is drawn")
+    drawn.add_argument("--sampler", default="ddim", metavar="NAME")
+    drawn.add_argument("--steps", type=int, default=25, metavar="N")
+    drawn.add_argument("--guidance", type=float, default=3.0, metavar="G")
+    drawn.add_argument("--face-scale", type=float, default=1.0, metavar="S")
+    drawn.add_argument("--height", type=int, metavar="PX", help="with --folder (the base's own)")
+    drawn.add_argument("--width", type=int, metavar="PX", help="with --folder (the base's own)")
+    drawn.add_argument("--seed", type=int, default=0, metavar="N", help="the first (0)")
+    drawn.add_argument("--batch", type=int, default=16, metavar="N", help="at a time (16)")
+    looks = evaluate.add_argument_group("who looks at it")
+    looks.add_argument(
         "--judge",
         type=Path,
         default=Path("miniature/judge"),
         metavar="DIR",
         help="folder of recogniser.safetensors and parser.safetensors (miniature/judge)",
     )
-    evaluate.add_argument("--people", type=int, default=96, metavar="N", help="how many (96)")
-    evaluate.add_argument("--photos", type=int, default=1, metavar="N", help="of each (1)")
-    evaluate.add_argument("--sampler", default="ddim", metavar="NAME")
-    evaluate.add_argument("--steps", type=int, default=25, metavar="N")
-    evaluate.add_argument("--guidance", type=float, default=3.0, metavar="G")
-    evaluate.add_argument("--face-scale", type=float, default=1.0, metavar="S")
-    evaluate.add_argument("--seed", type=int, default=0, metavar="N")
-    evaluate.add_argument("--batch", type=int, default=16, metavar="N", help="at a time (16)")
+    looks.add_argument(
+        "--recogniser",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="an ArcFace model as ONNX, beside the judge in the portrait world, else alone; "
+        "similarities are the mean of several ('judge' adds the miniature's)",
+    )
+    looks.add_argument("--clip", type=Path, metavar="DIR", help="a local CLIP, for the prompts")
+    looks.add_argument(
+        "--features",
+        metavar="FILE",
+        help="a network as ONNX, or 'clip', whose features give KID, FID and diversity",
+    )
+    looks.add_argument("--detector", metavar="PACK", help="insightface pack (buffalo_l, if there)")
     evaluate.add_argument("--out", type=Path, required=True, metavar="DIR")
 
 
-def _add_report(commands: argparse._SubParsersAction) -> None:
-    text = "make report.html and grid.png of a training, its evaluation and its pictures"
-    report = commands.add_parser("report", help=text, description=f"{_sentence(text)}.")
-    report.set_defaults(run=_report)
-    report.add_argument("--training", type=Path, required=True, metavar="DIR", help="of fact-train")
-    report.add_argument(
-        "--before",
-        type=Path,
-        metavar="FILE",
-        help="metrics.jsonl of the training that this one went on from, drawn before it",
-    )
-    report.add_argument("--evaluation", type=Path, required=True, metavar="DIR")
-    report.add_argument(
-        "--flax", type=Path, metavar="DIR", help="pictures of `generate --backend flax`"
-    )
-    report.add_argument(
-        "--torch", type=Path, metavar="DIR", help="the same pictures of `--backend torch`"
-    )
-    report.add_argument("--stages", type=Path, metavar="FILE", help="what each stage took (JSON)")
-    report.add_argument("--photo", type=Path, metavar="FILE", help="(scikit-image's astronaut)")
-    report.add_argument("--points", type=Path, metavar="FILE", help="of the face in --photo")
-    report.add_argument("--out", type=Path, required=True, metavar="DIR")
-
-
-def _sentence(text: str) -> str:
-    return text[0].upper() + text[1:]
-
-
-def _portraits(arguments: argparse.Namespace) -> None:
-    from fact_infer.evaluation.portrait_files import write_portraits
-    from fact_infer.output_images import check_folder
-
-    check_folder(arguments.out)
-    for path in write_portraits(arguments.split, arguments.people, arguments.photos, arguments.out):
-        print(path)
-
-
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from fact_infer.evaluation import evaluate
-    from fact_infer.jax.pipeline import FlaxPipeline
     from fact_infer.output_images import check_folder
-    from fact_infer.parts import has_encoder
-    from fact_infer.request import GenerationParams, check_seed
-    from fact_jax.fact import Guidance
-    from fact_jax.utils.miniature import require_miniature
+    from fact_infer.request import check_seed
 
-    if arguments.batch < 1:
-        raise UserError(f"--batch must be at least 1, got {arguments.batch}")
+    for name in ("batch", "seeds", "photos"):
+        if getattr(arguments, name) < 1:
+            raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     check_seed(arguments.seed)
-    out = evaluate.unused_folder(arguments.out)
-    check_folder(out)
-    if out != arguments.out:
-        print(f"note: {arguments.out} is taken, this goes to {out}", file=sys.stderr)
-    params = GenerationParams(
+    check_folder(arguments.out)
+    if arguments.pictures is not None:
+        other = [n for n in ("adapter", "folder", "prompt") if getattr(arguments, n) is not None]
+        if other:
+            raise UserError(f"--pictures are there already: leave out --{' and --'.join(other)}")
+        return _pictures(arguments)
+    if arguments.adapter is None:
+        raise UserError("give --adapter FILE, or --pictures JSONL of any other model")
+    if arguments.folder is not None:
+        return _folder(arguments)
+    if arguments.clip or arguments.features or arguments.prompt:
+        raise UserError(
+            "--clip, --features and --prompt are for --folder and --pictures: in the portrait "
+            "world captions and features are measured by the miniature's own parser"
+        )
+    return _world(arguments)
+
+
+def _params(arguments: argparse.Namespace) -> Any:
+    from fact_infer.request import GenerationParams
+    from fact_jax.fact import Guidance
+
+    return GenerationParams(
         sampler=arguments.sampler,
         steps=arguments.steps,
         guidance=Guidance(text=arguments.guidance, face_scale=arguments.face_scale),
+        height=arguments.height,
+        width=arguments.width,
     )
-    encoder = arguments.encoder
-    if encoder is None and not has_encoder(arguments.adapter):
-        encoder = Path("miniature/encoder")
+
+
+def _encoder(arguments: argparse.Namespace) -> Path | None:
+    from fact_infer.parts import has_encoder
+
+    if arguments.encoder is None and not has_encoder(arguments.adapter):
+        return Path("miniature/encoder")
+    return arguments.encoder
+
+
+def _open(arguments: argparse.Namespace, settings: dict) -> Path:
+    from fact_infer.evaluation.results import open_folder
+
+    out = open_folder(arguments.out, settings)
+    if out != arguments.out:
+        print(f"note: {arguments.out} is taken, this goes to {out}", file=sys.stderr)
+    return out
+
+
+def _world(arguments: argparse.Namespace) -> None:
+    from fact_infer.evaluation import evaluate, world
+    from fact_infer.evaluation.any_model.networks import OnnxNetwork
+    from fact_infer.evaluation.leakage import Leakage
+    from fact_infer.evaluation.measures import estimates
+    from fact_infer.evaluation.page import write_page
+    from fact_infer.evaluation.results import Cost, PictureStore, fingerprint, save
+    from fact_infer.jax.pipeline import FlaxPipeline
+    from fact_jax.utils.miniature import require_miniature
+
+    cost, params, encoder = Cost(), _params(arguments), _encoder(arguments)
     paths = {"--base": arguments.base, "--encoder": encoder, "--judge": arguments.judge}
     require_miniature({option: path for option, path in paths.items() if path is not None})
-    networks = evaluate.MetricNetworks(arguments.judge)
+    more = [OnnxNetwork(path) for path in arguments.recogniser if path != "judge"]
+    networks = world.MetricNetworks(arguments.judge, more)
     pipeline = FlaxPipeline.load(arguments.base, arguments.adapter, encoder)
     pipeline.base.check(params)
     assert pipeline.face is not None  # --adapter is required
     crop_size = pipeline.face.encoder_config.img_size
-    people = evaluate.render_people(arguments.people, arguments.photos, crop_size)
-    print(f"drawing {2 * arguments.people} pictures", file=sys.stderr)
-    pictures = evaluate.generate_pictures(
-        pipeline, people, params, seed=arguments.seed, batch=arguments.batch
+    count = 96 if arguments.people is None else arguments.people
+    people = world.render_people(count, arguments.photos, crop_size)
+    about = world.describe(pipeline, people, params, arguments.seed, arguments.seeds)
+    about["judge"] = {str(arguments.judge): fingerprint(arguments.judge)}
+    about["judge"] |= {str(one.path): fingerprint(one.path) for one in more}
+    out = _open(arguments, {**about, "batch": arguments.batch})
+    total = count * arguments.seeds
+    print(f"drawing {2 * total} pictures", file=sys.stderr)
+    store = PictureStore(out / "pictures")
+    with cost.drawing(store):
+        pictures = world.generate_pictures(
+            pipeline,
+            people,
+            params,
+            seed=arguments.seed,
+            batch=arguments.batch,
+            seeds=arguments.seeds,
+            store=store,
+        )
+    samples, seen = evaluate.measured_samples(networks, people, pictures)
+    who = evaluate.whose(people, total)
+    prompts = [people.scenes.captions[i] for i in who]
+    seeds = [arguments.seed + row for row in range(total)]
+    head = evaluate.changed_region(seen)
+    leak = Leakage(pipeline, min(arguments.batch, total))
+    samples |= leak(prompts, seeds, people.crops[who], pictures, head)
+    measures = estimates(samples, who)
+    title = world.summary_line(about)
+    page = write_page(
+        "Evaluation in the portrait world",
+        title,
+        measures,
+        evaluate.cases(people, pictures, samples),
+        sorted_by="similarity to the reference photo",
+        notes=evaluate.NOTES,
     )
-    measures = evaluate.measure(networks, people, pictures)
-    about = evaluate.describe(pipeline, people, params, arguments.seed)
-    print(evaluate.save(out, about, measures, people, pictures), end="")
+    arrays = {
+        "ids": people.scenes.ids,
+        "captions": people.scenes.captions,
+        "reference": people.first_references,
+        **{name: images[:count] for name, images in pictures.items()},
+    }
+    rows = [
+        {
+            "picture": f"pictures/{world.picture_key('fact', people, row)}.png",
+            "person": int(people.scenes.ids[who[row]]),
+            "prompt": prompts[row],
+            "seed": seeds[row],
+        }
+        for row in range(total)
+    ]
+    described = {"arrays": arrays, "cost": cost, "notes": evaluate.NOTES, "page": page}
+    print(save(out, title, about, measures, samples, rows, **described), end="")
+    print(f"{cost.line()}; {out / 'pictures.html'}", file=sys.stderr)
 
 
-def _report(arguments: argparse.Namespace) -> None:
-    from fact_infer.evaluation.report import ReportSources, write_report
-    from fact_infer.output_images import check_folder
+def _folder(arguments: argparse.Namespace) -> None:
+    from fact_infer.evaluation.any_model.run import evaluate_folder
 
-    check_folder(arguments.out)
-    names = [field.name for field in dataclasses.fields(ReportSources)]
-    sources = ReportSources(**{name: getattr(arguments, name) for name in names})
-    for path in write_report(sources, arguments.out):
-        print(path)
+    if not arguments.prompt:
+        raise UserError("--folder needs prompts: --prompt TEXT, once or more")
+    print(evaluate_folder(arguments, _params(arguments), _encoder(arguments), _open), end="")
+
+
+def _pictures(arguments: argparse.Namespace) -> None:
+    from fact_infer.evaluation.any_model.run import evaluate_manifest
+
+    print(evaluate_manifest(arguments, _open), end="")

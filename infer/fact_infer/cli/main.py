@@ -5,11 +5,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fact_infer.cli.evaluate import add_commands
+from fact_infer.cli.evaluate import add_evaluate
 from fact_infer.cli.generate import add_generate
 from fact_infer.cli.options import add_photo_options
 from fact_infer.cli.plan import add_plan
 from fact_infer.cli.redraw import add_redraw
+from fact_infer.cli.report import add_commands
 from fact_infer.cli.serve import add_serve, add_ui
 from fact_infer.cli.unused_options import without_effect
 from fact_jax.utils.command_line import ArgumentParser, add_version
@@ -61,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     add_serve(commands)
     add_ui(commands)
     add_plan(commands)
+    add_evaluate(commands)
     add_commands(commands)
     return parser
 

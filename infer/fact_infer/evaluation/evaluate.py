@@ -1,59 +1,25 @@
-"""Evaluation of an adapter of the miniature: identity, locality, colours and captions.
+"""Evaluation of an adapter of the miniature: identity, copying, leakage, colours and captions."""
 
-Pictures of made-up people whom nothing was trained on, measured by networks that generate nothing.
-"""
+import functools
 
-import dataclasses
-import json
-import os
-import sys
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
-
-import jax
 import numpy as np
-from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
-from tqdm import tqdm
+from jaxtyping import Bool, Float, Int, UInt8
 
-from fact_infer.evaluation.metrics import (
-    INTERVALS,
-    Estimate,
-    change,
-    cosine,
-    dilate,
-    mean_interval,
-    plain_table,
-    rank_one,
-    ratio_interval,
-    share_interval,
+from fact_infer.evaluation.measures import (
+    Copied,
+    Ratio,
+    Samples,
+    estimates,
+    expression_copied,
+    identity_samples,
 )
-from fact_infer.jax.pipeline import FlaxPipeline
-from fact_infer.request import MAX_SEED, GenerationParams
-from fact_jax.diffusion.samplers import num_model_calls
-from fact_jax.face import align_batch
-from fact_jax.ops.precision import matmul_precision
-from fact_jax.portraits import SPLITS, Batch, make_batch
-from fact_jax.portraits.metric_networks import (
-    ATTRIBUTES,
-    CROP,
-    AttributeNet,
-    IdentityNet,
-    load_network,
-)
-from fact_jax.utils.batches import map_batches, padded_batches
-from fact_jax.utils.errors import UserError
-from fact_jax.utils.files import create
-from fact_jax.utils.pixels import normalize_pixels
-
-SIZE = 64
-FILES = ("pictures.npz", "evaluation.txt", "evaluation.json")
-# Photos of a person are the scenes number * 1000 + these.
-_REFERENCE, _CAPTION, _ANOTHER = 0, 500, 501
-_MAX_PHOTOS = 8
-_CHUNK = 32
-_MASKS = ("head", "face")
+from fact_infer.evaluation.page import Case
+from fact_infer.evaluation.world import REGIONS, MetricNetworks, MetricOutputs, People
+from fact_jax.metrics.copying import head_pose
+from fact_jax.metrics.identity import rank_one
+from fact_jax.metrics.intervals import INTERVALS, Estimate
+from fact_jax.metrics.pictures import change, dilate, diversity, fid, kid
+from fact_jax.portraits.metric_networks import ATTRIBUTES
 
 NOTES = (
     f"{INTERVALS}. Brackets hold the interval.",
@@ -61,266 +27,198 @@ NOTES = (
     "and generated pictures alike.",
     "'true photo' is another photo of the person (similarity, rank-1: the ceiling), the reference "
     "photo (colours), or the person drawn in the caption's scene (captions).",
+    "Copied: coefficients of the reference photo's property beside the base picture's; what a true "
+    "photo has there is what the person alone brings.",
+    "Latents: of the pictures, encoded. FAIR: at four timesteps of the picture's own noising. KID "
+    "and FID: of the parser's features, against the true photos of the captions.",
     "Head and face: where the parser sees one in either of the two pictures, grown by one pixel. "
     "The ratio is of the means.",
 )
 
 
-class People(NamedTuple):
-    """People to draw, and true portraits of them in three sorts of scene."""
-
-    references: Batch  # n * p photos that the generator sees
-    crops: UInt8[np.ndarray, "n p s s 3"]
-    scenes: Batch  # n portraits in the scenes that the prompts describe
-    another: UInt8[np.ndarray, "n h w 3"]
-
-    @property
-    def first_references(self) -> UInt8[np.ndarray, "n h w 3"]:
-        """The first of each person's reference photos."""
-        return self.references.images[:: self.crops.shape[1]]
-
-
-def render_people(count: int, photos: int, crop_size: int, split: str = "test") -> People:
-    """The first people of a split; crops are made as for any photo with known points and mask."""
-    if not 2 <= count <= len(SPLITS[split]):
-        raise UserError(f"people must be 2 to {len(SPLITS[split])}, got {count}")
-    if not 1 <= photos <= _MAX_PHOTOS:
-        raise UserError(f"photos must be 1 to {_MAX_PHOTOS}, got {photos}")
-    ids = np.asarray(SPLITS[split][:count])
-    seeds = (ids[:, None] * 1000 + _REFERENCE + np.arange(photos)).reshape(-1)
-    references = make_batch(np.repeat(ids, photos), seeds, SIZE)
-    truth = references.portrait
-    crops = align_batch(references.images, truth.points, truth.head_mask, crop_size)
-    return People(
-        references=references,
-        crops=crops.reshape(count, photos, *crops.shape[1:]),
-        scenes=make_batch(ids, ids * 1000 + _CAPTION, SIZE),
-        another=make_batch(ids, ids * 1000 + _ANOTHER, SIZE).images,
-    )
-
-
-class MetricOutputs(NamedTuple):
-    """Outputs of the metric networks for ``n`` pictures."""
-
-    embeddings: Float[np.ndarray, "n k"]
-    head: Bool[np.ndarray, "n h w"]
-    face: Bool[np.ndarray, "n h w"]
-    skin: Float[np.ndarray, "n 3"]
-    hair: Float[np.ndarray, "n 3"]
-    attributes: dict[str, Int[np.ndarray, " n"]]
-
-
-class MetricNetworks:
-    """Identity and attribute networks of a folder, compiled once."""
-
-    def __init__(self, folder: Path):
-        self._recognise = _compiled(load_network(IdentityNet, folder / "recogniser.safetensors"))
-        self._parse = _compiled(load_network(AttributeNet, folder / "parser.safetensors"))
-
-    def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> MetricOutputs:
-        """Their outputs for whole pictures."""
-        found = self._parse(images)
-        masks = {name: 1 / (1 + np.exp(-found[name].astype(np.float32))) for name in _MASKS}
-        crops = align_batch(images, found["points"], masks["head"], CROP)
-        return MetricOutputs(
-            embeddings=self._recognise(crops),
-            **{name: mask >= 0.5 for name, mask in masks.items()},
-            skin=found["skin"],
-            hair=found["hair"],
-            attributes={name: found[name].argmax(-1) for name in ATTRIBUTES},
-        )
-
-
-def _compiled(module: nnx.Module) -> Callable:
-    """The module on uint8 pictures, in batches of one shape."""
-    graph, state = nnx.split(module)
-
-    @jax.jit
-    def run(images: UInt8[Array, "b h w 3"]):
-        with matmul_precision("float32"):
-            return nnx.merge(graph, state)(normalize_pixels(images))
-
-    return lambda images: map_batches(run, images, _CHUNK)
-
-
-def generate_pictures(
-    pipeline: FlaxPipeline, people: People, params: GenerationParams, *, seed: int, batch: int
-) -> dict[str, UInt8[np.ndarray, "n h w 3"]]:
-    """``base`` and ``fact`` pictures of everybody's caption; person i starts from noise seed + i.
-
-    Two functions are compiled; progress goes to stderr, a bar or a line a batch.
-    """
-    prompts, count = people.scenes.captions, len(people.crops)
-    height, width = pipeline.base.latent_size(params)
-    if (height, width) != (SIZE // pipeline.base.vae.downscale,) * 2:
-        raise UserError(f"the judges look at pictures of {SIZE} x {SIZE}: this base draws others")
-    if not 0 <= seed <= MAX_SEED - count:
-        raise UserError(f"seed must lie in 0..{MAX_SEED - count} for {count} people, got {seed}")
-    if batch < 1:
-        raise UserError(f"a batch holds at least one picture, got {batch}")
-    batch = min(batch, count)
-    calls = num_model_calls(params.sampler, params.steps)
-    pictures = {}
-    total = 2 * -(-count // batch) * calls
-    with tqdm(total=total, unit="step", disable=None) as bar:
-        for name, crops in (("base", None), ("fact", people.crops)):
-            parts = []
-            bar.set_postfix_str(name)
-            for rows, _ in padded_batches(count, batch):
-                part = pipeline.generate(
-                    [prompts[i] for i in rows],
-                    [seed + int(i) for i in rows],
-                    None if crops is None else crops[rows],
-                    params,
-                    bar=None if bar.disable else bar,
-                )
-                parts.append(part)
-                if bar.disable:
-                    done = f"{name} pictures: {rows[-1] + 1} of {count}"
-                    print(done, file=sys.stderr, flush=True)
-            pictures[name] = np.concatenate(parts)[:count]
-    return pictures
-
-
 def measure(
-    networks: MetricNetworks, people: People, pictures: dict[str, UInt8[np.ndarray, "n h w 3"]]
+    networks: MetricNetworks, people: People, pictures: dict[str, UInt8[np.ndarray, "m h w 3"]]
 ) -> dict[str, Estimate]:
-    """All measures, by the keys of ``fact_infer.evaluation.metrics.SECTIONS`` and the column."""
+    """All measures, by the keys of ``fact_infer.evaluation.table.SECTIONS`` and the column."""
+    samples, _ = measured_samples(networks, people, pictures)
+    return estimates(samples, whose(people, len(pictures["fact"])))
+
+
+def whose(people: People, rows: int) -> Int[np.ndarray, " m"]:
+    """The person, from 0, of each picture."""
+    return np.arange(rows) % len(people.crops)
+
+
+def measured_samples(
+    networks: MetricNetworks, people: People, pictures: dict[str, UInt8[np.ndarray, "m h w 3"]]
+) -> tuple[Samples, dict[str, MetricOutputs]]:
+    """What was measured on each picture, and what the networks saw."""
     seen = {name: networks(images) for name, images in pictures.items()}
     seen["reference"] = networks(people.first_references)
     seen["another"] = networks(people.another)
     seen["scene"] = networks(people.scenes.images)
-    return {
-        **_identity(seen),
+    who = whose(people, len(pictures["fact"]))
+    samples = {
+        **_identity(seen, who),
+        **_copied(seen, people, who),
         **_changes(seen, pictures),
         **_colours(seen, people),
         **_captions(seen, people),
+        **_variety(seen, pictures, who),
     }
+    return samples, seen
 
 
-def _identity(seen: dict[str, MetricOutputs]) -> dict[str, Estimate]:
+_PICTURES = (("fact", "fact"), ("base", "base"))
+
+
+def _identity(seen: dict[str, MetricOutputs], who: Int[np.ndarray, " m"]) -> Samples:
     reference, another = seen["reference"].embeddings, seen["another"].embeddings
-    measures, to_reference = {}, {}
-    for column, source in (("fact", "fact"), ("base", "base"), ("true", "another")):
-        found = seen[source].embeddings
-        right, wrong = cosine(found, reference), cosine(found, np.roll(reference, -1, axis=0))
-        to_reference[column] = right
-        measures[f"reference/{column}"] = mean_interval(right)
-        measures[f"wrong/{column}"] = mean_interval(wrong)
-        measures[f"over_wrong/{column}"] = mean_interval(right - wrong)
-        if column != "true":
-            measures[f"another/{column}"] = mean_interval(cosine(found, another))
-        # The ceiling looks for the reference photo's owner among the other photos.
-        query = reference if column == "true" else found
-        measures[f"rank_one/{column}"] = share_interval(rank_one(query, another))
-    gain = to_reference["fact"] - to_reference["base"]
-    return measures | {"over_base/fact": mean_interval(gain)}
+    wrong = np.roll(reference, -1, axis=0)
+    samples: Samples = {}
+    for column, source in _PICTURES:
+        samples |= identity_samples(
+            seen[source].embeddings,
+            reference[who],
+            wrong[who],
+            another,
+            who,
+            column,
+            another[who],
+        )
+    # The ceiling looks for the reference photo's owner among the other photos.
+    own = np.arange(len(reference))
+    true = identity_samples(another, reference, wrong, another, own, "true")
+    true["rank_one/true"] = rank_one(reference, another)
+    # The person drawn in the caption's scene: as near to one photo as to the other.
+    scene = identity_samples(
+        seen["scene"].embeddings, reference, wrong, another, own, "true", another
+    )
+    gain = samples["reference/fact"] - samples["reference/base"]  # type: ignore[operator]
+    copies = {"copy_paste/true": scene["copy_paste/true"], "over_base/fact": gain}
+    return samples | true | copies
 
 
-def _changes(
-    seen: dict[str, MetricOutputs], pictures: dict[str, np.ndarray]
-) -> dict[str, Estimate]:
-    measures = {}
-    for region in _MASKS:
-        mask = dilate(getattr(seen["base"], region) | getattr(seen["fact"], region))
+def _copied(seen: dict[str, MetricOutputs], people: People, who: Int[np.ndarray, " m"]) -> Samples:
+    samples: Samples = {}
+    first = slice(len(people.crops))
+    given = seen["reference"]
+    caption = people.scenes.portrait.expression
+    properties = {
+        name: {**head_pose(outputs.points), "light": outputs.light}
+        for name, outputs in seen.items()
+    }
+    for column, source in (*_PICTURES, ("true", "scene")):
+        rows, base = (who[first], first) if column == "true" else (who, slice(None))
+        for name, values in properties[source].items():
+            reference = properties["reference"][name][rows]
+            samples[f"copied/{name}/{column}"] = Copied(
+                values, reference, properties["base"][name][base]
+            )
+        samples[f"copied/expression/{column}"] = expression_copied(
+            seen[source].attributes["expression"],
+            given.attributes["expression"][rows],
+            caption[rows],
+        )
+    return samples
+
+
+def _changes(seen: dict[str, MetricOutputs], pictures: dict[str, np.ndarray]) -> Samples:
+    samples: Samples = {}
+    for region in REGIONS:
+        mask = changed_region(seen, region)
         inside, outside = change(pictures["fact"], pictures["base"], mask)
-        measures[f"{region}/inside/fact"] = mean_interval(inside)
-        measures[f"{region}/outside/fact"] = mean_interval(outside)
-        measures[f"{region}/ratio/fact"] = ratio_interval(outside, inside)
-    return measures
+        samples[f"{region}/inside/fact"] = inside
+        samples[f"{region}/outside/fact"] = outside
+        samples[f"{region}/ratio/fact"] = Ratio(outside, inside)
+    return samples
 
 
-def _colours(seen: dict[str, MetricOutputs], people: People) -> dict[str, Estimate]:
-    measures = {}
+def changed_region(
+    seen: dict[str, MetricOutputs], region: str = "head"
+) -> Bool[np.ndarray, "m h w"]:
+    """Where the adapter may change pictures: the region in either of the two, and a pixel more."""
+    return dilate(getattr(seen["base"], region) | getattr(seen["fact"], region))
+
+
+def _colours(seen: dict[str, MetricOutputs], people: People) -> Samples:
+    samples: Samples = {}
     for name in ("hair", "skin"):
         truth = getattr(people.scenes.portrait, name)
-        for column, source in (("fact", "fact"), ("base", "base"), ("true", "reference")):
-            error = np.abs(getattr(seen[source], name) - truth).mean(-1)
-            measures[f"{name}/{column}"] = mean_interval(error)
-    return measures
+        for column, source in (*_PICTURES, ("true", "reference")):
+            found = getattr(seen[source], name)
+            samples[f"{name}/{column}"] = np.abs(found - _tiled(truth, found)).mean(-1)
+    return samples
 
 
-def _captions(seen: dict[str, MetricOutputs], people: People) -> dict[str, Estimate]:
-    measures = {}
-    for column, source in (("fact", "fact"), ("base", "base"), ("true", "scene")):
+def _captions(seen: dict[str, MetricOutputs], people: People) -> Samples:
+    samples: Samples = {}
+    for column, source in (*_PICTURES, ("true", "scene")):
         found = seen[source].attributes
-        right = {n: found[n] == getattr(people.scenes.portrait, n) for n in ATTRIBUTES}
+        truth = people.scenes.portrait
+        right = {n: found[n] == _tiled(getattr(truth, n), found[n]) for n in ATTRIBUTES}
         for name, hits in right.items():
-            measures[f"caption/{name}/{column}"] = share_interval(hits)
-        measures[f"caption/all/{column}"] = mean_interval(np.mean(list(right.values()), axis=0))
-    return measures
+            samples[f"caption/{name}/{column}"] = hits
+        samples[f"caption/all/{column}"] = np.mean(list(right.values()), axis=0)
+    return samples
 
 
-def describe(pipeline: FlaxPipeline, people: People, params: GenerationParams, seed: int) -> dict:
-    """The setup of an evaluation, for its JSON file."""
-    face = pipeline.face
-    assert face is not None  # it was an adapter that drew
-    return {
-        "people": len(people.crops),
-        "first person": int(people.references.ids[0]),
-        "photos of each": people.crops.shape[1],
-        "sampler": params.sampler,
-        "steps": params.steps,
-        "guidance": dataclasses.asdict(params.guidance),
-        "seed": seed,
-        "base": str(pipeline.base.folder),
-        "adapter": str(face.adapter),
-        "encoder": str(face.encoder),
-    }
+def _variety(
+    seen: dict[str, MetricOutputs], pictures: dict[str, np.ndarray], who: Int[np.ndarray, " m"]
+) -> Samples:
+    """Diversity over seeds, where there are several, and distances from true photos."""
+    samples: Samples = {}
+    truth = seen["scene"].features
+    for column, source in _PICTURES:
+        features = seen[source].features
+        samples[f"kid/{column}"] = kid(features[: len(truth)], truth)
+        value = fid(features[: len(truth)], truth)
+        samples[f"fid/{column}"] = Estimate(value, np.nan, np.nan, len(truth))
+        if len(who) > len(truth):
+            samples |= diversity_samples(pictures[source], features, who, column)
+    return samples
 
 
-def summary_line(about: dict) -> str:
-    """The setup in one line."""
-    guidance = about["guidance"]
-    return (
-        f"{about['people']} people whom nothing was trained on, {about['photos of each']} photo(s) "
-        f"of each, {about['sampler']} {about['steps']} steps, guidance {guidance['text']:g}, "
-        f"face scale {guidance['face_scale']:g}, seed {about['seed']}"
-    )
+def diversity_samples(
+    pictures: UInt8[np.ndarray, "m h w 3"],
+    features: Float[np.ndarray, "m d"] | None,
+    groups: Int[np.ndarray, " m"],
+    column: str,
+) -> Samples:
+    """How different the pictures of each group are: one number a group."""
+    rows = [np.flatnonzero(groups == group) for group in range(int(groups.max()) + 1)]
+    apart = [diversity(pictures[r].reshape(len(r), -1) / 255, "absolute") for r in rows]
+    samples: Samples = {f"diversity/pixels/{column}": np.asarray(apart)}
+    if features is not None:
+        apart = [diversity(features[r]) for r in rows]
+        samples[f"diversity/features/{column}"] = np.asarray(apart)
+    return samples
 
 
-def unused_folder(folder: str | os.PathLike) -> Path:
-    """``folder``, or where it holds an evaluation already ``folder-2`` and so on."""
-    free, number = Path(folder), 1
-    while any(os.path.lexists(free / name) for name in FILES):
-        number += 1
-        free = Path(f"{Path(folder).resolve()}-{number}")
-    return free
+def _tiled(truth: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The truth about each person for each of his pictures."""
+    return truth[np.arange(len(rows)) % len(truth)]
 
 
-def save(
-    out: str | os.PathLike,
-    about: dict,
-    measures: dict[str, Estimate],
-    people: People,
-    pictures: dict[str, UInt8[np.ndarray, "n h w 3"]],
-) -> str:
-    """Write ``pictures.npz``, ``evaluation.txt`` and, last, ``evaluation.json``; gives the text.
-
-    See ``unused_folder`` for where: files that are there are never replaced.
-    """
-
-    def write_pictures(path: Path) -> None:
-        arrays: dict[str, Any] = {
-            "ids": np.asarray(people.scenes.ids),
-            "captions": np.asarray(people.scenes.captions),
-            "reference": people.first_references,
-            **pictures,
+def cases(
+    people: People, pictures: dict[str, UInt8[np.ndarray, "m h w 3"]], samples: Samples
+) -> list[Case]:
+    """Rows of the page, by the similarity to the reference photo."""
+    first, found = people.first_references, []
+    for row, person in enumerate(whose(people, len(pictures["fact"]))):
+        shown = {"reference": first[person], "base": pictures["base"][row]}
+        shown |= {"FACT": pictures["fact"][row], "true photo": people.another[person]}
+        scores = {
+            name: float(np.asarray(samples[f"{key}/fact"])[row])
+            for name, key in (
+                ("similarity to the reference", "reference"),
+                ("to another photo", "another"),
+                ("copy-paste", "copy_paste"),
+                ("change outside the head", "head/outside"),
+            )
         }
-        with open(path, "wb") as handle:
-            np.savez_compressed(handle, **arrays)
-
-    text = f"{summary_line(about)}\n\n{plain_table(measures, NOTES)}"
-    content = {
-        **about,
-        "measures": {name: estimate.to_dict() for name, estimate in measures.items()},
-        "notes": list(NOTES),
-    }
-    writers = (
-        write_pictures,
-        lambda path: path.write_text(text),
-        lambda path: path.write_text(json.dumps(content, indent=1) + "\n"),
-    )
-    for name, write in zip(FILES, writers, strict=True):
-        create(Path(out) / name, write)
-    return text
+        about = [f"person {people.scenes.ids[person]}: {people.scenes.captions[person]}"]
+        about += [f"{name} {value:.3f}" for name, value in scores.items()]
+        readers = {name: functools.partial(np.copy, image) for name, image in shown.items()}
+        found.append(Case(readers, scores["similarity to the reference"], about))
+    return found

@@ -9,11 +9,11 @@ from flax import nnx
 from jaxtyping import Array, Float, UInt8
 
 from fact_convert.models.face_encoder import load_encoder
-from fact_infer.evaluation.metrics import cosine
 from fact_infer.parts import FaceModels
 from fact_jax.face.align import align_face
 from fact_jax.face.landmarks import DEFAULT_PACK, detect_faces, find_pack, local_pack
 from fact_jax.face.mask import head_mask
+from fact_jax.metrics.identity import cosine
 from fact_jax.ops.precision import matmul_precision
 from fact_jax.utils.pixels import normalize_pixels
 

@@ -17,7 +17,6 @@ from PIL import Image
 
 from fact_convert.io.weight_files import read_file
 from fact_convert.models.adapter import read_metadata
-from fact_infer.evaluation.evaluate import summary_line
 from fact_infer.evaluation.figures import (
     AMPLIFY,
     Series,
@@ -26,8 +25,10 @@ from fact_infer.evaluation.figures import (
     enlarge,
     svg_curves,
 )
-from fact_infer.evaluation.metrics import COLUMNS, Estimate, table
+from fact_infer.evaluation.page import STYLE, html_table
+from fact_infer.evaluation.world import summary_line
 from fact_jax.face import ASTRONAUT_POINTS, draw_face, prepare_photo, read_image
+from fact_jax.metrics.intervals import Estimate
 from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import create
@@ -40,27 +41,6 @@ _CHARTS = {
     "curriculum/shuffle": "Curriculum: how often the photo is another one of the person",
     "curriculum/fair_weight": "Curriculum: weight of FAIR in the loss",
 }
-_STYLE = """
-body { font: 16px/1.55 system-ui, sans-serif; color: #262a34; background: #f6f7f9; margin: 0; }
-main { max-width: 1080px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.9rem; margin: 0 0 .25rem; }
-h2 { font-size: 1.2rem; margin: 0 0 .6rem; }
-section { background: #fff; border: 1px solid #e3e6ec; border-radius: 12px;
-  padding: 1.25rem 1.4rem; margin-top: 1.25rem; }
-p { margin: .4rem 0; } .quiet { color: #6b7280; font-size: .9rem; }
-img { max-width: 100%; border-radius: 6px; }
-figure { margin: 0; } figcaption { color: #6b7280; font-size: .85rem; max-width: 17rem; }
-.row { display: flex; flex-wrap: wrap; gap: 1.1rem; align-items: flex-start; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(26rem, 1fr)); gap: 1rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #eef0f4; }
-th:first-child, td:first-child { text-align: left; }
-tbody th { padding-top: 1rem; font-size: .9rem; color: #6b7280; font-weight: 600; }
-svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; fill: #6b7280; }
-svg .title { font-size: 13px; font-weight: 600; fill: #262a34; }
-svg .rule { stroke: #e8ebf0; } svg .end { text-anchor: end; } svg .mid { text-anchor: middle; }
-svg path { fill: none; } svg .raw { opacity: .3; } svg .mean { stroke-width: 2; }
-"""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,7 +112,7 @@ def _page(sections: list[tuple[str, str]]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>FACT-JAX report</title>'
-        f"<style>{_STYLE}</style></head>\n<body><main><h1>FACT-JAX: a face adapter, from training "
+        f"<style>{STYLE}</style></head>\n<body><main><h1>FACT-JAX: a face adapter, from training "
         "to picture</h1>\n<p>A face adapter (FACT, arXiv 2410.12312) on the miniature base model, "
         "in a world of drawn portraits: one photo in, the same person in a new picture out.</p>\n"
         f"{body}\n</main></body></html>\n"
@@ -170,18 +150,8 @@ def _grid_section(grid: np.ndarray, captions: dict[int, str], evaluation: dict[s
 
 def _table_section(evaluation: dict[str, Any]) -> str:
     measures = {k: Estimate.from_dict(v) for k, v in evaluation["measures"].items()}
-    lines = []
-    for title, rows in table(measures):
-        lines.append(f'<tr><th colspan="{len(COLUMNS) + 1}">{html.escape(title)}</th></tr>')
-        for label, cells in rows:
-            tds = "".join(f"<td>{html.escape(text)}</td>" for text in cells)
-            lines.append(f"<tr><td>{html.escape(label)}</td>{tds}</tr>")
-    head = "".join(f"<th>{name}</th>" for name in ("", *COLUMNS.values()))
     notes = "".join(f"<p class='quiet'>{html.escape(note)}</p>" for note in evaluation["notes"])
-    return (
-        f"<p>{html.escape(summary_line(evaluation))}</p><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table>{notes}"
-    )
+    return f"<p>{html.escape(summary_line(evaluation))}</p>{html_table(measures)}{notes}"
 
 
 def _training_section(sources: ReportSources, config: dict[str, Any]) -> str:

@@ -285,6 +285,10 @@ class FlaxPipeline(Pipeline):
         vae = self._models(states)["vae"]
         return denormalize_pixels(vae.decode(latents / self.base.vae.scaling_factor))
 
+    def modules(self) -> dict[str, Any]:
+        """The models by name (``unet``, ``vae``, ...), for measures of what they do inside."""
+        return self._models(self._states)
+
     def _models(self, states: dict) -> dict[str, Any]:
         return {name: nnx.merge(self._graphs[name], state) for name, state in states.items()}
 

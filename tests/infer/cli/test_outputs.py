@@ -1,5 +1,6 @@
 """What fact-infer writes takes the place of nothing; where it cannot write it says so."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -8,8 +9,8 @@ import sys
 import pytest
 
 from fact_infer.cli.main import main
-from fact_infer.evaluation.evaluate import FILES, unused_folder
 from fact_infer.evaluation.portrait_files import write_portraits
+from fact_infer.evaluation.results import FILES, SETTINGS, open_folder
 
 pytestmark = pytest.mark.heavy
 
@@ -65,14 +66,27 @@ def test_portraits_keep_what_is_there(tmp_path):
 
 
 def test_an_evaluation_gets_a_folder_of_its_own(tmp_path, monkeypatch):
-    assert unused_folder(tmp_path / "new") == tmp_path / "new"
-    (tmp_path / "new").mkdir()
-    (tmp_path / "new" / "notes.txt").touch()
-    assert unused_folder(tmp_path / "new") == tmp_path / "new"
-    (tmp_path / "new" / FILES[-1]).touch()
-    assert unused_folder(tmp_path / "new") == tmp_path / "new-2"
-    monkeypatch.chdir(tmp_path / "new")
-    assert unused_folder(".") == tmp_path / "new-2"
+    new, settings = tmp_path / "new", {"steps": 8}
+    new.mkdir()
+    (new / "notes.txt").touch()
+    assert open_folder(new, settings) == new
+    # Not finished: the same settings go on in it, others do not.
+    assert open_folder(new, settings) == new
+    assert open_folder(new, {"steps": 9}) == tmp_path / "new-2"
+    (new / FILES[-1]).touch()
+    assert open_folder(new, settings) == tmp_path / "new-3"
+    monkeypatch.chdir(new)
+    assert open_folder(".", {"steps": 7}) == tmp_path / "new-4"
+    assert json.loads((new / SETTINGS).read_text()) == settings
+
+
+def test_an_evaluation_leaves_files_of_others_alone(tmp_path):
+    (tmp_path / "pictures.npz").write_text("mine")
+    assert open_folder(tmp_path, {}) != tmp_path
+    assert (tmp_path / "pictures.npz").read_text() == "mine"
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / SETTINGS).write_text("{")
+    assert open_folder(tmp_path / "damaged", {}) == tmp_path / "damaged-2"
 
 
 @pytest.mark.parametrize(

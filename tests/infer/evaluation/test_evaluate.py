@@ -5,8 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from fact_infer.evaluation.evaluate import MetricOutputs, People, measure, render_people, save
-from fact_infer.evaluation.metrics import COLUMNS, SECTIONS
+from fact_infer.evaluation.evaluate import cases, measure, measured_samples
+from fact_infer.evaluation.page import write_page
+from fact_infer.evaluation.results import read_scores, save
+from fact_infer.evaluation.table import COLUMNS, SECTIONS
+from fact_infer.evaluation.world import MetricOutputs, People, render_people
 from fact_jax.portraits import SPLITS
 from fact_jax.portraits.metric_networks import ATTRIBUTES
 from fact_jax.utils.errors import UserError
@@ -48,6 +51,9 @@ def judgement(
         skin=truth.skin + colour_error,
         hair=truth.hair - colour_error,
         attributes={n: getattr(truth, n) + (not attributes_right) for n in ATTRIBUTES},
+        points=truth.points,
+        light=np.zeros(COUNT),
+        features=np.asarray(embeddings, np.float32),
     )
 
 
@@ -65,7 +71,9 @@ def scored(people):
     networks.tell(people.another, judgement(basis[:3], people))
     networks.tell(people.scenes.images, judgement(basis[:3], people))
     pictures = {"base": base, "fact": fact}
-    return measure(networks, people, pictures), pictures
+    samples, _ = measured_samples(networks, people, pictures)
+    measures = measure(networks, people, pictures)
+    return measures, pictures, samples
 
 
 @pytest.mark.parametrize(
@@ -105,9 +113,14 @@ def test_every_measure_has_a_place_in_the_table(scored):
         f"{row.key}/{column}" for rows in SECTIONS.values() for row in rows for column in COLUMNS
     }
     assert set(scored[0]) <= shown
-    assert all(
-        any(k.startswith(f"{r.key}/") for k in scored[0]) for s in SECTIONS.values() for r in s
-    )
+    # These take an adapter, other networks, several seeds, or pictures without a face.
+    other = {"latents", "fair", "clip", "diversity/pixels", "diversity/features", "found"}
+    assert other == {
+        r.key
+        for s in SECTIONS.values()
+        for r in s
+        if not any(k.startswith(f"{r.key}/") for k in scored[0])
+    }
 
 
 def test_people_are_of_the_test_split_in_scenes_of_their_own(people):
@@ -124,24 +137,25 @@ def test_people_are_of_the_test_split_in_scenes_of_their_own(people):
 
 
 def test_saved_evaluation_holds_all_that_the_table_shows(scored, people, tmp_path):
-    measures, pictures = scored
-    about = {
-        "people": COUNT,
-        "photos of each": 2,
-        "sampler": "ddim",
-        "steps": 2,
-        "guidance": {"text": 3.0, "face_scale": 1.0},
-        "seed": 0,
-    }
-    text = save(tmp_path, about, measures, people, pictures)
+    measures, pictures, samples = scored
+    page = write_page("t", "s", measures, cases(people, pictures, samples), sorted_by="likeness")
+    rows = [{"person": int(number), "seed": i} for i, number in enumerate(people.scenes.ids)]
+    arrays = {**pictures, "captions": np.asarray(people.scenes.captions)}
+    more = {"notes": ["a note"], "page": page, "arrays": arrays}
+    text = save(tmp_path, "3 people", {"people": 3}, measures, samples, rows, **more)
     assert (tmp_path / "evaluation.txt").read_text() == text
     assert "3 people" in text.splitlines()[0]
     held = json.loads((tmp_path / "evaluation.json").read_text())
     assert held["measures"]["head/inside/fact"]["mean"] == pytest.approx(0.2)
     assert held["measures"]["face/inside/fact"]["mean"] is None
-    with np.load(tmp_path / "pictures.npz") as arrays:
-        assert (arrays["fact"] == pictures["fact"]).all()
-        assert arrays["captions"].tolist() == people.scenes.captions
+    with np.load(tmp_path / "pictures.npz") as kept:
+        assert (kept["fact"] == pictures["fact"]).all()
+        assert kept["captions"].tolist() == people.scenes.captions
+    first, *_ = read_scores(tmp_path)
+    assert first["person"] == people.scenes.ids[0]
+    assert first["scores"]["reference"] == pytest.approx(np.sqrt(0.5))
+    assert first["base_scores"]["wrong"] == pytest.approx(1.0)
+    assert page.count('class="case"') == COUNT
 
 
 @pytest.mark.parametrize(("count", "photos"), [(1, 1), (2001, 1), (3, 0), (3, 9)])

@@ -10,11 +10,11 @@ from PIL import Image
 from fact_convert import load_encoder
 from fact_infer.cli.main import main
 from fact_infer.evaluation import ranking
-from fact_infer.evaluation.metrics import cosine
 from fact_infer.parts import read_face_models
 from fact_jax.face.align import align_face, template_points
 from fact_jax.face.landmarks import Face
 from fact_jax.face.mask import head_mask
+from fact_jax.metrics.identity import cosine
 from fact_jax.utils.errors import UserError
 from tests.infer.conftest import POINTS, read_text
 

@@ -11,8 +11,8 @@ from PIL import Image
 
 from fact_infer.cli.main import main
 from fact_infer.evaluation.figures import AMPLIFY
-from fact_infer.evaluation.metrics import Estimate
 from fact_infer.evaluation.report import ReportSources, read_metrics, write_report
+from fact_jax.metrics.intervals import Estimate
 from fact_jax.utils.errors import UserError
 
 pytestmark = pytest.mark.heavy

@@ -1,0 +1,112 @@
+"""Estimates with 95 % intervals over people."""
+
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+RESAMPLINGS = 10_000
+INTERVALS = (
+    f"95 % intervals: means by percentile bootstrap over people ({RESAMPLINGS:,} resamplings), "
+    "shares by Wilson's formula"
+)
+
+
+class Estimate(NamedTuple):
+    """An estimate with its 95 % confidence interval, from ``n`` people."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """As JSON holds it: what is not finite is null."""
+        numbers = {key: getattr(self, key) for key in ("mean", "low", "high")}
+        return {k: v if math.isfinite(v) else None for k, v in numbers.items()} | {"n": self.n}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Estimate":
+        """Back from ``to_dict``."""
+        mean, low, high = (
+            math.nan if values[k] is None else values[k] for k in ("mean", "low", "high")
+        )
+        return cls(mean, low, high, values["n"])
+
+
+def mean_interval(values: Float[np.ndarray, " n"]) -> Estimate:
+    """The mean; people for whom there is no value (NaN) are left out of it and of ``n``."""
+    values = np.asarray(values, np.float64)
+    values = values[np.isfinite(values)]
+    return ratio_interval(values, np.ones_like(values))
+
+
+def ratio_interval(
+    numerators: Float[np.ndarray, " n"], denominators: Float[np.ndarray, " n"]
+) -> Estimate:
+    """Mean of the numerators over mean of the denominators, each pair from one person."""
+
+    def ratio(above: np.ndarray, below: np.ndarray, axis: int) -> Any:
+        return above.mean(axis) / below.mean(axis)
+
+    found = paired_interval(ratio, numerators, denominators)
+    pairs = _finite_rows(numerators, denominators)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return found._replace(mean=float(np.divide(*pairs.mean(1)))) if found.n else found
+
+
+def _finite_rows(*columns: Float[np.ndarray, " n"]) -> Float[np.ndarray, "c m"]:
+    rows = np.stack(columns).astype(np.float64)
+    return rows[:, np.isfinite(rows).all(0)]
+
+
+def paired_interval(statistic: Callable[..., Any], *columns: Float[np.ndarray, " n"]) -> Estimate:
+    """A statistic of several numbers of each person, by percentile bootstrap over people.
+
+    ``statistic`` takes the columns and the ``axis`` along which people lie. People with a number
+    that is not finite are left out.
+    """
+    from scipy import stats  # takes a second, which other commands need not wait
+
+    rows = _finite_rows(*columns)
+    count = rows.shape[1]
+    if not count:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    with np.errstate(divide="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of draws that all have the same number
+        found = float(statistic(*rows, axis=-1))
+        if count == 1:
+            return Estimate(found, found, found, count)
+        interval = stats.bootstrap(
+            rows,
+            statistic,
+            n_resamples=RESAMPLINGS,
+            paired=True,
+            method="percentile",
+            rng=np.random.default_rng(0),  # the same people are drawn for every measure
+        ).confidence_interval
+    return Estimate(found, float(interval.low), float(interval.high), count)
+
+
+def share_interval(hits: Bool[np.ndarray, " n"]) -> Estimate:
+    """The share of hits with Wilson's interval (1927), which holds near 0 and 1 too."""
+    from scipy import stats
+
+    found = stats.binomtest(int(np.sum(hits)), len(hits))
+    interval = found.proportion_ci(method="wilson")
+    return Estimate(float(np.mean(hits)), float(interval.low), float(interval.high), len(hits))
+
+
+def person_means(
+    values: Float[np.ndarray, " n"] | Bool[np.ndarray, " n"], people: Int[np.ndarray, " n"]
+) -> Float[np.ndarray, " people"]:
+    """Each person's mean (or share) over his rows, NaN left out; ``people`` count from 0."""
+    values = np.asarray(values, np.float64)
+    known = np.isfinite(values)
+    count = int(people.max()) + 1
+    sums = np.bincount(people[known], values[known], count)
+    found = np.bincount(people[known], minlength=count)
+    return np.where(found > 0, sums / np.maximum(found, 1), math.nan)

@@ -1,0 +1,192 @@
+"""Evaluations of a manifest, and of an adapter on a folder of people, from options to files."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fact_infer.evaluation.any_model.manifest import Entry, read_manifest, write_manifest
+from fact_infer.evaluation.any_model.measure import NOTES, measure_entries, sorted_by
+from fact_infer.evaluation.any_model.networks import Clip, OnnxNetwork
+from fact_infer.evaluation.any_model.observations import Observer
+from fact_infer.evaluation.any_model.people_folder import (
+    Plan,
+    check_photos,
+    draw,
+    leaked,
+    read_people,
+)
+from fact_infer.evaluation.measures import Samples, estimates
+from fact_infer.evaluation.page import write_page
+from fact_infer.evaluation.results import ArrayCache, Cost, PictureStore, fingerprint, save
+from fact_infer.evaluation.world import JudgeRecogniser, Parser
+from fact_infer.jax.pipeline import FlaxPipeline
+from fact_infer.request import GenerationParams
+from fact_jax.utils.errors import UserError
+from fact_jax.utils.files import atomic_write
+from fact_jax.utils.miniature import require_miniature
+
+Open = Callable[[argparse.Namespace, dict], Path]
+_SORTED = {
+    "another/fact": "similarity to the target photo",
+    "reference/fact": "similarity to the reference photo",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Looking:
+    """The networks that look at pictures, and what they are, for settings."""
+
+    recognisers: Sequence[Any]
+    parser: Parser | None
+    clip: Clip | None
+    features: OnnxNetwork | Clip | None
+    about: dict[str, str]
+
+    def observer(self, out: Path, pack: str | None) -> Observer:
+        return Observer(
+            self.recognisers,
+            cache=ArrayCache(out / "seen"),
+            parser=self.parser,
+            clip=self.clip,
+            features=self.features,
+            pack=pack,
+            about=str(sorted(self.about.items())),
+        )
+
+
+def looking(arguments: argparse.Namespace) -> Looking:
+    """Open the networks that the options name; without a recogniser the miniature's judge looks."""
+    names = arguments.recogniser or ["judge"]
+    about, recognisers, parser = {}, [], None
+    for name in dict.fromkeys(names):
+        if name == "judge":
+            require_miniature({"--judge": arguments.judge})
+            recognisers.append(JudgeRecogniser(arguments.judge))
+            parser = Parser(arguments.judge)
+            about["judge"] = fingerprint(arguments.judge)
+        else:
+            recognisers.append(OnnxNetwork(name))
+            about[str(name)] = fingerprint(name)
+    clip = None if arguments.clip is None else Clip(arguments.clip)
+    if clip is not None:
+        about[clip.name] = fingerprint(clip.path)
+    features: OnnxNetwork | Clip | None = None
+    if arguments.features == "clip":
+        if clip is None:
+            raise UserError("--features clip needs --clip DIR")
+        features = clip
+    elif arguments.features is not None:
+        features = OnnxNetwork(arguments.features)
+        about[f"features {arguments.features}"] = fingerprint(arguments.features)
+    return Looking(recognisers, parser, clip, features, about)
+
+
+def evaluate_manifest(arguments: argparse.Namespace, open_folder: Open) -> str:
+    """Measure the pictures of ``--pictures``; gives the table."""
+    cost, entries, networks = Cost(), read_manifest(arguments.pictures), looking(arguments)
+    about = {"pictures": str(arguments.pictures), "manifest": fingerprint(arguments.pictures)}
+    about |= {"networks": networks.about, "features": arguments.features}  # type: ignore[dict-item]
+    out = open_folder(arguments, about)
+    observer = networks.observer(out, arguments.detector)
+    title = f"{len(entries)} pictures of {arguments.pictures}"
+    return _finish(out, title, about, entries, observer, networks, cost, "pictures", {})
+
+
+def evaluate_folder(
+    arguments: argparse.Namespace,
+    params: GenerationParams,
+    encoder: Path | None,
+    open_folder: Open,
+) -> str:
+    """Draw and measure the people of ``--folder``; gives the table."""
+    cost, networks = Cost(), looking(arguments)
+    paths = {"--base": arguments.base, "--encoder": encoder}
+    require_miniature({option: path for option, path in paths.items() if path is not None})
+    people = read_people(arguments.folder, arguments.photos, arguments.people, arguments.detector)
+    check_photos(people)
+    seeds = range(arguments.seed, arguments.seed + arguments.seeds)
+    plan = Plan(people=people, prompts=arguments.prompt, seeds=seeds)
+    pipeline = FlaxPipeline.load(arguments.base, arguments.adapter, encoder)
+    pipeline.base.check(params)
+    for line in pipeline.base.cut_prompts(plan.prompts):
+        print(f"note: {line}", file=sys.stderr)
+    about: dict[str, Any] = {
+        "folder": str(arguments.folder),
+        "people": len(people),
+        "photos of each": arguments.photos,
+        "prompts": arguments.prompt,
+        "seeds": list(seeds),
+        "params": dataclasses.asdict(params),
+        "batch": arguments.batch,
+        "networks": networks.about,
+        "features": arguments.features,
+        "files": {
+            name: fingerprint(path)
+            for name, path in (
+                ("base", pipeline.base.folder),
+                ("adapter", arguments.adapter),
+                ("encoder", pipeline.face.encoder),  # type: ignore[union-attr]
+                ("folder", arguments.folder),
+            )
+        },
+    }
+    out = open_folder(arguments, about)
+    store = PictureStore(out / "pictures")
+    print(f"drawing {len(plan.rows())} pictures, and the base's", file=sys.stderr)
+    with cost.drawing(store):
+        entries = draw(pipeline, plan, params, store, arguments.batch)
+    with atomic_write(out / "manifest.jsonl") as path:
+        path.write_text(write_manifest(entries, out), encoding="utf-8")
+    observer = networks.observer(out, arguments.detector)
+    more = leaked(pipeline, plan, store, observer, min(arguments.batch, len(entries)))
+    title = (
+        f"{len(people)} people of {arguments.folder}, {len(plan.prompts)} prompt(s), {len(seeds)} "
+        f"seed(s), {params.sampler} {params.steps} steps, guidance {arguments.guidance:g}, face "
+        f"scale {arguments.face_scale:g}"
+    )
+    return _finish(out, title, about, entries, observer, networks, cost, "FACT", more)
+
+
+def _finish(
+    out: Path,
+    title: str,
+    about: dict,
+    entries: Sequence[Entry],
+    observer: Observer,
+    networks: Looking,
+    cost: Cost,
+    label: str,
+    more: Samples,
+) -> str:
+    found = measure_entries(entries, observer, networks.clip)
+    samples = found.samples | more
+    measures = estimates(samples, found.who)
+    columns = {"fact": label, "base": "base model", "true": "true photo"}
+    look = f"Looked at by {', '.join(networks.about)}."
+    notes = (*NOTES, look)
+    page = write_page(
+        "Evaluation of pictures",
+        title,
+        measures,
+        found.cases,
+        sorted_by=_SORTED[sorted_by(samples)],
+        notes=notes,
+        columns=columns,
+    )
+    text = save(
+        out,
+        title,
+        about,
+        measures,
+        samples,
+        found.rows,
+        notes=notes,
+        page=page,
+        columns=columns,
+        cost=cost,
+    )
+    print(f"{cost.line()}; {out / 'pictures.html'}", file=sys.stderr)
+    return text
