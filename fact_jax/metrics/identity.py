@@ -4,25 +4,22 @@ Embeddings are rows; a row of NaN stands for a face that was not found.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-Numbers = np.ndarray | np.floating
-"""NumPy gives a scalar where no axis is left."""
+Numbers = Any
+"""An array, or the scalar that NumPy gives where no axis is left."""
 
 
-def cosine(
-    a: Float[np.ndarray, "*#batch k"], b: Float[np.ndarray, "*#batch k"]
-) -> Float[Numbers, "*batch"]:
+def cosine(a: Float[np.ndarray, "*#batch k"], b: Float[np.ndarray, "*#batch k"]) -> Numbers:
     """Cosine of the angle between vectors; 0 where one of them is 0."""
     lengths = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     return np.sum(a * b, axis=-1) / np.where(lengths > 0, lengths, 1.0)
 
 
-def angle(
-    a: Float[np.ndarray, "*#batch k"], b: Float[np.ndarray, "*#batch k"]
-) -> Float[Numbers, "*batch"]:
+def angle(a: Float[np.ndarray, "*#batch k"], b: Float[np.ndarray, "*#batch k"]) -> Numbers:
     """Angle between vectors in radians, 0 to pi; exact near 0, where an arc cosine is not.
 
     2 atan2(|u - v|, |u + v|) of the unit vectors (Kahan, "How futile are mindless assessments of
@@ -49,11 +46,11 @@ def average_recognisers(
 
 
 def copy_paste(
-    to_target: Float[Numbers, "*batch"],
-    to_reference: Float[Numbers, "*batch"],
-    between: Float[Numbers, "*batch"],
+    to_target: Numbers,
+    to_reference: Numbers,
+    between: Numbers,
     eps: float = 1e-6,
-) -> Float[Numbers, "*batch"]:
+) -> Numbers:
     """Copy-paste score of MultiID-Bench (WithAnyone, arXiv 2510.14975), from angles in radians.
 
     (angle(picture, target) - angle(picture, reference)) / max(angle(target, reference), eps): 1

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from fact_infer.cli.options import add_guidance_options, read_guidance
 from fact_jax.utils.errors import UserError
 
 _DESCRIPTION = """
@@ -55,7 +56,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     drawn.add_argument("--sampler", default="ddim", metavar="NAME")
     drawn.add_argument("--steps", type=int, default=25, metavar="N")
     drawn.add_argument("--guidance", type=float, default=3.0, metavar="G")
-    drawn.add_argument("--face-scale", type=float, default=1.0, metavar="S")
+    add_guidance_options(drawn)
     drawn.add_argument("--height", type=int, metavar="PX", help="with --folder (the base's own)")
     drawn.add_argument("--width", type=int, metavar="PX", help="with --folder (the base's own)")
     drawn.add_argument("--seed", type=int, default=0, metavar="N", help="the first (0)")
@@ -114,12 +115,11 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _params(arguments: argparse.Namespace) -> Any:
     from fact_infer.request import GenerationParams
-    from fact_jax.fact import Guidance
 
     return GenerationParams(
         sampler=arguments.sampler,
         steps=arguments.steps,
-        guidance=Guidance(text=arguments.guidance, face_scale=arguments.face_scale),
+        guidance=read_guidance(arguments),
         height=arguments.height,
         width=arguments.width,
     )
@@ -143,6 +143,8 @@ def _open(arguments: argparse.Namespace, settings: dict) -> Path:
 
 
 def _world(arguments: argparse.Namespace) -> None:
+    import numpy as np
+
     from fact_infer.evaluation import evaluate, world
     from fact_infer.evaluation.any_model.networks import OnnxNetwork
     from fact_infer.evaluation.leakage import Leakage
@@ -162,7 +164,8 @@ def _world(arguments: argparse.Namespace) -> None:
     assert pipeline.face is not None  # --adapter is required
     crop_size = pipeline.face.encoder_config.img_size
     count = 96 if arguments.people is None else arguments.people
-    people = world.render_people(count, arguments.photos, crop_size)
+    size = world.world_size(pipeline, params)
+    people = world.render_people(count, arguments.photos, crop_size, size=size)
     about = world.describe(pipeline, people, params, arguments.seed, arguments.seeds)
     about["judge"] = {str(arguments.judge): fingerprint(arguments.judge)}
     about["judge"] |= {str(one.path): fingerprint(one.path) for one in more}
@@ -184,7 +187,7 @@ def _world(arguments: argparse.Namespace) -> None:
     who = evaluate.whose(people, total)
     prompts = [people.scenes.captions[i] for i in who]
     seeds = [arguments.seed + row for row in range(total)]
-    head = evaluate.changed_region(seen)
+    head = evaluate.changed_region(seen, size)
     leak = Leakage(pipeline, min(arguments.batch, total))
     samples |= leak(prompts, seeds, people.crops[who], pictures, head)
     measures = estimates(samples, who)
@@ -199,7 +202,7 @@ def _world(arguments: argparse.Namespace) -> None:
     )
     arrays = {
         "ids": people.scenes.ids,
-        "captions": people.scenes.captions,
+        "captions": np.asarray(people.scenes.captions),
         "reference": people.first_references,
         **{name: images[:count] for name, images in pictures.items()},
     }
@@ -212,8 +215,19 @@ def _world(arguments: argparse.Namespace) -> None:
         }
         for row in range(total)
     ]
-    described = {"arrays": arrays, "cost": cost, "notes": evaluate.NOTES, "page": page}
-    print(save(out, title, about, measures, samples, rows, **described), end="")
+    text = save(
+        out,
+        title,
+        about,
+        measures,
+        samples,
+        rows,
+        notes=evaluate.NOTES,
+        page=page,
+        arrays=arrays,
+        cost=cost,
+    )
+    print(text, end="")
     print(f"{cost.line()}; {out / 'pictures.html'}", file=sys.stderr)
 
 

@@ -126,7 +126,7 @@ def _copied(seen: dict[str, MetricOutputs], people: People, who: Int[np.ndarray,
 def _changes(seen: dict[str, MetricOutputs], pictures: dict[str, np.ndarray]) -> Samples:
     samples: Samples = {}
     for region in REGIONS:
-        mask = changed_region(seen, region)
+        mask = changed_region(seen, pictures["fact"].shape[1], region)
         inside, outside = change(pictures["fact"], pictures["base"], mask)
         samples[f"{region}/inside/fact"] = inside
         samples[f"{region}/outside/fact"] = outside
@@ -135,10 +135,12 @@ def _changes(seen: dict[str, MetricOutputs], pictures: dict[str, np.ndarray]) ->
 
 
 def changed_region(
-    seen: dict[str, MetricOutputs], region: str = "head"
+    seen: dict[str, MetricOutputs], size: int, region: str = "head"
 ) -> Bool[np.ndarray, "m h w"]:
-    """Where the adapter may change pictures: the region in either of the two, and a pixel more."""
-    return dilate(getattr(seen["base"], region) | getattr(seen["fact"], region))
+    """Where the adapter may change pictures of ``size``: the region in either, and a pixel more."""
+    mask = dilate(getattr(seen["base"], region) | getattr(seen["fact"], region))
+    factor = size // mask.shape[1]
+    return mask.repeat(factor, axis=1).repeat(factor, axis=2)
 
 
 def _colours(seen: dict[str, MetricOutputs], people: People) -> Samples:

@@ -52,20 +52,23 @@ def estimates(samples: Mapping[str, Sample], who: Int[np.ndarray, " n"]) -> dict
 def _estimate(sample: Sample, who: Int[np.ndarray, " n"]) -> Estimate:
     if isinstance(sample, Estimate):
         return sample
-    columns = sample if isinstance(sample, Ratio | Copied) else (sample,)
-    rows = who[: len(columns[0])]
+    first = sample if isinstance(sample, np.ndarray) else sample[0]
+    rows = who[: len(first)]
     once = len(np.unique(rows)) == len(rows)
-    if isinstance(sample, np.ndarray) and sample.dtype == bool and once:
-        return share_interval(sample)
-    means = [x if once or x is None else person_means(x, rows) for x in columns]
+
+    def by_person(values: np.ndarray) -> np.ndarray:
+        return values if once else person_means(values, rows)
+
     if isinstance(sample, Ratio):
-        return ratio_interval(*means)
+        return ratio_interval(by_person(sample.above), by_person(sample.below))
     if isinstance(sample, Copied):
-        value, reference, base = means
-        if base is None:
+        value, reference = by_person(sample.value), by_person(sample.reference)
+        if sample.base is None:
             return paired_interval(followed_part, value, reference)
-        return paired_interval(copied_part, value, reference, base)
-    return mean_interval(means[0])
+        return paired_interval(copied_part, value, reference, by_person(sample.base))
+    if sample.dtype == bool and once:
+        return share_interval(sample)
+    return mean_interval(by_person(sample))
 
 
 def identity_samples(

@@ -105,7 +105,7 @@ class ArrayCache:
         except Exception:  # absent, or whatever a damaged archive causes
             arrays = compute()
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
         with atomic_write(path) as temporary:
             temporary.write_bytes(buffer.getvalue())
         return arrays

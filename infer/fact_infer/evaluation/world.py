@@ -5,7 +5,7 @@ People whom nothing was trained on, and networks that generate nothing.
 
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -20,6 +20,7 @@ from fact_infer.jax.pipeline import FlaxPipeline
 from fact_infer.request import MAX_SEED, GenerationParams
 from fact_jax.diffusion.samplers import num_model_calls
 from fact_jax.face import align_batch
+from fact_jax.fact import Guidance
 from fact_jax.metrics.copying import light_side
 from fact_jax.metrics.identity import average_recognisers
 from fact_jax.ops.precision import matmul_precision
@@ -36,6 +37,7 @@ from fact_jax.utils.errors import UserError
 from fact_jax.utils.pixels import normalize_pixels
 
 SIZE = 64
+"""Side of what the parser looks at; larger pictures are averaged down to it."""
 # Photos of a person are the scenes number * 1000 + these.
 _REFERENCE, _CAPTION, _ANOTHER = 0, 500, 501
 _MAX_PHOTOS = 8
@@ -57,7 +59,9 @@ class People(NamedTuple):
         return self.references.images[:: self.crops.shape[1]]
 
 
-def render_people(count: int, photos: int, crop_size: int, split: str = "test") -> People:
+def render_people(
+    count: int, photos: int, crop_size: int, split: str = "test", size: int = SIZE
+) -> People:
     """The first people of a split; crops are made as for any photo with known points and mask."""
     if not 2 <= count <= len(SPLITS[split]):
         raise UserError(f"people must be 2 to {len(SPLITS[split])}, got {count}")
@@ -65,14 +69,14 @@ def render_people(count: int, photos: int, crop_size: int, split: str = "test") 
         raise UserError(f"photos must be 1 to {_MAX_PHOTOS}, got {photos}")
     ids = np.asarray(SPLITS[split][:count])
     seeds = (ids[:, None] * 1000 + _REFERENCE + np.arange(photos)).reshape(-1)
-    references = make_batch(np.repeat(ids, photos), seeds, SIZE)
+    references = make_batch(np.repeat(ids, photos), seeds, size)
     truth = references.portrait
     crops = align_batch(references.images, truth.points, truth.head_mask, crop_size)
     return People(
         references=references,
         crops=crops.reshape(count, photos, *crops.shape[1:]),
-        scenes=make_batch(ids, ids * 1000 + _CAPTION, SIZE),
-        another=make_batch(ids, ids * 1000 + _ANOTHER, SIZE).images,
+        scenes=make_batch(ids, ids * 1000 + _CAPTION, size),
+        another=make_batch(ids, ids * 1000 + _ANOTHER, size).images,
     )
 
 
@@ -80,6 +84,7 @@ class MetricOutputs(NamedTuple):
     """Outputs of the metric networks for ``n`` pictures."""
 
     embeddings: Float[np.ndarray, "n k"]
+    # Masks and points as the parser sees the picture, 64 x 64.
     head: Bool[np.ndarray, "n h w"]
     face: Bool[np.ndarray, "n h w"]
     skin: Float[np.ndarray, "n 3"]
@@ -115,6 +120,21 @@ class JudgeRecogniser:
         return self._run(crops)
 
 
+def averaged(images: UInt8[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n 64 64 3"]:
+    """Pictures brought to the parser's size, each pixel the mean of those that it covers."""
+    count, side = len(images), images.shape[1]
+    if side == SIZE:
+        return images
+    factor = side // SIZE
+    parts = images.reshape(count, SIZE, factor, SIZE, factor, 3).mean((2, 4))
+    return np.rint(parts).astype(np.uint8)
+
+
+def fits_parser(shape: Sequence[int]) -> bool:
+    """Are pictures of (height, width, ...) square, and a multiple of the parser's size?"""
+    return shape[0] == shape[1] and shape[0] % SIZE == 0
+
+
 class Parser:
     """The miniature's parser of whole pictures, of a folder with ``parser.safetensors``."""
 
@@ -140,7 +160,8 @@ class MetricNetworks:
         self._parser = Parser(folder)
 
     def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> MetricOutputs:
-        """Their outputs for whole pictures."""
+        """Their outputs for whole pictures, 64 x 64 or a multiple of it."""
+        images = averaged(images)
         found = self._parser(images)
         crops = align_batch(images, found["points"], found["head"], CROP)
         embeddings = [self._recognisers[0](crops)]
@@ -180,6 +201,17 @@ def _compiled(module: nnx.Module, function: Callable | None = None) -> Callable:
     return lambda images: map_batches(run, images, _CHUNK)
 
 
+def world_size(pipeline: FlaxPipeline, params: GenerationParams) -> int:
+    """The side of the base's pictures; UserError if the judges cannot look at them."""
+    size = pipeline.base.picture_size(params)
+    if not fits_parser(size):
+        raise UserError(
+            f"the portrait world's judges look at square pictures whose side is a multiple of "
+            f"{SIZE}, not at {size[1]} x {size[0]}: --folder measures any"
+        )
+    return size[0]
+
+
 def generate_pictures(
     pipeline: FlaxPipeline,
     people: People,
@@ -197,9 +229,8 @@ def generate_pictures(
     """
     prompts, count = people.scenes.captions, len(people.crops)
     total = count * seeds
-    height, width = pipeline.base.latent_size(params)
-    if (height, width) != (SIZE // pipeline.base.vae.downscale,) * 2:
-        raise UserError(f"the judges look at pictures of {SIZE} x {SIZE}: this base draws others")
+    if pipeline.base.picture_size(params) != people.scenes.images.shape[1:3]:
+        raise UserError("the people were drawn in another size than the pictures")
     if not 0 <= seed <= MAX_SEED - total:
         raise UserError(f"seed must lie in 0..{MAX_SEED - total} for {total} pictures, got {seed}")
     if batch < 1:
@@ -273,5 +304,16 @@ def summary_line(about: dict) -> str:
     return (
         f"{about['people']} people whom nothing was trained on, {about['photos of each']} photo(s) "
         f"of each, {about['sampler']} {about['steps']} steps, guidance {guidance['text']:g}, "
-        f"face scale {guidance['face_scale']:g}, seed {about['seed']}"
+        f"face scale {guidance_line(guidance)}, seed {about['seed']}"
     )
+
+
+def guidance_line(guidance: Mapping[str, Any]) -> str:
+    """The face's strength, and what of its guidance is not as by default."""
+    scale = guidance["face_scale"]
+    plain = dataclasses.asdict(Guidance())
+    told = ("text", "face_scale")
+    other = {k: v for k, v in guidance.items() if k not in told and v != plain[k] and v != []}
+    scales = scale if isinstance(scale, list | tuple) else [scale]
+    words = ["-".join(f"{x:g}" for x in scales)]
+    return ", ".join([*words, *(f"{k.replace('_', ' ')} {v}" for k, v in other.items())])

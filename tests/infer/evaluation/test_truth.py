@@ -5,10 +5,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fact_infer.evaluation.evaluate import measure
+from fact_infer.evaluation.evaluate import changed_region, measure
 from fact_infer.evaluation.world import MetricNetworks, render_people
 from fact_jax.face import align_batch
-from fact_jax.metrics.identity import verification_auc
+from fact_jax.metrics.identity import cosine, verification_auc
 from fact_jax.portraits import SPLITS, make_batch
 from fact_jax.portraits.metric_networks import ATTRIBUTES
 
@@ -73,6 +73,19 @@ def test_rendered_truth_scores_as_true_photos(truth):
 
 def test_copying_is_told_from_truth(copies, truth):
     assert copies["copy_paste/fact"].low > truth["copy_paste/fact"].high
+
+
+@pytest.mark.slow
+def test_larger_pictures_are_seen_as_smaller_ones(networks, people):
+    large = render_people(COUNT, 1, 48, size=128)
+    one, other = networks(people.first_references), networks(large.first_references)
+    assert large.crops.shape == people.crops.shape
+    assert cosine(one.embeddings, other.embeddings).mean() > 0.95
+    assert all((one.attributes[n] == other.attributes[n]).mean() > 0.97 for n in ATTRIBUTES)
+    np.testing.assert_allclose(one.points, other.points, atol=1.0)
+    seen = {"fact": other, "base": other}
+    assert changed_region(seen, 128).shape == (COUNT, 128, 128)
+    assert (changed_region(seen, 128)[:, ::2, ::2] == changed_region(seen, 64)).all()
 
 
 @pytest.mark.slow

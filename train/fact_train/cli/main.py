@@ -11,6 +11,7 @@ from fact_jax.utils.command_line import add_version
 from fact_jax.utils.errors import run_program
 from fact_jax.utils.files import require_local
 from fact_train.cli import data as data_cli
+from fact_train.cli import lab as lab_cli
 from fact_train.cli import prepare as prepare_cli
 
 
@@ -43,6 +44,8 @@ def _dispatch(arguments: argparse.Namespace, command: str) -> int:
         return data_cli.run_records(arguments)
     if arguments.command == "data":
         return prepare_cli.run_data(arguments)
+    if arguments.command == "lab":
+        return lab_cli.run_lab(arguments)
     if arguments.command == "cache":
         return data_cli.run_cache(arguments)
     return _run(arguments, command)
@@ -91,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     prepare_cli.add_data(commands)
     data_cli.add_records(commands)
     _add_experiment(data_cli.add_cache(commands))
+    lab_cli.add_lab(commands)
     commands.add_parser("configs", help="list the experiments", description="List the experiments.")
     return parser
 

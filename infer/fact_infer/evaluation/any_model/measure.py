@@ -20,7 +20,7 @@ from fact_jax.metrics.copying import head_pose
 from fact_jax.metrics.identity import angle, assign_faces, copy_paste, cosine, unit
 from fact_jax.metrics.intervals import INTERVALS, Estimate
 from fact_jax.metrics.pictures import change, fid, kid
-from fact_jax.utils.errors import UserError
+from fact_jax.utils.errors import UserError, listed
 
 NOTES = (
     f"{INTERVALS}. Brackets hold the interval. Several pictures of a person count as one.",
@@ -72,7 +72,7 @@ def measure_entries(
     }
     width = max((o.embeddings.shape[1] for o in seen.values()), default=0)
     photos = _Photos(seen, _people(entries), width)
-    faces = {name: _assigned(entries, rows, seen, photos, name) for name in ("fact", "base")}
+    faces = {name: _assigned(entries, seen, photos, name) for name in ("fact", "base")}
     samples = {
         **_identity(rows, who, seen, photos, faces),
         **_copied(rows, seen, photos, faces),
@@ -120,21 +120,18 @@ class _Photos:
         return all(one.target is not None for one in self.people)
 
 
-def _assigned(entries, rows, seen, photos: _Photos, name: str) -> list[tuple[Path, int] | None]:
+def _assigned(entries, seen, photos: _Photos, name: str) -> list[tuple[Path, int] | None]:
     """Of each row the picture (or the base's) and the number of its face in it, -1: none."""
     found: list[tuple[Path, int] | None] = []
-    for i, entry in enumerate(entries):
+    for entry in entries:
         path = entry.picture if name == "fact" else entry.base
-        own = [row for row in rows if row.entry == i] if len(rows) != len(entries) else [rows[i]]
         if path is None:
-            found += [None] * len(own)
-            continue
-        embeddings = seen[path].embeddings
-        if not len(embeddings):
-            found += [(path, -1)] * len(own)
-            continue
-        wanted = np.stack([photos.reference(row.shown) for row in own])
-        found += [(path, int(f)) for f in assign_faces(wanted @ embeddings.T)]
+            found += [None] * len(entry.people)
+        elif not len(embeddings := seen[path].embeddings):
+            found += [(path, -1)] * len(entry.people)
+        else:
+            wanted = np.stack([photos.reference(one) for one in entry.people])
+            found += [(path, int(f)) for f in assign_faces(wanted @ embeddings.T)]
     return found
 
 
@@ -155,6 +152,12 @@ def _identity(rows, who, seen, photos: _Photos, faces) -> Samples:
     if photos.has_targets():
         gallery = np.stack([photos.target(one) for one in photos.people])
         targets = np.stack([photos.target(row.shown) for row in rows])
+    elif any(one.target is not None for one in photos.people):
+        without = [one.person for one in photos.people if one.target is None]
+        print(
+            f"note: no target photo of {listed(without)}: nobody is compared with one",
+            file=sys.stderr,
+        )
     samples: Samples = {}
     for column, own in faces.items():
         if all(face is None for face in own):
@@ -192,18 +195,13 @@ def _nearest(found: np.ndarray, references: Float[np.ndarray, "p k"]) -> Float[n
 
 def _copied(rows, seen, photos: _Photos, faces) -> Samples:
     def properties(places: Sequence[tuple[Path, int] | None]) -> dict[str, np.ndarray]:
-        nothing = np.full((5, 2), np.nan)
-        there = [face is not None and face[1] >= 0 for face in places]
-        points = np.stack(
-            [
-                seen[f[0]].points[f[1]] if ok else nothing
-                for f, ok in zip(places, there, strict=True)
-            ]
-        )
-        light = [
-            seen[f[0]].light[f[1]] if ok else np.nan for f, ok in zip(places, there, strict=True)
-        ]
-        return {**head_pose(points), "light": np.asarray(light)}
+        points = np.full((len(places), 5, 2), np.nan)
+        light = np.full(len(places), np.nan)
+        for i, face in enumerate(places):
+            if face is not None and face[1] >= 0:
+                points[i] = seen[face[0]].points[face[1]]
+                light[i] = seen[face[0]].light[face[1]]
+        return {**head_pose(points), "light": light}
 
     reference = properties([(row.shown.references[0], 0) for row in rows])
     base = properties(faces["base"])

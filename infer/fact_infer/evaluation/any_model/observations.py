@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float, UInt8
 
 from fact_infer.evaluation.any_model.networks import Clip, OnnxNetwork
 from fact_infer.evaluation.results import ArrayCache, fingerprint
-from fact_infer.evaluation.world import SIZE, Parser, Recogniser
+from fact_infer.evaluation.world import SIZE, Parser, Recogniser, averaged, fits_parser
 from fact_jax.face import align_batch, detect_faces, head_mask, read_image, read_sidecar
 from fact_jax.face.landmarks import local_pack
 from fact_jax.metrics.copying import light_side
@@ -34,8 +34,8 @@ class Observer:
     """Finds faces and asks the networks; what was seen once is read from ``cache``.
 
     Faces lie where ``NAME.points.json`` beside the picture says, or where the detector of ``pack``
-    finds them. With a ``parser``, the miniature's, pictures of its size have the one face that it
-    sees, whatever lies beside them.
+    finds them. With a ``parser``, the miniature's, square pictures of a multiple of its size have
+    the one face that it sees, whatever lies beside them.
     """
 
     def __init__(
@@ -90,9 +90,10 @@ class Observer:
         self, path: Path, image: UInt8[np.ndarray, "h w 3"]
     ) -> tuple[Float[np.ndarray, "f 5 2"], Float[np.ndarray, "f h w"]]:
         """Points and head masks."""
-        if self._parser is not None and image.shape[:2] == (SIZE, SIZE):
-            found = self._parser(image[None])
-            return found["points"], found["head"]
+        if self._parser is not None and fits_parser(image.shape):
+            found, factor = self._parser(averaged(image[None])), image.shape[0] // SIZE
+            points = (found["points"] + 0.5) * factor - 0.5
+            return points, found["head"].repeat(factor, axis=1).repeat(factor, axis=2)
         sidecar = path.with_suffix(".points.json")
         if sidecar.is_file():
             faces = read_sidecar(sidecar)

@@ -21,7 +21,7 @@ from fact_infer.evaluation.any_model.people_folder import (
 from fact_infer.evaluation.measures import Samples, estimates
 from fact_infer.evaluation.page import write_page
 from fact_infer.evaluation.results import ArrayCache, Cost, PictureStore, fingerprint, save
-from fact_infer.evaluation.world import JudgeRecogniser, Parser
+from fact_infer.evaluation.world import JudgeRecogniser, Parser, Recogniser, guidance_line
 from fact_infer.jax.pipeline import FlaxPipeline
 from fact_infer.request import GenerationParams
 from fact_jax.utils.errors import UserError
@@ -39,7 +39,7 @@ _SORTED = {
 class Looking:
     """The networks that look at pictures, and what they are, for settings."""
 
-    recognisers: Sequence[Any]
+    recognisers: Sequence[Recogniser]
     parser: Parser | None
     clip: Clip | None
     features: OnnxNetwork | Clip | None
@@ -60,11 +60,14 @@ class Looking:
 def looking(arguments: argparse.Namespace) -> Looking:
     """Open the networks that the options name; without a recogniser the miniature's judge looks."""
     names = arguments.recogniser or ["judge"]
-    about, recognisers, parser = {}, [], None
+    about: dict[str, str] = {}
+    recognisers: list[Recogniser] = []
+    parser = None
     for name in dict.fromkeys(names):
         if name == "judge":
             require_miniature({"--judge": arguments.judge})
             recognisers.append(JudgeRecogniser(arguments.judge))
+            # Whose pictures are of other sizes needs points or a detector.
             parser = Parser(arguments.judge)
             about["judge"] = fingerprint(arguments.judge)
         else:
@@ -87,8 +90,12 @@ def looking(arguments: argparse.Namespace) -> Looking:
 def evaluate_manifest(arguments: argparse.Namespace, open_folder: Open) -> str:
     """Measure the pictures of ``--pictures``; gives the table."""
     cost, entries, networks = Cost(), read_manifest(arguments.pictures), looking(arguments)
-    about = {"pictures": str(arguments.pictures), "manifest": fingerprint(arguments.pictures)}
-    about |= {"networks": networks.about, "features": arguments.features}  # type: ignore[dict-item]
+    about: dict[str, Any] = {
+        "pictures": str(arguments.pictures),
+        "manifest": fingerprint(arguments.pictures),
+        "networks": networks.about,
+        "features": arguments.features,
+    }
     out = open_folder(arguments, about)
     observer = networks.observer(out, arguments.detector)
     title = f"{len(entries)} pictures of {arguments.pictures}"
@@ -145,7 +152,7 @@ def evaluate_folder(
     title = (
         f"{len(people)} people of {arguments.folder}, {len(plan.prompts)} prompt(s), {len(seeds)} "
         f"seed(s), {params.sampler} {params.steps} steps, guidance {arguments.guidance:g}, face "
-        f"scale {arguments.face_scale:g}"
+        f"scale {guidance_line(dataclasses.asdict(params.guidance))}"
     )
     return _finish(out, title, about, entries, observer, networks, cost, "FACT", more)
 
