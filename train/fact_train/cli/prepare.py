@@ -94,7 +94,7 @@ def _add_build(what: argparse._SubParsersAction) -> None:
     )
     run = build.add_argument_group("how")
     run.add_argument("--workers", type=whole_number, default=1, help="processes here (1), by Beam")
-    run.add_argument("--beam", metavar="OPTIONS", help="Beam's, as '--runner=DataflowRunner ...'")
+    run.add_argument("--beam", metavar="OPTIONS", help="as --beam='--runner=DataflowRunner ...'")
     run.add_argument("--chunk", type=whole_number, default=64, help="photos a piece of work (64)")
     run.add_argument("--shard-mb", type=float, default=256.0, metavar="MB", help="a shard (256)")
     run.add_argument("--force", action="store_true", help="replace what a build wrote in OUT")

@@ -125,6 +125,8 @@ def build(
 
 def _claim(store: Store, same: str, force: bool) -> None:
     """UserError unless the folder is new, or holds a build; with ``force`` that is removed."""
+    for folder in ("", product.FOLDER, product.ABOUT):
+        store.sweep(folder)
     held = [name for name in store.names("") if not name.startswith(".")]
     strange = [name for name in held if name not in product.OURS]
     marked = store.exists(f"{product.WORK}/build.json") or store.exists(product.SUMMARY)

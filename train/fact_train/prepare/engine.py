@@ -16,6 +16,8 @@ from tqdm import tqdm
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError
 
+_FEW = 2
+"""So many pieces are done here: to start processes would take longer."""
 _LOOK_EVERY = 2.0
 """Seconds between two looks at how far a pipeline is."""
 
@@ -41,9 +43,9 @@ class Engine:
         """
         disable = None if self.progress else True  # None: shown on a terminal only
         with tqdm(total=len(names), desc=what, disable=disable, file=sys.stderr) as bar:
-            if self.workers == 1 and not self.options:
+            if (self.workers == 1 and not self.options) or len(names) <= _FEW:
                 self._here(work, names, bar)
-            elif names:
+            else:
                 self._on_beam(work, names, done, bar)
 
     def _here(self, work: Callable, names: Sequence[str], bar: Any) -> None:
@@ -66,7 +68,7 @@ class Engine:
                 f"more than one process, and runners, need Apache Beam ({one_line(error)}): "
                 "pip install 'fact-jax[beam]'"
             ) from None
-        local = ["--direct_num_workers", str(self.workers)]
+        local = ["--direct_num_workers", str(self.workers), "--default_sdk_harness_log_level=ERROR"]
         if self.workers > 1:
             local += ["--direct_running_mode", "multi_processing"]
         options = PipelineOptions([*local, *self.options])

@@ -94,6 +94,11 @@ class Store:
         names = sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
         return [name for name in names if not name.endswith(".tmp")]
 
+    def sweep(self, folder: str = "") -> None:
+        """Remove what killed writes left in a folder of this machine."""
+        for path in Path(self.path(folder)).glob("*.tmp") if self.local else ():
+            path.unlink(missing_ok=True)
+
     def remove(self, name: str) -> None:
         """A file or a folder, if it is there."""
         if self.exists(name):

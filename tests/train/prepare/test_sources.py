@@ -1,0 +1,197 @@
+"""Every kind of source gives the same records: folders, tables, Parquet, tar shards."""
+
+import csv
+import io
+import json
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fact_train.cli.main import main
+from fact_train.data.records import Records
+from fact_train.prepare.build import build
+from fact_train.prepare.settings import BuildSettings
+from tests.train.prepare.conftest import POINTS, noise, rejected
+
+NAMES = ("a", "b", "c")
+
+
+def photo(seed) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(noise(seed)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def rows():
+    """What a table says of three photos of two people."""
+    for seed, name in enumerate(NAMES):
+        yield {
+            "file_name": f"images/{name}.png",
+            "who": "anna" if seed < 2 else "bo",
+            "text": f"caption {name}",
+            "points": POINTS.tolist(),
+            "license": "cc0-1.0",
+            "url": f"https://example.org/{name}",
+            "consent": "signed",
+        }
+
+
+def write_images(folder):
+    (folder / "images").mkdir(parents=True)
+    for seed, name in enumerate(NAMES):
+        (folder / "images" / f"{name}.png").write_bytes(photo(seed))
+
+
+def jsonl(folder):
+    write_images(folder)
+    lines = [json.dumps(row) for row in rows()]
+    (folder / "list.jsonl").write_text(
+        "\n".join([*lines, "{no json", "[]", '{"text": "no image"}'])
+    )
+    return folder / "list.jsonl", ["list.jsonl:3", "list.jsonl:4", "list.jsonl:5"]
+
+
+def image_folder(folder):
+    write_images(folder)
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(row) for row in rows()))
+    return folder, []
+
+
+def table_csv(folder):
+    write_images(folder)
+    with open(folder / "list.csv", "w", newline="") as opened:
+        writer = csv.DictWriter(opened, list(next(rows())))
+        writer.writeheader()
+        writer.writerows(row | {"points": json.dumps(row["points"])} for row in rows())
+    return folder / "list.csv", []
+
+
+def ip_adapter(folder):
+    """``image_file`` and ``text``; the points beside the images, and a name that leads outside."""
+    write_images(folder)
+    lines = []
+    for row in rows():
+        path = row.pop("file_name")
+        (folder / path).with_suffix(".points.json").write_text(
+            json.dumps({"points": row.pop("points")})
+        )
+        lines.append({"image_file": path, **row})
+    lines.append({"image_file": "../../etc/passwd", "text": "outside"})
+    lines.append({"image_file": "images/gone.png", "text": "not there"})
+    (folder / "data.json").write_text(json.dumps(lines))
+    return folder / "data.json", ["data.json:3", "images/gone.png"]
+
+
+def parquet(folder):
+    arrow = pytest.importorskip("pyarrow")
+    pq = pytest.importorskip("pyarrow.parquet")
+    folder.mkdir()
+    table = [
+        {"image": {"bytes": photo(seed), "path": f"{seed}.png"}}
+        | {key: value for key, value in row.items() if key != "file_name"}
+        for seed, row in enumerate(rows())
+    ]
+    table.append({**table[0], "image": {"bytes": None, "path": "x"}})
+    pq.write_table(arrow.Table.from_pylist(table), folder / "0.parquet", row_group_size=2)
+    (folder / "1.parquet").write_bytes(b"PAR1 no parquet")
+    return folder, ["0.parquet:3", "1.parquet"]
+
+
+def add(archive, name, content):
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    archive.addfile(member, io.BytesIO(content))
+
+
+def tars(folder):
+    """As img2dataset writes them; one is cut off in its third sample, one holds no photo."""
+    folder.mkdir()
+    for shard, seeds in enumerate(((0, 1), (2, 2))):
+        with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
+            for number, seed in enumerate(seeds):
+                row = list(rows())[seed]
+                key = f"{shard:05d}{number:04d}"
+                add(archive, f"{key}.png", photo(seed))
+                add(archive, f"{key}.json", json.dumps(row).encode())
+                add(archive, f"{key}.txt", row["text"].encode())
+            if shard == 0:
+                add(archive, "lonely.txt", b"no photo")
+    whole = (folder / "00001.tar").read_bytes()
+    second = whole.rindex(b"000010001.png") + 512 + 1000
+    (folder / "00001.tar").write_bytes(whole[:second])
+    (folder / "00000.parquet").touch()  # beside the shards lie tables, which are not read
+    return folder, ["00000.tar/lonely", "00001.tar"]
+
+
+@pytest.mark.parametrize("kind", [jsonl, image_folder, table_csv, ip_adapter, parquet, tars])
+def test_every_source_gives_the_same_records(tmp_path, kind):
+    source, bad = kind(tmp_path / "source")
+    columns = {"identity": "who"}
+    settings = BuildSettings(source=str(source), size=64, crop=48, columns=columns, chunk=2)
+    summary = build(settings, str(tmp_path / "out")).summary
+    assert summary["records"] == 3
+    assert summary["in"] == 3 + len(bad)
+    assert sorted(rejected(tmp_path / "out")) == sorted(bad)
+    records = Records(tmp_path / "out")
+    np.testing.assert_array_equal(records.identities, [0, 0, 1])
+    assert [records[i]["caption"].decode() for i in range(3)] == [f"caption {n}" for n in NAMES]
+    assert [records[i]["identity"].decode() for i in range(3)] == ["anna", "anna", "bo"]
+    # 80 px become 64, so the middle of the face is where the square puts it, in every source.
+    first = records[0]["points"]
+    np.testing.assert_allclose(first[1] - first[0], (POINTS[1] - POINTS[0]) * 0.8, atol=1e-4)
+    assert summary["licences"] == {"cc0-1.0": 3}
+    assert summary["sources"] == {"example.org": 3}
+    assert summary["consent"] == {"signed": 3}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc0-1.0\n")
+
+
+def test_a_flat_folder_has_no_people(tmp_path):
+    source = tmp_path / "source"
+    write_images(source)
+    for name in NAMES:
+        points = source / "images" / f"{name}.points.json"
+        points.write_text(json.dumps({"points": POINTS.tolist()}))
+    summary = build(
+        BuildSettings(source=str(source / "images"), size=64, crop=48), str(tmp_path / "out")
+    ).summary
+    assert (summary["records"], summary["people"]) == (3, 3)
+    flat = BuildSettings(source=str(source), size=64, crop=48, format="flat")
+    assert build(flat, str(tmp_path / "other")).summary["people"] == 3
+    people = BuildSettings(source=str(source), size=64, crop=48)
+    assert build(people, str(tmp_path / "people")).summary["people"] == 1
+
+
+def test_object_stores(tmp_path):
+    """Source and output under URLs of fsspec, here in memory."""
+    import fsspec
+
+    memory = fsspec.filesystem("memory")
+    for seed, name in enumerate(NAMES):
+        memory.pipe_file(f"/photos/anna/{name}.png", photo(seed))
+        points = json.dumps({"points": POINTS.tolist()}).encode()
+        memory.pipe_file(f"/photos/anna/{name}.points.json", points)
+    settings = BuildSettings(source="memory://photos", size=64, crop=48)
+    summary = build(settings, "memory://made").summary
+    assert (summary["in"], summary["records"], summary["people"]) == (3, 3, 1)
+    assert not build(settings, "memory://made").fresh
+    memory.get("/made", str(tmp_path / "made"), recursive=True)
+    assert len(Records(tmp_path / "made")) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("list.json", "{", "is not JSON"),
+        ("list.json", "{}", "is not a list of objects"),
+        ("list.jsonl", "", "holds no photo"),
+    ],
+)
+def test_tables_that_are_none(tmp_path, capsys, name, content, line):
+    (tmp_path / name).write_text(content)
+    assert main(["data", "build", str(tmp_path / name), str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert line in said
