@@ -97,7 +97,12 @@ def test_a_file_has_at_most_400_lines(package):
 
 def test_every_imported_package_is_declared():
     """By the names of pyproject.toml, which are those of the import but for these."""
-    named = {"PIL": "pillow", "orbax": "orbax-checkpoint", "skimage": "scikit-image"}
+    named = {
+        "PIL": "pillow",
+        "orbax": "orbax-checkpoint",
+        "skimage": "scikit-image",
+        "c2pa": "c2pa-python",
+    }
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"].values()
     declared = project["dependencies"] + [line for extra in extras for line in extra]

@@ -13,6 +13,7 @@ from fact_infer.cli.redraw import add_redraw
 from fact_infer.cli.report import add_commands
 from fact_infer.cli.serve import add_serve, add_ui
 from fact_infer.cli.unused_options import without_effect
+from fact_infer.provenance.options import add_provenance, use_provenance
 from fact_jax.utils.command_line import ArgumentParser, add_version
 from fact_jax.utils.errors import UserError, run_program
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             from fact_infer.jax_config import pin_jax_to_cpu
 
             pin_jax_to_cpu()
+        use_provenance(arguments)
         try:
             return arguments.run(arguments)
         except RuntimeError as error:
@@ -64,6 +66,8 @@ def _parser() -> argparse.ArgumentParser:
     add_plan(commands)
     add_evaluate(commands)
     add_commands(commands)
+    for name in ("generate", "redraw", "serve", "ui"):
+        add_provenance(commands.choices[name])
     return parser
 
 
