@@ -9,7 +9,7 @@ from dataclasses import replace
 from fact_train.configs.mini import config as mini
 from fact_train.tasks.identity_loss import IdentityOptions
 
-STEPS = 3000
+STEPS = 1500
 
 config = replace(
     mini,
