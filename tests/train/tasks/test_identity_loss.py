@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fact_convert import load_encoder, load_pipeline
+from fact_jax.diffusion.noise_schedules import alphas_cumprod_numpy
 from fact_train.data.pixels import encode_latents
 from fact_train.data.portraits import draw_portraits, portrait_examples
 from fact_train.data.record_writer import write_records
@@ -18,7 +19,9 @@ from tests.train.tiny import tiny_config
 pytestmark = pytest.mark.heavy
 
 PEOPLE = 4
-OPTIONS = IdentityOptions(encoder="miniature/encoder", weight=1.0, contrastive=1.0)
+OPTIONS = IdentityOptions(
+    encoder="miniature/encoder", weight=1.0, contrastive=1.0, timesteps="signal"
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +62,11 @@ def test_what_counts(shown):
     share = metrics["loss/contrastive"] / (metrics["loss/identity"] + metrics["loss/contrastive"])
     assert ratio == pytest.approx(share, rel=1e-4)
     assert told(shown, t=900)[0] < 0.1 * both
+    assert told(shown, timesteps="mixed")[0] < 0.1 * both
+    abar = alphas_cumprod_numpy(shown[0].schedule)
+    middle = int(np.abs(abar - 0.5).argmin())
+    equal = [told(shown, t=middle, timesteps=name)[0] for name in ("signal", "mixed")]
+    assert equal[1] / equal[0] == pytest.approx(4 * (1 - abar[middle]), rel=1e-4)
     assert told(shown, given=False)[0] == 0.0
 
 

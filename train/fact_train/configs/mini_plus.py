@@ -9,7 +9,7 @@ from dataclasses import replace
 from fact_train.configs.mini import config as mini
 from fact_train.tasks.identity_loss import IdentityOptions
 
-STEPS = 1500
+STEPS = 2500
 
 config = replace(
     mini,
@@ -20,7 +20,7 @@ config = replace(
         weights="miniature/adapter/adapter.safetensors",
         stages=(replace(mini.options.stages[-1], steps=STEPS),),
         identity=IdentityOptions(
-            encoder="runs/mini_identity/export/encoder", weight=0.3, contrastive=0.05
+            encoder="runs/mini_identity/export/encoder", weight=0.5, contrastive=0.1
         ),
     ),
 )
