@@ -59,7 +59,7 @@ def big_examples(count: int) -> Iterator:
 
 def repeat_shards(records: Path, out: Path, times: int) -> None:
     """A data set of ``times`` as many records, whose shards are links to those of ``records``."""
-    from fact_train.data.records import NAME, VERSION, write_index
+    from fact_train.data.records import IDENTITIES, NAME, SIZES, VERSION
 
     old, new = (folder / NAME / VERSION for folder in (records, out))
     new.mkdir(parents=True)
@@ -74,7 +74,9 @@ def repeat_shards(records: Path, out: Path, times: int) -> None:
     (new / "features.json").write_bytes((old / "features.json").read_bytes())
     identities = np.load(old / "identities.npy")
     people = (identities + i * (identities.max() + 1) for i in range(times))
-    write_index(new, np.concatenate(list(people)), paths)
+    np.save(new / IDENTITIES, np.concatenate(list(people)).astype(np.int32))
+    sizes = {path.name: path.stat().st_size for path in paths}
+    (new / SIZES).write_text(json.dumps(sizes, indent=1))
 
 
 def measure(records: Path) -> dict[str, float]:

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import shlex
 import sys
+from pathlib import Path
 
 from fact_jax.utils.errors import UserError, printable
 from fact_train.cli.data import whole_number
@@ -20,6 +21,50 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     )
     what = data.add_subparsers(dest="action", required=True)
     _add_build(what)
+    verify = what.add_parser(
+        "verify",
+        help="read every record",
+        description="Read every record of a set: shards, pictures, people, counts.",
+    )
+    verify.add_argument("set", type=Path, metavar="OUT")
+    merge = what.add_parser(
+        "merge",
+        help="several sets to one",
+        description="Write the records of several sets of the same sizes as one. People of one "
+        "name are one person.",
+    )
+    merge.add_argument("sets", type=Path, nargs="+", metavar="SET")
+    merge.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+    split = what.add_parser(
+        "split",
+        help="set other people apart",
+        description="Write a set anew with other splits, by people.",
+    )
+    split.add_argument("set", type=Path, metavar="SET")
+    split.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+    _add_split(split)
+    remove = what.add_parser(
+        "remove",
+        help="a person withdraws consent",
+        description="Take a person out of a set: records, lines and thumbnails, and the same rows "
+        "of caches that `fact-train cache` made of it. A line in log.jsonl stays, with the SHA-256 "
+        "of the name.",
+    )
+    remove.add_argument("set", type=Path, metavar="OUT")
+    remove.add_argument("--person", required=True, metavar="ID")
+    remove.add_argument(
+        "--cache", type=Path, action="append", default=[], metavar="DIR", help="of the set"
+    )
+    report = what.add_parser(
+        "report",
+        help="one page to look at",
+        description="Write OUT/report.html, one page that opens offline: photos with points, masks "
+        "and crops, histograms, what was rejected and why, copies and mixed-up people.",
+    )
+    report.add_argument("set", type=Path, metavar="OUT")
+    report.add_argument("--photos", type=whole_number, default=24, metavar="N", help="shown (24)")
+    for action in (merge, split, remove):
+        action.add_argument("--shard-mb", type=float, default=256.0, metavar="MB", help="(256)")
 
 
 def _add_build(what: argparse._SubParsersAction) -> None:
@@ -85,13 +130,7 @@ def _add_build(what: argparse._SubParsersAction) -> None:
     choice.add_argument(
         "--min-photos", type=whole_number, default=1, metavar="N", help="a person (1)"
     )
-    choice.add_argument(
-        "--split",
-        action="append",
-        default=[],
-        metavar="NAME=SHARE",
-        help="people set apart, as validation=0.02; the rest is train",
-    )
+    _add_split(choice)
     run = build.add_argument_group("how")
     run.add_argument("--workers", type=whole_number, default=1, help="processes here (1), by Beam")
     run.add_argument("--beam", metavar="OPTIONS", help="as --beam='--runner=DataflowRunner ...'")
@@ -101,9 +140,44 @@ def _add_build(what: argparse._SubParsersAction) -> None:
     run.add_argument("--keep-work", action="store_true", help="keep OUT/work")
 
 
+def _add_split(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--split",
+        action="append",
+        default=[],
+        metavar="NAME=SHARE",
+        help="people set apart, as validation=0.02; the rest is train",
+    )
+
+
 def run_data(arguments: argparse.Namespace) -> int:
     """``fact-train data``."""
-    return {"build": _build}[arguments.action](arguments)
+    if arguments.action == "build":
+        return _build(arguments)
+    if arguments.action == "report":
+        from fact_train.prepare.product.report import write_report
+
+        print(write_report(arguments.set, arguments.photos))
+        return 0
+    from fact_train.prepare.product import curate
+
+    if arguments.action == "verify":
+        counts = curate.verify(arguments.set)
+        print(f"{arguments.set}: whole; {', '.join(f'{n} {name}' for name, n in counts.items())}")
+        return 0
+    megabytes = arguments.shard_mb
+    if not 0 < megabytes < 1e6:
+        raise UserError(f"--shard-mb {megabytes:g}: give megabytes above 0")
+    if arguments.action == "remove":
+        count = curate.remove(arguments.set, arguments.person, arguments.cache, megabytes=megabytes)
+        print(f"{arguments.set}: {count} records removed")
+        return 0
+    if arguments.action == "merge":
+        about = curate.merge(arguments.sets, arguments.to, megabytes=megabytes)
+    else:
+        about = curate.split(arguments.set, arguments.to, _splits(arguments), megabytes=megabytes)
+    print(f"{arguments.to}: {about['in'] - about['rejected']} records")
+    return _alarm(about)
 
 
 def _build(arguments: argparse.Namespace) -> int:
@@ -124,7 +198,7 @@ def _build(arguments: argparse.Namespace) -> int:
     for name in gates:
         if name not in known:
             raise UserError(f"--gate {name}: known are {', '.join(known)}")
-    splits = {name: _number(text, "--split") for name, text in _pairs(arguments.split, "--split")}
+    splits = _splits(arguments)
     try:
         settings = BuildSettings(
             **given,
@@ -155,11 +229,26 @@ def _build(arguments: argparse.Namespace) -> int:
             print(printable(f"{title}: {parts}"))
     for kind, count in summary["suspects"].items():
         print(f"to look at: {count} of the kind '{kind}', in suspects.jsonl")
+    return _alarm(summary)
+
+
+def _alarm(summary: dict) -> int:
     if summary["alarms"]:
         line = f"warning: {summary['alarms']} times one face may be in two splits: suspects.jsonl"
         print(line, file=sys.stderr)
         return 1
     return 0
+
+
+def _splits(arguments: argparse.Namespace) -> dict[str, float]:
+    from fact_train.prepare.settings import check_splits
+
+    splits = {name: _number(text, "--split") for name, text in _pairs(arguments.split, "--split")}
+    try:
+        check_splits(splits)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return splits
 
 
 def _pairs(texts: list[str], option: str) -> list[tuple[str, str]]:

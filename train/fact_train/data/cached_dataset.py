@@ -6,9 +6,7 @@ a tensorflow_datasets data set.
 """
 
 import json
-import os
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,14 @@ from jaxtyping import Array, Int, PyTree
 from fact_convert import Tokenizer
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError
-from fact_jax.utils.files import atomic_write
+from fact_jax.utils.files import atomic_write, replace_folder
+from fact_train.data.dataset_files import (
+    Coder,
+    shard_name,
+    shard_reader,
+    shard_writer,
+    write_info,
+)
 from fact_train.data.frozen_encoders import FrozenEncoders
 from fact_train.data.pixel_dataset import PixelDataset
 from fact_train.data.records import (
@@ -29,7 +34,6 @@ from fact_train.data.records import (
     open_folder,
     read_identities,
     read_row,
-    write_index,
 )
 
 NAME, VERSION = "face_cache", "1.0.0"
@@ -96,10 +100,7 @@ class CacheWriter:
             "rows_per_shard": rows_per_shard,
         }
         shards = -(-self._count // rows_per_shard)
-        self.paths = [
-            self.folder / f"{NAME}-train.array_record-{shard:05d}-of-{shards:05d}"
-            for shard in range(shards)
-        ]
+        self.paths = [self.folder / shard_name(shard, shards, name=NAME) for shard in range(shards)]
         # Whole batches go over all devices of this process.
         mesh = Mesh(np.asarray(jax.local_devices()), "data")
         self._split = NamedSharding(mesh, PartitionSpec("data"))
@@ -130,21 +131,16 @@ class CacheWriter:
             temporary.write_text(json.dumps(self._origin, indent=1) + "\n")
 
     def _write_shard(self, shard: int) -> None:
-        from array_record.python.array_record_module import ArrayRecordWriter
-
         path = self.paths[shard]
         for leftover in self.folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
             leftover.unlink()
-        features = self._features()
-        serializer = self._tfds.core.example_serializer.ExampleSerializer(
-            features.get_serialized_info()
-        )
+        coder = Coder(self._features())
         first = shard * self._per_shard
         numbers = range(first, min(first + self._per_shard, self._count))
         with atomic_write(path) as temporary:
-            writer = ArrayRecordWriter(str(temporary), "group_size:1")
+            writer = shard_writer(temporary)
             for row in self._encoded(numbers):
-                writer.write(serializer.serialize_example(features.encode_example(row)))
+                writer.write(coder.encode(row))
             writer.close()
 
     def _encoded(self, numbers: range) -> Iterator[dict[str, np.ndarray]]:
@@ -185,32 +181,63 @@ class CacheWriter:
 
     def _complete(self) -> None:
         """Write the files about the whole; of several processes all write the same."""
-        core, starts = self._tfds.core, range(0, self._count, self._per_shard)
-        split = core.SplitInfo(
-            name="train",
-            shard_lengths=[min(self._per_shard, self._count - start) for start in starts],
-            num_bytes=sum(path.stat().st_size for path in self.paths),
-        )
-        with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=self.folder) as temporary:
-            whole = Path(temporary)
-            info = core.DatasetInfo(
-                builder=core.dataset_info.DatasetIdentity(
-                    name=NAME,
-                    version=core.Version(VERSION),
-                    data_dir=temporary,
-                    module_name=__name__,
-                ),
-                features=self._features(),
-                description=_DESCRIPTION,
-                disable_shuffling=True,
-            )
-            info.set_file_format("array_record")
-            info.set_splits(core.splits.SplitDict([split]))
-            info.write_to_directory(whole)
-            write_index(whole, self._records.identities, self.paths)
-            # A folder with features.json is taken for whole, so that comes last.
-            for path in sorted(whole.iterdir(), key=lambda path: path.name == "features.json"):
-                os.replace(path, self.folder / path.name)
+        starts = range(0, self._count, self._per_shard)
+        lengths = [min(self._per_shard, self._count - start) for start in starts]
+        _write_about(self.folder, self._features(), lengths, self.paths, self._records.identities)
+
+
+def _write_about(
+    folder: Path,
+    features: Any,
+    lengths: list[int],
+    paths: list[Path],
+    identities: Int[np.ndarray, " n"],
+) -> None:
+    sizes = {path.name: path.stat().st_size for path in paths}
+    write_info(
+        folder,
+        features,
+        {"train": (lengths, sum(sizes.values()))},
+        {"train": identities},
+        sizes,
+        name=NAME,
+        version=VERSION,
+        description=_DESCRIPTION,
+        module=__name__,
+    )
+
+
+def drop_rows(cache: Path, gone: Sequence[int], before: str, after: str) -> None:
+    """Take rows out of a cache, whose records lose the same: their digest was ``before``.
+
+    Nothing is done where it is ``after`` already. Raises UserError if the cache is of other
+    records, or not whole.
+    """
+    folder, _, source = open_folder(cache, NAME, VERSION)
+    origin = _read_origin(folder)
+    if origin.get("records") == after:
+        return
+    _compare(folder, origin, {"records": before})
+    features, identities = source.dataset_info.features, read_identities(folder, len(source))
+    kept = np.setdiff1d(np.arange(len(source)), gone)
+    old = sorted(folder.glob("*.array_record*"))
+    per_shard = origin["rows_per_shard"]
+    shards = -(-len(kept) // per_shard)
+    with replace_folder(folder) as temporary:
+        paths = [temporary / shard_name(i, shards, name=NAME) for i in range(shards)]
+        lengths = []
+        for number, path in enumerate(paths):
+            some = kept[number * per_shard : (number + 1) * per_shard]
+            writer = shard_writer(path)
+            for row in some:
+                reader = shard_reader(old[row // per_shard])
+                writer.write(reader.read([int(row % per_shard)])[0])
+                reader.close()
+            writer.close()
+            lengths.append(len(some))
+        told = json.dumps(origin | {"records": after}, indent=1)
+        (temporary / ORIGIN).write_text(told + "\n")
+        _write_about(temporary, features, lengths, paths, identities[kept])
 
 
 def _read_origin(folder: Path) -> dict:

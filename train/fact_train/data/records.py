@@ -150,15 +150,6 @@ def read_identities(folder: Path, count: int) -> Int[np.ndarray, " n"]:
     return identities
 
 
-def write_index(
-    folder: Path, identities: Sequence[int] | Int[np.ndarray, " n"], shards: Sequence[Path]
-) -> None:
-    """What tfds does not keep: who is in each record, and how large each shard is."""
-    np.save(folder / IDENTITIES, np.asarray(identities, np.int32))
-    sizes = {path.name: path.stat().st_size for path in shards}
-    (folder / SIZES).write_text(json.dumps(sizes, indent=1) + "\n")
-
-
 def check_sizes(folder: Path) -> None:
     """UserError unless all shards are there, as large as they were written.
 

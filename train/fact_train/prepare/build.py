@@ -250,7 +250,9 @@ def _tell_rejected(
                     number += 1
                     if told is None:
                         continue
-                    line = _told_late(work, chunk, line, told, reasons[told[0]] < _SHOWN)
+                    shown = reasons[told[0]] < _SHOWN
+                    line["identity"] = decisions.identity[number - 1]
+                    line = _told_late(work, chunk, line, told, shown)
                 reasons[line["reason"]] += 1
                 yield line
 

@@ -80,17 +80,20 @@ def decide(
         else:
             copies.join(one, other)
     rejected: dict[int, tuple[str, str]] = {}
+    kept: dict[int, int] = {}
     for group in copies.members().values():
         # A labelled copy before one without, then the better one, then the first.
         best = max(group, key=lambda i: (table.label[i] >= 0, *table.rank[i], -i))
         for one in group:
             if one != best:
                 line = f"{table.names[one]} is the same picture as {table.names[best]}"
-                rejected[one] = ("duplicate", line)
+                rejected[one], kept[one] = ("duplicate", line), best
     identity = [table.labels[label] if label >= 0 else "" for label in table.label]
     links += _name_by_face(table, units, same_face, identity, settings)
     for one, name in enumerate(identity):
         identity[one] = name or f"only {table.names[one]}"
+    for one, best in kept.items():
+        identity[one] = identity[best]
     suspects = [
         {
             "kind": kind,

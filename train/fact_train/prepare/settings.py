@@ -84,11 +84,7 @@ class BuildSettings(CheckedFields):
         for role in self.columns:
             if role not in ROLES:
                 raise ValueError(f"column {role}: known are {', '.join(ROLES)}")
-        for name, share in self.splits.items():
-            if name == "train" or not name.isidentifier() or not 0 < share < 1:
-                raise ValueError(f"split {name}={share:g}: give a name but train, and a share")
-        if sum(self.splits.values()) >= 1:
-            raise ValueError("the splits leave no people to train on")
+        check_splits(self.splits)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
@@ -101,6 +97,15 @@ class BuildSettings(CheckedFields):
     def columns_of(self, role: str) -> tuple[str, ...]:
         """The names of a role's column, the first that a row has counts."""
         return (self.columns[role],) if role in self.columns else ROLES[role]
+
+
+def check_splits(splits: dict[str, float]) -> None:
+    """ValueError unless names and shares of splits leave people to train on."""
+    for name, share in splits.items():
+        if name == "train" or not name.isidentifier() or not 0 < share < 1:
+            raise ValueError(f"split {name}={share:g}: give a name but train, and a share")
+    if sum(splits.values()) >= 1:
+        raise ValueError("the splits leave no people to train on")
 
 
 class RejectedError(UserError):

@@ -144,6 +144,7 @@ def _rejected(photo: Photo, shown: Counter) -> dict[str, Any]:
         "name": photo.item.name,
         "reason": error.reason,
         "detail": str(error)[:1000],
+        **{key: str(photo.item.fields[key]) for key in ("identity",) if key in photo.item.fields},
         **{key: round(value, 4) for key, value in photo.about.items()},
     }
     if min(photo.full) > 1 and shown[error.reason] < _THUMBNAILS:

@@ -1,0 +1,208 @@
+"""A built set later: verified, split, merged, without a person, and its page."""
+
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fact_convert import load_encoder, load_pipeline
+from fact_train.cli.main import main
+from fact_train.data.cached_dataset import CachedDataset, CacheWriter
+from fact_train.data.frozen_encoders import FrozenEncoders
+from fact_train.data.pixel_dataset import open_records
+from fact_train.data.records import Records
+from fact_train.prepare.build import build
+from fact_train.prepare.settings import BuildSettings
+from tests.train.prepare.conftest import write_photo
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """Six people of three photos; a copy, a bad file, and one picture under two names."""
+    folder = tmp_path_factory.mktemp("source")
+    for number in range(18):
+        write_photo(folder / f"p{number // 3}" / f"{number % 3}.png", seed=number)
+    write_photo(folder / "p0" / "copy.png", seed=1)
+    write_photo(folder / "p5" / "other.png", seed=2)
+    (folder / "p0" / "bad.png").write_bytes(b"none")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("made") / "out"
+    settings = BuildSettings(source=str(source), size=16, crop=16, shard_megabytes=0.02)
+    summary = build(settings, str(out)).summary
+    assert (summary["in"], summary["records"], summary["rejected"]) == (21, 19, 2)
+    return out
+
+
+@pytest.fixture
+def out(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "out")
+
+
+def run(capsys, *arguments):
+    status = main(["data", *map(str, arguments)])
+    said = capsys.readouterr()
+    return status, said.out + said.err
+
+
+def people(folder, split="train"):
+    lines = []
+    for path in sorted((folder / "about").glob(f"{split}-*")):
+        lines += map(json.loads, path.read_text().splitlines())
+    return [line["identity"] for line in lines]
+
+
+def test_verify_reads_everything(out, capsys):
+    assert run(capsys, "verify", out) == (0, f"{out}: whole; 19 train, 2 rejected\n")
+    shard = sorted(out.rglob("*.array_record*"))[0]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    status, said = run(capsys, "verify", out)
+    assert (status, said.count("\n")) == (2, 1)
+    assert "damaged" in said
+    shard.write_bytes(content[:-10])
+    assert "bytes, " in run(capsys, "verify", out)[1]
+    shard.unlink()
+    assert "is missing" in run(capsys, "verify", out)[1]
+
+
+def test_verify_finds_lost_lines_and_mixed_up_people(out, capsys):
+    identities = np.load(next(out.rglob("identities.npy")))
+    np.save(next(out.rglob("identities.npy")), identities[::-1])
+    assert "does not name" in run(capsys, "verify", out)[1]
+    np.save(next(out.rglob("identities.npy")), identities)
+    (out / "rejected.jsonl").write_text("")
+    assert "21 photos in, but 19 records and 0 rejected" in run(capsys, "verify", out)[1]
+
+
+def test_split_and_merge(out, tmp_path, capsys):
+    """People, not photos, are set apart; the one picture under two names raises the alarm."""
+    status, said = run(capsys, "split", out, "--to", tmp_path / "s", "--split", "test=0.5")
+    train, test = people(tmp_path / "s"), people(tmp_path / "s", "test")
+    assert len(train) + len(test) == 19
+    assert not set(train) & set(test)
+    alarm = ("p0" in train) != ("p5" in train)
+    assert status == (1 if alarm else 0)
+    assert ("one face may be in two splits" in said) == alarm
+    assert run(capsys, "verify", tmp_path / "s")[0] == 0
+    records = Records(tmp_path / "s")
+    assert len(records) == len(train)
+    # Another set of other people, and back to one.
+    other = tmp_path / "photos"
+    for number in range(2):
+        write_photo(other / "q" / f"{number}.png", seed=100 + number)
+    build(BuildSettings(source=str(other), size=16, crop=16), str(tmp_path / "q"))
+    assert run(capsys, "merge", out, tmp_path / "q", "--to", tmp_path / "m")[0] == 0
+    assert people(tmp_path / "m") == [*people(out), "q", "q"]
+    assert run(capsys, "verify", tmp_path / "m") == (
+        0,
+        f"{tmp_path / 'm'}: whole; 21 train, 2 rejected\n",
+    )
+    np.testing.assert_array_equal(
+        Records(tmp_path / "m").identities, [*Records(out).identities, 6, 6]
+    )
+
+
+def test_a_shared_face_across_splits_raises_the_alarm(source, tmp_path, capsys):
+    """Of all shares at least one parts p0 from p5, who share a picture."""
+    from fact_train.prepare.decide import split_of
+
+    share = next(
+        share
+        for share in np.linspace(0.05, 0.95, 19)
+        if split_of("p0", {"test": share}) != split_of("p5", {"test": share})
+    )
+    sizes = ["--size", "16", "--crop", "16"]
+    command = ["build", source, tmp_path / "out", *sizes, "--split", f"test={share}"]
+    status, said = run(capsys, *command)
+    assert status == 1
+    assert "one face may be in two splits" in said
+    lines = [json.loads(line) for line in (tmp_path / "out" / "suspects.jsonl").open()]
+    assert [line["alarm"] for line in lines] == [True]
+    assert lines[0]["people"] == ["p0", "p5"]
+
+
+def test_a_person_is_removed_with_all_that_is_left_of_them(out, miniature, tmp_path, capsys):
+    """Records, lines, thumbnails, and the rows of a cache; what others have is untouched."""
+    pipeline, encoder = load_pipeline(miniature / "base"), load_encoder(miniature / "encoder")
+    records = open_records(str(out), pipeline, encoder)
+    frozen = FrozenEncoders(pipeline, encoder)
+    cells = pipeline.unet.config.sample_size
+    writer = CacheWriter(
+        records, frozen, pipeline.tokenizer, tmp_path / "cache", cells=cells, rows_per_shard=4
+    )
+    assert writer.write((0, 1), lambda line: None)
+    before = CachedDataset(tmp_path / "cache", "head")
+    rows = [before.load(i, i)["tokens"] for i in range(19)]
+    theirs = records.identities == 0
+    command = ("remove", out, "--person", "p0", "--cache", tmp_path / "cache")
+    assert run(capsys, *command) == (0, f"{out}: 3 records removed\n")
+    assert run(capsys, "verify", out)[0] == 0
+    after = CachedDataset(tmp_path / "cache", "head")
+    after.check(frozen, Records(out))
+    assert len(after.identities) == 16
+    for i, row in enumerate(np.flatnonzero(~theirs)):
+        np.testing.assert_array_equal(after.load(i, i)["tokens"], rows[row])
+    for path in out.rglob("*"):
+        assert path.is_dir() or b"p0" not in path.read_bytes(), path
+    (log,) = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    assert (log["records"], log["rejected"], log["caches"]) == (3, 2, 1)
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["in"], summary["records"], summary["removed"]) == (16, 16, 3)
+    status, said = run(capsys, *command)
+    assert status == 2
+    assert "holds nobody of the name p0" in said
+
+
+def test_the_page_opens_offline(out, capsys):
+    assert run(capsys, "report", out, "--photos", "4") == (0, f"{out / 'report.html'}\n")
+    page = (out / "report.html").read_text()
+    assert not re.findall(r"""(?:src|href)=["'](?!data:image/jpeg;base64,)""", page)
+    assert page.count("<figure><img") >= 4
+    for text in ("photos a person", "duplicate: 1", "not readable: 1", "same picture: p0/2.png"):
+        assert text in page
+    thumbnails = re.findall(r"base64,([^\"]+)", page)
+    assert len(thumbnails) == 2 * 4 + 1 + 2  # photo and crop; the copy; the shared picture twice
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["verify", "NONE"], "holds no whole set"),
+        (["report", "NONE"], "holds no whole set"),
+        (["remove", "NONE", "--person", "x"], "holds no whole set"),
+        (["remove", "OUT", "--person", "x"], "holds nobody of the name x"),
+        (["remove", "OUT", "--person", "p1", "--cache", "NONE"], "does not exist"),
+        (["remove", "OUT", "--person", "p1", "--shard-mb", "-1"], "--shard-mb -1"),
+        (["merge", "OUT", "OUT", "--to", "NEW"], "named twice"),
+        (["merge", "OUT", "NONE", "--to", "NEW"], "holds no whole set"),
+        (["merge", "OUT", "--to", "OUT"], "exists already"),
+        (["split", "OUT", "--to", "NEW", "--split", "a"], "give NAME=VALUE"),
+        (["split", "OUT", "--to", "NEW", "--split", "a=2"], "split a=2"),
+    ],
+)
+def test_wrong_input_is_one_line(out, tmp_path, capsys, arguments, line):
+    places = {"OUT": out, "NONE": tmp_path / "none", "NEW": tmp_path / "new"}
+    status, said = run(capsys, *(places.get(text, text) for text in arguments))
+    assert (status, said.count("\n")) == (2, 1), said
+    assert line in said
+    assert not (tmp_path / "new").exists()
+    assert run(capsys, "verify", out)[0] == 0
+
+
+def test_thumbnails_are_of_the_rejected_photo(made):
+    lines = map(json.loads, (made / "rejected.jsonl").read_text().splitlines())
+    (copy,) = [line for line in lines if "thumbnail" in line]
+    assert copy["name"] == "p0/copy.png"
+    import base64
+    import io
+
+    with Image.open(io.BytesIO(base64.b64decode(copy["thumbnail"]))) as small:
+        assert small.size == (16, 16)

@@ -1,0 +1,350 @@
+"""A built set later: merged, split anew, without a person, verified."""
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fact_convert.io.output_paths import check_folder
+from fact_jax.face.images import one_line
+from fact_jax.utils.errors import UserError, error_context
+from fact_jax.utils.files import replace_folder
+from fact_train.data.cached_dataset import drop_rows
+from fact_train.data.dataset_files import shard_name, shard_reader, shard_writer
+from fact_train.data.records import PICTURES, check_sizes, fingerprint_files
+from fact_train.prepare.decide import split_of
+from fact_train.prepare.product.dataset import (
+    FOLDER,
+    LOG,
+    REJECTED,
+    SUMMARY,
+    SUSPECTS,
+    about_name,
+    finish,
+    write_lines,
+)
+from fact_train.prepare.store import Store, json_line
+
+Choose = Callable[[str, dict], str | None]
+"""(split, line about a record) -> the split that it goes to, or None: it goes."""
+
+
+def open_product(folder: Path) -> dict[str, Any]:
+    """The summary of a built set of this machine; UserError if there is none."""
+    if not (folder / SUMMARY).is_file():
+        raise UserError(f"{folder} holds no whole set of `fact-train data build`: no {SUMMARY}")
+    try:
+        summary = json.loads((folder / SUMMARY).read_text("utf-8"))
+        if not {"in", "records", "rejected", "splits", "size", "crop"} <= summary.keys():
+            raise ValueError("it is of another kind")
+    except (ValueError, OSError, AttributeError) as error:
+        raise UserError(f"{folder / SUMMARY} cannot be read: {one_line(error)}") from None
+    check_sizes(folder / FOLDER)
+    return summary
+
+
+def read_records(folder: Path, summary: dict) -> Iterator[tuple[str, int, bytes, dict]]:
+    """(split, shard, record, line about it) of a set, in order."""
+    for split, about in summary["splits"].items():
+        for shard in range(about["shards"]):
+            path = folder / FOLDER / shard_name(shard, about["shards"], split)
+            lines = list(Store(str(folder)).lines(about_name(split, shard)))
+            try:
+                reader = shard_reader(path)
+                count = reader.num_records()
+                if count != len(lines):
+                    raise ValueError(f"{count} records, {len(lines)} lines about them")
+                for start in range(0, count, 64):
+                    numbers = range(start, min(start + 64, count))
+                    some = reader.read(list(numbers))
+                    for number, record in zip(numbers, some, strict=True):
+                        yield split, shard, record, lines[number]
+                reader.close()
+            except (ValueError, RuntimeError, IndexError, OSError) as error:
+                raise UserError(f"{path} is damaged: {one_line(error)}") from None
+
+
+def rewrite(sources: Sequence[Path], out: Path, choose: Choose, *, megabytes: float) -> dict:
+    """Write the records of some sets that ``choose`` keeps into ``out``, which is a new folder.
+
+    Raises UserError where they differ in size, or none is kept.
+    """
+    summaries = [open_product(folder) for folder in sources]
+    for folder, summary in zip(sources, summaries, strict=True):
+        for key in ("size", "crop"):
+            if summary[key] != summaries[0][key]:
+                raise UserError(
+                    f"{folder} holds a {key} of {summary[key]}, {sources[0]} {summaries[0][key]}: "
+                    "build them with the same sizes"
+                )
+    writers: dict[str, Any] = {}
+    shards: dict[str, list[list[int]]] = {}
+    people: dict[str, list[str]] = {}
+    store = Store(str(out))
+    (out / FOLDER).mkdir(parents=True)
+    for folder, summary in zip(sources, summaries, strict=True):
+        for split, _, record, line in read_records(folder, summary):
+            wanted = choose(split, line)
+            if wanted is None:
+                continue
+            some = shards.setdefault(wanted, [])
+            if not some or some[-1][1] + len(record) > megabytes * 2**20:
+                _close(writers.pop(wanted, None))
+                writers[wanted] = _open(out, wanted, len(some))
+                some.append([0, 0])
+            writers[wanted][0].write(record)
+            writers[wanted][1].write(json_line(line))
+            some[-1][0] += 1
+            some[-1][1] += len(record)
+            people.setdefault(wanted, []).append(line["identity"])
+    for writer in writers.values():
+        _close(writer)
+    if not people:
+        raise UserError(f"{out}: no record is left")
+    order = sorted(shards, key=lambda split: (split != "train", split))
+    sizes: dict[str, list[tuple[int, int]]] = {}
+    for split in order:
+        sizes[split] = []
+        for shard, (count, _) in enumerate(shards[split]):
+            path = out / FOLDER / shard_name(shard, len(shards[split]), split)
+            os.rename(out / FOLDER / f"{split}-{shard}", path)
+            sizes[split].append((count, path.stat().st_size))
+    about = _together(summaries)
+    about["in"] = sum(map(len, people.values())) + about["rejected"]
+    finish(
+        store,
+        sizes,
+        {split: people[split] for split in order},
+        (summaries[0]["size"], summaries[0]["crop"]),
+        about,
+    )
+    return about
+
+
+def _open(out: Path, split: str, shard: int) -> tuple[Any, Any]:
+    lines = out / about_name(split, shard)
+    lines.parent.mkdir(exist_ok=True)
+    return shard_writer(out / FOLDER / f"{split}-{shard}"), open(lines, "w", encoding="utf-8")
+
+
+def _close(writer: tuple[Any, Any] | None) -> None:
+    for part in writer or ():
+        part.close()
+
+
+def _together(summaries: Sequence[dict]) -> dict[str, Any]:
+    """The summaries' counts added up, models and settings side by side."""
+    about: dict[str, Any] = {}
+    for key in ("rejected", "removed", "alarms"):
+        about[key] = sum(summary.get(key, 0) for summary in summaries)
+    for key in ("reasons", "ignored", "suspects"):
+        added: Counter[str] = Counter()
+        for summary in summaries:
+            added.update(summary.get(key, {}))
+        about[key] = dict(added.most_common())
+    about["models"] = {}
+    for summary in summaries:
+        for role, model in summary.get("models", {}).items():
+            known = list(about["models"].values())
+            if model not in known:
+                name = role if role not in about["models"] else f"{role} {len(known)}"
+                about["models"][name] = model
+    one = len(summaries) == 1
+    settings = [summary.get("settings", {}) for summary in summaries]
+    about["settings"] = settings[0] if one else {"of": settings}
+    about["fingerprint"] = "+".join(str(summary.get("fingerprint")) for summary in summaries)
+    return about
+
+
+def merge(sources: Sequence[Path], out: Path, *, megabytes: float) -> dict[str, Any]:
+    """One set of several; people of one name are one person. Gives the summary."""
+    check_folder(out, force=False)
+    if len({folder.resolve() for folder in sources}) < len(sources):
+        raise UserError("one set is named twice")
+    seen: dict[str, str] = {}
+
+    def choose(split: str, line: dict) -> str:
+        before = seen.setdefault(line["identity"], split)
+        if before != split:
+            raise UserError(
+                f"{line['identity']} is in the splits {before} and {split}: split anew "
+                "(fact-train data split), or merge sets that are split alike"
+            )
+        return split
+
+    with replace_folder(out, replace=False) as temporary:
+        about = rewrite(sources, temporary, choose, megabytes=megabytes)
+        for name in (REJECTED, SUSPECTS, LOG):
+            found = (
+                Store(str(folder)).lines(name) for folder in sources if (folder / name).is_file()
+            )
+            write_lines(Store(str(temporary)), name, (line for some in found for line in some))
+    return about
+
+
+def split(source: Path, out: Path, splits: dict[str, float], *, megabytes: float) -> dict[str, Any]:
+    """The same records, with other people set apart."""
+    check_folder(out, force=False)
+    with replace_folder(out, replace=False) as temporary:
+        about = rewrite(
+            [source],
+            temporary,
+            lambda _, line: split_of(line["identity"], splits),
+            megabytes=megabytes,
+        )
+        store, old = Store(str(temporary)), Store(str(source))
+        write_lines(store, REJECTED, old.lines(REJECTED))
+        alarms = 0
+
+        def suspects() -> Iterator[dict]:
+            nonlocal alarms
+            for line in old.lines(SUSPECTS):
+                found = sorted({split_of(name, splits) for name in line["people"]})
+                alarms += len(found) > 1
+                yield line | {"splits": found, "alarm": len(found) > 1}
+
+        write_lines(store, SUSPECTS, suspects())
+        if (source / LOG).is_file():
+            shutil.copyfile(source / LOG, temporary / LOG)
+        summary = json.loads((temporary / SUMMARY).read_text("utf-8")) | {"alarms": alarms}
+        store.write(SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    return about | {"alarms": alarms}
+
+
+def remove(folder: Path, person: str, caches: Sequence[Path], *, megabytes: float) -> int:
+    """Take a person out of a set and its caches; how many records went.
+
+    Nothing of them is left: records, lines, thumbnails; the log keeps when it was, how many
+    records, and the SHA-256 of the name, so that a second request can be answered.
+    """
+    summary = open_product(folder)
+    gone = [
+        number
+        for number, (_, _, _, line) in enumerate(read_records(folder, summary))
+        if line["identity"] == person
+    ]
+    names = {
+        line["name"]
+        for _, _, _, line in read_records(folder, summary)
+        if line["identity"] == person
+    }
+
+    rejected = sum(line.get("identity") == person for line in Store(str(folder)).lines(REJECTED))
+    if not gone and not rejected:
+        raise UserError(f"{folder} holds nobody of the name {person}")
+    if len(gone) == summary["records"]:
+        raise UserError(f"{person} is everybody in {folder}: remove the folder")
+    # Caches hold the records of train, which are the first, in their order.
+    trained = summary["splits"].get("train", {}).get("records", 0)
+    before = fingerprint_files(folder / FOLDER)
+    with replace_folder(folder) as temporary:
+        rewrite(
+            [folder],
+            temporary,
+            lambda split, line: None if line["identity"] == person else split,
+            megabytes=megabytes,
+        )
+        store, old = Store(str(temporary)), Store(str(folder))
+        reasons: Counter[str] = Counter()
+
+        def kept() -> Iterator[dict]:
+            for line in old.lines(REJECTED):
+                if line.get("identity") != person:
+                    reasons[line["reason"]] += 1
+                    yield line
+
+        count = write_lines(store, REJECTED, kept())
+        suspects = [
+            line
+            for line in old.lines(SUSPECTS)
+            if person not in line["people"] and not names & set(line["photos"])
+        ]
+        write_lines(store, SUSPECTS, suspects)
+        found = json.loads((temporary / SUMMARY).read_text("utf-8"))
+        found |= {
+            "in": found["records"] + count,
+            "rejected": count,
+            "reasons": dict(reasons.most_common()),
+            "removed": summary.get("removed", 0) + len(gone),
+            "suspects": dict(Counter(line["kind"] for line in suspects)),
+            "alarms": sum(line["alarm"] for line in suspects),
+        }
+        store.write(SUMMARY, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        log = (folder / LOG).read_text("utf-8") if (folder / LOG).is_file() else ""
+        entry = {
+            "when": datetime.now(UTC).isoformat(timespec="seconds"),
+            "what": "a person was removed",
+            "person_sha256": hashlib.sha256(person.encode()).hexdigest(),
+            "records": len(gone),
+            "rejected": rejected,
+            "caches": len(caches),
+        }
+        store.write(LOG, log + json_line(entry))
+        # Before the records go, so that a killed removal is made whole by another.
+        rows = [number for number in gone if number < trained]
+        for cache in caches:
+            drop_rows(cache, rows, before, fingerprint_files(temporary / FOLDER))
+    return len(gone)
+
+
+def verify(folder: Path) -> dict[str, int]:
+    """Read every record of a set; counts. Raises UserError for the first that is damaged."""
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    summary = open_product(folder)
+    identities = {
+        name: np.load(folder / FOLDER / name, allow_pickle=False)
+        for name in os.listdir(folder / FOLDER)
+        if name.startswith("identities")
+    }
+    counts: Counter[str] = Counter()
+    seen: dict[str, dict[str, int]] = {}
+    for split, shard, record, line in read_records(folder, summary):
+        where = f"{folder}: record {counts[split]} of {split} (shard {shard})"
+        example = tf_example_pb2.Example.FromString(record).features.feature
+        name = example["identity"].bytes_list.value[0].decode()
+        numbers = seen.setdefault(split, {})
+        file = "identities.npy" if split == "train" else f"identities-{split}.npy"
+        if identities[file][counts[split]] != numbers.setdefault(name, len(numbers)):
+            raise UserError(f"{where}: {file} does not name {name}")
+        if name != line["identity"]:
+            raise UserError(f"{where}: it is {name}, the line about it says {line['identity']}")
+        with error_context(where):
+            _check_pictures(example, summary)
+        counts[split] += 1
+    for split, about in summary["splits"].items():
+        if counts[split] != about["records"]:
+            raise UserError(f"{folder}: {counts[split]} records of {split}, not {about['records']}")
+    rejected = sum(1 for _ in Store(str(folder)).lines(REJECTED))
+    if (rejected, counts.total()) != (summary["rejected"], summary["records"]) or summary[
+        "in"
+    ] != rejected + counts.total():
+        raise UserError(
+            f"{folder}: {summary['in']} photos in, but {counts.total()} records and {rejected} "
+            "rejected"
+        )
+    return dict(counts) | {"rejected": rejected}
+
+
+def _check_pictures(example: Any, summary: dict) -> None:
+    for part in PICTURES:
+        wanted = summary["crop"] if part == "crop" else summary["size"]
+        try:
+            with Image.open(io.BytesIO(example[part].bytes_list.value[0])) as opened:
+                opened.load()
+                if opened.size != (wanted, wanted):
+                    raise UserError(f"its {part} is {opened.size[0]} x {opened.size[1]}")
+        except (OSError, ValueError, SyntaxError, IndexError) as error:
+            raise UserError(f"its {part} is damaged: {one_line(error)}") from None
+    points = np.array(example["points"].float_list.value)
+    if points.shape != (10,) or not np.isfinite(points).all():
+        raise UserError("its points are no five finite points")
