@@ -236,11 +236,12 @@ def guided_output(
     token_mask: Bool[Array, " m"] | None = None,
     cap: Number | None = None,
     adain: bool | Bool[Array, ""] = False,
+    parallel: bool = False,
 ) -> Float[Array, "b h w c"]:
     """The UNet's output under guidance, all branches in one batch, summed by their ``weights``.
 
-    ``scales`` is the adapter's strength in each block. ``token_mask``, ``cap`` and ``adain``: see
-    ``fact_jax.models.adapter.FaceControls``. All numbers may be traced.
+    ``scales`` is the adapter's strength in each block. ``token_mask``, ``cap``, ``adain`` and
+    ``parallel``: see ``fact_jax.models.adapter.FaceControls``. All numbers may be traced.
     """
     rows = jnp.tile(x, (len(weights), 1, 1, 1))
     out = unet(
@@ -251,7 +252,11 @@ def guided_output(
         face_scale=tuple(scales),
         residuals=None if control is None else control(rows, t, conditions.text),
         controls=FaceControls(
-            cap=cap, adain=adain, regions=conditions.regions, token_mask=token_mask
+            cap=cap,
+            adain=adain,
+            regions=conditions.regions,
+            token_mask=token_mask,
+            parallel=parallel,
         ),
     )
     parts = jnp.split(out, len(weights))
@@ -264,6 +269,7 @@ def guided_model(
     control: Control | None = None,
     guidance: Guidance,
     steps: int,
+    parallel: bool = False,
     **conditions: Any,
 ) -> Model:
     """The function that samplers call: :func:`guided_output` at the strengths of each step.
@@ -282,7 +288,9 @@ def guided_model(
         scale = guidance.scale_at(i, steps)
         scales = [scale * factor for factor in factors]
         controls = {"cap": guidance.cap, "adain": guidance.adain}
-        return guided_output(unet, found, weights, x, t, scales, control, **controls)
+        return guided_output(
+            unet, found, weights, x, t, scales, control, parallel=parallel, **controls
+        )
 
     return model
 

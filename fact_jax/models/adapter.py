@@ -31,12 +31,18 @@ class FaceControls:
     share each, and a visual token sees only those of its people. Where there are none, the
     adapter adds nothing. ``token_mask``: which face tokens there are; the others, which fill their
     number up, are seen by nobody. ``cap`` (infinity: none) and ``adain`` may be traced.
+
+    ``parallel`` is another way to add a face, for comparisons: visual tokens ask the face tokens
+    alone, without feed-forward, and what comes of it is added beside text cross-attention, which
+    does not see it (as IP-Adapter's decoupled cross-attention, arXiv 2308.06721; its queries are
+    the text's, here they are the adapter's own).
     """
 
     cap: float | Float[Array, ""] | None = None
     adain: bool | Bool[Array, ""] = False
     regions: Mapping[int, Bool[Array, "b k _"]] | None = None
     token_mask: Bool[Array, " m"] | None = None
+    parallel: bool = False
 
 
 class FaceAdapter(nnx.Module):
@@ -77,15 +83,18 @@ class FaceAdapter(nnx.Module):
                 jnp.where(controls.adain, _moved(a, to, people, controls.token_mask), a)
                 for a, to in zip(face, own, strict=True)
             )
+        seen = 0 if controls.parallel else x.shape[1]
         keys, values = (
-            jnp.concatenate([a, added.astype(a.dtype)], axis=1)
+            jnp.concatenate([a[:, :seen], added.astype(a.dtype)], axis=1)
             for a, added in zip(own, face, strict=True)
         )
-        unseen = _hidden_keys(regions, controls.token_mask, x.shape[1], face[0].shape[1])
+        unseen = _hidden_keys(regions, controls.token_mask, seen, face[0].shape[1])
         mixed = self.attn.attend(visual, keys, values, unseen)
         first = _gated(scale, self.alpha_attn[...], mixed)
         hidden = x + first
         second = _gated(scale, self.alpha_dense[...], self.ff(self.norm2(hidden)))
+        if controls.parallel:
+            second = jnp.zeros_like(first)
         if regions is None and controls.cap is None:
             return hidden + second, first + second
         increment = first + second

@@ -250,17 +250,17 @@ class TransformerBlock(nnx.Module):
 
         Where ``text_attention`` is False, text cross-attention adds nothing.
         """
-        x, result = x + self.attn1(self.norm1(x)), None
+        x, result, beside = x + self.attn1(self.norm1(x)), None, None
         if face is not None:
             assert self.face is not None  # UNet.face_keys has refused it
             adapted, increment = self.face(x, face, scale, controls)
             if on_increment is not None:
                 result = on_increment(x, increment, size)
-            x = adapted
+            x, beside = (x, increment) if controls.parallel else (adapted, None)
         read = self.attn2(self.norm2(x), text)
         if text_attention is not None:
             read = jnp.where(text_attention.reshape(-1, 1, 1), read, 0)
-        x = x + read
+        x = x + read if beside is None else x + read + beside
         return x + self.ff(self.norm3(x)), result
 
 

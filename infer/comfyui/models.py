@@ -152,6 +152,8 @@ def read_adapter(path: str, ops: Any = nn) -> tuple[Resampler, dict[str, FaceAda
             raise ValueError(f"{path} is no FACT adapter: {key} is unknown")
     if not own or not blocks:
         raise ValueError(f"{path} is no FACT adapter: no {RESAMPLER}* or no *{PROCESSOR}* in it")
+    if "form" in metadata:
+        raise ValueError(f"{path} is an adapter of another form: only fact-infer draws with it")
     try:
         said = json.loads(metadata.get("config", "{}")).get("resampler", {}).get("dim_head")
         width = int(said or (_RELEASED_DIM_HEAD if dim_head is None else dim_head))

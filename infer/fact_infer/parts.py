@@ -145,7 +145,7 @@ class FaceModels:
 
 def read_face_models(adapter: str | os.PathLike, encoder: str | os.PathLike) -> FaceModels:
     """Open an adapter and an encoder; UserError if either is something else, or they do not fit."""
-    trained = read_adapter(adapter)
+    trained = read_adapter(adapter, parallel=True)
     encoder_state, config = read_encoder(encoder)
     taken = trained.config.embedding_dim
     if taken != config.embed_dim:

@@ -28,6 +28,11 @@ FORMAT, VERSION = "fact-adapter", "1"
 DIM_HEAD_KEY = "fact_jax.resampler.dim_head"
 """In our pickles of other than released size; the released code passes over keys of other names."""
 
+PARALLEL = "parallel"
+PARALLEL_ONLY = (
+    "a parallel adapter, of a comparison: only fact-infer's JAX backend (--backend flax) draws it"
+)
+
 log = logging.getLogger(__name__)
 
 
@@ -73,8 +78,17 @@ class AdapterFile:
         return {**own, **_joined(self.blocks)}
 
 
-def read_adapter(path: str | os.PathLike, resampler_config=None) -> AdapterFile:
+def is_parallel(metadata: Mapping[str, object]) -> bool:
+    """Is the adapter of the other form, see ``fact_jax.models.adapter.FaceControls``?"""
+    return metadata.get("form") == PARALLEL
+
+
+def read_adapter(
+    path: str | os.PathLike, resampler_config=None, *, parallel: bool = False
+) -> AdapterFile:
     """Open an adapter file of either format without reading its tensors.
+
+    One of the other form is refused unless ``parallel`` says that it is known what to do with it.
 
     Raises UserError for anything else than a whole adapter, and for one that does not say how wide
     a head of its resampler is, unless ``resampler_config`` says it or the file is of the released
@@ -83,7 +97,7 @@ def read_adapter(path: str | os.PathLike, resampler_config=None) -> AdapterFile:
     path = Path(path)
     state, text = read_file(path)
     state, said = pop_dim_head(state, path)
-    metadata = read_metadata(text, path) | said
+    metadata = read_metadata(text, path, parallel=parallel) | said
     resampler, blocks = split_state(state, path)
     with error_context(path):
         config, note = resampler_config, None
@@ -98,14 +112,16 @@ def read_adapter(path: str | os.PathLike, resampler_config=None) -> AdapterFile:
     )
 
 
-def load_adapter(path: str | os.PathLike, *, resampler_config=None, dtype=jnp.float32) -> Adapter:
+def load_adapter(
+    path: str | os.PathLike, *, resampler_config=None, dtype=jnp.float32, parallel: bool = False
+) -> Adapter:
     """Read an adapter file of either format; the resampler's parameters are of ``dtype``.
 
     ``resampler_config`` is only needed for a ``.ckpt`` of another size than the released one that
     another program wrote: such files do not say how wide heads are. Raises UserError for anything
     else than a whole adapter file.
     """
-    file = read_adapter(path, resampler_config)
+    file = read_adapter(path, resampler_config, parallel=parallel)
     module = load_state("resampler", file.resampler, file.config, dtype=dtype)
     return Adapter(blocks=file.blocks, resampler=module, metadata=file.metadata)
 
@@ -157,8 +173,15 @@ def split_state(state: State, source: str | os.PathLike) -> tuple[State, Mapping
     return resampler, blocks
 
 
-def read_metadata(text: Mapping[str, str], source: str | os.PathLike) -> dict[str, object]:
-    """The metadata of our file with its JSON parts read; empty for files that have none."""
+def read_metadata(
+    text: Mapping[str, str], source: str | os.PathLike, *, parallel: bool = False
+) -> dict[str, object]:
+    """The metadata of our file with its JSON parts read; empty for files that have none.
+
+    UserError for a parallel adapter, unless ``parallel`` takes them.
+    """
+    if is_parallel(text) and not parallel:
+        raise UserError(f"{source}: {PARALLEL_ONLY}")
     if "format" in text and text["format"] not in (FORMAT, "pt"):
         raise UserError(f"{source}: says that it is {text['format']!r}, {FORMAT!r} was wanted")
     if text.get("version", VERSION) != VERSION:

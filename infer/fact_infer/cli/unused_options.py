@@ -51,6 +51,22 @@ _RULES = (
         lambda a: not a.adapter,
         "without --adapter",
     ),
+    _Rule(
+        ("evaluate",),
+        (
+            *("base", "encoder", "people", "photos", "seeds", "seed", "batch", "sampler", "steps"),
+            *("guidance", "height", "width", "face-scale", "block-scale", "face-start"),
+            *("face-stop", "face-guidance", "negative-face", "combine", "face-cap", "adain"),
+        ),
+        lambda a: a.pictures,
+        "beside --pictures, which are there already",
+    ),
+    _Rule(
+        ("evaluate",),
+        ("judge",),
+        lambda a: (a.pictures or a.folder) and a.recogniser and "judge" not in a.recogniser,
+        "beside --recogniser, unless one of them is 'judge'",
+    ),
     _Rule(("report",), ("points",), lambda a: not a.photo, "without --photo"),
     _Rule(("report",), ("flax",), lambda a: not a.torch, "without --torch"),
     _Rule(("report",), ("torch",), lambda a: not a.flax, "without --flax"),

@@ -18,6 +18,7 @@ from fact_jax.face import resize_area
 from fact_jax.fact import encode_face, initial_noise
 from fact_jax.losses import fair_ratio
 from fact_jax.metrics.pictures import latent_change
+from fact_jax.models.adapter import FaceControls
 from fact_jax.utils.batches import padded_batches
 from fact_jax.utils.pixels import normalize_pixels
 
@@ -53,6 +54,7 @@ class Leakage:
                 steps = jnp.full(len(seeds), t)
                 noisy = add_noise(schedule, latents[0], noise, steps).astype(text.dtype)
                 given = {"face": face.astype(text.dtype), "on_increment": ratio}
+                given["controls"] = FaceControls(parallel=pipeline.parallel)
                 _, ratios = parts["unet"](noisy, steps, text, **given)
                 found.append(jnp.stack(ratios))
             outside = 1.0 - resize_area(head, (height, width))

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, PyTree, UInt8
 from tqdm import tqdm
 
-from fact_convert.models.adapter import attach_adapter, load_adapter
+from fact_convert.models.adapter import attach_adapter, is_parallel, load_adapter
 from fact_convert.models.controlnet import load_controlnet
 from fact_convert.models.face_encoder import load_encoder
 from fact_convert.models.pipeline import load_pipeline
@@ -94,11 +94,18 @@ class FlaxPipeline(Pipeline):
         if parts.controlnet is not None:
             models["controlnet"] = load_controlnet(parts.controlnet, dtype=stored)
         if (face := parts.face) is not None:
-            trained = load_adapter(face.adapter, resampler_config=face.resampler_config)
+            trained = load_adapter(
+                face.adapter, resampler_config=face.resampler_config, parallel=True
+            )
             models["unet"] = attach_adapter(models["unet"], trained)
             models["resampler"] = trained.resampler
             models["encoder"] = load_encoder(face.encoder, config=face.encoder_config)
         return cls(parts, models, dtype)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether the adapter is of the other form, see ``fact_jax.models.adapter``."""
+        return self.face is not None and is_parallel(self.face.metadata)
 
     def _products(self) -> AbstractContextManager[None]:
         return matmul_precision(self.precision)
@@ -275,6 +282,7 @@ class FlaxPipeline(Pipeline):
             list(shared["strengths"][i]),
             control,
             token_mask,
+            parallel=self.parallel,
             **shared["controls"],
         )
         return out.astype(jnp.float32)

@@ -15,7 +15,13 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
 
-from fact_convert.models.adapter import check_blocks, model_configs, split_state
+from fact_convert.models.adapter import (
+    PARALLEL_ONLY,
+    check_blocks,
+    is_parallel,
+    model_configs,
+    split_state,
+)
 from fact_infer.jax_config import pin_jax_to_cpu
 from fact_infer.parts import FaceModels, find_face_models, read_face_models, save_face_models
 from fact_infer.photos import prepare_crops
@@ -265,6 +271,8 @@ def load_fact(
         if adapter is None:
             raise UserError("no adapter is named: give load_fact its file, or its name on the Hub")
         files = read_face_models(*find_face_models(adapter, encoder))
+    if is_parallel(files.metadata):
+        raise UserError(f"{files.adapter}: {PARALLEL_ONLY}")
     if installed(pipe.unet):
         raise UserError("this pipe has a face adapter already: unload_fact it first")
     if pipe.unet.device.type == "meta":

@@ -57,6 +57,19 @@ def test_cap_by_hand(adapter):
     np.testing.assert_allclose(capped[beyond], expected, atol=1e-6)
 
 
+def test_a_parallel_adapter_asks_the_face_alone(adapter):
+    """softmax over the face's keys, by hand; the feed-forward adds nothing."""
+    _, increment = run(adapter, scale=0.5, parallel=True)
+    heads = lambda a: np.asarray(a).reshape(*a.shape[:2], HEADS, -1).transpose(0, 2, 1, 3)  # noqa: E731
+    keys, values = map(heads, adapter.keys(FACE))
+    queries = heads(adapter.attn.to_q(adapter.norm1(X)))
+    scores = queries @ keys.swapaxes(2, 3) / (DIM // HEADS) ** 0.5
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    seen = (weights / weights.sum(-1, keepdims=True)) @ values
+    mixed = adapter.attn.to_out[0](jnp.asarray(seen.transpose(0, 2, 1, 3).reshape(X.shape)))
+    np.testing.assert_allclose(increment, 0.5 * np.tanh(1.0) * mixed, atol=1e-5)
+
+
 def test_gradients_of_gates_and_biases_are_summed_in_float32(adapter):
     """In 16 bits a sum over thousands of tokens stops growing when it is 256 times its terms."""
     half = nnx.clone(adapter)

@@ -16,6 +16,7 @@ ONE = [*GENERATE, "--photo", "a", "--adapter", "x", "--encoder", "y"]
 TWO = [*ONE, "--photo", "b"]
 REDRAW = ["redraw", "t.png", *ONE[1:3], *ONE[5:]]
 PLAN = ["plan", "--gpu", "h100", "--base", "b"]
+EVALUATE = ["evaluate", "--pictures", "p", "--out", "o"]
 REPORT = ["report", "--training", "t", "--evaluation", "e", "--out", "o"]
 
 
@@ -53,6 +54,9 @@ REPORT = ["report", "--training", "t", "--evaluation", "e", "--out", "o"]
         ),
         (PLAN, ["--photos", "2"], "--photos has no effect without --adapter"),
         (PLAN, ["--adapter", "a", "--photos", "2", "--encoder", "e"], None),
+        (EVALUATE, ["--steps", "5"], "--steps has no effect beside --pictures"),
+        (EVALUATE, ["--recogniser", "r", "--judge", "j"], "--judge has no effect beside --recog"),
+        (EVALUATE, ["--recogniser", "r", "--recogniser", "judge", "--judge", "j"], None),
         (REPORT, ["--points", "p"], "--points has no effect without --photo"),
         (REPORT, ["--flax", "f"], "--flax has no effect without --torch"),
         (REPORT, ["--torch", "f"], "--torch has no effect without --flax"),

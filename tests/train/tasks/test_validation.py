@@ -6,12 +6,20 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from fact_jax.portraits import SPLITS
+from fact_jax.portraits.metric_networks import IdentityNet, save_network
 from fact_jax.sharding import MeshConfig, make_mesh
 from fact_jax.utils.errors import UserError
 from fact_train.tasks.adapter import AdapterTask
-from fact_train.tasks.validation import PEOPLE, ValidationCallback, change, draw_validation
+from fact_train.tasks.validation import (
+    PEOPLE,
+    Judge,
+    ValidationCallback,
+    change,
+    draw_validation,
+)
 from tests.train.tiny import tiny_config
 
 pytestmark = pytest.mark.heavy
@@ -73,6 +81,34 @@ def test_pictures_and_numbers(task, validation):
     assert heard["watch/similarity"] != silent["watch/similarity"]
     assert heard["watch/outside_change"] > 0
     assert -1 <= heard["watch/similarity"] <= 1
+
+
+def test_a_judge_sees_whom_pictures_show(validation, tmp_path):
+    """Its targets are true photos of the same people: shown themselves, they are as good as can be.
+    Templates with the next person's own face are the wrong person's."""
+    save_network(IdentityNet(rngs=nnx.Rngs(3)), tmp_path / "recogniser.safetensors")
+    given = dataclasses.replace(
+        validation,
+        points=np.tile(validation.points[:1], (PEOPLE, 1, 1)),
+        masks=np.ones_like(validation.masks),
+    )
+    judge = Judge(tmp_path, given)
+    own = np.roll(given.templates, 1, axis=0)
+    found = judge(own, given.templates)
+    assert found["watch/judge_target"] == pytest.approx(1.0, abs=1e-5)
+    assert found["watch/judge_copy_paste"] == pytest.approx(-1.0, abs=1e-3)
+    assert found["watch/judge_rank_one"] == 1.0
+    assert found["watch/judge_rank_one_base"] == 0.0
+    assert found["watch/judge_over_wrong"] == pytest.approx(
+        1.0 - found["watch/judge_target_base"], abs=1e-5
+    )
+
+
+def test_the_best_may_be_known_by_the_judge(miniature):
+    with pytest.raises(ValueError, match="best_by=judge_target takes a judge"):
+        tiny_config(miniature, best_by="judge_target")
+    config = tiny_config(miniature, judge="j", best_by="judge_target")
+    assert AdapterTask(config).score == "watch/judge_target"
 
 
 def test_the_reference_itself_is_as_similar_as_can_be(task, validation):

@@ -121,7 +121,9 @@ def _paces(log: Path) -> list[float]:
 
 
 def _models(run: Run) -> list[Path]:
-    return [Path(run.config.options.base), Path(run.config.options.encoder), JUDGE]
+    options = run.config.options
+    paths = [Path(options.base), Path(options.encoder), JUDGE]
+    return paths + ([Path(options.identity.encoder)] if options.identity.encoder else [])
 
 
 def _digest(paths: set[Path]) -> str:
@@ -160,7 +162,16 @@ def make_laboratory(
     for name, value, least in (("seeds", seeds, 1), ("people", people, 2), ("steps", steps, 10)):
         if value is not None and value < least:
             raise UserError(f"--{name} must be at least {least}, got {value}")
-    questions = load_questions(names)
+    questions = []
+    for one in load_questions(names):
+        wanted = {v.options.identity.encoder for v in one.question.variants.values()} - {None}
+        absent = [path for path in sorted(wanted) if not Path(path).exists()]
+        if absent and one.name in names:
+            raise UserError(f"{one.name}: {absent[0]} is not there: train mini_identity first")
+        if absent:
+            print(f"note: {one.name} is left out, {absent[0]} is not there", file=sys.stderr)
+        else:
+            questions.append(one)
     assert questions[0].name == REFERENCE
     return Laboratory(
         questions=questions,

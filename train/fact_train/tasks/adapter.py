@@ -6,8 +6,6 @@ L = MSE + lambda FAIR, with drop, shuffle and a curriculum (arXiv 2410.12312).
 import contextlib
 import dataclasses
 import functools
-import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from fact_convert import Pipeline, load_encoder, load_pipeline, save_adapter, tokenize
+from fact_convert.models.adapter import PARALLEL
 from fact_convert.weights import abstract_state
 from fact_jax.curriculum import (
     Drop,
@@ -36,6 +35,7 @@ from fact_jax.diffusion.noise_schedules import (
 )
 from fact_jax.face import resize_area
 from fact_jax.losses import denoising_error, fair_ratio, min_snr_weight
+from fact_jax.models.adapter import FaceControls
 from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.transface import TransFace
 from fact_jax.models.unet import UNet
@@ -56,6 +56,7 @@ from fact_train.engine.partition import assert_covers, merge, paths, split_modul
 from fact_train.engine.sample_keys import sample_normal, sample_timesteps, split_keys
 from fact_train.engine.task import Task
 from fact_train.tasks.adapter_init import new_adapters, read_adapters, whitened_resampler
+from fact_train.tasks.block_metrics import by_block
 from fact_train.tasks.identity_loss import (
     IdentityLoss,
     IdentityOptions,
@@ -63,7 +64,6 @@ from fact_train.tasks.identity_loss import (
     drawn_arrays,
 )
 from fact_train.tasks.validation import (
-    SCORE,
     ValidationCallback,
     ValidationSet,
     draw_validation,
@@ -86,14 +86,18 @@ class AdapterOptions(CheckedFields):
     in the error. With ``weights``, an adapter file, training goes on from its adapters and its
     resampler instead.
 
-    ``min_snr`` is the gamma of Min-SNR weighting (arXiv 2303.09556 takes 5; 0: every timestep
-    weighs the same), ``noise_offset`` how much a picture's mean is noised beside its cells (0.05 is
-    usual), ``neutral`` the probability of ``neutral_caption`` in place of a sample's own.
+    ``form`` is FACT's, or for comparisons the parallel one, see
+    ``fact_jax.models.adapter.FaceControls``. ``min_snr`` is the gamma of Min-SNR weighting
+    (arXiv 2303.09556 takes 5; 0: every timestep weighs the same), ``noise_offset`` how much a
+    picture's mean is noised beside its cells (0.05 is usual), ``neutral`` the probability of
+    ``neutral_caption`` in place of a sample's own.
 
     Photos are drawn from the portrait world, ``people`` x ``photos`` of them, or come from the
     folder ``records`` and are encoded in every step, or from the folder ``cache``, which holds
     them encoded (``fact-train cache``). Pictures to watch are of people of the portrait world, or
-    of the records in the folder ``watch``.
+    of the records in the folder ``watch``. A ``judge``, a folder with the miniature's
+    ``recogniser.safetensors``, says beside the face encoder whom they show; by ``best_by`` the best
+    checkpoints are known.
     """
 
     base: Name = "miniature/base"
@@ -104,8 +108,11 @@ class AdapterOptions(CheckedFields):
     records: Name | None = None
     cache: Name | None = None
     watch: Name | None = None
+    judge: Name | None = None
+    best_by: Literal["similarity", "judge_target", "judge_over_wrong"] = "similarity"
     stages: Annotated[tuple[Stage, ...], Length(1)]
     drop: Drop = DEFAULT_DROP
+    form: Literal["sequential", "parallel"] = "sequential"
     start: Literal["zero_gates", "zero_projections"] = "zero_projections"
     gate: Positive = 1.0
     weights: Name | None = None
@@ -119,6 +126,8 @@ class AdapterOptions(CheckedFields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.best_by != "similarity" and self.judge is None:
+            raise ValueError(f"best_by={self.best_by} takes a judge: name its folder")
         if self.identity.encoder is not None and self.cache is not None:
             raise ValueError(
                 "identity.encoder takes the points and masks of records, which a cache does not "
@@ -135,7 +144,6 @@ class AdapterOptions(CheckedFields):
 class AdapterTask(Task):
     """The adapter of every block and the resampler learn; everything else stays bit for bit."""
 
-    score = SCORE
     samples_on_mesh = True
     options: AdapterOptions
 
@@ -173,6 +181,11 @@ class AdapterTask(Task):
             if self.options.records is not None:
                 check_crop_size(network, self.encoder)
             self.identity = IdentityLoss(self.options.identity, network, self.pipeline)
+
+    @property
+    def score(self) -> str:
+        """What the best checkpoints are known by."""
+        return f"watch/{self.options.best_by}"
 
     def _load_identity_encoder(self, file: str) -> TransFace:
         return load_encoder(file)
@@ -315,6 +328,7 @@ class AdapterTask(Task):
             on_increment=ratio,
             remat=self.config.remat,
             text_attention=attended,
+            controls=FaceControls(parallel=options.form == PARALLEL),
         )
 
         target = training_target(schedule, latents, noise, t)
@@ -374,6 +388,8 @@ class AdapterTask(Task):
         unet = self.unet(trainable["adapter"], frozen["unet"])
         resampler = self.resampler.module(trainable["resampler"])
         metadata = {"step": self.steps_before + step, **self._origin(step)}
+        if self.options.form == PARALLEL:
+            metadata["form"] = PARALLEL
         save_adapter(unet, resampler, directory / "adapter.safetensors", metadata)
 
     def _origin(self, step: int) -> dict[str, object]:
@@ -382,18 +398,3 @@ class AdapterTask(Task):
             return {}
         before = {"file": self.options.weights, "step": self.steps_before}
         return {"run_step": step, "started_from": before}
-
-
-def by_block(unet: UNet, ratios: Sequence[Float[Array, " b"]]) -> dict[str, Float[Array, ""]]:
-    """FAIR and gates of each adapted block, and how far the gates are open on average."""
-    metrics: dict[str, Float[Array, ""]] = {}
-    gates: dict[str, list[Float[Array, ""]]] = {"attn": [], "dense": []}
-    for (path, block), ratio in zip(unet.transformer_blocks(), ratios, strict=True):
-        name = re.sub("_blocks?|[.]attentions|[.]transformer", "", path)
-        metrics[f"block/fair/{name}"] = ratio.mean()
-        for which, found in gates.items():
-            alpha = getattr(block.face, f"alpha_{which}")[...].astype(jnp.float32)
-            metrics[f"block/alpha_{which}/{name}"] = alpha
-            found.append(jnp.abs(jnp.tanh(alpha)))
-    opened = {f"gate/{which}": jnp.stack(found).mean() for which, found in gates.items()}
-    return metrics | opened

@@ -11,24 +11,30 @@ All devices of the mesh draw, each some of the rows.
 
 import contextlib
 import dataclasses
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PyTree, UInt8
 
 from fact_convert import tokenize
+from fact_convert.models.adapter import PARALLEL
 from fact_jax.diffusion.samplers import noise_latents_for_start, sample_ddim
 from fact_jax.face import align_batch
 from fact_jax.fact import Guidance, encode_face, guided_model, null_face
 from fact_jax.losses import normalize
+from fact_jax.metrics.identity import angle, copy_paste, cosine, rank_one
 from fact_jax.models.transface import TransFace
 from fact_jax.models.vae import AutoencoderKL
 from fact_jax.portraits import SPLITS
+from fact_jax.portraits.metric_networks import CROP, IdentityNet, load_network
 from fact_jax.sharding import replicated, shard
 from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.errors import UserError
@@ -52,6 +58,8 @@ class ValidationSet:
     """Row i: a person's photo and crop, and a template that shows somebody else."""
 
     photos: UInt8[np.ndarray, "n h w 3"]
+    photo_points: Float[np.ndarray, "n 5 2"]
+    photo_masks: Float[np.ndarray, "n h w"]
     crops: UInt8[np.ndarray, "n s s 3"]
     templates: UInt8[np.ndarray, "n h w 3"]
     points: Float[np.ndarray, "n 5 2"]
@@ -68,6 +76,8 @@ def draw_validation(size: int, crop_size: int) -> ValidationSet:
     )
     return ValidationSet(
         photos=photos.images,
+        photo_points=photos.portrait.points,
+        photo_masks=photos.portrait.head_mask,
         crops=align_portraits(photos, crop_size),
         templates=_next(others.images),
         points=_next(others.portrait.points),
@@ -98,6 +108,8 @@ def read_validation(folder: str, pipeline: Any, encoder: Any) -> ValidationSet:
     captions = [row["caption"] for row in others]
     return ValidationSet(
         photos=pictures(photos, "photo"),
+        photo_points=np.stack([row["points"] for row in photos]),
+        photo_masks=pictures(photos, "head_mask").astype(np.float32) / 255.0,
         crops=pictures(photos, "crop"),
         templates=_next(pictures(others, "photo")),
         points=_next(np.stack([row["points"] for row in others])),
@@ -110,6 +122,47 @@ def _read(records: Records, number: int) -> dict[str, Any]:
     row = records[number]
     pictures = {name: records.picture(number, row, name) for name in PICTURES}
     return {**row, **pictures, "caption": records.caption(number, row)}
+
+
+class Judge:
+    """Who is seen, by the miniature's recogniser, which nothing else here was trained on.
+
+    The targets are the people's own photos that serve as templates for others.
+    """
+
+    def __init__(self, folder: Path, validation: ValidationSet):
+        network = load_network(IdentityNet, folder / "recogniser.safetensors")
+        graph, state = nnx.split(network)
+        self._run = jax.jit(lambda crops: nnx.merge(graph, state)(normalize_pixels(crops)))
+        self._validation = given = validation
+        self._references = self._embed(given.photos, given.photo_points, given.photo_masks)
+        others = (given.templates, given.points, given.masks)
+        self._targets = self._embed(*(np.roll(rows, 1, axis=0) for rows in others))
+
+    def _embed(self, pictures, points, masks) -> Float[np.ndarray, "n k"]:
+        return np.asarray(self._run(align_batch(pictures, points, masks, CROP)))
+
+    def __call__(
+        self, fact: UInt8[np.ndarray, "n h w 3"], base: UInt8[np.ndarray, "n h w 3"]
+    ) -> dict[str, float]:
+        """Means over the people; ``fact_jax.metrics.identity`` has the formulas."""
+        given = self._validation
+        numbers: dict[str, np.ndarray] = {}
+        references, targets = self._references, self._targets
+        for name, pictures in (("", fact), ("_base", base)):
+            found = self._embed(pictures, given.points, given.masks)
+            right = cosine(found, targets)
+            scores = copy_paste(
+                angle(found, targets), angle(found, references), angle(targets, references)
+            )
+            numbers |= {
+                f"watch/judge_target{name}": right,
+                f"watch/judge_reference{name}": cosine(found, references),
+                f"watch/judge_over_wrong{name}": right - cosine(found, _next(targets)),
+                f"watch/judge_copy_paste{name}": scores,
+                f"watch/judge_rank_one{name}": rank_one(found, targets),
+            }
+        return {name: float(np.mean(values)) for name, values in numbers.items()}
 
 
 class ValidationCallback:
@@ -129,11 +182,13 @@ class ValidationCallback:
             self._drawn, static_argnames="start", out_shardings=replicated(self._mesh)
         )
         self._embed = jax.jit(self._embedded)
+        judge = task.options.judge
+        self._judge = None if judge is None else Judge(Path(judge), validation)
         self._wanted = self._identities(validation.crops)
 
     def __call__(self, trainable, frozen, key) -> dict[str, np.ndarray | float]:
         """Both grids, and the numbers under ``watch/``; the arrays lie whole on all devices."""
-        given = self._validation
+        began, given = time.monotonic(), self._validation
         count, config = len(given.photos), self._task.pipeline.unet.config
         side = config.sample_size
         noise = jax.random.normal(key, (count, side, side, config.in_channels))
@@ -148,6 +203,7 @@ class ValidationCallback:
         base, fact = made[TEMPLATE_START]
         drawn, swapped = [given.photos, *made[0]], [given.templates, base, fact]
         inside, outside = change(base, fact, given.masks)
+        judged = {} if self._judge is None else self._judge(fact, base)
         return {
             "reference-base-fact": contact_sheet(np.concatenate(drawn), count),
             "template-base-fact": contact_sheet(np.concatenate(swapped), count),
@@ -155,6 +211,8 @@ class ValidationCallback:
             f"{SCORE}_base": self._similarity(base),
             "watch/inside_change": inside,
             "watch/outside_change": outside,
+            **judged,
+            "watch/seconds": time.monotonic() - began,
         }
 
     def _spread(self, rows: dict[str, Array | np.ndarray]) -> dict[str, Array]:
@@ -219,6 +277,7 @@ def draw_rows(
         no_face=null_face(resampler, task.encoder.config.tokens),
         guidance=Guidance(text=3.0, face_scale=scale),
         steps=STEPS,
+        parallel=task.options.form == PARALLEL,
     )
     schedule, noise = task.pipeline.schedule, rows["noise"]
     factor = vae.config.scaling_factor

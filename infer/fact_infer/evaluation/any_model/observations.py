@@ -18,6 +18,9 @@ from fact_jax.metrics.identity import average_recognisers, unit
 from fact_jax.utils.errors import UserError
 
 _LIGHT_CROP = 48
+_INSTALL = (
+    "install a detector (pip install 'fact-jax[data]' and an insightface pack, --detector names it)"
+)
 
 
 class Observation(NamedTuple):
@@ -53,6 +56,13 @@ class Observer:
         self._clip, self._features = clip, features
         self._pack = local_pack(pack)
         self._about = f"{about} {self._pack and fingerprint(self._pack)}"
+
+    def check_drawn(self, size: tuple[int, int]) -> None:
+        """UserError if faces in pictures of this height and width could not be found."""
+        if self._pack is None and (self._parser is None or not fits_parser(size)):
+            raise UserError(
+                f"nothing finds faces in drawn pictures of {size[1]} x {size[0]}: {_INSTALL}"
+            )
 
     def __call__(self, path: Path) -> Observation:
         """UserError if there is nothing to find faces with."""
@@ -100,10 +110,7 @@ class Observer:
         elif self._pack is not None:
             faces = detect_faces(image, self._pack)
         else:
-            raise UserError(
-                f"no face points for {path}: write them to {sidecar}, or install a detector "
-                "(pip install 'fact-jax[data]' and an insightface pack, --detector names it)"
-            )
+            raise UserError(f"no face points for {path}: write them to {sidecar}, or {_INSTALL}")
         faces = sorted(faces, key=lambda f: -float(np.prod(f.box[2:] - f.box[:2])))
         points = np.asarray([face.points for face in faces], np.float32).reshape(-1, 5, 2)
         masks = [head_mask(image.shape, face.points).mask for face in faces]

@@ -141,13 +141,14 @@ def evaluate_folder(
         },
     }
     out = open_folder(arguments, about)
+    observer = networks.observer(out, arguments.detector)
+    observer.check_drawn(pipeline.base.picture_size(params))
     store = PictureStore(out / "pictures")
     print(f"drawing {len(plan.rows())} pictures, and the base's", file=sys.stderr)
     with cost.drawing(store):
         entries = draw(pipeline, plan, params, store, arguments.batch)
     with atomic_write(out / "manifest.jsonl") as path:
         path.write_text(write_manifest(entries, out), encoding="utf-8")
-    observer = networks.observer(out, arguments.detector)
     more = leaked(pipeline, plan, store, observer, min(arguments.batch, len(entries)))
     title = (
         f"{len(people)} people of {arguments.folder}, {len(plan.prompts)} prompt(s), {len(seeds)} "
