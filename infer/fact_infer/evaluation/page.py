@@ -40,7 +40,8 @@ svg path { fill: none; } svg .raw { opacity: .3; } svg .mean { stroke-width: 2; 
 """
 _ROWS_STYLE = """
 .case { border-top: 1px solid #eef0f4; padding: .8rem 0; display: flex; gap: 1rem; }
-.case .row { gap: .6rem; flex-wrap: nowrap; } .case img { display: block; }
+.case .row { gap: .6rem; flex-wrap: nowrap; } .case img { display: block; max-width: none; }
+.case figure { flex: none; }
 .case .about { min-width: 15rem; font-size: .9rem; font-variant-numeric: tabular-nums; }
 """
 

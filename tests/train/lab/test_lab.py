@@ -48,8 +48,8 @@ def test_seeds_come_one_after_the_other_and_fact_is_always_there():
 def test_shorter_trials_keep_the_proportions():
     (fact,) = load_questions(["fact"])
     config = shortened(fact.question.variants["fact"], 200)
-    assert [stage.steps for stage in config.options.stages] == [16, 38, 146]
-    assert config.optimizer.warmup_steps == 10
+    assert [stage.steps for stage in config.options.stages] == [16, 37, 147]
+    assert config.optimizer.warmup_steps == 13
 
 
 def scores(rows) -> dict:
@@ -161,7 +161,7 @@ def test_the_program_says_beforehand_what_it_would_do(tmp_path, capsys):
     assert main(["lab", "fair", "--out", str(tmp_path / "lab"), "--dry-run", "--seeds", "2"]) == 0
     said = capsys.readouterr().out
     assert "fair: Does FAIR keep the rest of the picture" in said
-    assert "0 of 10 evaluations are done; to do: 10 trainings, 20,000 steps" in said
+    assert "0 of 10 evaluations are done; to do: 10 trainings, 15,000 steps" in said
     assert "hours" in said
     assert not (tmp_path / "lab").exists()
     assert main(["lab", "--seeds", "0"]) == 2

@@ -33,6 +33,9 @@ NOTES = (
 )
 
 
+_SHOWN = {"reference": "reference", "target": "another", "copy-paste": "copy_paste"}
+
+
 class Row(NamedTuple):
     """A person in a picture; ``entry`` counts pictures."""
 
@@ -311,14 +314,14 @@ def _cases(entries, rows, samples: Samples) -> list[Case]:
         files = {"reference": row.shown.references[0], "base": entry.base, "picture": entry.picture}
         files["target"] = row.shown.target
         pictures = {n: _reader(path) for n, path in files.items() if path is not None}
-        about = [f"{row.shown.person}", *([entry.prompt] if entry.prompt else [])]
-        about += [] if entry.seed is None else [f"seed {entry.seed}"]
-        scores = {n: samples.get(f"{n}/fact") for n in ("reference", "another", "copy_paste")}
-        about += [
-            f"{n.replace('_', '-')} {value[i]:.3f}"
-            for n, value in scores.items()
-            if isinstance(value, np.ndarray)
+        scores = [
+            f"{label} {value[i]:.3f}"
+            for label, name in _SHOWN.items()
+            if isinstance(value := samples.get(f"{name}/fact"), np.ndarray)
         ]
+        seed = [] if entry.seed is None else [f"seed {entry.seed}"]
+        prompt = [entry.prompt] if entry.prompt else []
+        about = [", ".join([row.shown.person, *seed]), *prompt, ", ".join(scores)]
         drawn = bool(np.asarray(samples["found/fact"])[i])
         cases.append(Case(pictures, float(np.asarray(samples[key])[i]) if drawn else None, about))
     return cases

@@ -11,8 +11,8 @@ from fact_train.config import CheckpointConfig, LogConfig, TrainConfig
 from fact_train.configs.mini import config as mini
 from fact_train.lab.question import Question
 
-STEPS = 2000
-ALONE, RAMP, REST = 160, 380, STEPS - 160 - 380
+STEPS = 1500
+ALONE, RAMP, REST = 120, 280, STEPS - 120 - 280
 """Steps without shuffle and FAIR, steps in which both grow, and steps at their full values."""
 
 
