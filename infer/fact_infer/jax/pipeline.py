@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, PyTree, UInt8
 from tqdm import tqdm
@@ -19,8 +19,10 @@ from fact_convert.models.adapter import attach_adapter, is_parallel, load_adapte
 from fact_convert.models.controlnet import load_controlnet
 from fact_convert.models.face_encoder import load_encoder
 from fact_convert.models.pipeline import load_pipeline
+from fact_infer.jax.devices import mesh, over_devices, share
 from fact_infer.parts import Parts
 from fact_infer.pipeline import GenerationInputs, Pipeline
+from fact_jax.diffusion.noise_schedules import signal_and_noise, split_output
 from fact_jax.diffusion.samplers import (
     SAMPLERS,
     masked_denoiser,
@@ -38,10 +40,10 @@ from fact_jax.fact import (
     null_face,
 )
 from fact_jax.ops.precision import cast_parameters, matmul_precision, precision_of, storage_dtype
+from fact_jax.utils.cache import ContentCache
 from fact_jax.utils.pixels import denormalize_pixels, normalize_pixels
 
 _HALF_PARTS = ("unet", "text_encoder", "controlnet")
-_AXIS = "pictures"
 _UNMASKED_PHOTOS = 2
 MAX_SHAPES = 8
 """Of so many shapes of requests the compiled programs stay in memory."""
@@ -68,7 +70,7 @@ class FlaxPipeline(Pipeline):
 
     Three programs are compiled for each ``StaticParams``: what is done once before the steps, the
     guided UNet, and what is done once after them. With several devices each draws its share of a
-    batch.
+    batch. Prompts and faces are encoded before, once for each content.
     """
 
     def __init__(self, parts: Parts, models: dict[str, nnx.Module], dtype: Any = "float32"):
@@ -82,9 +84,12 @@ class FlaxPipeline(Pipeline):
             self._states[name] = cast_parameters(self._states[name], self.precision)
         self._devices = 1
         self._shapes: set = set()
-        self._prepare = _over_devices(self._prepare_rows)
-        self._denoise = _over_devices(self._denoise_rows)
-        self._decode = _over_devices(self._decode_rows)
+        self._cache = ContentCache()
+        self._encode_text = jax.jit(self._text_rows)
+        self._encode_face = jax.jit(self._face_rows, static_argnames=("combine", "people"))
+        self._prepare = over_devices(self._prepare_rows)
+        self._denoise = over_devices(self._denoise_rows)
+        self._decode = over_devices(self._decode_rows)
 
     @classmethod
     def from_parts(cls, parts: Parts, dtype: Any = "float32") -> Self:
@@ -117,16 +122,50 @@ class FlaxPipeline(Pipeline):
         states = self._placed(shape.devices)
         if bar is not None and not bar.n:
             bar.set_description("compiling")
+        shared, rows = self._encoded(states, shared, rows, shape)
         conditions, noise, keys, x0 = self._prepare(states, shared, rows, shape=shape)
         denoise = functools.partial(self._denoise, states, jax.device_put(of_steps), shape=shape)
         with _Progress(bar) as progress:
 
             def model(x: Array, t: Array, i: Array) -> Array:
                 rows = {"x": x, "conditions": conditions}
-                return progress(denoise(rows, t.astype(jnp.float32), i))
+                output = progress(denoise(rows, t.astype(jnp.float32), i))
+                progress.show(lambda: self._so_far(states, x, output, t, shape))
+                return output
 
             latents = self._sample(model, inputs, noise, keys, x0)
         return np.asarray(self._decode(states, {}, latents, shape=shape))
+
+    def _so_far(
+        self, states: dict, x: Array, output: Array, t: Array, shape: StaticParams
+    ) -> UInt8[np.ndarray, "b h w 3"]:
+        """The pictures that an output of the UNet points at."""
+        schedule = self.base.schedule
+        x0, _ = split_output(schedule, output, x, *signal_and_noise(schedule, t, x.ndim))
+        return np.asarray(self._decode(states, {}, x0, shape=shape))
+
+    def _encoded(
+        self, states: dict, shared: dict, rows: dict, shape: StaticParams
+    ) -> tuple[dict, dict]:
+        """The inputs of ``_prepare``: prompts and crops encoded, each content once.
+
+        The negative prompt's states are shared.
+        """
+        cache, rows, mask = self._cache, dict(rows), shared["photo_mask"]
+
+        def encode(program: Callable, row: np.ndarray, **how: Any) -> np.ndarray:
+            # Off the devices, of which the next request may take others.
+            run = functools.partial(program, states, row[None], **how)
+            return cache.get(lambda: np.asarray(run()), row, *how.values())
+
+        ids = np.concatenate([shared["negative"], rows.pop("ids")])
+        text = [encode(self._encode_text, row) for row in ids]
+        rows["text"] = np.concatenate(text[1:])
+        if "crops" in rows:
+            how = {"mask": mask, "combine": shape.combine, "people": shape.people}
+            faces = [encode(self._encode_face, row, **how) for row in rows.pop("crops")]
+            rows["face"] = np.concatenate(faces)
+        return shared | {"negative": text[0]}, rows
 
     def _inputs_of_prepare(self, inputs: GenerationInputs) -> tuple[StaticParams, dict, dict]:
         """What the first program takes, shared and for each picture, and the shape of all three."""
@@ -146,7 +185,7 @@ class FlaxPipeline(Pipeline):
             people=guidance.people,
             branches=guidance.branches,
             combine=inputs.params.guidance.combine,
-            devices=_share(len(inputs.seeds), jax.local_device_count()),
+            devices=share(len(inputs.seeds), jax.local_device_count()),
         )
         return shape, {"negative": inputs.token_ids[:1], "photo_mask": photo_mask}, rows
 
@@ -178,7 +217,7 @@ class FlaxPipeline(Pipeline):
         """The models' parameters, on so many devices."""
         if devices != self._devices:
             self._devices = devices
-            self._states = jax.device_put(self._states, NamedSharding(_mesh(devices), P()))
+            self._states = jax.device_put(self._states, NamedSharding(mesh(devices), P()))
         return self._states
 
     def _limit_programs(self, shape: StaticParams, arrays: dict) -> None:
@@ -219,15 +258,19 @@ class FlaxPipeline(Pipeline):
         """Conditions, unit noise, each picture's key, and the latents of what is drawn over."""
         models = self._models(states)
         seeds, count = inputs["seeds"], len(inputs["seeds"])
-        text = models["text_encoder"](jnp.concatenate([shared["negative"], inputs["ids"]]))
-        faces = {}
+        if "ids" in inputs:  # not encoded yet: planned as one program
+            shared = shared | {"negative": self._text_rows(states, shared["negative"])}
+            inputs = inputs | {"text": self._text_rows(states, inputs["ids"])}
         if "crops" in inputs:
-            faces = self._faces(models, inputs, shared["photo_mask"], count, shape)
+            how = shared["photo_mask"], shape.combine, shape.people
+            face = self._face_rows(states, inputs["crops"], *how)
+            inputs = inputs | {"face": face}
+        faces = self._faces(models, inputs, count) if "face" in inputs else {}
         conditions = {
             "text and face": guided_conditions(
                 models["unet"],
-                text=text[1:],
-                negative_text=jnp.repeat(text[:1], count, axis=0),
+                text=inputs["text"],
+                negative_text=jnp.repeat(shared["negative"], count, axis=0),
                 branches=shape.branches,
                 **faces,
             )
@@ -242,12 +285,17 @@ class FlaxPipeline(Pipeline):
         noise = initial_noise(seeds, *shape.size, self.base.unet.in_channels)
         return conditions, noise, jax.vmap(jax.random.key)(seeds), x0
 
-    def _faces(
-        self, models: dict, inputs: dict, photo_mask: Array | None, count: int, shape: StaticParams
-    ) -> dict[str, Any]:
-        encoder, resampler = models["encoder"], models["resampler"]
-        crops = normalize_pixels(inputs["crops"])
-        face = encode_face(encoder, resampler, crops, shape.combine, shape.people, photo_mask)
+    def _text_rows(self, states: dict, ids: Array) -> Float[Array, "b n d"]:
+        return self._models(states)["text_encoder"](ids)
+
+    def _face_rows(
+        self, states: dict, crops: Array, mask: Array | None, combine: Combine, people: int
+    ) -> Float[Array, "c m d"]:
+        models, crops = self._models(states), normalize_pixels(crops)
+        return encode_face(models["encoder"], models["resampler"], crops, combine, people, mask)
+
+    def _faces(self, models: dict, inputs: dict, count: int) -> dict[str, Any]:
+        encoder, resampler, face = models["encoder"], models["resampler"], inputs["face"]
         face = jnp.broadcast_to(face, (count, *face.shape[1:]))
         photos = face.shape[1] // resampler.config.num_queries
         no_face = null_face(resampler, encoder.config.tokens, photos)
@@ -322,44 +370,17 @@ class _Progress:
         self._last = output
         return output
 
+    def show(self, pictures: Callable[[], np.ndarray]) -> None:
+        """Offer what is there so far, where the bar is one that shows it."""
+        if (show := getattr(self._bar, "show", None)) is not None:
+            show(pictures)
+
     def _wait(self) -> None:
         if self._last is not None:
             self._last.block_until_ready()
             if self._bar is not None:
                 self._bar.set_description("drawing", refresh=False)
                 self._bar.update()
-
-
-def _over_devices(function: Callable) -> Callable:
-    """The function of (states, shared, rows, *more), compiled; each device has its share of rows.
-
-    Nothing passes between devices: a picture needs no other.
-    """
-
-    def run(states: dict, shared: dict, rows: Any, *more: Array, shape: StaticParams) -> Any:
-        call = functools.partial(function, shape=shape)
-        if shape.devices == 1:
-            return call(states, shared, rows, *more)
-        split = jax.tree.map(lambda a: P() if len(a) % shape.count else P(_AXIS), rows)
-        return jax.shard_map(
-            call,
-            mesh=_mesh(shape.devices),
-            in_specs=(P(), P(), split, *(P() for _ in more)),
-            out_specs=P(_AXIS),
-            check_vma=False,
-        )(states, shared, rows, *more)
-
-    run.__name__ = function.__name__  # what profiles and the programs kept on disk are called
-    return jax.jit(run, static_argnames="shape")
-
-
-def _share(pictures: int, devices: int) -> int:
-    """The most devices among which a batch can be split evenly."""
-    return max(n for n in range(1, devices + 1) if pictures % n == 0)
-
-
-def _mesh(devices: int) -> Mesh:
-    return Mesh(np.asarray(jax.local_devices()[:devices]), (_AXIS,))
 
 
 def pad_photos(

@@ -1,6 +1,7 @@
 """Generation in PyTorch: a stock StableDiffusionPipeline of diffusers with FACT in it."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Self
@@ -22,6 +23,7 @@ from fact_infer.torch.img2img import MaskedImg2ImgControlNetPipeline, MaskedImg2
 from fact_infer.torch.lora import merge_loras
 from fact_jax.diffusion.samplers import DIFFUSERS_SCHEDULERS, model_calls
 from fact_jax.fact import initial_noise
+from fact_jax.utils.cache import ContentCache
 from fact_jax.utils.errors import UserError, first_line
 
 
@@ -43,6 +45,7 @@ class TorchPipeline(Pipeline):
         super().__init__(parts)
         self.tf32 = tf32
         self.pipe, self.controlnet = pipe, controlnet
+        self._cache = ContentCache()
         self.fact: FactTorch | None = load_fact(pipe, files=parts.face) if parts.face else None
 
     @classmethod
@@ -105,11 +108,13 @@ class TorchPipeline(Pipeline):
         else:
             pipe.set_inputs(img2img, noise, timesteps)
             more |= {"image": _pixels(img2img.images), "strength": img2img.strength}
-        text = self._text(inputs.token_ids)
+        ids = inputs.token_ids
+        text = self._cache.get(functools.partial(self._text, ids), ids)
         face: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.fact is not None and inputs.crops is not None:
             guidance = inputs.guidance
-            tokens = self.fact.face_tokens(inputs.crops, params.guidance.combine, guidance.people)
+            asked = inputs.crops, params.guidance.combine, guidance.people
+            tokens = self._cache.get(functools.partial(self.fact.face_tokens, *asked), *asked)
             tokens = tokens.expand(len(inputs.seeds), *tokens.shape[1:])
             scales = guidance.step_scales[indices - start].tolist()
             face = self.fact.on(pipe).face(tokens, params.guidance, scales, guidance.regions)
@@ -120,11 +125,33 @@ class TorchPipeline(Pipeline):
                 guidance_scale=params.guidance.text,
                 num_inference_steps=params.steps,
                 generator=[torch.Generator().manual_seed(int(seed)) for seed in inputs.seeds],
-                callback_on_step_end=_after_step(img2img is not None, bar),
+                callback_on_step_end=self._after_step(img2img is not None, bar),
                 output_type="np",
                 **more,
             ).images
         return np.round(255 * pictures).astype(np.uint8)
+
+    def _after_step(self, img2img: bool, bar: tqdm | None) -> Callable[..., dict]:
+        show = getattr(bar, "show", None)
+
+        def after(pipe: Any, step: int, t: torch.Tensor, values: dict) -> dict:
+            if img2img:
+                values["latents"] = pipe.restore_unmasked(step, values["latents"])
+            if bar is not None:
+                bar.update()
+            if show is not None:
+                show(functools.partial(self._so_far, values["latents"]))
+            return values
+
+        return after
+
+    def _so_far(self, latents: torch.Tensor) -> UInt8[np.ndarray, "b h w 3"]:
+        """The pictures of latents that are still noisy."""
+        vae = self.pipe.vae
+        with torch.no_grad():
+            pictures = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor).sample
+        pixels = (pictures.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
+        return np.round(255 * pixels.cpu().numpy()).astype(np.uint8)
 
     def _pipe_for(self, inputs: GenerationInputs) -> diffusers.DiffusionPipeline:
         """The pipeline of diffusers that takes what is given."""
@@ -172,14 +199,3 @@ def _control_inputs(inputs: GenerationInputs) -> dict[str, Any]:
 def _pixels(images: UInt8[np.ndarray, "b h w 3"]) -> torch.Tensor:
     """Pictures as diffusers takes them: channels first, in [0, 1]."""
     return torch.tensor(images).permute(0, 3, 1, 2).float() / 255
-
-
-def _after_step(img2img: bool, bar: tqdm | None) -> Callable[..., dict]:
-    def after(pipe: Any, step: int, t: torch.Tensor, values: dict) -> dict:
-        if img2img:
-            values["latents"] = pipe.restore_unmasked(step, values["latents"])
-        if bar is not None:
-            bar.update()
-        return values
-
-    return after

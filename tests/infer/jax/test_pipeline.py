@@ -22,6 +22,7 @@ from fact_infer.photos import prepare_crops
 from fact_infer.request import GenerationParams, Photo
 from fact_infer.torch.pipeline import TorchPipeline
 from fact_jax.fact import Guidance
+from fact_jax.utils.cache import ContentCache
 from fact_jax.utils.errors import UserError
 from tests.infer.conftest import difference
 
@@ -324,3 +325,18 @@ def test_controlnet_of_diffusers(files, torch, steered):
     assert difference(ours, torch.generate(PROMPTS, SEEDS, None, params)) > OTHER
     with pytest.raises(UserError, match="no ControlNet to look at it"):
         FlaxPipeline.load(files.base).generate(PROMPTS, SEEDS, None, params, control=picture[None])
+
+
+def test_prompts_and_faces_are_encoded_once(flax, torch, crops):
+    """And the pictures are the same bits, whether they were encoded now or before."""
+    params = GenerationParams(sampler="ddim", steps=2, guidance=Guidance(text=3.0))
+    for pipeline in (flax, torch):
+        asked = (["a smiling woman"], [3], crops[:1], params)
+        pipeline._cache = ContentCache()
+        first = pipeline.generate(*asked)
+        misses = pipeline._cache.misses
+        np.testing.assert_array_equal(pipeline.generate(*asked), first)
+        assert (pipeline._cache.hits, pipeline._cache.misses) == (misses, misses)
+        other = pipeline.generate(*asked[:2], crops[:1, :, ::-1], params)
+        assert pipeline._cache.misses == misses + 1
+        assert difference(other, first) > OTHER

@@ -1,0 +1,39 @@
+"""Results kept by the content of what they were computed from."""
+
+import collections
+import hashlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+class ContentCache:
+    """The last ``size`` results, by the bytes of arrays and by whatever else they depend on.
+
+    ``hits`` and ``misses`` count. It is for one thread at a time.
+    """
+
+    def __init__(self, size: int = 64):
+        self._size = size
+        self._kept: collections.OrderedDict[bytes, Any] = collections.OrderedDict()
+        self.hits = self.misses = 0
+
+    def get(self, compute: Callable[[], Any], *content: object) -> Any:
+        """The result of ``compute`` for this content, computed or as it was kept."""
+        key = hashlib.sha256()
+        for part in content:
+            if isinstance(part, np.ndarray):
+                key.update(np.ascontiguousarray(part).tobytes())
+                part = part.dtype.str, part.shape
+            key.update(f"\0{part!r}\0".encode())
+        name = key.digest()
+        if name in self._kept:
+            self.hits += 1
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        self.misses += 1
+        self._kept[name] = compute()
+        if len(self._kept) > self._size:
+            self._kept.popitem(last=False)
+        return self._kept[name]
