@@ -1,4 +1,4 @@
-"""The miniature's base model: text to 64 x 64 portraits, with CLIP text encoder and UNet.
+"""The miniature's base model: text to 128 x 128 portraits, with CLIP text encoder and UNet.
 
 fact-train run mini_base --out runs/mini_base options.vae=runs/mini_decoder/export/vae
 """

@@ -1,4 +1,4 @@
-"""The miniature's autoencoder: 64 x 64 portraits to 8 x 8 x 16 latents.
+"""The miniature's autoencoder: 128 x 128 portraits to 16 x 16 x 12 latents.
 
 fact-train run mini_vae --out runs/mini_vae
 """
