@@ -1,6 +1,7 @@
 """The cache: the same numbers as encoding in the step, and the same files however written."""
 
 import dataclasses
+import functools
 import shutil
 
 import jax
@@ -187,3 +188,30 @@ def test_training_from_a_cache_resumes_exactly(miniature, cache, tmp_path):
     run(dataclasses.replace(config, steps=4), tmp_path / "parts")
     resumed = run(config, tmp_path / "parts").state
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
+
+
+def test_processes_of_beam_write_the_same_cache(
+    parts, cache, miniature, records, tmp_path, monkeypatch
+):
+    """On the engine of `fact-train data`, in Beam's own runner; read again it is whole."""
+    pytest.importorskip("apache_beam")
+    from fact_train.data import cached_dataset
+    from fact_train.prepare import encode
+    from fact_train.prepare.engine import Engine
+
+    monkeypatch.setattr(encode, "CacheWriter", functools.partial(CacheWriter, rows_per_shard=4))
+    out = tmp_path / "cache"
+    made = tuple(map(str, (miniature / "base", miniature / "encoder", records, out)))
+    writer = encode.encode_all(made, (0, 1), Engine(1, ("--direct_num_workers=1",)))
+    encode.cache_writer.cache_clear()
+    assert len(writer.paths) > 2
+    assert writer.complete(quiet)
+    assert contents(out) == contents(cache)
+    assert cached_dataset.verify_cache(out) == len(parts[0])
+    assert main(["data", "verify", str(out)]) == 0
+    shard = writer.paths[1]
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged"):
+        cached_dataset.verify_cache(out)

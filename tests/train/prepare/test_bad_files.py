@@ -13,7 +13,8 @@ from PIL import Image
 
 from fact_train.data.records import Records, decode
 from fact_train.prepare.build import build
-from fact_train.prepare.settings import BuildSettings, Gates
+from fact_train.prepare.photos.decoder import Decoder
+from fact_train.prepare.settings import BuildSettings, Gates, RejectedError
 from tests.train.prepare.conftest import POINTS, noise, rejected
 
 EACH = 8
@@ -205,3 +206,45 @@ def test_rare_files_are_the_pictures_that_they_show(built):
         plain[sort] = min(shifts)
     # JPEG, 256 colours and filters change a little; another frame or turn would be 40 off.
     assert max(plain.values()) < 25, plain
+
+
+# What a decoder's process does with a photo of these bytes.
+POISON = """
+import os, time
+from fact_train.prepare.photos import decoder
+read = decoder.read_image
+def poisoned(file, **more):
+    content = file.getvalue()
+    if content == b"crash":
+        os.abort()
+    if content == b"hang":
+        time.sleep(60)
+    if content == b"memory":
+        bytearray(decoder.MEMORY + (1 << 30))
+    if content == b"print":
+        os.write(1, b"a library speaks")
+    return read(file, **more)
+decoder.read_image = poisoned
+decoder.serve()
+"""
+
+
+def test_what_crashes_or_hangs_a_decoder_stops_nothing():
+    good = encoded(noise(1))
+    decode_one = Decoder(POISON, seconds=4.0)
+    lines = {}
+    for content in (b"crash", b"hang", b"memory", b"print"):
+        with pytest.raises(RejectedError) as caught:
+            decode_one(content, "bad.jpg", 1000)
+        assert caught.value.reason == "not readable"
+        lines[content] = str(caught.value)
+        image, full = decode_one(good, "good.png", 100)
+        assert full == (80, 120)
+        assert image.shape == (66, 100, 3)
+    assert lines == {
+        b"crash": "bad.jpg crashes the decoder",
+        b"hang": "bad.jpg takes longer than 4 s to decode",
+        b"memory": "bad.jpg cannot be decoded: MemoryError: MemoryError",
+        b"print": "bad.jpg is not an image that Pillow can read",
+    }
+    decode_one.close()

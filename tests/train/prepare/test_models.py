@@ -145,6 +145,7 @@ def test_the_parsers_mask_lies_where_the_labels_are(tmp_path):
     assert mask[300, 200] == 0
 
 
+@pytest.mark.slow
 def test_blip_captions_a_batch(tmp_path):
     """The real classes, with random weights of a tiny configuration."""
     transformers = pytest.importorskip("transformers")

@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 from pathlib import Path
 
 from fact_jax.utils.errors import UserError
@@ -52,7 +53,18 @@ def add_cache(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         metavar="i/n",
         help="this process's share of the shards, i from 0 to n - 1, where several write at once",
     )
+    add_engine(cache)
     return cache
+
+
+def add_engine(parser: argparse._ActionsContainer) -> None:
+    """Where pieces of work are done."""
+    parser.add_argument(
+        "--workers", type=whole_number, default=1, metavar="N", help="processes here (1), by Beam"
+    )
+    parser.add_argument(
+        "--beam", metavar="OPTIONS", help="Beam's own, as --beam='--runner=DataflowRunner ...'"
+    )
 
 
 def run_records(arguments: argparse.Namespace) -> int:
@@ -80,22 +92,15 @@ def run_cache(arguments: argparse.Namespace) -> int:
             "folder that `fact-train data build` or `fact-train records` wrote"
         )
 
-    from fact_convert import load_encoder, load_pipeline
     from fact_jax.ops.precision import matmul_precision
-    from fact_train.data.cached_dataset import CacheWriter
-    from fact_train.data.frozen_encoders import FrozenEncoders
-    from fact_train.data.pixel_dataset import open_records
+    from fact_train.prepare.encode import encode_all
+    from fact_train.prepare.engine import Engine
 
-    pipeline, encoder = load_pipeline(config.options.base), load_encoder(config.options.encoder)
-    writer = CacheWriter(
-        open_records(records, pipeline, encoder),
-        FrozenEncoders(pipeline, encoder),
-        pipeline.tokenizer,
-        out,
-        cells=pipeline.unet.config.sample_size,
-    )
+    parts = (str(config.options.base), str(config.options.encoder), str(records), str(out))
+    engine = Engine(arguments.workers, tuple(shlex.split(arguments.beam or "")), progress=True)
+    writer = encode_all(parts, arguments.shard, engine)
     with matmul_precision("float32"):
-        complete = writer.write(arguments.shard, print)
+        complete = writer.complete(print)
     if complete:
         print(f"{out}: all {len(writer.paths)} shards are there; train with options.cache={out}")
     return 0

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from fact_jax.utils.errors import UserError, printable
-from fact_train.cli.data import whole_number
+from fact_train.cli.data import add_engine, whole_number
 
 _FORMATS = ("auto", "people", "flat", "table", "parquet", "tar")
 
@@ -24,7 +24,7 @@ def add_data(commands: argparse._SubParsersAction) -> None:
     verify = what.add_parser(
         "verify",
         help="read every record",
-        description="Read every record of a set: shards, pictures, people, counts.",
+        description="Read every record of a set (shards, pictures, people, counts) or of a cache.",
     )
     verify.add_argument("set", type=Path, metavar="OUT")
     merge = what.add_parser(
@@ -125,15 +125,22 @@ def _add_build(what: argparse._SubParsersAction) -> None:
         metavar="SHARE",
         help="of the bits of two copies' hashes that may differ (0.22)",
     )
-    choice.add_argument("--same-face", type=float, default=0.5, metavar="COS", help="(0.5)")
-    choice.add_argument("--other-face", type=float, default=0.2, metavar="COS", help="(0.2)")
+    choice.add_argument(
+        "--same-face", type=float, default=0.5, metavar="COS", help="of one person, at least (0.5)"
+    )
+    choice.add_argument(
+        "--other-face",
+        type=float,
+        default=0.2,
+        metavar="COS",
+        help="a person's photo below it to the others is told of (0.2)",
+    )
     choice.add_argument(
         "--min-photos", type=whole_number, default=1, metavar="N", help="a person (1)"
     )
     _add_split(choice)
     run = build.add_argument_group("how")
-    run.add_argument("--workers", type=whole_number, default=1, help="processes here (1), by Beam")
-    run.add_argument("--beam", metavar="OPTIONS", help="as --beam='--runner=DataflowRunner ...'")
+    add_engine(run)
     run.add_argument("--chunk", type=whole_number, default=64, help="photos a piece of work (64)")
     run.add_argument("--shard-mb", type=float, default=256.0, metavar="MB", help="a shard (256)")
     run.add_argument("--force", action="store_true", help="replace what a build wrote in OUT")
@@ -161,6 +168,11 @@ def run_data(arguments: argparse.Namespace) -> int:
         return 0
     from fact_train.prepare.product import curate
 
+    if arguments.action == "verify" and (arguments.set / "face_cache").is_dir():
+        from fact_train.data.cached_dataset import verify_cache
+
+        print(f"{arguments.set}: whole; a cache of {verify_cache(arguments.set)} records")
+        return 0
     if arguments.action == "verify":
         counts = curate.verify(arguments.set)
         print(f"{arguments.set}: whole; {', '.join(f'{n} {name}' for name, n in counts.items())}")

@@ -110,27 +110,37 @@ class CacheWriter:
 
     def write(self, share: tuple[int, int], say: Callable[[str], None]) -> bool:
         """Write those of shards ``i``, ``i + n``, ... that are not there; True when all are."""
-        self._claim()
+        self.claim()
+        for shard in self.missing(share):
+            self.write_shard(shard)
+            say(f"{self.paths[shard].name} written")
+        return self.complete(say)
+
+    def missing(self, share: tuple[int, int] = (0, 1)) -> list[int]:
+        """Those of shards ``i``, ``i + n``, ... that are not there."""
         first, step = share
-        for shard in range(first, len(self.paths), step):
-            if not self.paths[shard].exists():
-                self._write_shard(shard)
-                say(f"{self.paths[shard].name} written")
-        missing = sum(not path.exists() for path in self.paths)
+        numbers = range(first, len(self.paths), step)
+        return [shard for shard in numbers if not self.paths[shard].exists()]
+
+    def complete(self, say: Callable[[str], None]) -> bool:
+        """Write what makes a data set of the shards, if all are there; whether they are."""
+        missing = self.missing()
         if missing:
-            say(f"{missing} of {len(self.paths)} shards are still to be written")
+            say(f"{len(missing)} of {len(self.paths)} shards are still to be written")
         else:
             self._complete()
         return not missing
 
-    def _claim(self) -> None:
+    def claim(self) -> None:
+        """Say in the folder of what the cache is; UserError if it is one of something else."""
         if (self.folder / ORIGIN).exists():
             _compare(self.folder, _read_origin(self.folder), self._origin)
             return
         with atomic_write(self.folder / ORIGIN) as temporary:
             temporary.write_text(json.dumps(self._origin, indent=1) + "\n")
 
-    def _write_shard(self, shard: int) -> None:
+    def write_shard(self, shard: int) -> None:
+        """Write one shard, whole or not at all."""
         path = self.paths[shard]
         for leftover in self.folder.glob(f".{path.name}.*.tmp"):  # of a process that was killed
             leftover.unlink()
@@ -254,3 +264,15 @@ def _compare(folder: Path, found: dict, wanted: dict) -> None:
             f"{folder} is a cache with other {' and '.join(differing)}: write it again, into "
             "another folder, with `fact-train cache`"
         )
+
+
+def verify_cache(cache: Path) -> int:
+    """Read all rows of a cache; their number. UserError for the first that is damaged."""
+    folder, _, source = open_folder(cache, NAME, VERSION)
+    read_identities(folder, len(source))
+    _read_origin(folder)
+    for number in range(len(source)):
+        for name, value in read_row(source, number, folder).items():
+            if not np.isfinite(value).all():
+                raise UserError(f"{folder}: {name} of record {number} is not finite")
+    return len(source)

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int, Int8, UInt8
 from fact_train.prepare.photos.measures import COLOUR_SIDE, mirrored
 from fact_train.prepare.store import Store
 
-BLOCK = 4096
+BLOCK = 2048
 _COLOURS_APART = 9
 """Of 255, in the worst channel."""
 

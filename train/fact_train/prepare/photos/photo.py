@@ -14,24 +14,15 @@ from fact_jax.face import (
     area_weights,
     face_mask,
     head_mask,
-    limit_side,
-    read_image,
 )
-from fact_jax.face.images import ImageBytes
 from fact_jax.face.photo import LONGEST_SIDE
-from fact_jax.utils.errors import UserError
 from fact_train.data.records import Example, encode_mask, encode_png
 from fact_train.prepare.models.provider import Photo
 from fact_train.prepare.photos import measures
+from fact_train.prepare.photos.decoder import decoder
 from fact_train.prepare.settings import BuildSettings, Gates, RejectedError
 from fact_train.prepare.sources import Item
 
-# What a line of ``read_image`` says -> the reason that it is counted under, the first match.
-_REASONS = {
-    "too small": "too small",
-    "too large": "too large",
-    "pip install pillow-heif": "HEIC",
-}
 # Photos are JPEGs already: at this quality the loss is below their own noise.
 _JPEG = {"quality": 95, "subsampling": 0}
 
@@ -40,22 +31,12 @@ def decode(item: Item, settings: BuildSettings) -> Photo:
     """The photo, upright, in sRGB and shrunk as generation does; RejectedError says why not."""
     if item.problem is not None:
         raise item.problem
-    try:
-        full = read_image(ImageBytes(item.photo, item.name), to_srgb=True)
-    except UserError as error:
-        text = str(error)
-        reason = next((why for part, why in _REASONS.items() if part in text), "not readable")
-        raise RejectedError(reason, text) from None
-    except Exception as error:  # whatever a decoder does with what nobody thought of
-        line = f"{item.name} cannot be decoded: {type(error).__name__}: {error}"
-        raise RejectedError("not readable", " ".join(line.split())) from None
-    height, width = full.shape[:2]
+    longest = max(LONGEST_SIDE, 2 * settings.size)
+    image, (height, width) = decoder()(item.photo, item.name, longest)
     if min(height, width) * 2 < settings.size:
         short, size = min(height, width), settings.size
         line = f"{item.name} is too small: {short} px on its short side for {size} x {size}"
         raise RejectedError("too small", line)
-    longest = max(LONGEST_SIDE, 2 * settings.size)
-    image, _ = limit_side(full, np.zeros((5, 2), np.float32), longest)
     return Photo(item, image, (height, width))
 
 

@@ -51,7 +51,7 @@ def write_report(folder: Path, photos: int = 24) -> Path:
     parts = [
         f"<h1>{html.escape(str(folder.resolve().name))}</h1>",
         _counts(summary),
-        "<h2>Photos</h2><p>Each with its points, the head's mask in colour, and the crop that the "
+        "<h2>Photos</h2><p>Each with its points, the outline of the head, and the crop that the "
         "face encoder sees.</p>",
         _grid((_figure(folder, summary, *one) for one in found.sample), ""),
         "<h2>Histograms</h2>",
