@@ -143,10 +143,10 @@ class Progress:
             raise UserError(f"it took longer than the {self._job.time_limit:g} s that are allowed")
 
     def show(self, pictures: Callable[[], np.ndarray]) -> None:
-        """Take what is there so far, a few times on the way, if it is wanted."""
+        """Keep what is there so far, side by side, a few times on the way, if it is wanted."""
         every = max(1, self.total // (PREVIEWS + 1))
         if self._job.preview_wanted and self.n and self.n % every == 0:
-            self._job.preview = pictures()
+            self._job.preview = np.concatenate(list(pictures()), axis=1)
 
 
 class SharedProgress:

@@ -93,7 +93,9 @@ class Desk:
 def sentence(error: object) -> str:
     """An error as the page says it."""
     text = str(error).strip()
-    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?')) else '.'}"
+    if "." not in text.partition(" ")[0]:  # no file's name
+        text = text[:1].upper() + text[1:]
+    return f"{text}{'' if text.endswith(('.', '!', '?')) else '.'}"
 
 
 def files_of(pictures: tuple[SavedPicture, ...]) -> list[str]:

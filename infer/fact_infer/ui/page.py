@@ -38,7 +38,7 @@ class Page:
             title="Portraits", analytics_enabled=False, delete_cache=(600, 3600)
         ) as self.blocks:
             gr.Markdown(
-                f"# Portraits\nPuts a person from a photo into the pictures of *{name}*. "
+                f"# Portraits\nA person from one photo, in the pictures that *{name}* draws. "
                 "Photos stay on this machine.",
                 elem_id="title",
             )
@@ -63,7 +63,7 @@ class Page:
         with gr.Row(equal_height=False):
             with gr.Column(scale=4):
                 if self.service.parts.face is not None:
-                    gr.Markdown("### Who")
+                    gr.Markdown("## Who")
                     self._person(0)
                     with gr.Accordion("More people in the picture", open=False):
                         self._more_people()
@@ -77,7 +77,7 @@ class Page:
                     advanced = Controls(operation.fields, self.defaults)
                     advanced.add_rest(("person", "face_index", *_SHOWN))
             with gr.Column(scale=6):
-                gr.Markdown("### What")
+                gr.Markdown("## What")
                 self.controls.add("prompt")
                 with gr.Row():
                     self.controls.add("face_scale", "steps")
@@ -101,8 +101,9 @@ class Page:
                     label="Pictures, the newest first",
                     columns=3,
                     object_fit="contain",
-                    height=420,
+                    height="auto",
                     elem_id="pictures",
+                    elem_classes="shown",
                     interactive=False,
                     format="png",
                 )

@@ -34,9 +34,9 @@ class PhotoPanel:
                 show_label=False,
                 columns=len(made_up),
                 rows=1,
-                height=92,
+                height="auto",
                 object_fit="contain",
-                elem_classes="plain",
+                elem_classes=["plain", "shown", "made-up"],
                 allow_preview=False,
                 interactive=False,
                 elem_id="made-up",
@@ -44,10 +44,10 @@ class PhotoPanel:
                 buttons=[],
             )
         files = gr.File(
-            label=f"{label} (.points.json and .mask.png may lie beside)",
+            label=label,
             file_count="multiple",
             file_types=["image", ".json"],
-            height=120,
+            height=150,
             elem_id=name,
         )
         said = gr.HTML(visible=False, elem_id=f"{name}-said")
@@ -68,9 +68,10 @@ class PhotoPanel:
             )
         seen = gr.Gallery(
             label=found,
-            columns=2,
-            height=250,
+            columns=1,
+            height="auto",
             object_fit="contain",
+            elem_classes=["shown", "faces"],
             visible=False,
             allow_preview=False,
             interactive=False,

@@ -34,7 +34,7 @@ CSS = """
 #title p, .hint p { color: #475569; margin: 0; }
 .dark #title p, .dark .hint p { color: #a8b3c7; }
 .hint p { font-size: .9rem; }
-h3 { font-size: 1.02rem; font-weight: 620; margin: .2rem 0 0; }
+h2 { font-size: 1.05rem !important; font-weight: 620; margin: .2rem 0 0; }
 .state { display: flex; flex-direction: column; gap: .45rem; min-height: 3.2rem; }
 .state progress { appearance: none; width: 100%; height: .5rem; border-radius: 1rem; }
 .state progress::-webkit-progress-bar { background: #e2e8f0; border-radius: 1rem; }
@@ -45,6 +45,17 @@ h3 { font-size: 1.02rem; font-weight: 620; margin: .2rem 0 0; }
 .state .notes { color: #475569; font-size: .85rem; margin: 0; padding-left: 1.1rem; }
 .dark .state .notes { color: #a8b3c7; }
 .plain .caption-label { display: none; }
+.gradio-container main, main > .wrap, .contain, .tabs, .tabitem { width: 100% !important; }
+.shown, .shown .gallery-container { min-height: 0 !important; height: auto !important; }
+.shown .grid-wrap { min-height: 0 !important; height: auto !important; max-height: none; }
+.shown .grid-container { grid-auto-rows: auto !important; }
+.shown .thumbnail-lg { aspect-ratio: auto !important; height: auto !important; width: 100%; }
+.shown img { object-fit: contain !important; }
+.faces img { max-height: 200px; }
+.made-up .grid-container { grid-template-columns: repeat(6, 1fr) !important; padding: .3rem; }
+#pictures .grid-container {
+  grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)) !important;
+}
 :focus-visible { outline: 3px solid #6366f1 !important; outline-offset: 2px; }
 @media (prefers-reduced-motion: reduce) {
   * { animation: none !important; transition: none !important; }

@@ -30,13 +30,15 @@ class StubPipeline:
 
     def generate(self, prompts, seeds, crops, params, *, bar=None, **inputs):
         self.batches.append(len(prompts))
+        pictures = np.stack([picture_of(p, s) for p, s in zip(prompts, seeds, strict=True)])
         for _ in range(self.steps):
             self.began.set()
             self.gate.wait(20)
             self.calls += 1
             if bar is not None:
                 bar.update()
-        pictures = np.stack([picture_of(p, s) for p, s in zip(prompts, seeds, strict=True)])
+                if hasattr(bar, "show"):
+                    bar.show(lambda: pictures)
         if self.rounding and len(prompts) > 1:
             pictures[0, 0, 0, 0] ^= 1
         return pictures

@@ -63,6 +63,28 @@ def test_a_job_from_post_to_delete(client, form, stub):
     assert client.get(place).status_code == 404
 
 
+def test_a_preview_on_the_way(client, form, stub):
+    """Of both pictures of a batch, side by side, while they are drawn."""
+    data, files = form
+    asked = {"data": data | {"count": "2"}, "files": files}
+
+    stub.gate.clear()
+    place = client.post("/v1/generate?preview=1", **asked).headers["location"]
+    assert client.get(f"{place}/preview").status_code == 404
+    job = client.engine.find(place.rpartition("/")[2])
+    stub.gate.wait = lambda seconds: time.sleep(0.3)
+    stub.gate.set()
+    until = time.monotonic() + 10
+    while job.preview is None and time.monotonic() < until:
+        time.sleep(0.005)
+    shown = client.get(f"{place}/preview")
+    seen = np.asarray(Image.open(io.BytesIO(shown.content)))
+    both = np.concatenate([picture_of("a cat", 0), picture_of("a cat", 1)], axis=1)
+    np.testing.assert_array_equal(seen, both)
+    assert client.engine.wait(job, 20)
+    assert client.get(f"{place}/preview").status_code == 404
+
+
 def test_a_picture_alone_for_those_who_want_no_json(client, form):
     data, files = form
     accept = {"Accept": "image/png"}

@@ -1,0 +1,165 @@
+"""The page in a browser, as a person uses it. Screenshots are kept in the test's folder."""
+
+import io
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fact_infer.cli.main import main
+from tests.infer.service.conftest import OPERATOR, astronaut  # noqa: F401
+from tests.infer.service.programs import program
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed"),
+]
+_QUIET = (
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
+
+
+class Person:
+    """Somebody before the page."""
+
+    def __init__(self, page, shots):
+        self.page, self.shots = page, shots
+
+    def wait(self, where, text, seconds=90):
+        self.page.locator(where).get_by_text(text).first.wait_for(timeout=seconds * 1000)
+
+    def bring(self, where, *files):
+        chosen = self.page.locator(f"{where} input[type=file]")
+        chosen.set_input_files([str(file) for file in files])
+
+    def tab(self, name):
+        self.page.get_by_role("tab", name=name).click()
+
+    def look(self, name):
+        self.page.screenshot(path=self.shots / f"{name}.png", full_page=True)
+
+
+@pytest.fixture(scope="module")
+def server():
+    with program("ui") as (process, client):
+        yield client
+        process.terminate()
+        assert process.wait(30) == 0
+
+
+@pytest.fixture
+def person(server, tmp_path):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=_QUIET)
+        page = browser.new_page(viewport={"width": 1280, "height": 1000})
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(str(server.base_url))
+        page.locator("#draw").wait_for(timeout=60_000)
+        yield Person(page, tmp_path)
+        browser.close()
+        own = (str(server.base_url).rstrip("/"), "data:", "blob:")
+        assert [url for url in asked if not url.startswith(own)] == []
+
+
+def shown(person, server, where="#pictures"):
+    """The pixels of the newest picture, as the browser has them."""
+    url = person.page.locator(f"{where} img").first.get_attribute("src")
+    return np.asarray(Image.open(io.BytesIO(server.get(url).content)))
+
+
+def test_a_portrait_of_the_astronaut(person, server, astronaut, tmp_path):  # noqa: F811
+    page = person.page
+    person.bring("#photos-0", astronaut, astronaut.with_suffix(".points.json"))
+    person.wait("#photos-0-faces", "astronaut.png: taken")
+    person.look("seen")
+    page.click("#draw")
+    person.wait("#state", "Done: 1 picture")
+    person.look("drawn")
+    # The same request on the command line: the same bits.
+    words = ["--prompt", page.get_by_label("Prompt").first.input_value(), "--photo", astronaut]
+    for name in ("base", "adapter", "encoder"):
+        words += [f"--{name}", OPERATOR[name]]
+    words += ["--sampler", "ddim", "--steps", 25, "--guidance", 3, "--out", tmp_path / "out"]
+    assert main(["generate", *map(str, words)]) == 0
+    (path,) = (tmp_path / "out").iterdir()
+    np.testing.assert_array_equal(shown(person, server), Image.open(path))
+    # A second one is cancelled on its way.
+    page.get_by_label("number input for Steps").first.fill("200")
+    page.keyboard.press("Tab")
+    page.click("#draw")
+    person.wait("#state", "Drawing: step")
+    page.click("#cancel")
+    person.wait("#state", "Cancelled.")
+    person.look("cancelled")
+    # Its settings come back from the first.
+    person.tab("Read back")
+    person.bring("#made-here", path)
+    page.locator("#record").get_by_text("sampler").first.wait_for()
+    page.get_by_role("button", name="Use these settings").click()
+    person.wait("body", "Portrait has these settings.")
+    person.look("read")
+    person.tab("Portrait")
+    assert page.get_by_label("number input for Steps").first.input_value() == "25"
+
+
+def test_a_template_is_redrawn(person, server, astronaut):  # noqa: F811
+    person.page.locator("#made-up button").nth(2).click()
+    person.page.locator("#photos-0-faces img").wait_for()
+    person.tab("Template")
+    person.bring("#template", astronaut, astronaut.with_suffix(".points.json"))
+    person.page.locator("#template-faces img").wait_for()
+    person.page.click("#redraw")
+    person.wait("#redraw-state", "Done: 1 picture")
+    person.page.locator("#redrawn img").first.wait_for()
+    person.look("redrawn")
+
+
+def test_a_face_is_marked_by_the_keyboard(person, astronaut):  # noqa: F811
+    person.bring("#photos-0", astronaut)
+    person.wait("#photos-0-mark", "Click the points")
+    points = person.page.locator("#photos-0-points textarea, #photos-0-points input").first
+    points.fill("203 100.8 246.3 102.8 224.3 126 203.4")
+    points.press("Enter")
+    person.wait("#photos-0-said", "Ten numbers are wanted")
+    points.fill("203 100.8 246.3 102.8 224.3 126 203.4 139.2 243.9 140.3")
+    points.press("Enter")
+    person.wait("#photos-0-faces", "astronaut.png: taken")
+    person.look("marked")
+
+
+def test_broken_files_are_one_sentence(person, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"nothing" * 20)
+    person.bring("#photos-0", tmp_path / "broken.png")
+    person.wait("#photos-0-said", "broken.png: photo is not a picture that can be read")
+    person.look("broken")
+    person.page.click("#draw")
+    person.wait("#state", "Choose a person or bring a photo first.")
+    person.tab("Read back")
+    person.bring("#made-here", tmp_path / "broken.png")
+    person.wait("body", "broken.png cannot be read")
+
+
+def test_pictures_have_texts_and_all_is_in_reach(person):
+    page = person.page
+    page.locator("#made-up button").first.focus()
+    page.keyboard.press("Enter")
+    page.locator("#photos-0-faces img").wait_for()
+    images = page.locator("img:visible")
+    assert all(images.nth(i).get_attribute("alt") for i in range(images.count()))
+    page.locator("#draw").focus()
+    page.keyboard.press("Enter")
+    person.wait("#state", "Done: 1 picture")
+    axe = os.environ.get("AXE_CORE")  # the path of axe.min.js, where somebody has it
+    if axe:
+        page.add_script_tag(path=axe)
+        found = page.evaluate("axe.run()")["violations"]
+        serious = {each["id"] for each in found if each["impact"] in ("serious", "critical")}
+        # Gradio's own: its upload button holds the file input, its thumbnails are numbered.
+        assert serious <= {"nested-interactive", "label-content-name-mismatch"}, found
