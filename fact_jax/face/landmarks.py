@@ -78,7 +78,7 @@ def find_face_in(
     if folder is None:
         raise UserError(
             f"no face points for a picture: give its five points ({_ORDER}), or install a "
-            f"detector: pip install 'fact-jax[data]' and unpack the insightface pack "
+            f"detector: pip install 'fact-jax[faces]' and unpack the insightface pack "
             f"{DEFAULT_PACK} into {_PACKS / DEFAULT_PACK}"
         )
     faces = detect_faces(image, folder)
@@ -183,7 +183,7 @@ def _load_detector(folder: Path) -> Any:
     except ImportError as error:
         raise UserError(
             f"finding faces needs insightface and onnxruntime ({one_line(error)}): "
-            "pip install 'fact-jax[data]'"
+            "pip install 'fact-jax[faces]'"
         ) from None
     try:
         # On the CPU everywhere: a photo takes a fraction of a second and machines agree.
@@ -240,7 +240,7 @@ def _pack_folder(pack: str | os.PathLike | None, photo_path: Path) -> Path:
         f"no face points for {photo_path}{about}: write them to "
         f"{photo_path.with_suffix('.points.json')} "
         f'as {{"points": [[x, y], ...]}} ({_ORDER}), or install a detector: '
-        f"pip install 'fact-jax[data]' and unpack the insightface pack {DEFAULT_PACK} into "
+        f"pip install 'fact-jax[faces]' and unpack the insightface pack {DEFAULT_PACK} into "
         f"{_PACKS / DEFAULT_PACK}"
     )
 

@@ -35,7 +35,7 @@ def write_onnx(
     try:
         import onnx
     except ImportError as err:
-        raise UserError(f"{path}: writing ONNX needs onnx: pip install 'fact-jax[data]'") from err
+        raise UserError(f"{path}: writing ONNX needs onnx: pip install 'fact-jax[faces]'") from err
     config = read_config("transface", config)
     _, flat = abstract_state("transface", config)
     shapes = {name: tuple(var.get_value().shape) for name, var in flat.items()}

@@ -171,7 +171,7 @@ def test_nothing_to_find_it_with(tmp_path, monkeypatch):
         find_face(tmp_path / "a.jpg", IMAGE)
     text = str(error.value)
     assert "\n" not in text
-    for part in ("a.points.json", "left eye, right eye", "pip install 'fact-jax[data]'"):
+    for part in ("a.points.json", "left eye, right eye", "pip install 'fact-jax[faces]'"):
         assert part in text
     assert str(tmp_path / "buffalo_l") in text
 
@@ -206,7 +206,7 @@ def test_missing_or_empty_pack(tmp_path, monkeypatch):
 
 def test_insightface_not_installed(pack, monkeypatch):
     monkeypatch.setitem(sys.modules, "insightface.app", None)
-    with pytest.raises(UserError, match=r"needs insightface and onnxruntime .*fact-jax\[data\]"):
+    with pytest.raises(UserError, match=r"needs insightface and onnxruntime .*fact-jax\[faces\]"):
         detect_faces(IMAGE, pack)
 
 

@@ -127,6 +127,6 @@ def _onnx_libraries() -> tuple[Any, Any]:
     except ImportError as error:
         raise UserError(
             f"ONNX recognisers need onnx and onnxruntime ({one_line(error)}): "
-            "pip install 'fact-jax[data]'"
+            "pip install 'fact-jax[faces]'"
         ) from None
     return onnx, onnxruntime

@@ -19,7 +19,8 @@ from fact_jax.utils.errors import UserError
 
 _LIGHT_CROP = 48
 _INSTALL = (
-    "install a detector (pip install 'fact-jax[data]' and an insightface pack, --detector names it)"
+    "install a detector (pip install 'fact-jax[faces]' and an insightface pack, "
+    "--detector names it)"
 )
 
 

@@ -30,7 +30,7 @@ class OnnxModel:
             import onnxruntime
         except ImportError as error:
             raise UserError(
-                f"{path} needs onnxruntime ({one_line(error)}): pip install 'fact-jax[data]'"
+                f"{path} needs onnxruntime ({one_line(error)}): pip install 'fact-jax[faces]'"
             ) from None
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
