@@ -80,15 +80,21 @@ def paired_interval(statistic: Callable[..., Any], *columns: Float[np.ndarray, "
         found = float(statistic(*rows, axis=-1))
         if count == 1:
             return Estimate(found, found, found, count)
-        interval = stats.bootstrap(
+        drawn = stats.bootstrap(
             rows,
             statistic,
             n_resamples=RESAMPLINGS,
             paired=True,
             method="percentile",
             rng=np.random.default_rng(0),  # the same people are drawn for every measure
-        ).confidence_interval
-    return Estimate(found, float(interval.low), float(interval.high), count)
+        )
+    low, high = drawn.confidence_interval
+    values = drawn.bootstrap_distribution
+    known = values[np.isfinite(values)]
+    if len(known) < len(values) and len(known) >= 0.95 * len(values):
+        # A few draws of few people, all alike, have no value.
+        low, high = np.percentile(known, [2.5, 97.5])
+    return Estimate(found, float(low), float(high), count)
 
 
 def share_interval(hits: Bool[np.ndarray, " n"]) -> Estimate:

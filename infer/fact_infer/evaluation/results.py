@@ -85,10 +85,13 @@ class PictureStore:
         return np.stack([read_image(self.path(key)) for key in keys])
 
     def write(self, keys: Sequence[str], pictures: UInt8[np.ndarray, "n h w 3"]) -> None:
+        """Those that are not there yet."""
         for key, pixels in zip(keys, pictures, strict=True):
+            if self.path(key).is_file():
+                continue
             with atomic_write(self.path(key)) as temporary:
                 Image.fromarray(pixels).save(temporary, format="PNG")
-        self.written += len(set(keys))
+            self.written += 1
 
 
 class ArrayCache:
@@ -146,6 +149,10 @@ def peak_memory() -> int:
     stats = jax.local_devices()[0].memory_stats() or {}
     if "peak_bytes_in_use" in stats and jax.default_backend() != "cpu":
         return int(stats["peak_bytes_in_use"])
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        # What getrusage says counts the process that started this one too.
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024
     kilobytes = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * kilobytes
 

@@ -258,6 +258,7 @@ def generate_pictures(
                 )
                 if store is not None:
                     store.write(keys, part)
+                    part = store.read(keys)
                 parts.append(part)
                 if bar.disable:
                     done = f"{name} pictures: {rows[-1] + 1} of {total}"

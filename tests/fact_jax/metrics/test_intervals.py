@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from fact_jax.metrics.copying import copied_part
+from fact_jax.metrics.copying import copied_part, followed_part
 from fact_jax.metrics.intervals import (
     Estimate,
     mean_interval,
@@ -71,5 +71,10 @@ def test_a_paired_statistic_draws_whole_people():
     found = paired_interval(copied_part, 0.25 * reference + base, reference, base)
     # Whoever is drawn, the relation holds: the interval is a point.
     assert found[:3] == pytest.approx((0.25, 0.25, 0.25), abs=1e-9)
+    # Of three people some draws show one alone, for whom there is no slope.
+    few = paired_interval(followed_part, np.array([0.0, 1.1, 1.9]), np.array([0.0, 1.0, 2.0]))
+    assert np.isnan(few.low)  # a ninth of the draws
+    some = paired_interval(followed_part, np.arange(4) ** 1.1, np.arange(4.0))
+    assert some.low < some.mean < some.high  # one in 64
     reference[3] = math.nan
     assert paired_interval(copied_part, base, reference, base).n == 11

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from fact_jax.metrics.intervals import two_way_interval
 from fact_jax.utils.errors import UserError
 from fact_train.cli.main import main
+from fact_train.lab import one as lab_one
 from fact_train.lab import run as lab_run
 from fact_train.lab.question import Claim, load_questions, runs_of, shortened
 from fact_train.lab.report import MEASURES, read_variant, verdict
@@ -83,6 +85,21 @@ def test_the_interval_over_seeds_and_people_holds_both():
     one = two_way_interval(people)
     assert one.n == 200
     assert two_way_interval(np.full((2, 3), np.nan)).n == 0
+
+
+def test_a_training_of_its_own_is_that_of_the_run(monkeypatch, tmp_path):
+    told = []
+    monkeypatch.setattr(lab_run, "_call", lambda module, *words, **_: told.append(words) or 0)
+    lab = make_laboratory(["fair"], tmp_path, None, 2, 20, 4)
+    run = next(r for r in lab.runs() if r.key == "fair 1/seed-1")
+    assert lab_run._train(lab, run) == 0
+    trained = []
+    outcome = SimpleNamespace(stopped_by=None)
+    monkeypatch.setattr(
+        lab_one, "train", lambda config, out, _: trained.append((config, out)) or outcome
+    )
+    assert lab_one.main(list(told[0])) == 0
+    assert trained == [(run.config, tmp_path / "train" / "fair 1" / "seed-1")]
 
 
 class World:

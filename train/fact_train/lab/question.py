@@ -82,6 +82,7 @@ def load_questions(names: list[str]) -> list[Loaded]:
 class Run:
     """One training and its evaluation; ``key`` is its folder."""
 
+    question: str
     variant: str
     seed: int
     config: TrainConfig
@@ -100,6 +101,7 @@ def runs_of(questions: list[Loaded], seeds: int, steps: int | None, common: tupl
     """All trainings, seed by seed, so that every seed is a whole comparison."""
     return [
         Run(
+            question=loaded.name,
             variant=variant,
             seed=seed,
             config=dataclasses.replace(

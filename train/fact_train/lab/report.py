@@ -112,7 +112,7 @@ def report_text(
         "",
         "Written by `fact-train lab`; questions and claims were written before the runs and stand "
         "in `train/fact_train/configs/lab/`. "
-        f"{len(scores)} configurations, {seeds} seeds each, {steps:,} steps of "
+        f"{len(scores)} configurations, {seeds} seed(s) each, {steps:,} steps of "
         f"{runs[0].config.batch_size} portraits, {runs[0].config.options.people:,} people. "
         f"Measured by `fact-infer evaluate` on {setup.get('people')} people whom nothing was "
         f"trained on, {setup.get('sampler')} {setup.get('steps')} steps, all from the same noise. "
@@ -178,5 +178,4 @@ def _sheet(runs: Sequence[Run], folder: Folder) -> np.ndarray:
             columns[run.variant] = held["fact"][:SHOWN_PEOPLE]
     tiles = np.stack([image for row in zip(*columns.values(), strict=True) for image in row])
     large = tiles.repeat(2, axis=1).repeat(2, axis=2) if tiles.shape[1] <= 64 else tiles
-    titles = [name.replace(" ", "\n") for name in columns]
-    return contact_sheet(large, len(columns), gap=4, titles=titles)
+    return contact_sheet(large, len(columns), gap=4, titles=list(columns))

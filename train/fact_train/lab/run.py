@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -11,13 +12,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fact_jax.ops.precision import matmul_precision
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
 from fact_jax.utils.miniature import require_miniature
 from fact_train.lab.question import REFERENCE, Loaded, Run, load_questions, runs_of
 from fact_train.lab.report import write_report
-from fact_train.run.loop import run as train
 
 SHIPPED_LOG = Path("miniature/logs/adapter/metrics.jsonl")
 JUDGE = Path("miniature/judge")
@@ -139,9 +138,8 @@ def _train(lab: Laboratory, run: Run) -> int:
     folder = lab.trained(run)
     if (folder / "export" / "adapter.safetensors").is_file():
         return 0
-    with matmul_precision(run.config.precision):
-        outcome = train(run.config, folder, f"fact-train lab, {run.key}")
-    return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by
+    words = [run.question, run.variant, str(run.seed), str(run.config.steps), str(folder)]
+    return _call("fact_train.lab.one", *words)
 
 
 def _evaluate(lab: Laboratory, run: Run) -> int:
@@ -150,9 +148,24 @@ def _evaluate(lab: Laboratory, run: Run) -> int:
     words = ["--base", run.config.options.base, "--adapter", str(adapter), "--encoder"]
     words += [run.config.options.encoder, "--judge", str(JUDGE), *run.options]
     words += ["--out", str(lab.evaluated(run))]
-    command = [sys.executable, "-m", "fact_infer", "evaluate", *words]
-    done = subprocess.run(command, stdout=subprocess.PIPE, check=False)
-    return done.returncode if done.returncode >= 0 else 128 - done.returncode
+    return _call("fact_infer", "evaluate", *words, quiet=True)
+
+
+def _call(module: str, *words: str, quiet: bool = False) -> int:
+    """Run a program of ours to its end; the exit status. It deals with signals itself."""
+    command = [sys.executable, "-m", module, *words]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL if quiet else None)
+    # Ctrl-C reaches the child by itself: it is in the terminal's foreground too.
+    former = {
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: child.terminate()),
+    }
+    try:
+        status = child.wait()
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+    return status if status >= 0 else 128 - status
 
 
 def make_laboratory(

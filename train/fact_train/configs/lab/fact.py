@@ -11,7 +11,7 @@ from fact_train.config import CheckpointConfig, LogConfig, TrainConfig
 from fact_train.configs.mini import config as mini
 from fact_train.lab.question import Question
 
-STEPS = 1500
+STEPS, PEOPLE = 1500, 2000
 ALONE, RAMP, REST = 120, 280, STEPS - 120 - 280
 """Steps without shuffle and FAIR, steps in which both grow, and steps at their full values."""
 
@@ -32,7 +32,7 @@ def variant(**options: object) -> TrainConfig:
         steps=STEPS,
         checkpoint=CheckpointConfig(every=500, keep=1),
         log=LogConfig(every=50, samples_every=None),
-        options=replace(mini.options, **{"stages": stages(), **options}),
+        options=replace(mini.options, **{"stages": stages(), "people": PEOPLE, **options}),
     )
 
 
