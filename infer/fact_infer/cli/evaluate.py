@@ -35,7 +35,8 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         "--folder",
         type=Path,
         metavar="DIR",
-        help="people to draw: DIR/NAME/*.jpg, with .points.json beside each or a detector",
+        help="people to draw: DIR/NAME/*.jpg, with .points.json beside each or a detector; or "
+        "records of `fact-train records`",
     )
     what.add_argument(
         "--pictures",

@@ -103,13 +103,13 @@ class Plan:
     def key(self, row: tuple[int, int, int]) -> str:
         i, j, k = row
         name = self.people[i].shown.person
-        return f"fact/{_safe(name)}-{j}-{self.seeds[k]}"
+        return f"fact/{safe_name(name)}-{j}-{self.seeds[k]}"
 
     def base_key(self, row: tuple[int, int, int]) -> str:
         return f"base/{row[1]}-{self.seeds[row[2]]}"
 
 
-def _safe(name: str) -> str:
+def safe_name(name: str) -> str:
     """A file's name for a person's; what a file cannot be called goes, a digest comes."""
     plain = "".join(c if c.isalnum() or c in "-_" else "_" for c in name)[:60]
     return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

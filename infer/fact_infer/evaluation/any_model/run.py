@@ -18,6 +18,7 @@ from fact_infer.evaluation.any_model.people_folder import (
     leaked,
     read_people,
 )
+from fact_infer.evaluation.any_model.record_people import records_in, unpack_people
 from fact_infer.evaluation.measures import Samples, estimates
 from fact_infer.evaluation.page import write_page
 from fact_infer.evaluation.results import ArrayCache, Cost, PictureStore, fingerprint, save
@@ -109,20 +110,20 @@ def evaluate_folder(
     open_folder: Open,
 ) -> str:
     """Draw and measure the people of ``--folder``; gives the table."""
+    if not arguments.folder.is_dir():
+        raise UserError(f"{arguments.folder} is not a folder of people, nor of records")
     cost, networks = Cost(), looking(arguments)
     paths = {"--base": arguments.base, "--encoder": encoder}
     require_miniature({option: path for option, path in paths.items() if path is not None})
-    people = read_people(arguments.folder, arguments.photos, arguments.people, arguments.detector)
-    check_photos(people)
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
-    plan = Plan(people=people, prompts=arguments.prompt, seeds=seeds)
     pipeline = FlaxPipeline.load(arguments.base, arguments.adapter, encoder)
     pipeline.base.check(params)
-    for line in pipeline.base.cut_prompts(plan.prompts):
+    assert pipeline.face is not None  # --adapter is required
+    for line in pipeline.base.cut_prompts(arguments.prompt):
         print(f"note: {line}", file=sys.stderr)
     about: dict[str, Any] = {
         "folder": str(arguments.folder),
-        "people": len(people),
+        "people": arguments.people,
         "photos of each": arguments.photos,
         "prompts": arguments.prompt,
         "seeds": list(seeds),
@@ -134,8 +135,8 @@ def evaluate_folder(
             name: fingerprint(path)
             for name, path in (
                 ("base", pipeline.base.folder),
-                ("adapter", arguments.adapter),
-                ("encoder", pipeline.face.encoder),  # type: ignore[union-attr]
+                ("adapter", pipeline.face.adapter),
+                ("encoder", pipeline.face.encoder),
                 ("folder", arguments.folder),
             )
         },
@@ -143,6 +144,13 @@ def evaluate_folder(
     out = open_folder(arguments, about)
     observer = networks.observer(out, arguments.detector)
     observer.check_drawn(pipeline.base.picture_size(params))
+    folder, count = arguments.folder, arguments.people
+    if (records := records_in(folder)) is not None:
+        folder = unpack_people(records, out / "people", arguments.photos, count)
+    people = read_people(folder, arguments.photos, count, arguments.detector)
+    check_photos(people)
+    plan = Plan(people=people, prompts=arguments.prompt, seeds=seeds)
+    about["people"] = len(people)
     store = PictureStore(out / "pictures")
     print(f"drawing {len(plan.rows())} pictures, and the base's", file=sys.stderr)
     with cost.drawing(store):

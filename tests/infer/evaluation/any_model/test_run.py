@@ -119,6 +119,10 @@ def test_the_manifest_measures_the_same_from_outside(world, done, tmp_path, caps
             ["--adapter", "a", "--folder", "f", "--out", "o"],
             "--folder needs prompts: --prompt TEXT",
         ),
+        (
+            ["--adapter", "a", "--folder", "none", "--prompt", "p", "--out", "o"],
+            "none is not a folder of people",
+        ),
         (["--adapter", "a", "--clip", "c", "--out", "o"], "are for --folder and --pictures"),
         (["--pictures", "p", "--adapter", "a", "--out", "o"], "leave out --adapter"),
         (["--pictures", "none.jsonl", "--out", "o"], "none.jsonl: No such file"),
