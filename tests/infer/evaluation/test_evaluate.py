@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
@@ -57,20 +58,25 @@ def judgement(
     )
 
 
+def scored_networks(people, pictures) -> KnowingJudges:
+    basis = np.eye(4)
+    networks = RepeatedJudges()
+    networks.tell(pictures["fact"], judgement(basis[:3] + basis[3], people, colour_error=0.1))
+    networks.tell(pictures["base"], judgement(basis[[1, 2, 0]], people, attributes_right=False))
+    networks.tell(people.first_references, judgement(basis[:3], people))
+    networks.tell(people.another, judgement(basis[:3], people))
+    networks.tell(people.scenes.images, judgement(basis[:3], people))
+    return networks
+
+
 @pytest.fixture(scope="module")
 def scored(people):
     draw = np.random.default_rng(0)
     base = draw.integers(0, 200, (COUNT, 64, 64, 3), np.uint8)
     fact = base.copy()
     fact[:, 9:21, 9:21] += 51  # the head, grown by one pixel
-    basis = np.eye(4)
-    networks = KnowingJudges()
-    networks.tell(fact, judgement(basis[:3] + basis[3], people, colour_error=0.1))
-    networks.tell(base, judgement(basis[[1, 2, 0]], people, attributes_right=False))
-    networks.tell(people.first_references, judgement(basis[:3], people))
-    networks.tell(people.another, judgement(basis[:3], people))
-    networks.tell(people.scenes.images, judgement(basis[:3], people))
     pictures = {"base": base, "fact": fact}
+    networks = scored_networks(people, pictures)
     samples, _ = measured_samples(networks, people, pictures)
     measures = measure(networks, people, pictures)
     return measures, pictures, samples
@@ -121,6 +127,27 @@ def test_every_measure_has_a_place_in_the_table(scored):
         for r in s
         if not any(k.startswith(f"{r.key}/") for k in scored[0])
     }
+
+
+class RepeatedJudges(KnowingJudges):
+    """Of pictures that come twice they say twice what they know."""
+
+    def __call__(self, images):
+        once = super().__call__(images[:COUNT])
+        if len(images) == COUNT:
+            return once
+        return jax.tree.map(lambda a: np.concatenate([a, a]), once)
+
+
+def test_several_pictures_of_a_person_count_as_one(scored, people):
+    measures, pictures, _ = scored
+    twice = {name: np.concatenate([images, images]) for name, images in pictures.items()}
+    repeated = measure(scored_networks(people, pictures), people, twice)
+    for name, estimate in measures.items():
+        assert repeated[name].n == estimate.n, name
+        assert repeated[name].mean == pytest.approx(estimate.mean, nan_ok=True), name
+    assert repeated["diversity/pixels/fact"].mean == 0.0
+    assert repeated["diversity/pixels/fact"].n == COUNT
 
 
 def test_people_are_of_the_test_split_in_scenes_of_their_own(people):
