@@ -138,6 +138,9 @@ def main() -> int:
             print(f"stopped in: {stage.name}. The same command goes on from here.", file=sys.stderr)
             return status
     print(f"{time.monotonic() - began:.0f} s. Open {out / 'report.html'}; the grid: {out}/grid.png")
+    page = Path(sys.executable).parent / "fact-infer"
+    shown = page.relative_to(ROOT) if page.is_relative_to(ROOT) else page
+    print(f"make portraits in the browser: {shown} ui, then open http://127.0.0.1:7860")
     return 0
 
 

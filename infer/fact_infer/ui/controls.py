@@ -83,7 +83,7 @@ class Controls:
             return "\n".join(value) if isinstance(value, list) else value
         if field.kind == "numbers" and isinstance(value, list | tuple):
             return float(value[0])
-        return value
+        return str(value) if field.default is None else value
 
     def _component(self, field: Field) -> gr.components.Component:
         label = field.name.replace("_", " ").capitalize()
@@ -103,6 +103,8 @@ class Controls:
             return gr.Radio(list(field.choices), **about)
         if field.kind == "flag":
             return gr.Checkbox(**about)
+        if field.default is None:  # Gradio's number would show an empty one as 0
+            return gr.Textbox(**about | {"value": ""}, placeholder="none")
         if field.kind in ("int", "float"):
             return gr.Number(precision=0 if field.kind == "int" else None, **about)
         return gr.Textbox(**about | {"value": value or ""})

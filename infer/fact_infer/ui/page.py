@@ -270,7 +270,9 @@ class Page:
             with gr.Column():
                 file = gr.File(label="A picture (PNG or JPEG)", height=110, elem_id="made-here")
                 take = gr.Button("Use these settings", variant="primary", interactive=False)
-                said = gr.HTML(state("The photos of a person are named in it, not held."))
+                said = gr.HTML(
+                    state("The photos of a person are named in it, not held."), elem_id="read-state"
+                )
             record = gr.JSON(label="Its record", elem_id="record")
         held = gr.State({})
         file.change(self._read, [file], [said, record, held, take], **PRIVATE)

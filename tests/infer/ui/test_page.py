@@ -29,7 +29,7 @@ class Person:
     def __init__(self, page, shots):
         self.page, self.shots = page, shots
 
-    def wait(self, where, text, seconds=90):
+    def wait(self, where, text, seconds=25):
         self.page.locator(where).get_by_text(text).first.wait_for(timeout=seconds * 1000)
 
     def bring(self, where, *files):
@@ -38,6 +38,8 @@ class Person:
 
     def tab(self, name):
         self.page.get_by_role("tab", name=name).click()
+        self.page.get_by_role("tabpanel").locator("visible=true").first.wait_for()
+        self.page.wait_for_timeout(500)  # what is in it is made now
 
     def look(self, name):
         self.page.screenshot(path=self.shots / f"{name}.png", full_page=True)
@@ -103,7 +105,7 @@ def test_a_portrait_of_the_astronaut(person, server, astronaut, tmp_path):  # no
     person.bring("#made-here", path)
     page.locator("#record").get_by_text("sampler").first.wait_for()
     page.get_by_role("button", name="Use these settings").click()
-    person.wait("body", "Portrait has these settings.")
+    person.wait("#read-state", "Portrait has these settings.")
     person.look("read")
     person.tab("Portrait")
     assert page.get_by_label("number input for Steps").first.input_value() == "25"
@@ -135,15 +137,15 @@ def test_a_face_is_marked_by_the_keyboard(person, astronaut):  # noqa: F811
 
 
 def test_broken_files_are_one_sentence(person, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"nothing" * 20)
-    person.bring("#photos-0", tmp_path / "broken.png")
-    person.wait("#photos-0-said", "broken.png: photo is not a picture that can be read")
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"nothing" * 20)
+    person.bring("#photos-0", tmp_path / "torn.png")
+    person.wait("#photos-0-said", "torn.png: photo is not a picture that can be read")
     person.look("broken")
     person.page.click("#draw")
     person.wait("#state", "Choose a person or bring a photo first.")
     person.tab("Read back")
-    person.bring("#made-here", tmp_path / "broken.png")
-    person.wait("body", "broken.png cannot be read")
+    person.bring("#made-here", tmp_path / "torn.png")
+    person.wait("#read-state", "torn.png cannot be read")
 
 
 def test_pictures_have_texts_and_all_is_in_reach(person):
