@@ -169,9 +169,8 @@ def _decide(
     arrays = {"hash": table.hashes, "colours": table.colours, "face": units.vectors}
     for kind, vectors in arrays.items():
         if not work.exists(f"{plan}/{kind}.npy"):
-            buffer = io.BytesIO()
-            np.save(buffer, vectors)
-            work.write(f"{plan}/{kind}.npy", buffer.getvalue())
+            with work.writing(f"{plan}/{kind}.npy") as temporary, open(temporary, "wb") as opened:
+                np.save(opened, vectors)
     thresholds = {"hash": 1 - 2 * settings.duplicates, "face": settings.same_face}
     names = block_names("hash", len(table)) + block_names("face", len(units.vectors))
     compare = functools.partial(compare_blocks, work.url, plan, thresholds)

@@ -2,6 +2,7 @@
 
 import base64
 import dataclasses
+from array import array
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -39,43 +40,41 @@ class Table:
 
 def read_table(store: Store, chunks: Sequence[str]) -> Table:
     """Read the lines of all chunks."""
-    columns: dict[str, list] = {"chunk": [], "row": [], "size": [], "rank": [], "label": []}
-    labels: dict[str, int] = {}
-    names: list[str] = []
-    embedded: list[int] = []
-    hashes, colours, embeddings = [], [], []
+    numbers = {name: array("q") for name in ("chunk", "row", "size", "label", "embedded")}
+    rank, labels, names = array("d"), dict[str, int](), list[str]()
+    hashes, colours, embeddings, dimensions = bytearray(), bytearray(), bytearray(), 1
     for number, line in _accepted(store, chunks):
         if "embedding" in line:
-            embedded.append(len(names))
-            embeddings.append(base64.b85decode(line["embedding"]))
-            if len(embeddings[-1]) != len(embeddings[0]):
+            vector = base64.b85decode(line["embedding"])
+            if embeddings and len(vector) != dimensions:
                 raise UserError(
-                    f"{line['name']}: its embedding has {len(embeddings[-1])} numbers, others have "
-                    f"{len(embeddings[0])}"
+                    f"{line['name']}: its embedding has {len(vector)} numbers, others have "
+                    f"{dimensions}"
                 )
+            dimensions = len(vector)
+            embeddings += vector
+            numbers["embedded"].append(len(names))
         names.append(line["name"])
-        hashes.append(base64.b85decode(line["hash"]))
-        colours.append(base64.b85decode(line["colours"]))
+        hashes += base64.b85decode(line["hash"])
+        colours += base64.b85decode(line["colours"])
         who = line["identity"]
-        columns["label"].append(labels.setdefault(who, len(labels)) if who else -1)
-        columns["chunk"].append(number)
-        columns["row"].append(line["row"])
-        columns["size"].append(line["bytes"])
-        columns["rank"].append((line.get("quality", 0.0), line["width"] * line["height"]))
-    packed = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
-    bits = np.unpackbits(packed, axis=1, count=_BITS)
-    dimensions = len(embeddings[0]) if embeddings else 1
+        numbers["label"].append(labels.setdefault(who, len(labels)) if who else -1)
+        numbers["chunk"].append(number)
+        numbers["row"].append(line["row"])
+        numbers["size"].append(line["bytes"])
+        rank.extend((line.get("quality", 0.0), line["width"] * line["height"]))
+    packed = np.frombuffer(bytes(hashes), np.uint8).reshape(-1, -(-_BITS // 8))
+    signs = np.unpackbits(packed, axis=1, count=_BITS).view(np.int8)
+    signs *= 2
+    signs -= 1
     return Table(
-        **{
-            name: np.asarray(values, np.int64) for name, values in columns.items() if name != "rank"
-        },
-        rank=np.asarray(columns["rank"], np.float64).reshape(-1, 2),
+        **{name: np.array(values, np.int64) for name, values in numbers.items()},
+        rank=np.array(rank, np.float64).reshape(-1, 2),
         labels=list(labels),
         names=names,
-        hashes=2 * bits.astype(np.int8) - 1,
-        colours=np.frombuffer(b"".join(colours), np.uint8).reshape(-1, 3 * COLOUR_SIDE**2),
-        embedded=np.asarray(embedded, np.int64),
-        embeddings=np.frombuffer(b"".join(embeddings), np.int8).reshape(-1, dimensions),
+        hashes=signs,
+        colours=np.frombuffer(bytes(colours), np.uint8).reshape(-1, 3 * COLOUR_SIDE**2),
+        embeddings=np.frombuffer(bytes(embeddings), np.int8).reshape(-1, dimensions),
     )
 
 

@@ -66,14 +66,15 @@ def write_shard(work: str, plan: str, out: str, name: str) -> dict[str, int]:
     split, shard, shards = name.split("-")
     records = store.json(f"{plan}/shards/{name}.json")
     file = f"{FOLDER}/{shard_name(int(shard), int(shards), split)}"
-    with product.writing(file) as temporary:
-        writer, lines = shard_writer(temporary), []
-        for record, line in _planned(store, records):
-            writer.write(record)
-            lines.append(json_line(line))
+    about = about_name(split, int(shard))
+    with product.writing(file) as temporary, product.writing(about) as told:
+        writer = shard_writer(temporary)
+        with open(told, "w", encoding="utf-8") as lines:
+            for record, line in _planned(store, records):
+                writer.write(record)
+                lines.write(json_line(line))
         writer.close()
         size = temporary.stat().st_size
-    product.write(about_name(split, int(shard)), "".join(lines))
     store.write(marker, json.dumps({"bytes": size}))
     return {}
 
