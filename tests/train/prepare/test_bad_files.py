@@ -149,6 +149,16 @@ def built(tmp_path_factory):
     (person / "folder.png").mkdir()
     (person / "gone.jpg").symlink_to(person / "nowhere.jpg")
     os.mkfifo(person / "side.png")
+    # Names that are no UTF-8, or hold what a terminal would follow: the photos are records.
+    for number, name in enumerate((b"caf\xe9", b"two\nlines\x1b[2J")):
+        photo = os.path.join(os.fsencode(person), name)
+        for end, what in (
+            (b".png", encoded(noise(5000 + number))),
+            (b".points.json", points_json(POINTS)),
+        ):
+            with open(photo + end, "wb") as opened:
+                opened.write(what)
+    wanted |= {"bo/caf\\udce9.png": None, "bo/two\nlines\x1b[2J.png": None}
     wanted |= dict.fromkeys(
         ("bo/pipe.jpg", "bo/folder.png", "bo/gone.jpg", "bo/side.png"), "no file"
     )

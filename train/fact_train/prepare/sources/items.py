@@ -79,14 +79,20 @@ def read_chunk(settings: BuildSettings, chunk: dict) -> Iterator[Item]:
         root = settings.root if chunk["format"] == "table" else settings.source
         store = Store(root or tables.folder_of(Store(settings.source)))
         found = ((row["path"], functools.partial(_from_file, store, row)) for row in chunk["rows"])
-    for name, read in found:
+    for path, read in found:
+        name = _text(path)
         try:
             photo, fields = read()
-            yield Item(name, photo, fields)
+            yield Item(name, photo, {key: _text(value) for key, value in fields.items()})
         except RejectedError as error:
             yield Item(name, problem=error)
         except (UserError, OSError, ValueError, RecursionError) as error:
             yield Item(name, problem=RejectedError("not readable", f"{name}: {one_line(error)}"))
+
+
+def _text(value: Any) -> Any:
+    """Names of files that are not UTF-8 as text that is: the other bytes are escaped."""
+    return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
 def _from_file(store: Store, row: dict) -> tuple[bytes, dict[str, Any]]:
