@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from fact_jax.utils.errors import UserError, printable
+from fact_jax.utils.files import require_local
 from fact_train.cli.data import add_engine, whole_number
 
 _FORMATS = ("auto", "people", "flat", "table", "parquet", "tar")
@@ -177,6 +178,8 @@ def run_data(arguments: argparse.Namespace) -> int:
         counts = curate.verify(arguments.set)
         print(f"{arguments.set}: whole; {', '.join(f'{n} {name}' for name, n in counts.items())}")
         return 0
+    if arguments.action in ("merge", "split"):
+        require_local(arguments.to)
     megabytes = arguments.shard_mb
     if not 0 < megabytes < 1e6:
         raise UserError(f"--shard-mb {megabytes:g}: give megabytes above 0")
