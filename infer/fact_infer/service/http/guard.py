@@ -10,8 +10,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fact_infer.service.metrics import Metrics
 
-OPEN = ("/healthz", "/readyz")
-"""Asked by load balancers, which have no token."""
+_GUARDED = ("/v1/", "/metrics", "/docs", "/openapi.json")
+"""What needs the token. Load balancers have none, and the page has a login of its own."""
 
 
 class Guard:
@@ -51,7 +51,7 @@ class Guard:
             return 403, "this service answers on this machine alone: ask for localhost"
         if origin is not None and origin.partition("://")[2] != host:
             return 403, "a page of another site may not ask"
-        if self._token is None or scope["path"] in OPEN:
+        if self._token is None or not scope["path"].startswith(_GUARDED):
             return None
         scheme, _, given = headers.get("authorization", "").partition(" ")
         if scheme.lower() == "bearer" and hmac.compare_digest(given.encode(), self._token):
