@@ -190,6 +190,7 @@ def test_the_face_lies_inside_the_head():
         (["EMPTY", "OUT"], "EMPTY holds no photo"),
         (["SRC/anna/notes.md", "OUT"], "is not a folder, a table"),
         (["SRC", "SRC"], "which no build wrote"),
+        (["SRC", "SRC/out"], "SRC/out lies within SRC"),
         (["SRC", "OUT", "--gate", "beauty=1"], "--gate beauty: known are face"),
         (["SRC", "OUT", "--gate", "yaw"], "--gate yaw: give NAME=VALUE"),
         (["SRC", "OUT", "--gate", "yaw=x"], "--gate: x is no number"),

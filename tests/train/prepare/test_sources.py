@@ -195,3 +195,33 @@ def test_tables_that_are_none(tmp_path, capsys, name, content, line):
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert line in said
+
+
+def test_a_table_of_this_folder(tmp_path, monkeypatch):
+    """A name without a folder; numbers too large for a float; files outside the folder."""
+    write_images(tmp_path / "here")
+    (tmp_path / "outside.png").write_bytes(photo(5))
+    good, large, mask, many, dots = (dict(row) for row in [*rows(), *rows()][:5])
+    large["points"] = [[10**400, 1]] * 5
+    many["points"] = [10**400] * 10
+    mask["mask"] = "../outside.png"
+    dots["mask"] = str(tmp_path / "outside.png")
+    lines = [json.dumps(row) for row in (good, large, mask, many, dots)]
+    lines.append(json.dumps(good | {"quality": 10**400, "file_name": "images/b.png"}))
+    (tmp_path / "here" / "list.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path / "here")
+    settings = BuildSettings(source="list.jsonl", size=64, crop=48)
+    summary = build(settings, str(tmp_path / "out")).summary
+    assert (summary["in"], summary["records"]) == (6, 1)
+    assert summary["reasons"] == {"points": 2, "row": 2, "quality": 1}
+
+
+def test_a_compressed_tar_is_none(tmp_path):
+    """Its samples have no place in the file."""
+    tars(tmp_path / "source")
+    with tarfile.open(tmp_path / "source" / "00002.tar", "w:gz") as archive:
+        add(archive, "0.png", photo(7))
+    settings = BuildSettings(source=str(tmp_path / "source"), size=64, crop=48)
+    build(settings, str(tmp_path / "out"))
+    assert rejected(tmp_path / "out")["00002.tar"][0] == "damaged shard"
+    assert not any(name.startswith("00002.tar/") for name in rejected(tmp_path / "out"))

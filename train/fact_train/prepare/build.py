@@ -54,7 +54,11 @@ def build(
     an ``out`` that holds anything but an unfinished build of the same.
     """
     data_libraries()
-    store = Store(out)
+    store, source = Store(out), Store(settings.source)
+    if source.fs == store.fs and store.root.startswith(f"{source.root}/"):
+        raise UserError(
+            f"{out} lies within {settings.source}, which is read: name a folder beside it"
+        )
     models = describe_models(settings)
     text = settings.to_json()
     providers(text)  # what does not load is said before anything is written

@@ -32,7 +32,14 @@ class SideFiles:
         for photo in photos:
             try:
                 answers.append(self._read(photo))
-            except (UserError, ValueError, TypeError, RecursionError, OSError) as error:
+            except (
+                UserError,
+                ValueError,
+                TypeError,
+                ArithmeticError,
+                RecursionError,
+                OSError,
+            ) as error:
                 text = one_line(error)
                 name = photo.item.name
                 line = text if name in text else f"{name}: its {self._role}: {text}"

@@ -21,7 +21,10 @@ METADATA = ("metadata.jsonl", "metadata.csv")
 
 def folder_of(store: Store) -> str:
     """The folder that a table's names of images are in."""
-    return store.url if store.fs.isdir(store.root) else store.url.rsplit("/", 1)[0] or "/"
+    if store.fs.isdir(store.root):
+        return store.url
+    folder, slash, _ = store.url.rpartition("/")
+    return folder or slash or "."
 
 
 def list_table(store: Store, settings: BuildSettings) -> Iterator[dict]:
@@ -44,12 +47,26 @@ def list_table(store: Store, settings: BuildSettings) -> Iterator[dict]:
             wanted = " or ".join(settings.columns_of("image"))
             yield {"path": name, "problem": ("row", f"{name} names no image: {wanted} is needed")}
             continue
-        path = posixpath.normpath(path.lstrip("/") if settings.root == "/" else path)
-        if path.startswith(("/", "../")) or "://" in path:
-            text = f"{name}: {path} lies outside the folder of the images; give --root"
+        path = _inside(path, settings)
+        if isinstance(mask := fields.get("mask"), str):
+            fields["mask"] = _inside(mask, settings)
+        outside = [one for one in (path, fields.get("mask")) if _leads_out(one)]
+        if outside:
+            text = f"{name}: {outside[0]} lies outside the folder of the images; give --root"
             yield {"path": name, "problem": ("row", text)}
             continue
         yield {"path": path, "beside": None, "about": about, "fields": fields}
+
+
+def _inside(path: str, settings: BuildSettings) -> str:
+    return posixpath.normpath(path.lstrip("/") if settings.root == "/" else path)
+
+
+def _leads_out(path: Any) -> bool:
+    """Whether the name of a file is of one that is not under the images' folder."""
+    return isinstance(path, str) and (
+        path.startswith(("/", "../")) or "://" in path or path == ".."
+    )
 
 
 def _rows(store: Store) -> Iterator[dict | str]:

@@ -37,7 +37,10 @@ def _samples(store: Store) -> Iterator[dict]:
     current: dict[str, Any] = {}
     problem = None
     try:
-        with store.fs.open(store.root, "rb") as opened, tarfile.open(fileobj=opened) as archive:
+        with (
+            store.fs.open(store.root, "rb") as opened,
+            tarfile.open(fileobj=opened, mode="r:") as archive,  # compressed, it has no offsets
+        ):
             size = opened.seek(0, io.SEEK_END)
             opened.seek(0)
             for member in archive:
