@@ -47,7 +47,9 @@ def test_the_start_is_the_base_bit_for_bit(miniature, start):
     np.testing.assert_array_equal(call(adapted, x, t, text, face), call(base, x, t, text))
 
 
-@pytest.mark.parametrize("start", ["zero_gates", "zero_projections"])
+@pytest.mark.parametrize(
+    "start", [pytest.param("zero_gates", marks=pytest.mark.slow), "zero_projections"]
+)
 def test_fifty_steps_move_the_adapter_and_nothing_else(miniature, start):
     config = tiny_config(miniature, start=start)
     task = AdapterTask(config)
