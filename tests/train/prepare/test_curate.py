@@ -67,6 +67,9 @@ def test_verify_reads_everything(out, capsys):
     status, said = run(capsys, "verify", out)
     assert (status, said.count("\n")) == (2, 1)
     assert "damaged" in said
+    status, said = run(capsys, "report", out)
+    assert (status, said.count("\n")) == (2, 1)
+    assert "damaged" in said
     shard.write_bytes(content[:-10])
     assert "bytes, " in run(capsys, "verify", out)[1]
     shard.unlink()
@@ -74,6 +77,12 @@ def test_verify_reads_everything(out, capsys):
 
 
 def test_verify_finds_lost_lines_and_mixed_up_people(out, capsys):
+    rejected = (out / "rejected.jsonl").read_text()
+    (out / "rejected.jsonl").write_text(rejected + "{")
+    status, said = run(capsys, "verify", out)
+    assert (status, said.count("\n")) == (2, 1)
+    assert "rejected.jsonl: line 3 is damaged" in said
+    (out / "rejected.jsonl").write_text(rejected)
     identities = np.load(next(out.rglob("identities.npy")))
     np.save(next(out.rglob("identities.npy")), identities[::-1])
     assert "does not name" in run(capsys, "verify", out)[1]
@@ -186,6 +195,7 @@ def test_the_page_opens_offline(out, capsys):
         (["merge", "OUT", "--to", "OUT"], "exists already"),
         (["split", "OUT", "--to", "NEW", "--split", "a"], "give NAME=VALUE"),
         (["split", "OUT", "--to", "NEW", "--split", "a=2"], "split a=2"),
+        (["split", "OUT", "--to", "NEW", *["--split", "a=0.2"] * 2], "--split a is given twice"),
     ],
 )
 def test_wrong_input_is_one_line(out, tmp_path, capsys, arguments, line):

@@ -220,7 +220,8 @@ def test_a_compressed_tar_is_none(tmp_path):
     """Its samples have no place in the file."""
     tars(tmp_path / "source")
     with tarfile.open(tmp_path / "source" / "00002.tar", "w:gz") as archive:
-        add(archive, "0.png", photo(7))
+        add(archive, "0.txt", b"small, so that it would lie within the compressed file")
+        add(archive, "1.png", photo(7))
     settings = BuildSettings(source=str(tmp_path / "source"), size=64, crop=48)
     build(settings, str(tmp_path / "out"))
     assert rejected(tmp_path / "out")["00002.tar"][0] == "damaged shard"

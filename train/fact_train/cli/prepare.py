@@ -270,6 +270,9 @@ def _pairs(texts: list[str], option: str) -> list[tuple[str, str]]:
     for text in texts:
         if "=" not in text.strip("="):
             raise UserError(f"{option} {text}: give NAME=VALUE")
+    names = [text.partition("=")[0] for text in texts]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f"{option} {twice[0]} is given twice")
     return [(text.partition("=")[0], text.partition("=")[2]) for text in texts]
 
 

@@ -79,10 +79,16 @@ class Store:
             yield copy
 
     def lines(self, name: str) -> Iterator[dict]:
-        """The objects of a JSONL file."""
+        """The objects of a JSONL file; UserError for a line that is none."""
         with self.fs.open(self.path(name), "rb") as opened:
-            for line in io.TextIOWrapper(opened, encoding="utf-8"):
-                yield json.loads(line)
+            for number, line in enumerate(io.TextIOWrapper(opened, encoding="utf-8"), start=1):
+                try:
+                    found = json.loads(line)
+                except ValueError as error:
+                    raise UserError(
+                        f"{self.path(name)}: line {number} is damaged: {one_line(error)}"
+                    ) from None
+                yield found
 
     def names(self, folder: str) -> list[str]:
         """Names of the files in a folder, sorted; none where there is no such folder."""

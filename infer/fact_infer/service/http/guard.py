@@ -30,6 +30,9 @@ class Guard:
             refused = scope["type"] == "websocket" and self._refusal(scope)
             return None if refused else await self._app(scope, receive, send)
 
+        if scope["method"] == "HEAD":  # answered as GET; the server leaves the body out
+            scope = {**scope, "method": "GET"}
+
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 route = getattr(scope.get("route"), "path", "other")

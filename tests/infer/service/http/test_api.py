@@ -48,6 +48,15 @@ def test_form_and_json_are_the_same_request(client, form, astronaut):
         np.testing.assert_array_equal(pixels(client, picture), picture_of("a cat", seed))
 
 
+def test_head_is_get_without_a_body(client):
+    """What a load balancer may ask with; OpenAPI names the methods of each path once."""
+    for path, status in (("/healthz", 200), ("/readyz", 200), ("/v1/jobs/none", 404)):
+        answer = client.head(path)
+        assert (answer.status_code, answer.content) == (status, b"")
+        assert answer.headers["content-length"] == client.get(path).headers["content-length"]
+    assert client.head("/v1/generate").status_code == 405
+
+
 def test_a_job_from_post_to_delete(client, form, stub):
     stub.gate.clear()
     posted = draw(client, form, wait=0)

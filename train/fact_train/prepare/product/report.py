@@ -13,6 +13,8 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from fact_jax.face import draw_face
+from fact_jax.face.images import one_line
+from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
 from fact_train.data.dataset_files import shard_name, shard_reader
 from fact_train.data.records import decode
@@ -135,9 +137,13 @@ def _pictures(folder: Path, summary: dict, split: str, shard: int, row: int) -> 
     from tensorflow_datasets.proto import tf_example_pb2
 
     shards = summary["splits"][split]["shards"]
-    reader = shard_reader(folder / FOLDER / shard_name(shard, shards, split))
-    example = tf_example_pb2.Example.FromString(reader.read([row])[0])
-    reader.close()
+    path = folder / FOLDER / shard_name(shard, shards, split)
+    try:
+        reader = shard_reader(path)
+        example = tf_example_pb2.Example.FromString(reader.read([row])[0])
+        reader.close()
+    except (ValueError, RuntimeError, IndexError, OSError) as error:
+        raise UserError(f"{path} is damaged: {one_line(error)}") from None
     return example.features.feature
 
 
