@@ -90,6 +90,7 @@ def write_manifest(entries: Sequence[Entry], folder: Path) -> str:
 def _entry(line: bytes, folder: Path, where: str) -> Entry:
     try:
         given = json.loads(line)
+        json.dumps(given, ensure_ascii=False).encode()  # half a surrogate pair can't be written
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where} is not JSON: {error}") from None
     _check_keys(given, _KEYS, where)

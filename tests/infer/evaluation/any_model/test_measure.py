@@ -177,6 +177,8 @@ def test_a_manifest_is_read_as_it_was_written(tmp_path, photos):
     [
         ("{", "line 1 is not JSON"),
         ("[1]", "line 1: not an object"),
+        ('{"picture": "red/0.png", "person": "\\ud800", "references": "red/0.png"}',
+         "line 1 is not JSON: 'utf-8' codec can't encode"),
         ('{"picture": "p", "person": "a", "refs": []}', "unknown 'refs'; known are base"),
         ('{"picture": "no.png", "person": "a", "references": "red/0.png"}', "no.png is no file"),
         ('{"picture": "red/0.png"}', "give person and references, or a list"),
