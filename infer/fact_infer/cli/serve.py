@@ -107,7 +107,8 @@ def _run(arguments: argparse.Namespace, *, page: bool = False) -> int | None:
         from fact_infer.service.http.server import listen, run
         from fact_infer.service.operations import Service
     except ModuleNotFoundError as error:
-        raise UserError(f"{error}: pip install 'fact-jax[serve]'") from None
+        extra = "ui" if page else "serve"
+        raise UserError(f"{error}: pip install 'fact-jax[{extra}]'") from None
     parts = open_parts(arguments)
     check_safety = load_safety_checker(parts.base, arguments.safety_checker)
     sock = listen(arguments.host, arguments.port)

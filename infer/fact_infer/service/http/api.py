@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, HTTPException, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
 from starlette.requests import ClientDisconnect
 
@@ -36,6 +37,12 @@ def build_app(service: Service, *, token: str | None = None, loopback: bool = Tr
     @app.exception_handler(UserError)
     async def bad_input(request: Request, error: UserError) -> Response:
         return JSONResponse({"detail": printable(str(error))}, 422)
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_query(request: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        line = f"{first['loc'][-1]}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        return JSONResponse({"detail": printable(line)}, 422)
 
     @app.exception_handler(BusyError)
     async def busy(request: Request, error: BusyError) -> Response:

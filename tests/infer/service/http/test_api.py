@@ -291,3 +291,13 @@ def test_bodies_are_bounded(stub):
         assert client.engine.counts() == {"preparing": 0, "queued": 0, "running": 0}
     finally:
         end()
+
+
+@pytest.mark.parametrize("query", ["wait=nan", "wait=-1", "preview=maybe"])
+def test_a_wrong_query_is_one_sentence(client, form, query):
+    data, files = form
+    answer = client.post(f"/v1/generate?{query}", data=data, files=files)
+    assert answer.status_code == 422
+    detail = answer.json()["detail"]
+    assert isinstance(detail, str)
+    assert detail.startswith(query.partition("=")[0] + ": ")
