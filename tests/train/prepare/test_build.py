@@ -188,6 +188,8 @@ def test_the_face_lies_inside_the_head():
         (["SRC/nobody", "OUT"], "SRC/nobody does not exist"),
         (["SRC/anna", "OUT"], "there is no usable photo, so no records were written"),
         (["EMPTY", "OUT"], "EMPTY holds no photo"),
+        (["", "OUT"], "is empty: name a folder or URL"),
+        (["SRC", " "], "is empty: name a folder or URL"),
         (["SRC/anna/notes.md", "OUT"], "is not a folder, a table"),
         (["SRC", "SRC"], "which no build wrote"),
         (["SRC", "SRC/out"], "SRC/out lies within SRC"),

@@ -196,9 +196,9 @@ def run_data(arguments: argparse.Namespace) -> int:
 
 
 def _build(arguments: argparse.Namespace) -> int:
-    for name in ("source", "out"):
-        if not getattr(arguments, name).strip():
-            raise UserError(f"{name.upper()} is empty: name a folder or URL")
+    for name, value in (("SOURCE", arguments.source), ("OUT", arguments.folder)):
+        if not value.strip():
+            raise UserError(f"{name} is empty: name a folder or URL")
     from fact_train.prepare.build import build
     from fact_train.prepare.engine import Engine
     from fact_train.prepare.settings import BuildSettings, Gates
