@@ -217,6 +217,7 @@ def assert_recomputation_changes_memory_and_not_the_gradient(unet, *policies):
         )
 
 
+@pytest.mark.slow
 def test_recomputation_changes_memory_and_not_the_gradient(unet):
     assert_recomputation_changes_memory_and_not_the_gradient(unet, "block", "none")
 
