@@ -5,6 +5,7 @@ package ``fact_infer`` must be installed. The blocks hand over embeddings and la
 can be replaced or run alone.
 """
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -58,8 +59,9 @@ class _Step(ModularPipelineBlocks):
     def expected_components(self) -> list[ComponentSpec]:
         return _PARTS
 
+    @abstractmethod
     def run(self, pipe: Any, state: Any) -> None:
-        raise NotImplementedError
+        """Read the block's inputs from ``state`` and set its outputs there."""
 
     @torch.no_grad()
     def __call__(self, components: Any, state: Any) -> tuple[Any, Any]:
