@@ -7,11 +7,12 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI, HTTPException, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse, JSONResponse
+from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect
 
 from fact_infer.service.engine import BusyError, DrainingError
 from fact_infer.service.http import documentation
-from fact_infer.service.http.bodies import read_body
+from fact_infer.service.http.bodies import LingeringClose, read_body
 from fact_infer.service.http.guard import Guard
 from fact_infer.service.jobs import FINISHED, Job
 from fact_infer.service.operations import Service, png
@@ -33,6 +34,7 @@ def build_app(service: Service, *, token: str | None = None, loopback: bool = Tr
         title="FACT-JAX", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan
     )
     app.add_middleware(Guard, token=token, loopback=loopback, metrics=engine.metrics)
+    app.add_middleware(LingeringClose, limits=engine.limits)
 
     @app.exception_handler(UserError)
     async def bad_input(request: Request, error: UserError) -> Response:
@@ -84,7 +86,7 @@ def build_app(service: Service, *, token: str | None = None, loopback: bool = Tr
         await asyncio.to_thread(service.submit, kind, job, given)
         if wait:
             await finished(request, job, wait, owned=True)
-        if job.state == "done" and request.headers.get("accept") == "image/png":
+        if job.state == "done" and prefers_png(request.headers.get("accept", "")):
             job.fetched = True
             if len(job.pictures) == 1:
                 return FileResponse(job.pictures[0].path, media_type="image/png")
@@ -172,3 +174,30 @@ def build_app(service: Service, *, token: str | None = None, loopback: bool = Tr
         return Response(status_code=400)
 
     return app
+
+
+def prefers_png(accept: str) -> bool:
+    """Whether an Accept header prefers ``image/png`` to JSON, by RFC 9110, section 12.5.1.
+
+    For each of the two its most exact range counts. Of equal weights the more exactly named wins,
+    then the first; JSON where neither is wanted.
+    """
+    ranges, unwanted = [parse_options_header(text) for text in accept.split(",")], (0.0, 0, 0)
+
+    def rank(kind: str) -> tuple[float, int, int]:
+        for distance, name in enumerate((kind, f"{kind.partition('/')[0]}/*", "*/*")):
+            for place, (found, options) in enumerate(ranges):
+                if found == name.encode():
+                    weight = _weight(options.get(b"q", b"1"))
+                    return (weight, -distance, -place) if weight else unwanted
+        return unwanted
+
+    return rank("image/png") > rank("application/json")
+
+
+def _weight(text: bytes) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        return 0.0
+    return weight if 0.0 <= weight <= 1.0 else 0.0

@@ -1,6 +1,7 @@
 """Bodies of requests: read within bounds of size and time, as JSON or as a form."""
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -9,6 +10,7 @@ from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fact_infer.service.engine import Limits
 from fact_infer.service.fields import MAX_ITEMS
@@ -17,6 +19,8 @@ _MAX_MARKS = 20_000
 """Brackets and commas of a JSON body, whose length is in its base64: a few bytes of them ask for
 a lot of memory."""
 _MAX_PARTS = 256
+_LINGERING = 8
+"""Times the largest body: how much is read and forgotten after an answer."""
 
 
 async def read_body(request: Request, limits: Limits) -> dict[str, Any]:
@@ -40,7 +44,7 @@ async def read_body(request: Request, limits: Limits) -> dict[str, Any]:
                 body += chunk
     except TimeoutError:
         late = f"the request did not arrive within {limits.body_seconds:g} s"
-        raise HTTPException(408, late, {"Connection": "close"}) from None
+        raise HTTPException(408, late) from None
     except ClientDisconnect:
         raise HTTPException(400, "the request ended early") from None
     if kind == "application/json":
@@ -49,10 +53,50 @@ async def read_body(request: Request, limits: Limits) -> dict[str, Any]:
 
 
 def _too_large(limits: Limits) -> HTTPException:
-    # What is on its way is not read.
-    return HTTPException(
-        413, f"a request has at most {limits.body:,} bytes", {"Connection": "close"}
-    )
+    return HTTPException(413, f"a request has at most {limits.body:,} bytes")
+
+
+class LingeringClose:
+    """ASGI middleware: an answer that comes before the end of a body can be read by who sends it.
+
+    A server that closes while bytes arrive resets the connection, and the client's system may then
+    throw the answer away. So it is sent whole, what still arrives is forgotten for at most
+    ``limits.body_seconds`` and eight bodies, and the connection is closed only then.
+    """
+
+    def __init__(self, app: ASGIApp, limits: Limits):
+        self._app, self._limits = app, limits
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        headers = Headers(scope=scope) if scope["type"] == "http" else {}
+        if headers.get("content-length", "0") == "0" and "transfer-encoding" not in headers:
+            return await self._app(scope, receive, send)
+        arriving = True
+
+        async def received() -> Message:
+            nonlocal arriving
+            message = await receive()
+            arriving = arriving and message.get("more_body", False)
+            return message
+
+        async def forget() -> None:
+            size = 0
+            while arriving and size < _LINGERING * self._limits.body:
+                size += len((await received()).get("body", b""))
+
+        async def sent(message: Message) -> None:
+            if message["type"] == "http.response.start" and arriving:
+                more = [*message.get("headers", []), (b"connection", b"close")]
+                message = {**message, "headers": more}
+            last = message["type"] == "http.response.body" and not message.get("more_body", False)
+            if not (last and arriving):
+                return await send(message)
+            await send({**message, "more_body": True})
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(forget(), self._limits.body_seconds)
+            await send({"type": "http.response.body", "body": b""})
+
+        await self._app(scope, received, sent)
 
 
 def _read_json(body: bytes) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fact_infer.service.http.api import prefers_png
 from tests.infer.service.conftest import points_of, start
 from tests.infer.service.stubs import picture_of
 
@@ -94,13 +95,31 @@ def test_a_preview_on_the_way(client, form, stub):
     assert client.get(f"{place}/preview").status_code == 404
 
 
-def test_a_picture_alone_for_those_who_want_no_json(client, form):
+@pytest.mark.parametrize("accept", ["image/png", "image/png,*/*", "text/html, image/*;q=0.8"])
+def test_a_picture_alone_for_those_who_want_no_json(client, form, accept):
     data, files = form
-    accept = {"Accept": "image/png"}
+    accept = {"Accept": accept}
     answer = client.post("/v1/generate?wait=20", data=data, files=files, headers=accept)
     image = Image.open(io.BytesIO(answer.content))
     np.testing.assert_array_equal(image, picture_of("a cat", 0))
     assert json.loads(image.text["fact_jax"])["prompt"] == "a cat"
+
+
+@pytest.mark.parametrize(
+    ("accept", "picture"),
+    [
+        *(("image/png", True), ("image/*", True), ("IMAGE/PNG", True), ("image/png,*/*", True)),
+        *(("*/*, image/png", True), ("image/png;q=0.9,application/json;q=0.8", True)),
+        *(("image/png, application/json", True), ("*/*;q=0.1, image/*;q=0.2", True)),
+        *(("", False), ("*/*", False), ("application/json", False), ("text/html", False)),
+        *(("application/json, image/png", False), ("image/png;q=0.5, */*", False)),
+        *(("image/png;q=0, */*;q=0.1", False), ("image/png;q=0", False)),
+        *(("image/png;q=0, image/*", False), ("image/png;q=nan", False), ("image/png;q=2", False)),
+        *((",;,=;q", False), ("image/jpeg", False), ("application/*, image/png", True)),
+    ],
+)
+def test_what_an_accept_header_prefers(accept, picture):
+    assert prefers_png(accept) is picture
 
 
 def test_faces(client, astronaut):
@@ -288,6 +307,52 @@ def test_bodies_are_bounded(stub):
             head = "POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n"
             slow.sendall(f"{head}Content-Type: application/json\r\n\r\n{{".encode())
             assert b" 408 " in slow.recv(4096)
+        assert client.engine.counts() == {"preparing": 0, "queued": 0, "running": 0}
+    finally:
+        end()
+
+
+def head(length, *more):
+    lines = ("POST /v1/generate HTTP/1.1", "Host: localhost", f"Content-Length: {length}", *more)
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+def test_answers_before_the_end_of_a_body_arrive(stub):
+    """Whoever sends ten times what fits the buffers reads why it was refused, and is cut off."""
+    client, end = start(stub, body=100_000, body_seconds=1.0, queue=1)
+    kind, large = {"Content-Type": "application/json"}, 20 << 20
+    place = client.base_url.host, client.base_url.port
+    try:
+        for body in (b"x" * 600_000, (b"x" * 1000 for _ in range(600))):
+            answer = client.post("/v1/generate", content=body, headers=kind)
+            assert answer.status_code == 413
+            assert answer.json()["detail"] == "a request has at most 100,000 bytes"
+        refused = {"Host": "evil.test", **kind}
+        many = b"x" * 700_000
+        assert client.post("/v1/generate", content=many, headers=refused).status_code == 403
+        assert client.post("/v1/generate", content=many).status_code == 415
+        held = client.engine.reserve("generate")
+        assert client.post("/v1/generate", content=many, headers=kind).status_code == 429
+        client.engine.drop(held)
+        # As curl: the answer is there long before the body has been sent.
+        for more in ((), ("Expect: 100-continue",)):
+            with socket.create_connection(place, timeout=10) as asking:
+                asking.sendall(head(large, "Content-Type: application/json", *more))
+                asking.sendall(b"" if more else b"x" * 500_000)
+                began = time.monotonic()
+                first = asking.recv(4096)
+                assert first.startswith(b"HTTP/1.1 413 ")
+                assert b"connection: close" in first
+                assert time.monotonic() - began < 0.9
+        # One that never ends is cut off, by its size or by its time.
+        for pause in (0.0, 0.05):
+            with socket.create_connection(place, timeout=10) as endless:
+                endless.sendall(head(large, "Content-Type: application/json"))
+                began = time.monotonic()
+                with pytest.raises(OSError):  # noqa: PT012
+                    while time.monotonic() - began < 10:
+                        endless.sendall(b"x" * (10_000 if pause else 100_000))
+                        time.sleep(pause)
         assert client.engine.counts() == {"preparing": 0, "queued": 0, "running": 0}
     finally:
         end()
