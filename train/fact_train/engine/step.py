@@ -157,18 +157,25 @@ class TrainStep:
         aux = metrics.pop("aux", None)
         norm = optax.global_norm(gradient)
         rate = learning_rate(config.optimizer, config.steps, state.step)
-        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
-        params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
-        if hasattr(self.task, "state_update"):
-            params = self.task.state_update(params, aux)
-        ema = update_ema(config.ema, state.ema, params, state.step)
-        moved, kept = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
+
+        def update(gradient: PyTree) -> tuple[PyTree, PyTree]:
+            updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
+            params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+            if hasattr(self.task, "state_update"):
+                params = self.task.state_update(params, aux)
+            return params, opt_state
+
         # The norm is finite only if the square of every gradient is, and with them the moments; the
         # average lies between its old value and the parameters. Both run over all devices, so that
         # all of them decide alike.
-        good = jnp.isfinite(loss) & jnp.isfinite(norm) & all_finite(params)
-        # Else XLA computes it again for each leaf: a program that grows with their square.
-        good = jax.lax.optimization_barrier(good)
+        good = jnp.isfinite(loss) & jnp.isfinite(norm) & all_finite(update(gradient)[0])
+        # New parameters are computed twice: kept until all of them are known to be finite, they
+        # would take as much memory as the gradient. And XLA would decide again for each leaf, a
+        # program that grows with their square.
+        gradient, good = jax.lax.optimization_barrier((gradient, good))
+        params, opt_state = update(gradient)
+        ema = update_ema(config.ema, state.ema, params, state.step)
+        moved, kept = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
         params, ema, opt_state = jax.tree.map(lambda a, b: jnp.where(good, a, b), moved, kept)
         bad = (~good).astype(jnp.int32)
         state = TrainState(

@@ -1,0 +1,183 @@
+"""Which settings open the adapter? Short trainings on the miniature over a grid of settings.
+
+The shape is that of ``sd15_fact``: FAIR on the face alone, no face weight, shuffling ramped in.
+What varies is the start (gates at zero, as released, or the two output projections; both are the
+base bit for bit), the learning rate, its warm-up and the course of FAIR's weight: 0, 0.01 from the
+first step, or 0.01 ramped in over the middle half. The judges look at people of the ``encoder``
+split, which neither the adapter nor the judges were trained on.
+
+    python -m benchmarks.recipe --out runs/recipe
+    python -m benchmarks.recipe --out runs/wide --base runs/wide_base/export/base --seeds 0
+
+A row of ``OUT/rows.jsonl`` is one run; runs that are there are not done again. ``OUT/table.md``
+gathers the seeds.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import shutil
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from fact_infer.evaluation import world
+from fact_infer.evaluation.evaluate import measure
+from fact_infer.jax.pipeline import FlaxPipeline
+from fact_infer.request import GenerationParams
+from fact_jax.curriculum import Stage
+from fact_jax.fact import Guidance
+from fact_jax.utils.batches import padded_batches
+from fact_jax.utils.files import atomic_write
+from fact_train.config import EMAConfig, LogConfig, TrainConfig
+from fact_train.configs.mini import config as mini
+from fact_train.run.loop import run
+
+MINIATURE = Path("miniature")
+SHUFFLE = ((0.0, 0.0), (0.0, 0.9), (0.9, 0.9))
+FAIR = {
+    "none": ((0.0, 0.0),) * 3,
+    "at once": ((0.01, 0.01),) * 3,
+    "ramped": ((0.0, 0.0), (0.0, 0.01), (0.01, 0.01)),
+}
+SETTINGS = ("start", "fair", "warm-up", "rate", "seed")
+SCORES = ("similarity", "over wrong", "skin error", "inside", "outside", "loss/fair")
+GATES = ("gate/attn", "gate/dense")
+
+
+def variant(setting: Mapping, base: Path, steps: int, batch: int) -> TrainConfig:
+    """``sd15_fact``'s shape at the miniature's size, with one setting."""
+    quarter = steps // 4
+    lengths = (quarter, 2 * quarter, steps - 3 * quarter)
+    stages = tuple(
+        Stage(steps=length, shuffle=shuffle, fair_weight=weight)
+        for length, shuffle, weight in zip(lengths, SHUFFLE, FAIR[setting["fair"]], strict=True)
+    )
+    return dataclasses.replace(
+        mini,
+        steps=steps,
+        batch_size=batch,
+        seed=setting["seed"],
+        optimizer=dataclasses.replace(
+            mini.optimizer, learning_rate=setting["rate"], warmup_steps=setting["warm-up"]
+        ),
+        ema=EMAConfig(decay=0.99),
+        log=LogConfig(every=max(1, steps // 10)),
+        checkpoint=dataclasses.replace(mini.checkpoint, every=steps),
+        options=dataclasses.replace(
+            mini.options,
+            base=str(base),
+            start=setting["start"],
+            stages=stages,
+            region="face",
+            face_weight=0.0,
+            people=500,
+        ),
+    )
+
+
+PARAMS = GenerationParams(sampler="ddim", steps=15, guidance=Guidance(text=3.0, face_scale=1.0))
+
+
+def draw(pipeline: FlaxPipeline, people: world.People, crops: np.ndarray | None) -> np.ndarray:
+    """A picture of everybody's caption, with or without their faces, from the same noise."""
+    prompts = people.scenes.captions
+    parts = [
+        pipeline.generate(
+            [prompts[i] for i in rows],
+            [int(i) for i in rows],
+            None if crops is None else crops[rows],
+            PARAMS,
+        )
+        for rows, _ in padded_batches(len(prompts), 32)
+    ]
+    return np.concatenate(parts)[: len(prompts)]
+
+
+def scores(
+    folder: Path, people: world.People, networks: world.MetricNetworks, pictures: dict
+) -> dict[str, float]:
+    """What a trained adapter does to the pictures, and where its gates and FAIR ended."""
+    measures = measure(networks, people, pictures)
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    found = {
+        "similarity": measures["reference/fact"].mean,
+        "over wrong": measures["over_wrong/fact"].mean,
+        "hair error": measures["hair/fact"].mean,
+        "skin error": measures["skin/fact"].mean,
+        "inside": measures["head/inside/fact"].mean,
+        "outside": measures["head/outside/fact"].mean,
+    }
+    for name in ("loss/mse", "loss/fair", *GATES):
+        found[name] = last[name]
+    return {name: round(float(value), 4) for name, value in found.items()}
+
+
+def table(rows: Iterable[Mapping]) -> str:
+    """A line a setting: means over its seeds; each seed's gates (attention, feed-forward)."""
+    lines = [
+        "| start | FAIR | warm-up | rate | seeds | " + " | ".join(SCORES) + " | gates |",
+        "|---" * (len(SCORES) + 6) + "|",
+    ]
+    groups: dict[tuple, list[Mapping]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[name] for name in SETTINGS[:-1]), []).append(row)
+    for setting, runs in sorted(groups.items()):
+        means = [f"{statistics.fmean(run[name] for run in runs):.3f}" for name in SCORES]
+        gates = "; ".join(", ".join(f"{run[name]:.3f}" for name in GATES) for run in runs)
+        lines.append(
+            f"| {' | '.join(map(str, setting))} | {len(runs)} | {' | '.join(means)} | {gates} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--starts", nargs="+", default=["zero_projections", "zero_gates"])
+    parser.add_argument("--fair", nargs="+", choices=FAIR, default=["ramped", "at once"])
+    parser.add_argument("--warmups", nargs="+", type=int, default=[40])
+    parser.add_argument("--rates", nargs="+", type=float, default=[2.5e-4, 5e-4, 1e-3, 2e-3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--base", type=Path, default=MINIATURE / "base")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--people", type=int, default=64)
+    parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
+    arguments = parser.parse_args()
+    people = world.render_people(arguments.people, 1, 48, "encoder")
+    networks = world.MetricNetworks(MINIATURE / "judge")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    path = arguments.out / "rows.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    base = None
+    done = {tuple(row[name] for name in SETTINGS) for row in rows}
+    # The seed outermost: the whole grid is there once before any of it is there twice.
+    for seed, rate, start, fair, warmup in itertools.product(
+        arguments.seeds, arguments.rates, arguments.starts, arguments.fair, arguments.warmups
+    ):
+        setting = dict(zip(SETTINGS, (start, fair, warmup, rate, seed), strict=True))
+        if tuple(setting.values()) in done:
+            continue
+        folder = arguments.out / "-".join(
+            str(value).replace(" ", "_") for value in setting.values()
+        )
+        shutil.rmtree(folder, ignore_errors=True)
+        run(variant(setting, arguments.base, arguments.steps, arguments.batch), folder)
+        adapter = folder / "export" / "adapter.safetensors"
+        pipeline = FlaxPipeline.load(arguments.base, adapter, MINIATURE / "encoder")
+        base = draw(pipeline, people, None) if base is None else base
+        pictures = {"base": base, "fact": draw(pipeline, people, people.crops)}
+        rows.append(setting | scores(folder, people, networks, pictures))
+        print(json.dumps(rows[-1]), flush=True)
+        with path.open("a") as file:
+            file.write(json.dumps(rows[-1]) + "\n")
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        with atomic_write(arguments.out / "table.md") as temporary:
+            temporary.write_text(table(rows))
+
+
+if __name__ == "__main__":
+    main()
