@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fact_infer.cli.models import (
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from fact_infer.evaluation.ranking import IdentityRanking
     from fact_infer.parts import FaceModels, Parts
     from fact_infer.request import GenerationRequest
-    from fact_infer.service.work import GenerateWork, Picture, Work
+    from fact_infer.service.work import GenerateWork, Work
 
 _REQUEST = (
     *("image", "image_mask", "strength", "control", "control_scale"),
@@ -59,9 +58,7 @@ def add_generate(commands: argparse._SubParsersAction) -> None:
     command.set_defaults(run=_generate)
     add_models(command.add_argument_group("models"))
     add_request_options(command)
-    group = command.add_argument_group("files")
-    group.add_argument("--sheet", action="store_true", help="write all of them on one sheet too")
-    add_files(group, "portraits")
+    add_files(command.add_argument_group("files"), "portraits")
 
 
 def add_request_options(command: argparse.ArgumentParser) -> None:
@@ -87,6 +84,7 @@ def add_request_options(command: argparse.ArgumentParser) -> None:
         help="of each prompt's --count pictures keep the N whose faces are most like the photos, "
         "by the encoder's own judgement; without a detector where the face lies in the first photo",
     )
+    group.add_argument("--sheet", action="store_true", help="all of them on one sheet too")
 
 
 def _generate(arguments: argparse.Namespace) -> None:
@@ -102,13 +100,9 @@ def _generate(arguments: argparse.Namespace) -> None:
     check_safety = load_safety_checker(parts.base, arguments.safety_checker)
     work = dataclasses.replace(work, check_safety=check_safety)
     pipeline = load_pipeline(arguments, parts)
-    written = []
     with _progress(work.steps) as bar:
         for picture in work.draw(pipeline, bar):
             tqdm.write(str(picture.save(arguments.out, f".{arguments.format}")))
-            written.append(picture)
-    if arguments.sheet:
-        print(_save_sheet(written, arguments))
 
 
 def plan_generate(arguments: argparse.Namespace, parts: "Parts", note: Say, warn: Say) -> "Work":
@@ -146,6 +140,7 @@ def _plan(
         record=drawing_files(arguments),
         ranking=ranking,
         best=arguments.best,
+        sheet=arguments.sheet,
     )
 
 
@@ -163,25 +158,6 @@ def _ranking(
         points = found.points / found.image.shape[1::-1]
         note(f"no detector: likeness is judged where the face lies in {photo.path}")
     return IdentityRanking(face, crops, photo.pack, points)
-
-
-def _save_sheet(written: list["Picture"], arguments: argparse.Namespace) -> Path:
-    """A row for each prompt; returns the path."""
-    import numpy as np
-
-    from fact_infer.output_images import picture_path, save_image
-    from fact_jax.utils.contact_sheet import contact_sheet
-
-    labels = []
-    for picture in written:
-        likeness = picture.values.get("similarity")
-        seed = f"seed {picture.values['seed']}"
-        labels.append(seed + ("" if likeness is None else f"  {likeness:.2f}"))
-    images = np.stack([picture.image for picture in written])
-    columns = arguments.best or arguments.count
-    sheet = contact_sheet(images, columns, gap=6, border=6, captions=labels)
-    path = picture_path(arguments.out, "sheet", f".{arguments.format}")
-    return save_image(sheet, path, {"prompts": "\n".join(arguments.prompt)}, written[0].source)
 
 
 def _request(arguments: argparse.Namespace) -> "GenerationRequest":

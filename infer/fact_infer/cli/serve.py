@@ -36,8 +36,8 @@ _LIMITS = (
     ("body-seconds", float, 20, "S", "in which a request must have arrived"),
     ("keep", float, 600, "S", "that results stay"),
 )
-# What the operator says, or what writes files where the command line is.
-_OPERATOR = ("detector", "best")
+# What the operator says.
+_OPERATOR = ("detector", "batch")
 
 
 def add_serve(commands: argparse._SubParsersAction) -> None:
@@ -158,22 +158,15 @@ def operations(with_face: bool) -> list["Operation"]:
     redraw.add_request_options(over)
     photo.add_argument("photo", type=Path, help="a photo with one face or several")
     add_photo_options(photo, several=False)
-    hidden = (*_OPERATOR, "batch")
-
-    def plan(arguments: argparse.Namespace, *more: Any) -> Any:
-        return generate.plan_generate(argparse.Namespace(**vars(arguments), best=None), *more)
-
+    fields, photo_fields = (fields_of(each, _OPERATOR) for each in (drawing, photo))
+    photo_fields = [field for field in photo_fields if field.name != "face_index"]
+    plan = generate.plan_generate
     found = [
-        Operation("generate", "draw pictures of prompts", fields_of(drawing, hidden), plan),
-        Operation(
-            "faces",
-            "find the faces of a photo",
-            fields_of(photo, (*hidden, "face_index")),
-            redraw.plan_redraw,
-        ),
+        Operation("generate", "draw pictures of prompts", fields, plan),
+        Operation("faces", "find the faces of a photo", photo_fields, redraw.plan_redraw),
     ]
     if with_face:
-        over_fields = fields_of(over, hidden)
+        over_fields = fields_of(over, _OPERATOR)
         text = "put people into the faces of templates"
         found.append(Operation("redraw", text, over_fields, redraw.plan_redraw))
     return found

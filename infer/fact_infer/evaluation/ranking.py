@@ -1,6 +1,7 @@
 """Ranking of pictures by likeness to a person."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ from fact_jax.face.align import align_face
 from fact_jax.face.landmarks import DEFAULT_PACK, detect_faces, find_pack, local_pack
 from fact_jax.face.mask import head_mask
 from fact_jax.metrics.identity import cosine
+from fact_jax.models.transface import TransFaceConfig
 from fact_jax.ops.precision import matmul_precision
 from fact_jax.utils.pixels import normalize_pixels
 
@@ -37,14 +39,7 @@ class IdentityRanking:
     ):
         self._size, self._points = crops.shape[1], points
         self._pack = find_pack(pack or DEFAULT_PACK) if points is None else local_pack(pack)
-        graph, state = nnx.split(load_encoder(face.encoder, config=face.encoder_config))
-
-        @jax.jit
-        def embed(images: Float[Array, "b s s 3"]) -> Float[Array, "b d"]:
-            with matmul_precision("float32"):
-                return nnx.merge(graph, state)(images)[1]
-
-        self._embed = embed
+        self._embed = _embedder(face.encoder, face.encoder_config)
         own = self._embeddings(crops)
         own /= np.linalg.norm(own, axis=-1, keepdims=True)
         self._wanted = own.mean(0)
@@ -68,6 +63,20 @@ class IdentityRanking:
 
     def _embeddings(self, crops: UInt8[np.ndarray, "b s s 3"]) -> Float[np.ndarray, "b k"]:
         return np.array(self._embed(normalize_pixels(crops)))
+
+
+@functools.lru_cache(maxsize=1)  # a service asks again and again
+def _embedder(
+    encoder: Path, config: TransFaceConfig
+) -> Callable[[Float[Array, "b s s 3"]], Float[Array, "b d"]]:
+    graph, state = nnx.split(load_encoder(encoder, config=config))
+
+    @jax.jit
+    def embed(images: Float[Array, "b s s 3"]) -> Float[Array, "b d"]:
+        with matmul_precision("float32"):
+            return nnx.merge(graph, state)(images)[1]
+
+    return embed
 
 
 def best_first(similarities: Sequence[float | None]) -> list[int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 import secrets
 import shutil
 import time
@@ -11,11 +12,12 @@ from typing import Any, Literal
 
 import numpy as np
 
-from fact_infer.service.work import Picture, Work
+from fact_infer.service.work import Picture, Sheet, Work
 from fact_jax.utils.errors import UserError
 
 State = Literal["preparing", "queued", "running", "done", "failed", "cancelled", "refused"]
 FINISHED = ("done", "failed", "cancelled", "refused")
+_OPTION = re.compile(r"--([a-z]+(?:-[a-z]+)*)\b")
 PREVIEWS = 3
 """Pictures that are shown on the way, for each batch that is drawn, where they are asked for."""
 
@@ -46,6 +48,7 @@ class Job:
         self.notes: list[str] = []
         self.error: str | None = None
         self.pictures: list[SavedPicture] = []
+        self.sheet: SavedPicture | None = None
         self.preview: np.ndarray | None = None
         self.cancel_asked = self.fetched = False
         self.created, self.started, self.finished = time.time(), 0.0, 0.0
@@ -65,8 +68,9 @@ class Job:
         self.notes.append(self.plain(line))
 
     def plain(self, text: str) -> str:
-        """A text without the service's own folders."""
-        return text.replace(f"{self.folder / 'received'}/", "").replace(f"{self.folder}/", "")
+        """A text without the service's own folders, and with fields for options."""
+        text = text.replace(f"{self.folder / 'received'}/", "").replace(f"{self.folder}/", "")
+        return _OPTION.sub(lambda found: found[1].replace("-", "_"), text)
 
     def keep(self, picture: Picture) -> None:
         """Write a picture, with its record."""
@@ -75,7 +79,11 @@ class Job:
         path = picture.save(drawn, ".png")
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         size = picture.image.shape[1], picture.image.shape[0]
-        self.pictures.append(SavedPicture(path, picture.values, size, digest))
+        saved = SavedPicture(path, picture.values, size, digest)
+        if isinstance(picture, Sheet):
+            self.sheet = saved
+        else:
+            self.pictures.append(saved)
 
     def begin(self) -> None:
         self.state, self.started = "running", time.time()
@@ -87,7 +95,7 @@ class Job:
         self.work = self.preview = None
         shutil.rmtree(self.folder / ("received" if state == "done" else ""), ignore_errors=True)
         if state != "done":
-            self.pictures = []
+            self.pictures, self.sheet = [], None
         self.finished = time.time()
         self.state = state
 
@@ -108,16 +116,16 @@ class Job:
             "notes": self.notes,
             "error": self.error,
             "pictures": [
-                {
-                    "url": f"/v1/jobs/{self.id}/pictures/{number}",
-                    "width": picture.size[0],
-                    "height": picture.size[1],
-                    "sha256": picture.sha256,
-                    "record": picture.values,
-                }
+                self._said(picture, f"pictures/{number}") | {"record": picture.values}
                 for number, picture in enumerate(self.pictures)
             ],
+            "sheet": None if self.sheet is None else self._said(self.sheet, "sheet"),
         }
+
+    def _said(self, picture: SavedPicture, where: str) -> dict[str, Any]:
+        width, height = picture.size
+        url = f"/v1/jobs/{self.id}/{where}"
+        return {"url": url, "width": width, "height": height, "sha256": picture.sha256}
 
 
 class Progress:

@@ -103,7 +103,8 @@ class Service:
         if beside and len(beside) != len(values["templates"]):
             raise UserError("give template_points once for each template, in their order")
         for template, points in zip(values.get("templates", ()), beside, strict=False):
-            points.rename(template.with_suffix(".points.json"))
+            # Two templates may have the same points, which are one file.
+            template.with_suffix(".points.json").write_bytes(points.read_bytes())
         return values
 
     def check_points(self, values: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from fact_infer.pipeline import Pipeline, generate_batches
 from fact_infer.request import GenerationParams, GenerationRequest
 from fact_infer.templates import InpaintParams, InpaintRequest, inpaint_faces
 from fact_jax.diffusion.samplers import num_model_calls
+from fact_jax.utils.contact_sheet import contact_sheet
 
 SafetyCheck = Callable[[UInt8[np.ndarray, "b h w 3"]], UInt8[np.ndarray, "b h w 3"]]
 
@@ -50,6 +51,15 @@ class Picture:
         return save_image(self.image, path, recorded(self.values), self.source, self.profile)
 
 
+class Sheet(Picture):
+    """All pictures of a request on one; its ``values`` are the prompts."""
+
+    def save(self, folder: str | os.PathLike, suffix: str) -> Path:
+        path = picture_path(folder, "sheet", suffix)
+        prompts = {"prompts": "\n".join(self.values["prompts"])}
+        return save_image(self.image, path, prompts, self.source)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Work(abc.ABC):
     """A request that was checked, with its files read: ready for a pipeline.
@@ -67,7 +77,7 @@ class Work(abc.ABC):
 
     @abc.abstractmethod
     def draw(self, pipeline: Pipeline, bar: tqdm | None = None) -> Iterator[Picture]:
-        """The pictures, in their order."""
+        """The pictures, in their order; a sheet of them comes last."""
 
     @property
     def merge_key(self) -> Hashable | None:
@@ -79,7 +89,8 @@ class Work(abc.ABC):
 class GenerateWork(Work):
     """Every prompt with every seed. ``record`` is what ``parameters`` is told of the models.
 
-    Of each prompt's pictures the ``best`` by ``ranking`` are kept, the best first.
+    Of each prompt's pictures the ``best`` by ``ranking`` are kept, the best first. A ``sheet`` has
+    a row for each prompt.
     """
 
     request: GenerationRequest
@@ -87,6 +98,7 @@ class GenerateWork(Work):
     record: dict[str, str | None]
     ranking: IdentityRanking | None = None
     best: int | None = None
+    sheet: bool = False
 
     @property
     def steps(self) -> int:
@@ -100,9 +112,20 @@ class GenerateWork(Work):
         request = self.request
         if len(request.pictures()) > 1 or request.regions or request.image or request.control:
             return None
+        if self.sheet:
+            return None
         return request.generation_params(), None if self.crops is None else self.crops.shape
 
     def draw(self, pipeline: Pipeline, bar: tqdm | None = None) -> Iterator[Picture]:
+        drawn = []
+        for picture in self._draw(pipeline, bar):
+            yield picture
+            if self.sheet:
+                drawn.append(picture)
+        if self.sheet:
+            yield self._sheet(drawn)
+
+    def _draw(self, pipeline: Pipeline, bar: tqdm | None) -> Iterator[Picture]:
         todo, group = iter(self.request.pictures()), []
         for pictures in generate_batches(
             pipeline, self.request, self.crops, batch=self.batch, bar=bar
@@ -128,6 +151,18 @@ class GenerateWork(Work):
         if self.request.image_mask is not None:
             source = "compositeWithTrainedAlgorithmicMedia"
         return Picture(image=image, values=values, source=source)
+
+    def _sheet(self, drawn: list[Picture]) -> Sheet:
+        captions = []
+        for picture in drawn:
+            likeness = picture.values.get("similarity")
+            seed = f"seed {picture.values['seed']}"
+            captions.append(seed + ("" if likeness is None else f"  {likeness:.2f}"))
+        images = np.stack([picture.image for picture in drawn])
+        columns = self.best or len(self.request.seeds)
+        image = contact_sheet(images, columns, gap=6, border=6, captions=captions)
+        prompts = {"prompts": list(self.request.prompts)}
+        return Sheet(image=image, values=prompts, source=drawn[0].source)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ class Controls:
             if value is None or value == "":
                 continue
             field = self._fields[name]
-            if name == "prompt" and field.many:
+            if field.kind == "text" and field.many:
                 value = [line.strip() for line in value.splitlines() if line.strip()]
             if field.kind == "pairs":
                 value = [part.strip() for part in value.replace("\n", ",").split(",")]
@@ -79,7 +79,7 @@ class Controls:
         field = self._fields[name]
         if field.kind == "pairs":
             return ", ".join(f"{pattern}={factor:g}" for pattern, factor in dict(value).items())
-        if name == "prompt":
+        if field.kind == "text":
             return "\n".join(value) if isinstance(value, list) else value
         if field.kind == "numbers" and isinstance(value, list | tuple):
             return float(value[0])
@@ -88,10 +88,11 @@ class Controls:
     def _component(self, field: Field) -> gr.components.Component:
         label = field.name.replace("_", " ").capitalize()
         value = self._defaults.get(field.name, field.default)
-        about: dict[str, Any] = {"label": label, "info": _sentence(field.help), "value": value}
+        lines = " (one on each line)" if field.kind == "text" and field.many else ""
+        about: dict[str, Any] = {"info": _sentence(field.help), "value": value}
+        about["label"] = f"{label}{lines}"
         if field.name == "prompt":
-            more = " (one on each line)" if field.many else ""
-            return gr.Textbox(lines=3, label=f"Prompt{more}", value=value, max_length=4000)
+            return gr.Textbox(lines=3, label=f"Prompt{lines}", value=value, max_length=4000)
         if field.name == "sampler":
             return gr.Dropdown(list(SAMPLERS), **about | {"info": "how the steps are taken"})
         if field.name in _SLIDERS:
@@ -104,7 +105,7 @@ class Controls:
         if field.kind == "flag":
             return gr.Checkbox(**about)
         if field.default is None:  # Gradio's number would show an empty one as 0
-            return gr.Textbox(**about | {"value": ""}, placeholder="none")
+            return gr.Textbox(**about | {"value": ""}, placeholder="none", lines=1 + bool(lines))
         if field.kind in ("int", "float"):
             return gr.Number(precision=0 if field.kind == "int" else None, **about)
         return gr.Textbox(**about | {"value": value or ""})

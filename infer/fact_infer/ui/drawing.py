@@ -28,6 +28,7 @@ class Look:
     html: str
     preview: np.ndarray | None = None
     pictures: tuple[SavedPicture, ...] = ()
+    sheet: SavedPicture | None = None
     done: bool = False
 
 
@@ -74,7 +75,7 @@ class Desk:
             count = len(job.pictures)
             seconds = job.finished - job.started
             text = f"Done: {count} picture{'s' if count > 1 else ''} in {seconds:.1f} s."
-            return Look(state(text, notes=notes), None, tuple(job.pictures), done=True)
+            return Look(state(text, notes=notes), None, tuple(job.pictures), job.sheet, done=True)
         if job.state in FINISHED:
             text = job.error or ("Cancelled." if job.state == "cancelled" else job.state)
             return Look(state(sentence(text), wrong=job.state == "failed"))
@@ -98,19 +99,24 @@ def sentence(error: object) -> str:
     return f"{text}{'' if text.endswith(('.', '!', '?')) else '.'}"
 
 
-def files_of(pictures: tuple[SavedPicture, ...]) -> list[str]:
-    """The pictures' files, and one with their records."""
+def files_of(look: Look) -> list[str]:
+    """The pictures' files, their sheet if there is one, and one with their records."""
+    pictures = look.pictures
     if not pictures:
         return []
     records = pictures[0].path.parent / "records.json"
     text = json.dumps([picture.values for picture in pictures], indent=1, ensure_ascii=False)
     records.write_text(text + "\n")
-    return [*(str(picture.path) for picture in pictures), str(records)]
+    sheets = [] if look.sheet is None else [look.sheet]
+    return [*(str(picture.path) for picture in (*pictures, *sheets)), str(records)]
 
 
-def captioned(pictures: tuple[SavedPicture, ...]) -> list[tuple[Path, str]]:
-    """For a gallery: the files, each with its seed and prompt."""
-    return [
-        (picture.path, f"seed {picture.values['seed']}: {picture.values['prompt']}")
-        for picture in pictures
-    ]
+def captioned(look: Look) -> list[tuple[Path, str]]:
+    """For a gallery: the files, each with its seed and prompt; a sheet comes last."""
+    found = []
+    for picture in look.pictures:
+        likeness = picture.values.get("similarity")
+        liked = "" if likeness is None else f", likeness {likeness:.2f}"
+        caption = f"seed {picture.values['seed']}{liked}: {picture.values['prompt']}"
+        found.append((picture.path, caption))
+    return found if look.sheet is None else [*found, (look.sheet.path, "all on one sheet")]

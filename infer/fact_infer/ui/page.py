@@ -222,8 +222,8 @@ class Page:
         preview = gr.update(value=look.preview, visible=look.preview is not None)
         if not look.done:
             return look.html, preview, gr.update(), gr.update(), history
-        history = [*captioned(look.pictures), *history][:_KEPT]
-        files = gr.update(value=files_of(look.pictures), visible=True)
+        history = [*captioned(look), *history][:_KEPT]
+        files = gr.update(value=files_of(look), visible=True)
         return look.html, preview, history, files, history
 
     # ---------------------------------------------------------------- compare

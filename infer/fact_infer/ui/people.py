@@ -17,7 +17,7 @@ from fact_jax.utils.errors import UserError
 
 NAMES = ("left eye", "right eye", "nose tip", "left mouth corner", "right mouth corner")
 """Of the five points, as the viewer sees them."""
-_SIDECARS = (".points.json", ".json", ".mask.png")
+_SIDECARS = (".points.json", ".json", ".mask.png", ".parsing.png")
 
 
 @dataclasses.dataclass
@@ -32,6 +32,7 @@ class Shot:
     name: str
     points: Path | None = None
     mask: Path | None = None
+    parsing: Path | None = None
     faces: list[list[list[float]]] = dataclasses.field(default_factory=list)
     crops: list[np.ndarray] = dataclasses.field(default_factory=list)
     seen: list[np.ndarray] = dataclasses.field(default_factory=list)
@@ -41,7 +42,7 @@ class Shot:
 
 
 def read_shots(service: Service, files: Sequence[str | Path]) -> list[Shot]:
-    """Photos with the points and masks that came with them (``NAME.points.json``), and their faces.
+    """Photos with what came for them (``NAME.points.json``, ``.mask.png``, ``.parsing.png``).
 
     UserError for files that belong to no photo.
     """
@@ -58,6 +59,8 @@ def read_shots(service: Service, files: Sequence[str | Path]) -> list[Shot]:
                 used.add(beside)
                 if ending == ".mask.png":
                     shot.mask = sidecars[beside]
+                elif ending == ".parsing.png":
+                    shot.parsing = sidecars[beside]
                 elif shot.points is None:
                     shot.points = sidecars[beside]
         look(service, shot)
@@ -77,6 +80,8 @@ def look(service: Service, shot: Shot) -> None:
         given["points"] = shot.points.read_bytes()
     if shot.mask is not None:
         given["mask"] = shot.mask.read_bytes()
+    if shot.parsing is not None:
+        given["parsing"] = shot.parsing.read_bytes()
     try:
         if "points" not in given and not service.can_find_faces:
             service.check_photo(job, given["photo"])
@@ -131,7 +136,9 @@ def _beside(photo: np.ndarray, crop: np.ndarray) -> np.ndarray:
 
 def request_of(people: Sequence[Sequence[Shot]]) -> dict[str, Any]:
     """The fields of a request for these people; UserError where a face is not marked."""
-    given: dict[str, list[Any]] = {"photo": [], "points": [], "mask": [], "person": []}
+    beside = ("mask", "parsing")
+    names = ("photo", "points", *beside, "person")
+    given: dict[str, list[Any]] = {name: [] for name in names}
     known = [shots for shots in people if shots]
     for number, shots in enumerate(known):
         if (missing := unmarked(shots)) is not None:
@@ -141,10 +148,12 @@ def request_of(people: Sequence[Sequence[Shot]]) -> dict[str, Any]:
             points = {"points": shot.faces[shot.chosen]}
             given["points"].append(json.dumps(points).encode())
             given["person"].append(number)
-            if shot.mask is not None:
-                given["mask"].append(shot.mask.read_bytes())
-    if len(given["mask"]) < len(given["photo"]):
-        given["mask"] = []
+            for name in beside:
+                if (file := getattr(shot, name)) is not None:
+                    given[name].append(file.read_bytes())
+    for name in beside:
+        if len(given[name]) < len(given["photo"]):
+            given[name] = []
     return {name: values for name, values in given.items() if values}
 
 

@@ -26,6 +26,10 @@ THEME = gr.themes.Soft(
     block_title_text_color="#1e293b",
     block_title_text_color_dark="#e2e8f0",
     block_title_padding="0",
+    checkbox_border_color="*neutral_400",
+    input_border_width="1px",
+    input_border_color="*neutral_300",
+    slider_color="#6366f1",
 )
 
 CSS = """
@@ -51,6 +55,8 @@ h2 { font-size: 1.05rem !important; font-weight: 620; margin: .2rem 0 0; }
 .shown .grid-container { grid-auto-rows: auto !important; }
 .shown .thumbnail-lg { aspect-ratio: auto !important; height: auto !important; width: 100%; }
 .shown img { object-fit: contain !important; }
+.shown .grid-wrap { padding-top: 2rem; }
+.plain .grid-wrap { padding-top: 0; }
 .faces img { max-height: 200px; }
 .made-up .grid-container { grid-template-columns: repeat(6, 1fr) !important; padding: .3rem; }
 #pictures .grid-container {

@@ -105,3 +105,13 @@ def form(astronaut):
 def points_of(photo: Path) -> list:
     """The five points beside a photo."""
     return json.loads(photo.with_suffix(".points.json").read_text())["points"]
+
+
+def mirrored(photo, path):
+    """A photo's mirror image, with its points."""
+    with Image.open(photo) as image:
+        image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(path)
+        points = [[image.width - x, y] for x, y in points_of(photo)]
+    points = [points[i] for i in (1, 0, 2, 4, 3)]
+    path.with_suffix(".points.json").write_text(json.dumps({"points": points}))
+    return path

@@ -1,6 +1,7 @@
 """The whole service on the shipped miniature: the command line's bits, and how it ends."""
 
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 
 from fact_infer.cli.main import main
-from tests.infer.service.conftest import MINIATURE, OPERATOR
+from tests.infer.service.conftest import MINIATURE, OPERATOR, mirrored
 from tests.infer.service.programs import program
 
 pytestmark = pytest.mark.heavy
@@ -26,20 +27,25 @@ def models(miniature, files):
 
 
 def command_line(out, photo, models, *words):
-    """The pictures that ``fact-infer generate`` or ``redraw`` writes, in its order."""
+    """The files that ``fact-infer generate`` or ``redraw`` writes, in its order."""
     command, *rest = words
     more = ["--photo", photo, "--points", photo.with_suffix(".points.json"), "--out", out]
     assert main([str(word) for word in (command, *rest, *models, *more)]) == 0
-    paths = sorted(out.iterdir(), key=lambda path: path.stat().st_mtime_ns)
-    return np.stack([np.asarray(Image.open(path)) for path in paths])
+    return sorted(out.iterdir(), key=lambda path: path.stat().st_mtime_ns)
 
 
-def fetched(client, answer):
+def assert_same(client, answer, wanted):
+    """The API's pictures, and its sheet if there is one, are those of the files, bit for bit."""
     assert answer.status_code == 200, answer.text
     job = answer.json()
     assert job["state"] == "done", job
-    pictures = [client.get(picture["url"]).content for picture in job["pictures"]]
-    return np.stack([np.asarray(Image.open(io.BytesIO(content))) for content in pictures])
+    sheet = [job["sheet"]] if job["sheet"] else []
+    for said, path in zip([*job["pictures"], *sheet], wanted, strict=True):
+        found = Image.open(io.BytesIO(client.get(said["url"]).content))
+        with Image.open(path) as image:
+            np.testing.assert_array_equal(found, image)
+            mine, its = (json.loads(one.info.get("fact_jax", "{}")) for one in (found, image))
+        assert mine.get("similarity") == its.get("similarity")
 
 
 @pytest.mark.parametrize(
@@ -60,16 +66,37 @@ def test_the_bits_of_the_command_line_and_a_clean_end(
     words = [word for name, value in how.items() for word in (f"--{name}", value)]
     words += ["--backend", backend]
     asked = {**how, "prompt": "a portrait of a smiling person", "count": "2"}
-    two = ("generate", "--prompt", asked["prompt"], "--count", 2)
-    wanted = command_line(tmp_path / "one", astronaut, models, *two, *words)
+    two = ("generate", "--prompt", asked["prompt"], "--count", 2, *words)
+    best = {**asked, "count": "3", "best": "2", "sheet": "true"}
+    wanted = command_line(tmp_path / "one", astronaut, models, *two)
+    nearest = ("--count", 3, "--best", 2, "--sheet")
+    nearest = command_line(tmp_path / "best", astronaut, models, *two, *nearest)
     with program("serve", *models, "--backend", backend, "--merge", "4") as (process, client):
         drawn = client.post("/v1/generate?wait=120", data=asked, files=files)
-        np.testing.assert_array_equal(fetched(client, drawn), wanted)
+        assert_same(client, drawn, wanted)
+        drawn = client.post("/v1/generate?wait=120", data=best, files=files)
+        assert_same(client, drawn, nearest)
+        assert all("similarity" in picture["record"] for picture in drawn.json()["pictures"])
+        assert drawn.json()["sheet"]["width"] > drawn.json()["pictures"][0]["width"] * 2
+        alone = {"Accept": "image/png"}
+        drawn = client.post("/v1/generate?wait=120", data=best, files=files, headers=alone)
+        np.testing.assert_array_equal(Image.open(io.BytesIO(drawn.content)), Image.open(nearest[2]))
         if miniature:
-            redrawn = command_line(tmp_path / "two", astronaut, models, "redraw", astronaut, *words)
-            more = {"templates": files["photo"], "template_points": files["points"]}
-            drawn = client.post("/v1/redraw?wait=120", data=how, files=files | more)
-            np.testing.assert_array_equal(fetched(client, drawn), redrawn)
+            other = mirrored(astronaut, tmp_path / "other.png")
+            templates = "redraw", astronaut, other
+            redrawn = command_line(tmp_path / "two", astronaut, models, *templates, *words)
+            more = [
+                (name, path.read_bytes())
+                for photo in (astronaut, other)
+                for name, path in (
+                    ("templates", photo),
+                    ("template_points", photo.with_suffix(".points.json")),
+                )
+            ]
+            sent = [*files.items(), *more]
+            drawn = client.post("/v1/redraw?wait=120", data=how, files=sent)
+            assert len(redrawn) == 2
+            assert_same(client, drawn, redrawn)
         # One is drawn while SIGTERM comes, one waits.
         long = asked | {"steps": "200", "count": "2"}
         running = client.post("/v1/generate", data=long, files=files).headers["location"]

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from fact_infer.cli.main import main
-from tests.infer.service.conftest import OPERATOR, astronaut  # noqa: F401
+from tests.infer.service.conftest import OPERATOR, astronaut, mirrored  # noqa: F401
 from tests.infer.service.programs import program
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -70,9 +70,9 @@ def person(server, tmp_path):
         assert [url for url in asked if not url.startswith(own)] == []
 
 
-def shown(person, server, where="#pictures"):
+def shown(person, server, where="#pictures", number=0):
     """The pixels of the newest picture, as the browser has them."""
-    url = person.page.locator(f"{where} img").first.get_attribute("src")
+    url = person.page.locator(f"{where} img").nth(number).get_attribute("src")
     return np.asarray(Image.open(io.BytesIO(server.get(url).content)))
 
 
@@ -85,7 +85,8 @@ def test_a_portrait_of_the_astronaut(person, server, astronaut, tmp_path):  # no
     person.wait("#state", "Done: 1 picture")
     person.look("drawn")
     # The same request on the command line: the same bits.
-    words = ["--prompt", page.get_by_label("Prompt").first.input_value(), "--photo", astronaut]
+    prompt = page.get_by_label("Prompt (one on each line)").input_value()
+    words = ["--prompt", prompt, "--photo", astronaut]
     for name in ("base", "adapter", "encoder"):
         words += [f"--{name}", OPERATOR[name]]
     words += ["--sampler", "ddim", "--steps", 25, "--guidance", 3, "--out", tmp_path / "out"]
@@ -111,6 +112,31 @@ def test_a_portrait_of_the_astronaut(person, server, astronaut, tmp_path):  # no
     assert page.get_by_label("number input for Steps").first.input_value() == "25"
 
 
+def test_the_best_of_several_on_one_sheet(person, server, astronaut, tmp_path):  # noqa: F811
+    page = person.page
+    person.bring("#photos-0", astronaut, astronaut.with_suffix(".points.json"))
+    person.wait("#photos-0-faces", "astronaut.png: taken")
+    page.get_by_label("number input for Count").first.fill("3")
+    page.get_by_label("number input for Steps").first.fill("4")
+    page.get_by_role("button", name="Advanced").first.click()
+    page.get_by_label("Best").fill("2")
+    page.get_by_label("Sheet").check()
+    page.click("#draw")
+    person.wait("#state", "Done: 2 pictures")
+    person.wait("#pictures", "all on one sheet")
+    person.look("best")
+    prompt = page.get_by_label("Prompt (one on each line)").input_value()
+    words = ["--prompt", prompt, "--photo", astronaut]
+    for name in ("base", "adapter", "encoder"):
+        words += [f"--{name}", OPERATOR[name]]
+    words += ["--sampler", "ddim", "--steps", 4, "--guidance", 3, "--out", tmp_path / "out"]
+    assert main(["generate", *map(str, [*words, "--count", 3, "--best", 2, "--sheet"])]) == 0
+    paths = sorted((tmp_path / "out").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert len(paths) == 3
+    for number, path in enumerate(paths):
+        np.testing.assert_array_equal(shown(person, server, number=number), Image.open(path))
+
+
 def test_a_template_is_redrawn(person, server, astronaut):  # noqa: F811
     person.page.locator("#made-up button").nth(2).click()
     person.page.locator("#photos-0-faces img").wait_for()
@@ -121,6 +147,31 @@ def test_a_template_is_redrawn(person, server, astronaut):  # noqa: F811
     person.wait("#redraw-state", "Done: 1 picture")
     person.page.locator("#redrawn img").first.wait_for()
     person.look("redrawn")
+
+
+def test_several_templates_at_once(person, server, astronaut, tmp_path):  # noqa: F811
+    other = mirrored(astronaut, tmp_path / "mirrored.png")
+    person.bring("#photos-0", astronaut, astronaut.with_suffix(".points.json"))
+    person.wait("#photos-0-faces", "astronaut.png: taken")
+    person.tab("Template")
+    templates = astronaut, other
+    beside = [path.with_suffix(".points.json") for path in templates]
+    person.bring("#template", *templates, *beside)
+    person.wait("#template-faces", "mirrored.png: taken")
+    person.page.get_by_label("number input for Steps").locator("visible=true").fill("4")
+    person.page.click("#redraw")
+    person.wait("#redraw-state", "Done: 2 pictures")
+    person.page.locator("#redrawn-all img").nth(1).click()
+    person.page.wait_for_timeout(500)
+    person.look("redrawn-several")
+    words = ["redraw", *templates, "--photo", astronaut, "--out", tmp_path / "out"]
+    for name in ("base", "adapter", "encoder"):
+        words += [f"--{name}", OPERATOR[name]]
+    words += ["--sampler", "ddim", "--steps", 4, "--guidance", 3]
+    assert main([str(word) for word in words]) == 0
+    for number, path in enumerate(templates):
+        wanted = Image.open(tmp_path / "out" / f"{path.stem}-redrawn.png")
+        np.testing.assert_array_equal(shown(person, server, "#redrawn-all", number), wanted)
 
 
 def test_a_face_is_marked_by_the_keyboard(person, astronaut):  # noqa: F811

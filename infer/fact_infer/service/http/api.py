@@ -88,8 +88,9 @@ def build_app(service: Service, *, token: str | None = None, loopback: bool = Tr
             await finished(request, job, wait, owned=True)
         if job.state == "done" and prefers_png(request.headers.get("accept", "")):
             job.fetched = True
-            if len(job.pictures) == 1:
-                return FileResponse(job.pictures[0].path, media_type="image/png")
+            alone = job.pictures[0] if len(job.pictures) == 1 else job.sheet
+            if alone is not None:
+                return FileResponse(alone.path, media_type="image/png")
         return answer(job, 200 if job.state in FINISHED else 202)
 
     seconds = Query(0.0, ge=0.0, le=3600.0, description="seconds to wait for the pictures")
@@ -138,6 +139,13 @@ def build_app(service: Service, *, token: str | None = None, loopback: bool = Tr
         if not 0 <= index < len(pictures):
             raise HTTPException(404, f"no picture {index}: there are {len(pictures)}")
         return FileResponse(pictures[index].path, media_type="image/png")
+
+    @app.get("/v1/jobs/{number}/sheet", **documentation.of_picture("all pictures on one sheet"))
+    async def sheet(number: str) -> Response:
+        found = job_of(number).sheet
+        if found is None:
+            raise HTTPException(404, "no sheet: not asked for, or not there yet")
+        return FileResponse(found.path, media_type="image/png")
 
     @app.get("/v1/jobs/{number}/preview", **documentation.of_picture("what is there so far"))
     async def preview(number: str) -> Response:

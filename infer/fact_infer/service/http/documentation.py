@@ -26,7 +26,7 @@ _PROGRESS = {"step": "integer", "steps": "integer", "phase": "string"}
 
 def _object(fields: Mapping[str, Any], **more: Any) -> dict[str, Any]:
     plain = {k: {"type": v} if isinstance(v, str | list) else v for k, v in fields.items()}
-    return {"type": "object", "properties": plain, **more}
+    return {"type": "object", "properties": plain} | more
 
 
 def _list(items: dict[str, Any]) -> dict[str, Any]:
@@ -45,6 +45,7 @@ _JOB = _object(
         "notes": _list({"type": "string"}),
         "error": ["string", "null"],
         "pictures": _list(_object({**_PICTURE, "record": _object({})})),
+        "sheet": _object(_PICTURE, type=["object", "null"]),
     },
     required=["id", "kind", "state", "progress", "notes", "error", "pictures"],
 )
