@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from fact_jax.losses import normalize
 from fact_jax.models.adapter import FaceControls
 from fact_jax.models.blocks import AllFaceKeys
-from fact_jax.models.resampler import Resampler
-from fact_jax.models.transface import TransFace
+from fact_jax.models.resampler import Resampler, ResamplerConfig
+from fact_jax.models.transface import TransFace, TransFaceConfig
 from fact_jax.models.unet import Residuals, UNet
 from fact_jax.utils.errors import UserError
 
@@ -108,6 +109,39 @@ class Guidance:
         )
 
 
+def face_condition(
+    encoder: TransFace, crops: Float[Array, "b s s 3"], config: ResamplerConfig
+) -> Float[Array, "b n e"]:
+    """What a resampler of this configuration takes of aligned crops in [-1, 1].
+
+    FACT: the encoder's tokens. An embedding is of length sqrt(e), as a token of e numbers is.
+    """
+    if config.embedding:
+        embedding = encoder(crops)[1]
+        return embedding.shape[1] ** 0.5 * normalize(embedding)[:, None]
+    return encoder.tokens(crops, config.encoder_blocks)
+
+
+def condition_shape(encoder: TransFaceConfig, config: ResamplerConfig) -> tuple[int, int]:
+    """Tokens and width of :func:`face_condition`; UserError if the two do not fit."""
+    if config.embedding:
+        shape = (1, encoder.num_classes)
+    else:
+        shape = (encoder.tokens * (1 + len(config.encoder_blocks)), encoder.embed_dim)
+    inner = range(encoder.depth - 1)  # the last one's are always there
+    if wrong := [n for n in config.encoder_blocks if n not in inner]:
+        raise UserError(
+            f"the resampler takes tokens of the encoder's block {wrong[0]}: it has blocks 0 to "
+            f"{encoder.depth - 1}, of which the last comes anyway"
+        )
+    if config.input_tokens not in (None, shape[0]):
+        raise UserError(
+            f"the resampler is a linear map of {config.input_tokens} tokens, the encoder gives "
+            f"{shape[0]}"
+        )
+    return shape
+
+
 def encode_face(
     encoder: TransFace,
     resampler: Resampler,
@@ -122,7 +156,8 @@ def encode_face(
     each person's there are is what ``photo_mask`` says, None: all; see :func:`combine_photos`.
     """
     b, p = crops.shape[:2]
-    tokens = resampler(encoder.tokens(crops.reshape(b * p, *crops.shape[2:])))
+    given = face_condition(encoder, crops.reshape(b * p, *crops.shape[2:]), resampler.config)
+    tokens = resampler(given)
     tokens = tokens.reshape(b, people, p // people, *tokens.shape[1:])
     return combine_photos(tokens, combine, photo_mask).reshape(b, -1, tokens.shape[-1])
 
@@ -151,7 +186,10 @@ def combine_photos(
 
 
 def null_face(resampler: Resampler, tokens: int, photos: int = 1) -> Float[Array, "1 m d"]:
-    """The condition 'no face': the resampler of all-zero encoder tokens, once a photo."""
+    """The condition 'no face': the resampler of all-zero encoder tokens, once a photo.
+
+    ``tokens``: how many :func:`condition_shape` says.
+    """
     zeros = jnp.zeros((1, tokens, resampler.config.embedding_dim))
     return jnp.tile(resampler(zeros), (1, photos, 1))
 

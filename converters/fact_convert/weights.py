@@ -223,12 +223,14 @@ def _check_numbers(kind: str, config, state: State | None) -> None:
     for field in dataclasses.fields(config):
         value, usual = getattr(config, field.name), field.default
         several = isinstance(usual, tuple)
-        usual = usual[0] if isinstance(usual, tuple) else usual
+        usual = next(iter(usual), None) if isinstance(usual, tuple) else usual
         numbers = value if several and isinstance(value, tuple) else (value,)
+        if value == field.default == ():
+            continue
         whole = isinstance(usual, int) or usual is None
         if isinstance(usual, bool | str) or (usual is None and value is None):
             continue
-        least = -1 if field.name.endswith("_token_id") else 1
+        least = {"encoder_blocks": 0}.get(field.name, -1 if "_token_id" in field.name else 1)
         fine = _is_whole(least) if whole else _is_positive
         if several != isinstance(value, tuple) or not numbers or not all(map(fine, numbers)):
             raise UserError(

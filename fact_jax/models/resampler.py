@@ -21,12 +21,22 @@ from fact_jax.models.layers import (
     split_heads,
 )
 from fact_jax.ops.attention import attention
-from fact_jax.utils.ranges import CheckedFields, Count
+from fact_jax.utils.ranges import CheckedFields, Count, CountOrZero
+
+VARIATIONS = {"encoder_blocks": (), "embedding": False, "input_tokens": None}
+"""Settings that only adapters of comparisons have, as FACT's has them."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ResamplerConfig(CheckedFields):
-    """Shape of the resampler, with the released code's names."""
+    """Shape of the resampler, with the released code's names.
+
+    The last three are variations for comparisons. ``encoder_blocks`` (from 0): the tokens of these
+    blocks of the encoder come before those of its last (DreamIdentity's features of several
+    scales, arXiv 2307.00300). ``embedding``: the encoder's embedding comes, as the only token.
+    ``input_tokens``: in the resampler's place a linear map of so many tokens to ``num_queries``, as
+    FACT's pre-release had it; ``dim``, ``depth`` and heads then say nothing.
+    """
 
     dim: Count = 1024
     depth: Count = 4
@@ -35,6 +45,23 @@ class ResamplerConfig(CheckedFields):
     num_queries: Count = 16
     embedding_dim: Count = 512
     output_dim: Count = 768
+    encoder_blocks: tuple[CountOrZero, ...] = ()
+    embedding: bool = False
+    input_tokens: Count | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.embedding and self.encoder_blocks:
+            raise ValueError("embedding is one vector: it cannot be had with encoder_blocks")
+
+    @property
+    def variation(self) -> str | None:
+        """How it is another than FACT's, in words; None: it is FACT's."""
+        if self.embedding:
+            return "an adapter that takes the encoder's embedding"
+        if self.encoder_blocks:
+            return "an adapter that takes tokens of several encoder blocks"
+        return None if self.input_tokens is None else "an adapter with a linear projection"
 
     @classmethod
     def sd15(cls) -> "ResamplerConfig":
@@ -49,10 +76,14 @@ class ResamplerConfig(CheckedFields):
     def from_dict(cls, config: Mapping) -> "ResamplerConfig":
         check_diffusers_config("resampler", config, {"ff_mult": (4,)})
         names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: config[name] for name in names if name in config})
+        found = {name: config[name] for name in names if name in config}
+        if isinstance(found.get("encoder_blocks"), list):  # as JSON has it
+            found["encoder_blocks"] = tuple(found["encoder_blocks"])
+        return cls(**found)
 
     def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+        """As files hold it: variations only where there are any."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if VARIATIONS.get(k, ...) != v}
 
 
 class PerceiverAttention(nnx.Module):
@@ -89,6 +120,10 @@ class Resampler(nnx.Module):
     def __init__(self, config: ResamplerConfig, *, rngs: nnx.Rngs):
         self.config = config
         dim = config.dim
+        if config.input_tokens is not None:
+            self.proj_in = Linear(config.embedding_dim, config.output_dim, rngs=rngs)
+            self.over_tokens = Linear(config.input_tokens, config.num_queries, rngs=rngs)
+            return
         self.latents = nnx.Param(
             jax.random.normal(rngs.params(), (1, config.num_queries, dim)) / dim**0.5
         )
@@ -100,6 +135,8 @@ class Resampler(nnx.Module):
     def __call__(self, tokens: Float[Array, "b n e"]) -> Float[Array, "b m o"]:
         """Face tokens. All-zero ``tokens`` give the null condition ('no face')."""
         x = self.proj_in(tokens)
+        if self.config.input_tokens is not None:
+            return self.over_tokens(x.swapaxes(1, 2)).swapaxes(1, 2)
         latents = jnp.broadcast_to(
             self.latents[...].astype(x.dtype), (x.shape[0], *self.latents.shape[1:])
         )

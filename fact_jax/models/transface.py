@@ -146,12 +146,18 @@ class TransFace(nnx.Module):
             ]
         )
 
-    def tokens(self, images: Float[Array, "b h w c"]) -> Float[Array, "b n d"]:
-        """The face tokens of crops in [-1, 1]: what FACT's adapter is conditioned on."""
-        x = self.patch_embed(images) + self.pos_embed[...]
-        for block in self.blocks:
+    def tokens(
+        self, images: Float[Array, "b h w c"], blocks: tuple[int, ...] = ()
+    ) -> Float[Array, "b n d"]:
+        """The face tokens of crops in [-1, 1]: what FACT's adapter is conditioned on.
+
+        Those of the named ``blocks`` (from 0), under the last LayerNorm too, come before them.
+        """
+        x, found = self.patch_embed(images) + self.pos_embed[...], []
+        for number, block in enumerate(self.blocks):
             x = block(x)
-        return self.norm(x)
+            found += [self.norm(x)] * blocks.count(number)
+        return jnp.concatenate([*found, self.norm(x)], axis=1) if found else self.norm(x)
 
     def embed(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b k"]:
         """The identity embedding (not normalised) of tokens weighted by their importance."""

@@ -2,10 +2,14 @@
 
 import collections
 import hashlib
+import io
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from fact_jax.utils.files import atomic_write
 
 
 class ContentCache:
@@ -37,3 +41,23 @@ class ContentCache:
         if len(self._kept) > self._size:
             self._kept.popitem(last=False)
         return self._kept[name]
+
+
+class ArrayCache:
+    """Arrays by a digest of what they were computed from; a damaged file is computed again."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def get(self, key: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        path = self.folder / f"{key}.npz"
+        try:
+            with np.load(path, allow_pickle=False) as held:
+                return dict(held)
+        except Exception:  # absent, or whatever a damaged archive causes
+            arrays = compute()
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(buffer.getvalue())
+        return arrays

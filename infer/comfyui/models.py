@@ -17,6 +17,8 @@ RESAMPLER, PROCESSOR = "local_fac_prj.", ".attn2.processor."
 _DIM_HEAD_KEY = "fact_jax.resampler.dim_head"
 _RELEASED_DIM_HEAD, _RELEASED_ENCODER_HEADS = 64, 8
 _PUBLIC_ENCODER_WIDTHS = (256, 512, 768)
+# What only adapters of comparisons have in their resampler's configuration.
+_VARIATIONS = ("encoder_blocks", "embedding", "input_tokens")
 # The encoder's global head compares identities; no picture needs it.
 _HEAD = ("feature.", "senet.", "mask_token")
 
@@ -152,11 +154,15 @@ def read_adapter(path: str, ops: Any = nn) -> tuple[Resampler, dict[str, FaceAda
             raise ValueError(f"{path} is no FACT adapter: {key} is unknown")
     if not own or not blocks:
         raise ValueError(f"{path} is no FACT adapter: no {RESAMPLER}* or no *{PROCESSOR}* in it")
-    if "form" in metadata:
+    try:
+        said = json.loads(metadata.get("config", "{}")).get("resampler", {})
+        other = "form" in metadata or any(name in said for name in _VARIATIONS)
+        width = int(said.get("dim_head") or (_RELEASED_DIM_HEAD if dim_head is None else dim_head))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no whole FACT adapter: {error}") from None
+    if other:
         raise ValueError(f"{path} is an adapter of another form: only fact-infer draws with it")
     try:
-        said = json.loads(metadata.get("config", "{}")).get("resampler", {}).get("dim_head")
-        width = int(said or (_RELEASED_DIM_HEAD if dim_head is None else dim_head))
         resampler = _filled(Resampler(own, width, ops), own)
         adapters = {}
         for block, tensors in blocks.items():

@@ -29,6 +29,7 @@ from fact_convert.weights import read_config
 from fact_infer.request import GenerationParams, check_prompt
 from fact_jax.diffusion.noise_schedules import NoiseSchedule
 from fact_jax.diffusion.samplers import model_calls
+from fact_jax.fact import condition_shape
 from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFaceConfig
 from fact_jax.models.unet import UNetConfig
@@ -145,13 +146,15 @@ class FaceModels:
 
 def read_face_models(adapter: str | os.PathLike, encoder: str | os.PathLike) -> FaceModels:
     """Open an adapter and an encoder; UserError if either is something else, or they do not fit."""
-    trained = read_adapter(adapter, parallel=True)
+    trained = read_adapter(adapter, variations=True)
     encoder_state, config = read_encoder(encoder)
     taken = trained.config.embedding_dim
-    if taken != config.embed_dim:
+    with error_context(adapter):
+        _, width = condition_shape(config, trained.config)
+    if taken != width:
         raise UserError(
             f"{adapter} was trained with another encoder: it takes tokens of width {taken}, "
-            f"{encoder} gives {config.embed_dim}"
+            f"{encoder} gives {width}"
         )
     return FaceModels(
         adapter=trained.path,

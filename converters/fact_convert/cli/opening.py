@@ -23,6 +23,7 @@ from fact_convert.mapping import (
 )
 from fact_convert.models.adapter import (
     check_adapter,
+    check_plain,
     pop_dim_head,
     read_metadata,
     split_state,
@@ -146,6 +147,7 @@ def _open(path: Path, variant: str | None, weights: str) -> Weights:
         return _open_pipeline(path, variant)
     if find_checkpoint(path) is not None:
         flat, meta = read_checkpoint(path, weights)
+        _refuse_comparisons(path, meta)
         states = to_torch(flat, meta.get("kept", {}))
         configs = meta.get(CONFIGS)
         configs = configs if isinstance(configs, Mapping) else {}
@@ -202,6 +204,14 @@ def _open_file(path: Path, weights: str) -> Weights:
     own = read_metadata(text, path) if ADAPTER_PARTS & set(states) else text
     metadata = {**own, **said}
     return Weights(path=path, format=stored, states=states, metadata=metadata, configs=configs)
+
+
+def _refuse_comparisons(path: Path, meta: Mapping[str, object]) -> None:
+    """UserError for a training's checkpoint whose adapter is another than FACT's."""
+    trained = config if isinstance(config := meta.get("config"), Mapping) else {}
+    form = trained.get("options.form", "sequential")
+    said = _trained_with(trained).get("resampler")
+    check_plain({} if form == "sequential" else {"form": form}, said, path)
 
 
 def _with_pipeline(weights: Weights, said: object) -> Weights:

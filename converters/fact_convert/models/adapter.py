@@ -20,7 +20,7 @@ from fact_convert.io.weight_files import file_format, read_file
 from fact_convert.models.validation import check_fits, resampler_shape
 from fact_convert.rules.key_tables import ADAPTER_INFIX, RESAMPLER_PREFIX
 from fact_convert.weights import add_state, dump_some, dump_state, load_state, read_config
-from fact_jax.models.resampler import Resampler, ResamplerConfig
+from fact_jax.models.resampler import VARIATIONS, Resampler, ResamplerConfig
 from fact_jax.models.unet import UNet
 from fact_jax.utils.errors import UserError, error_context, listed
 
@@ -28,10 +28,10 @@ FORMAT, VERSION = "fact-adapter", "1"
 DIM_HEAD_KEY = "fact_jax.resampler.dim_head"
 """In our pickles of other than released size; the released code passes over keys of other names."""
 
-PARALLEL = "parallel"
-PARALLEL_ONLY = (
-    "a parallel adapter, of a comparison: only fact-infer's JAX backend (--backend flax) draws it"
-)
+PARALLEL, COUPLED = "parallel", "coupled"
+FORMS = {PARALLEL: "a parallel adapter", COUPLED: "an adapter with cross-attention of its own"}
+COUPLED_INFIX = f"{ADAPTER_INFIX}text."
+"""Where a coupled adapter's file has its block's text cross-attention, ``attn2`` in the base."""
 
 log = logging.getLogger(__name__)
 
@@ -42,12 +42,14 @@ class Adapter:
 
     ``blocks`` holds for every transformer block (by its path in the UNet) the released adapter's
     own keys and tensors in the PyTorch layout. ``metadata`` is what the file says of itself:
-    format, version, config (a dict), step.
+    format, version, config (a dict), step. ``text`` is a coupled one's cross-attention, under the
+    base's names.
     """
 
     blocks: Mapping[str, State]
     resampler: Resampler
     metadata: Mapping[str, object]
+    text: State
 
     @property
     def face_dim(self) -> int:
@@ -63,7 +65,7 @@ class Adapter:
 class AdapterFile:
     """An adapter's file, opened (memory maps) and checked, by what is in it.
 
-    ``resampler`` and ``blocks`` are as :func:`split_state` gives them.
+    ``resampler`` and ``blocks``: :func:`split_state`; ``text``: :class:`Adapter`.
     """
 
     path: Path
@@ -71,6 +73,7 @@ class AdapterFile:
     resampler: State
     blocks: Mapping[str, State]
     config: ResamplerConfig
+    text: State
 
     def state(self) -> State:
         """All tensors as one flat dict with the released names."""
@@ -78,18 +81,39 @@ class AdapterFile:
         return {**own, **_joined(self.blocks)}
 
 
-def is_parallel(metadata: Mapping[str, object]) -> bool:
-    """Is the adapter of the other form, see ``fact_jax.models.adapter.FaceControls``?"""
-    return metadata.get("form") == PARALLEL
+def form_of(metadata: Mapping[str, object]) -> object:
+    """Which of :data:`FORMS` the adapter is of; None: FACT's.
+
+    Parallel: see ``fact_jax.models.adapter.FaceControls``. Coupled: the base's text cross-attention
+    learned with it, and is in its file.
+    """
+    return metadata.get("form")
+
+
+def check_plain(
+    metadata: Mapping[str, object], resampler: object, source: str | os.PathLike
+) -> None:
+    """UserError for an adapter of a comparison; ``resampler``: its configuration, if said."""
+    form, found = form_of(metadata), None
+    if form is not None:
+        found = FORMS.get(str(form), f"an adapter of the form {form!s:.40}")
+    elif isinstance(resampler, Mapping):
+        said = {name: resampler[name] for name in VARIATIONS if name in resampler}
+        with error_context(source):
+            found = read_config("resampler", said).variation
+    if found is not None:
+        raise UserError(
+            f"{source}: {found}, of a comparison: only fact-infer's JAX backend (--backend flax) "
+            "draws it"
+        )
 
 
 def read_adapter(
-    path: str | os.PathLike, resampler_config=None, *, parallel: bool = False
+    path: str | os.PathLike, resampler_config=None, *, variations: bool = False
 ) -> AdapterFile:
     """Open an adapter file of either format without reading its tensors.
 
-    One of the other form is refused unless ``parallel`` says that it is known what to do with it.
-
+    One of a comparison is refused unless ``variations`` says that it is known what to do with it.
     Raises UserError for anything else than a whole adapter, and for one that does not say how wide
     a head of its resampler is, unless ``resampler_config`` says it or the file is of the released
     size: then the released heads are taken, which is logged.
@@ -97,23 +121,27 @@ def read_adapter(
     path = Path(path)
     state, text = read_file(path)
     state, said = pop_dim_head(state, path)
-    metadata = read_metadata(text, path, parallel=parallel) | said
-    resampler, blocks = split_state(state, path)
+    metadata = read_metadata(text, path, variations=True) | said
+    coupled = [key for key in state if COUPLED_INFIX in key and form_of(metadata) == COUPLED]
+    own = {key.replace(COUPLED_INFIX, ".attn2."): state[key] for key in coupled}
+    resampler, blocks = split_state({k: state[k] for k in state if k not in coupled}, path)
     with error_context(path):
         config, note = resampler_config, None
         if config is None:
             config, note = find_resampler_config(resampler, metadata)
         config = read_config("resampler", config, resampler)
         check_adapter(resampler, blocks, config)
+    if not variations:
+        check_plain(metadata, config.to_dict(), path)
     if note:
         log.warning("note: %s: %s", path, note)
     return AdapterFile(
-        path=path, metadata=metadata, resampler=resampler, blocks=blocks, config=config
+        path=path, metadata=metadata, resampler=resampler, blocks=blocks, config=config, text=own
     )
 
 
 def load_adapter(
-    path: str | os.PathLike, *, resampler_config=None, dtype=jnp.float32, parallel: bool = False
+    path: str | os.PathLike, *, resampler_config=None, dtype=jnp.float32, variations: bool = False
 ) -> Adapter:
     """Read an adapter file of either format; the resampler's parameters are of ``dtype``.
 
@@ -121,9 +149,9 @@ def load_adapter(
     another program wrote: such files do not say how wide heads are. Raises UserError for anything
     else than a whole adapter file.
     """
-    file = read_adapter(path, resampler_config, parallel=parallel)
+    file = read_adapter(path, resampler_config, variations=variations)
     module = load_state("resampler", file.resampler, file.config, dtype=dtype)
-    return Adapter(blocks=file.blocks, resampler=module, metadata=file.metadata)
+    return Adapter(blocks=file.blocks, resampler=module, metadata=file.metadata, text=file.text)
 
 
 def _joined(blocks: Mapping[str, State]) -> State:
@@ -174,14 +202,12 @@ def split_state(state: State, source: str | os.PathLike) -> tuple[State, Mapping
 
 
 def read_metadata(
-    text: Mapping[str, str], source: str | os.PathLike, *, parallel: bool = False
+    text: Mapping[str, str], source: str | os.PathLike, *, variations: bool = False
 ) -> dict[str, object]:
     """The metadata of our file with its JSON parts read; empty for files that have none.
 
-    UserError for a parallel adapter, unless ``parallel`` takes them.
+    UserError for an adapter of a comparison, unless ``variations`` takes them.
     """
-    if is_parallel(text) and not parallel:
-        raise UserError(f"{source}: {PARALLEL_ONLY}")
     if "format" in text and text["format"] not in (FORMAT, "pt"):
         raise UserError(f"{source}: says that it is {text['format']!r}, {FORMAT!r} was wanted")
     if text.get("version", VERSION) != VERSION:
@@ -196,6 +222,9 @@ def read_metadata(
             raise UserError(f"{source}: metadata {key!r} is not JSON ({err})") from err
     if not isinstance(metadata.get("config", {}), dict):
         raise UserError(f"{source}: metadata 'config' is not an object")
+    if not variations:
+        said = metadata.get("config")
+        check_plain(metadata, said.get("resampler") if isinstance(said, dict) else None, source)
     return metadata
 
 
@@ -293,7 +322,7 @@ def attach_adapter(unet: UNet, adapter: Adapter) -> UNet:
         {path: block.norm2.num_features for path, block in unet.transformer_blocks()},
     )
     config = dataclasses.replace(unet.config, face_dim=adapter.face_dim)
-    return add_state(unet, adapter.state(), config)
+    return add_state(unet, {**adapter.state(), **adapter.text}, config)
 
 
 def check_blocks(
@@ -329,6 +358,9 @@ def save_adapter(
     if unet.config.face_dim is None:
         raise UserError("this UNet has no adapter to save")
     blocks = dump_some(unet, lambda key: ADAPTER_INFIX in key)
+    if form_of(metadata or {}) == COUPLED:
+        text = dump_some(unet, lambda key: ".attn2." in key and ADAPTER_INFIX not in key)
+        blocks |= {key.replace(".attn2.", COUPLED_INFIX): array for key, array in text.items()}
     own = {k.removeprefix(RESAMPLER_PREFIX): v for k, v in dump_state(resampler).items()}
     state = blocks | {RESAMPLER_PREFIX + key: array for key, array in own.items()}
     write_adapter(path, state, model_configs(unet.config.to_dict(), resampler.config), metadata)

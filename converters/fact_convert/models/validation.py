@@ -188,6 +188,8 @@ def encoder_shape(state: State) -> dict[str, int]:
 
 def resampler_shape(state: State) -> dict[str, int]:
     """A resampler's configuration as far as it shapes tensors, from their shapes; one head."""
+    if "over_tokens.weight" in state:
+        raise UserError("a linear projection: only a file that says so itself is read")
     layer = r"layers\.\d+"
     inner = _most(
         size

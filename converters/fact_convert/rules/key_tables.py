@@ -214,6 +214,8 @@ RESAMPLER = Table(
     rules=(
         *same(RAW, "latents"),
         *same(LINEAR, "proj_in", "proj_out"),
+        # Of a linear projection, of comparisons.
+        *same(LINEAR, "over_tokens"),
         *same(NORM, "norm_out"),
         *under(
             "layers.{i}",

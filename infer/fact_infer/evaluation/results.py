@@ -6,13 +6,12 @@ goes on in the folder. Files of whoever else are never replaced: another folder 
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,26 +91,6 @@ class PictureStore:
             with atomic_write(self.path(key)) as temporary:
                 Image.fromarray(pixels).save(temporary, format="PNG")
             self.written += 1
-
-
-class ArrayCache:
-    """Arrays by a digest of what they were computed from; a damaged file is computed again."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-
-    def get(self, key: str, compute: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        path = self.folder / f"{key}.npz"
-        try:
-            with np.load(path, allow_pickle=False) as held:
-                return dict(held)
-        except Exception:  # absent, or whatever a damaged archive causes
-            arrays = compute()
-        buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
-        with atomic_write(path) as temporary:
-            temporary.write_bytes(buffer.getvalue())
-        return arrays
 
 
 class Cost:

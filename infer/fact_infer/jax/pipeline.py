@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, PyTree, UInt8
 from tqdm import tqdm
 
-from fact_convert.models.adapter import attach_adapter, is_parallel, load_adapter
+from fact_convert.models.adapter import COUPLED, PARALLEL, attach_adapter, form_of, load_adapter
 from fact_convert.models.controlnet import load_controlnet
 from fact_convert.models.face_encoder import load_encoder
 from fact_convert.models.pipeline import load_pipeline
@@ -33,6 +33,7 @@ from fact_jax.fact import (
     Branch,
     Combine,
     Model,
+    condition_shape,
     encode_face,
     guided_conditions,
     guided_output,
@@ -43,7 +44,7 @@ from fact_jax.ops.precision import cast_parameters, matmul_precision, precision_
 from fact_jax.utils.cache import ContentCache
 from fact_jax.utils.pixels import denormalize_pixels, normalize_pixels
 
-_HALF_PARTS = ("unet", "text_encoder", "controlnet")
+_HALF_PARTS = ("unet", "plain unet", "text_encoder", "controlnet")
 _UNMASKED_PHOTOS = 2
 MAX_SHAPES = 8
 """Of so many shapes of requests the compiled programs stay in memory."""
@@ -99,9 +100,10 @@ class FlaxPipeline(Pipeline):
         if parts.controlnet is not None:
             models["controlnet"] = load_controlnet(parts.controlnet, dtype=stored)
         if (face := parts.face) is not None:
-            trained = load_adapter(
-                face.adapter, resampler_config=face.resampler_config, parallel=True
-            )
+            config = face.resampler_config
+            trained = load_adapter(face.adapter, resampler_config=config, variations=True)
+            if form_of(trained.metadata) == COUPLED:  # its cross-attention is not the base's
+                models["plain unet"] = models["unet"]
             models["unet"] = attach_adapter(models["unet"], trained)
             models["resampler"] = trained.resampler
             models["encoder"] = load_encoder(face.encoder, config=face.encoder_config)
@@ -110,7 +112,7 @@ class FlaxPipeline(Pipeline):
     @property
     def parallel(self) -> bool:
         """Whether the adapter is of the other form, see ``fact_jax.models.adapter``."""
-        return self.face is not None and is_parallel(self.face.metadata)
+        return self.face is not None and form_of(self.face.metadata) == PARALLEL
 
     def _products(self) -> AbstractContextManager[None]:
         return matmul_precision(self.precision)
@@ -298,12 +300,10 @@ class FlaxPipeline(Pipeline):
         encoder, resampler, face = models["encoder"], models["resampler"], inputs["face"]
         face = jnp.broadcast_to(face, (count, *face.shape[1:]))
         photos = face.shape[1] // resampler.config.num_queries
-        no_face = null_face(resampler, encoder.config.tokens, photos)
-        return {
-            "face": face.astype(self.dtype),
-            "no_face": no_face.astype(self.dtype),
-            "regions": inputs.get("regions"),
-        }
+        tokens, _ = condition_shape(encoder.config, resampler.config)
+        faces = {"face": face, "no_face": null_face(resampler, tokens, photos)}
+        cast = {name: array.astype(self.dtype) for name, array in faces.items()}
+        return {**cast, "regions": inputs.get("regions")}
 
     def _denoise_rows(
         self, states: dict, shared: dict, rows: dict, t: Array, i: Array, *, shape: StaticParams
@@ -321,9 +321,11 @@ class FlaxPipeline(Pipeline):
         if shared["photo_mask"] is not None and shape.combine == "concat":
             queries = models["resampler"].config.num_queries
             token_mask = jnp.tile(jnp.repeat(shared["photo_mask"], queries), shape.people)
+        given = conditions["text and face"]
+        coupled = given.face is not None or "plain unet" not in models
         out = guided_output(
-            models["unet"],
-            conditions["text and face"],
+            models["unet" if coupled else "plain unet"],
+            given,
             shared["weights"],
             rows["x"].astype(self.dtype),
             t,

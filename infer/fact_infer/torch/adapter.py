@@ -16,9 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from fact_convert.models.adapter import (
-    PARALLEL_ONLY,
     check_blocks,
-    is_parallel,
+    check_plain,
     model_configs,
     split_state,
 )
@@ -271,8 +270,7 @@ def load_fact(
         if adapter is None:
             raise UserError("no adapter is named: give load_fact its file, or its name on the Hub")
         files = read_face_models(*find_face_models(adapter, encoder))
-    if is_parallel(files.metadata):
-        raise UserError(f"{files.adapter}: {PARALLEL_ONLY}")
+    check_plain(files.metadata, files.resampler_config.to_dict(), files.adapter)
     if installed(pipe.unet):
         raise UserError("this pipe has a face adapter already: unload_fact it first")
     if pipe.unet.device.type == "meta":

@@ -43,7 +43,7 @@ def test_seeds_come_one_after_the_other_and_fact_is_always_there():
     assert [run.key for run in runs[:2]] == ["fact/seed-0", "fair 0/seed-0"]
     assert [run.seed for run in runs] == [0] * 5 + [1] * 5
     assert all(run.config.seed == run.seed for run in runs)
-    with pytest.raises(UserError, match="no question 'fare' in the laboratory: there are drop"):
+    with pytest.raises(UserError, match="no question 'fare' in the laboratory: there are coupling"):
         load_questions(["fare"])
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fact_convert import load_adapter
-from fact_convert.models.adapter import is_parallel
+from fact_convert.models.adapter import PARALLEL, form_of
 from fact_infer.jax.pipeline import FlaxPipeline
 from fact_infer.request import GenerationParams
 from fact_jax.models.adapter import FaceControls
@@ -63,7 +63,7 @@ def test_text_does_not_see_what_was_added_beside_it(task, opened):
 def test_its_file_says_so_and_others_refuse_it(exported, miniature):
     with pytest.raises(UserError, match="a parallel adapter, of a comparison"):
         load_adapter(exported)
-    assert is_parallel(load_adapter(exported, parallel=True).metadata)
+    assert form_of(load_adapter(exported, variations=True).metadata) == PARALLEL
 
 
 @pytest.mark.slow

@@ -8,8 +8,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, PyTree, UInt8
 
 from fact_convert import Pipeline
+from fact_jax.fact import face_condition
+from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFace
 from fact_jax.utils.pixels import normalize_pixels
+from fact_train.data.pixels import FACT
 from fact_train.engine.partition import paths, split_module
 from fact_train.engine.sample_keys import sample_normal
 
@@ -17,10 +20,12 @@ from fact_train.engine.sample_keys import sample_normal
 class FrozenEncoders:
     """VAE, text encoder and face encoder. ``frozen`` below is a tree with their arrays.
 
-    They run in the precision of those arrays: float32 in a cache, the step's in the step.
+    They run in the precision of those arrays: float32 in a cache, the step's in the step. ``taken``
+    is the resampler whose input the faces are encoded for.
     """
 
-    def __init__(self, pipeline: Pipeline, encoder: TransFace):
+    def __init__(self, pipeline: Pipeline, encoder: TransFace, taken: ResamplerConfig = FACT):
+        self._taken = taken
         modules = {"vae": pipeline.vae, "text_encoder": pipeline.text_encoder, "encoder": encoder}
         self._parts = {name: split_module(module) for name, module in modules.items()}
         self._scale = pipeline.vae.config.scaling_factor
@@ -49,7 +54,8 @@ class FrozenEncoders:
     def tokens(self, frozen: PyTree, crops: UInt8[Array, "b s s 3"]) -> Float[Array, "b t d"]:
         """Face tokens of aligned crops."""
         encoder = self._parts["encoder"].module(frozen["encoder"])
-        return encoder.tokens(normalize_pixels(crops).astype(_precision(frozen["encoder"])))
+        pixels = normalize_pixels(crops).astype(_precision(frozen["encoder"]))
+        return face_condition(encoder, pixels, self._taken)
 
     def encode_batch(
         self,

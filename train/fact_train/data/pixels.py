@@ -8,10 +8,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree, UInt8
 
+from fact_jax.fact import face_condition
+from fact_jax.models.resampler import ResamplerConfig
 from fact_jax.models.transface import TransFace
 from fact_jax.models.vae import AutoencoderKL
 from fact_jax.utils.batches import map_batches
 from fact_jax.utils.pixels import normalize_pixels
+
+FACT = ResamplerConfig()
 
 
 def encode_latents(
@@ -25,10 +29,12 @@ def encode_latents(
 
 
 def encode_tokens(
-    encoder: TransFace, crops: UInt8[np.ndarray, "n s s 3"]
+    encoder: TransFace, crops: UInt8[np.ndarray, "n s s 3"], taken: ResamplerConfig = FACT
 ) -> Float[np.ndarray, "n t d"]:
-    """Face tokens of aligned crops."""
-    return map_module(encoder, lambda enc, batch: enc.tokens(normalize_pixels(batch)), crops)
+    """What such a resampler takes of aligned crops: face tokens."""
+    return map_module(
+        encoder, lambda enc, batch: face_condition(enc, normalize_pixels(batch), taken), crops
+    )
 
 
 def map_module(

@@ -98,7 +98,7 @@ def batch_shapes(task: AdapterTask, count: int) -> dict[str, jax.ShapeDtypeStruc
     words, width = task.pipeline.tokenizer.model_max_length, unet.cross_attention_dim
     float32, float16, int32, uint8 = jnp.float32, jnp.float16, jnp.int32, jnp.uint8
     latents = (side, side, unet.in_channels)
-    face, crop = (encoder.tokens, encoder.embed_dim), (encoder.img_size, encoder.img_size, 3)
+    face, crop = task.face_shape, (encoder.img_size, encoder.img_size, 3)
     arrays: dict[str, tuple[tuple[int, ...], DTypeLike]] = {"mask": ((side, side), float32)}
     if options.cache is not None:
         arrays |= {"mean": (latents, float32), "log_variance": (latents, float32)}

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PyTree
 
 from fact_convert import Pipeline, load_encoder, load_pipeline, save_adapter, tokenize
-from fact_convert.models.adapter import PARALLEL
+from fact_convert.models.adapter import COUPLED, PARALLEL
 from fact_convert.weights import abstract_state
 from fact_jax.curriculum import (
-    Drop,
-    Stage,
     draw_drop,
     draw_generic_caption,
     draw_shuffle,
@@ -33,35 +30,40 @@ from fact_jax.diffusion.noise_schedules import (
     split_output,
     training_target,
 )
-from fact_jax.face import resize_area
+from fact_jax.fact import condition_shape
 from fact_jax.losses import denoising_error, fair_ratio, min_snr_weight
 from fact_jax.models.adapter import FaceControls
-from fact_jax.models.resampler import Resampler, ResamplerConfig
+from fact_jax.models.resampler import Resampler
 from fact_jax.models.transface import TransFace
 from fact_jax.models.unet import UNet
 from fact_jax.portraits import SPLITS
 from fact_jax.sharding import make_mesh
 from fact_jax.utils.errors import UserError
-from fact_jax.utils.ranges import CheckedFields, Length, Name, NonNegative, Positive, Probability
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import PairedArrays
 from fact_train.data.cached_dataset import CachedDataset
 from fact_train.data.frozen_encoders import FrozenEncoders
 from fact_train.data.loader import Dataset, GrainSource
 from fact_train.data.pixel_dataset import PixelDataset, open_records
-from fact_train.data.pixels import encode_latents, encode_tokens
-from fact_train.data.portraits import Photos, align_portraits, draw_crops, draw_portraits, people_of
+from fact_train.data.pixels import encode_tokens
+from fact_train.data.portraits import draw_crops
 from fact_train.data.records import DamagedError
-from fact_train.engine.partition import assert_covers, merge, paths, split_module
+from fact_train.engine.partition import (
+    assert_covers,
+    merge,
+    paths,
+    split_by_paths,
+    split_module,
+)
 from fact_train.engine.sample_keys import sample_normal, sample_timesteps, split_keys
 from fact_train.engine.task import Task
 from fact_train.tasks.adapter_init import new_adapters, read_adapters, whitened_resampler
+from fact_train.tasks.adapter_options import AdapterOptions
 from fact_train.tasks.block_metrics import by_block
+from fact_train.tasks.drawn_photos import photo_arrays
 from fact_train.tasks.identity_loss import (
     IdentityLoss,
-    IdentityOptions,
     check_crop_size,
-    drawn_arrays,
 )
 from fact_train.tasks.validation import (
     ValidationCallback,
@@ -70,75 +72,7 @@ from fact_train.tasks.validation import (
     read_validation,
 )
 
-MINI_RESAMPLER = ResamplerConfig.mini()
 WHITENED_ON = 256  # people
-DEFAULT_DROP = Drop()
-NO_IDENTITY_LOSS = IdentityOptions()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AdapterOptions(CheckedFields):
-    """What is trained on what, and how.
-
-    ``start`` is how the adapter begins as exactly nothing: ``zero_gates`` as released, or
-    ``zero_projections``, whose gates stand at ``gate`` and whose two output projections are zero.
-    ``region`` is where FAIR lets the adapter work; ``face_weight`` is that region's extra weight
-    in the error. With ``weights``, an adapter file, training goes on from its adapters and its
-    resampler instead.
-
-    ``form`` is FACT's, or for comparisons the parallel one, see
-    ``fact_jax.models.adapter.FaceControls``. ``min_snr`` is the gamma of Min-SNR weighting
-    (arXiv 2303.09556 takes 5; 0: every timestep weighs the same), ``noise_offset`` how much a
-    picture's mean is noised beside its cells (0.05 is usual), ``neutral`` the probability of
-    ``neutral_caption`` in place of a sample's own.
-
-    Photos are drawn from the portrait world, ``people`` x ``photos`` of them, or come from the
-    folder ``records`` and are encoded in every step, or from the folder ``cache``, which holds
-    them encoded (``fact-train cache``). Pictures to watch are of people of the portrait world, or
-    of the records in the folder ``watch``. A ``judge``, a folder with the miniature's
-    ``recogniser.safetensors``, says beside the face encoder whom they show; by ``best_by`` the best
-    checkpoints are known.
-    """
-
-    base: Name = "miniature/base"
-    encoder: Name = "miniature/encoder"
-    resampler: ResamplerConfig = MINI_RESAMPLER
-    people: Annotated[int, people_of("adapter")] = 2000
-    photos: Photos = 4
-    records: Name | None = None
-    cache: Name | None = None
-    watch: Name | None = None
-    judge: Name | None = None
-    best_by: Literal["similarity", "judge_target", "judge_over_wrong"] = "similarity"
-    stages: Annotated[tuple[Stage, ...], Length(1)]
-    drop: Drop = DEFAULT_DROP
-    form: Literal["sequential", "parallel"] = "sequential"
-    start: Literal["zero_gates", "zero_projections"] = "zero_projections"
-    gate: Positive = 1.0
-    weights: Name | None = None
-    region: Literal["head", "face"] = "head"
-    face_weight: NonNegative = 0.0
-    min_snr: NonNegative = 0.0
-    noise_offset: NonNegative = 0.0
-    neutral: Probability = 0.0
-    neutral_caption: Name = "a portrait of a person"
-    identity: IdentityOptions = NO_IDENTITY_LOSS
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.best_by != "similarity" and self.judge is None:
-            raise ValueError(f"best_by={self.best_by} takes a judge: name its folder")
-        if self.identity.encoder is not None and self.cache is not None:
-            raise ValueError(
-                "identity.encoder takes the points and masks of records, which a cache does not "
-                "hold: leave cache away"
-            )
-        drawn = self.records is None and self.cache is None
-        if drawn and self.photos == 1 and any(max(stage.shuffle) for stage in self.stages):
-            raise ValueError(
-                "photos must be at least 2 where a stage shuffles: with 1 there is no other photo "
-                "of the person"
-            )
 
 
 class AdapterTask(Task):
@@ -151,7 +85,7 @@ class AdapterTask(Task):
         super().__init__(config)
         self.pipeline, self.encoder = self._load()
         self._check_widths()
-        self.encoders = FrozenEncoders(self.pipeline, self.encoder)
+        self.encoders = FrozenEncoders(self.pipeline, self.encoder, self.options.resampler)
         rngs = nnx.Rngs(config.seed)
         self.face_dim = self.options.resampler.output_dim
         self.size = self.pipeline.unet.config.sample_size * self.pipeline.vae.config.downscale
@@ -172,6 +106,12 @@ class AdapterTask(Task):
             self.adapters, self.base, resampler, self.steps_before = read_adapters(
                 self.pipeline.unet, self.options.weights, self.options.resampler
             )
+        # Of the base, what learns with the adapter, as it was.
+        self.tuned_base: dict = {}
+        if self.options.form == COUPLED:
+            tuned, self.base = split_by_paths(self.base, ["(^|/)attn2/"])
+            self.adapters = merge(self.adapters, tuned)
+            self.tuned_base = jax.tree.map(jnp.copy, tuned)  # training gives its own away
         trained, frozen = ({name for name, _ in paths(t)} for t in (self.adapters, self.base))
         assert_covers({name.replace(".", "/") for name in shapes}, trained, frozen)
         self.resampler = split_module(resampler)
@@ -201,9 +141,10 @@ class AdapterTask(Task):
         """Face tokens of a few hundred of the photos."""
         if self.options.cache is not None:
             return np.stack([row["tokens"] for row in self._first_photos(WHITENED_ON)])
-        return encode_tokens(
-            self.encoder, self._first_crops(WHITENED_ON, self.encoder.config.img_size)[0]
-        )
+        # Whitening takes more vectors than they have numbers.
+        count = max(WHITENED_ON, 4 * self.face_shape[1] // self.face_shape[0])
+        crops, _ = self._first_crops(count, self.encoder.config.img_size)
+        return encode_tokens(self.encoder, crops, self.options.resampler)
 
     def _first_photos(self, count: int) -> list[dict[str, np.ndarray]]:
         """One photo of each person, as far as there are so many and they can be read."""
@@ -244,12 +185,13 @@ class AdapterTask(Task):
         return PixelDataset(records, tokenizer, options.region, cells, with_identity)
 
     def _check_widths(self) -> None:
-        resampler, encoder = self.options.resampler, self.encoder.config
+        resampler = self.options.resampler
         text = self.pipeline.unet.config.cross_attention_dim
-        if (resampler.embedding_dim, resampler.output_dim) != (encoder.embed_dim, text):
+        self.face_shape = condition_shape(self.encoder.config, resampler)
+        if (resampler.embedding_dim, resampler.output_dim) != (self.face_shape[1], text):
             raise UserError(
                 f"options.resampler goes from {resampler.embedding_dim} to {resampler.output_dim}, "
-                f"but {self.options.encoder} gives {encoder.embed_dim} and {self.options.base} "
+                f"but {self.options.encoder} gives {self.face_shape[1]} and {self.options.base} "
                 f"takes {text}: set options.resampler.embedding_dim and .output_dim to these"
             )
 
@@ -277,18 +219,7 @@ class AdapterTask(Task):
         options = self.options
         if self.rows is not None:
             return GrainSource(self.rows, self.config.batch_size, self.config.seed)
-        batch = draw_portraits("adapter", options.people, options.photos, size=self.size)
-        latents = encode_latents(self.pipeline.vae, batch.images)
-        crops = align_portraits(batch, self.encoder.config.img_size)
-        mask = getattr(batch.portrait, f"{options.region}_mask")
-        arrays = {
-            "latents": latents,
-            "ids": tokenize(self.pipeline.tokenizer, batch.captions)[0],
-            "mask": np.asarray(resize_area(mask, latents.shape[1:3]), np.float32),
-            "tokens": encode_tokens(self.encoder, crops).astype(np.float16),
-        }
-        if self.identity is not None:
-            arrays |= drawn_arrays(batch, self.identity.config.img_size)
+        arrays = photo_arrays(self)
         return PairedArrays(arrays, self.config.batch_size, self.config.seed, options.photos)
 
     def loss(self, trainable, frozen, batch, *, step, keys):
@@ -303,7 +234,7 @@ class AdapterTask(Task):
         switched = any(one.text == "no_cross_attention" for one in options.stages)
         attended = stage.cross_attention > 0 if switched else None
         neutral = draw_generic_caption(neutral_keys, options.neutral)
-        dtype = trainable["resampler"]["latents"].dtype
+        dtype = jax.tree.leaves(trainable["resampler"])[0].dtype
         photos = {"own_crops": batch["crops"], **batch} if "crops" in batch else batch
         batch = self.encoders.encode_batch(frozen, batch, shuffled, latent_keys)
         # The null condition is the resampler of all-zero tokens.
@@ -388,8 +319,8 @@ class AdapterTask(Task):
         unet = self.unet(trainable["adapter"], frozen["unet"])
         resampler = self.resampler.module(trainable["resampler"])
         metadata = {"step": self.steps_before + step, **self._origin(step)}
-        if self.options.form == PARALLEL:
-            metadata["form"] = PARALLEL
+        if self.options.form != "sequential":
+            metadata["form"] = self.options.form
         save_adapter(unet, resampler, directory / "adapter.safetensors", metadata)
 
     def _origin(self, step: int) -> dict[str, object]:

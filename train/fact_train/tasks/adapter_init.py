@@ -87,7 +87,8 @@ def whitening(
     mean = tokens.mean(axis=(0, 1), dtype=np.float64)
     positions = tokens.mean(axis=0, dtype=np.float64) - mean
     deviations = (tokens - mean - positions).reshape(-1, tokens.shape[-1])
-    _, _, span = np.linalg.svd(positions, full_matrices=False)
+    _, sizes, span = np.linalg.svd(positions, full_matrices=False)
+    span = span[sizes > 0]  # of a single token there are no positions
     outside = deviations - deviations @ span.T @ span
     matrix = _inverse_root(positions) + _inverse_root(outside)
     return matrix.astype(np.float32), (-mean @ matrix).astype(np.float32)

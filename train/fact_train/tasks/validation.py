@@ -42,7 +42,7 @@ from fact_jax.utils.pixels import denormalize_pixels, normalize_pixels
 from fact_train.data.pixel_dataset import open_records
 from fact_train.data.portraits import align_portraits, draw_portraits
 from fact_train.data.records import PICTURES, DamagedError, Records
-from fact_train.engine.partition import split_module
+from fact_train.engine.partition import overlay, split_module
 
 PEOPLE = 8
 STEPS = 25
@@ -195,9 +195,14 @@ class ValidationCallback:
         arrays = {name: part.arrays for name, part in self._parts.items()}
         everywhere = jax.tree.map(lambda _: replicated(self._mesh), arrays)
         rows = self._inputs | self._spread({"noise": noise})
-        weights = (trainable, frozen, shard(arrays, everywhere), rows)
+        parts = (frozen, shard(arrays, everywhere), rows)
+        # The base is the one that training started from, where a part of it learns too.
+        silent = {**trainable, "adapter": overlay(trainable["adapter"], self._task.tuned_base)}
         made = {
-            start: [np.asarray(self._draw(*weights, scale, start=start)) for scale in SCALES]
+            start: [
+                np.asarray(self._draw(trainable if scale else silent, *parts, scale, start=start))
+                for scale in SCALES
+            ]
             for start in STARTS
         }
         base, fact = made[TEMPLATE_START]
@@ -274,7 +279,7 @@ def draw_rows(
         text=text,
         negative_text=jnp.broadcast_to(empty, text.shape),
         face=encode_face(encoder, resampler, rows["crops"][:, None]),
-        no_face=null_face(resampler, task.encoder.config.tokens),
+        no_face=null_face(resampler, task.face_shape[0]),
         guidance=Guidance(text=3.0, face_scale=scale),
         steps=STEPS,
         parallel=task.options.form == PARALLEL,

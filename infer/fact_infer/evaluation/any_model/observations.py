@@ -9,12 +9,13 @@ import numpy as np
 from jaxtyping import Bool, Float, UInt8
 
 from fact_infer.evaluation.any_model.networks import Clip, OnnxNetwork
-from fact_infer.evaluation.results import ArrayCache, fingerprint
+from fact_infer.evaluation.results import fingerprint
 from fact_infer.evaluation.world import SIZE, Parser, Recogniser, averaged, fits_parser
 from fact_jax.face import align_batch, detect_faces, head_mask, read_image, read_sidecar
 from fact_jax.face.landmarks import local_pack
 from fact_jax.metrics.copying import light_side
 from fact_jax.metrics.identity import average_recognisers, unit
+from fact_jax.utils.cache import ArrayCache
 from fact_jax.utils.errors import UserError
 
 _LIGHT_CROP = 48

@@ -21,10 +21,11 @@ from fact_infer.evaluation.any_model.people_folder import (
 from fact_infer.evaluation.any_model.record_people import records_in, unpack_people
 from fact_infer.evaluation.measures import Samples, estimates
 from fact_infer.evaluation.page import write_page
-from fact_infer.evaluation.results import ArrayCache, Cost, PictureStore, fingerprint, save
+from fact_infer.evaluation.results import Cost, PictureStore, fingerprint, save
 from fact_infer.evaluation.world import JudgeRecogniser, Parser, Recogniser, guidance_line
 from fact_infer.jax.pipeline import FlaxPipeline
 from fact_infer.request import GenerationParams
+from fact_jax.utils.cache import ArrayCache
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
 from fact_jax.utils.miniature import require_miniature

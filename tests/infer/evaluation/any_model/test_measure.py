@@ -12,7 +12,7 @@ from fact_infer.evaluation.any_model.measure import measure_entries
 from fact_infer.evaluation.any_model.observations import Observer
 from fact_infer.evaluation.measures import estimates
 from fact_infer.evaluation.page import SHOWN, Case, write_page
-from fact_infer.evaluation.results import ArrayCache
+from fact_jax.utils.cache import ArrayCache
 from fact_jax.utils.errors import UserError
 
 pytestmark = pytest.mark.heavy

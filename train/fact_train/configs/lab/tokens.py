@@ -1,8 +1,10 @@
-"""Do several face tokens carry more of a person than one vector?
+"""Do the face transformer's tokens carry more of a person than one vector?
 
-Claim (FACT, arXiv 2410.12312): tokens of the face transformer hold details that one embedding has
-lost. Here the resampler gives one token in place of 16, so that all goes through one vector.
-Refuted if with one token similarity to another photo of the person is above FACT's.
+Claim (FACT, arXiv 2410.12312): tokens hold details that one embedding has lost. ``embedding``: the
+resampler takes the encoder's last embedding, which ArcFace trained to tell people apart, in the
+tokens' place, and makes as many face tokens of it. ``one token``: the resampler takes the tokens
+and gives one face token in place of 16. Refuted where similarity to another photo of the person is
+above FACT's with one of them.
 """
 
 from dataclasses import replace
@@ -11,14 +13,25 @@ from fact_train.configs.lab.fact import variant
 from fact_train.configs.mini import config as mini
 from fact_train.lab.question import Claim, Question
 
+_resampler = mini.options.resampler
+
 question = Question(
-    variants={"one token": variant(resampler=replace(mini.options.resampler, num_queries=1))},
+    variants={
+        "embedding": variant(resampler=replace(_resampler, embedding=True)),
+        "one token": variant(resampler=replace(_resampler, num_queries=1)),
+    },
     claims=(
+        Claim(
+            variant="embedding",
+            measure="another",
+            difference="below",
+            source="FACT: tokens, not the embedding",
+        ),
         Claim(
             variant="one token",
             measure="another",
             difference="below",
-            source="FACT: tokens, not one embedding",
+            source="FACT: several face tokens, not one",
         ),
     ),
 )
