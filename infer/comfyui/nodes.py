@@ -1,6 +1,7 @@
 """The nodes: load an adapter, prepare faces, combine people, apply them to a model."""
 
 import dataclasses
+import importlib.util
 import os
 import uuid
 from typing import Any
@@ -283,9 +284,18 @@ def _packs() -> list[str]:
     return [os.path.join(os.path.expanduser(root), "models", _PACK) for root in roots]
 
 
+def _own_pipeline() -> list[type[io.ComfyNode]]:
+    """The node that draws by FACT-JAX's own pipeline, where that is installed."""
+    if importlib.util.find_spec("fact_infer") is None:
+        return []
+    from .generate import GenerateFact
+
+    return [GenerateFact]
+
+
 class FactExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [LoadFact, PrepareFace, CombineFaces, ApplyFact]
+        return [LoadFact, PrepareFace, CombineFaces, ApplyFact, *_own_pipeline()]
 
 
 async def comfy_entrypoint() -> FactExtension:

@@ -11,7 +11,7 @@ import os
 import sys
 import types
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -49,6 +49,19 @@ class ModelPatcher:
 
     def get_model_object(self, name: str) -> Any:
         return getattr(self.model, name)
+
+
+class ProgressBar:
+    """``comfy.utils.ProgressBar``; ``made`` are all of them."""
+
+    made: ClassVar[list["ProgressBar"]] = []
+
+    def __init__(self, total: int):
+        self.total, self.current = total, 0
+        self.made.append(self)
+
+    def update(self, value: int) -> None:
+        self.current += value
 
 
 def cast(kind: type[nn.Module]) -> type[nn.Module]:
@@ -128,6 +141,7 @@ def modules(models: Path) -> dict[str, types.ModuleType]:
         Image=io_type("IMAGE"),
         Mask=io_type("MASK"),
         Float=io_type("FLOAT", *numbers),
+        Int=io_type("INT", *numbers),
         Boolean=io_type("BOOLEAN", "default"),
         String=io_type("STRING", "default", "multiline"),
         Combo=io_type("COMBO", "options", "default"),
@@ -139,12 +153,16 @@ def modules(models: Path) -> dict[str, types.ModuleType]:
         unet_offload_device=lambda: torch.device("cpu"),
         unet_dtype=lambda: torch.float32,
         load_models_gpu=loaded.extend,
+        throw_exception_if_processing_interrupted=lambda: None,
         loaded=loaded,
     )
     layers = {name: cast(getattr(nn, name)) for name in ("Linear", "LayerNorm", "Conv2d")}
     ops = module("comfy.ops", manual_cast=types.SimpleNamespace(**layers))
     patcher = module("comfy.model_patcher", ModelPatcher=ModelPatcher)
-    comfy = module("comfy", model_management=management, ops=ops, model_patcher=patcher)
+    utils = module("comfy.utils", ProgressBar=ProgressBar)
+    comfy = module(
+        "comfy", model_management=management, ops=ops, model_patcher=patcher, utils=utils
+    )
     paths: dict[str, str] = {}
 
     def listed(name: str) -> list[str]:
@@ -164,6 +182,7 @@ def modules(models: Path) -> dict[str, types.ModuleType]:
         "comfy.model_management": management,
         "comfy.ops": ops,
         "comfy.model_patcher": patcher,
+        "comfy.utils": utils,
         "comfy_api": module("comfy_api", latest=latest),
         "comfy_api.latest": latest,
         "folder_paths": folders,
