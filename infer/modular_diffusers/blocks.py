@@ -45,6 +45,8 @@ def _pipe(components: Any) -> FactAdapterMixin:
     more = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipe = with_fact(StableDiffusionPipeline)(**parts, **more)
     pipe.set_progress_bar_config(disable=True)
+    if pipe.has_fact_adapter() and not pipe.is_fact_adapter(components.fact_adapter):
+        pipe.unload_fact_adapter()
     if not pipe.has_fact_adapter():
         pipe.load_fact_adapter(components.fact_adapter)
     return pipe
@@ -91,16 +93,7 @@ class FactFaceStep(_Step):
         if (photos is None) == (tokens is None):
             raise ValueError(f"give fact_adapter_image or {_EMBEDS}, one of the two")
         if tokens is None:
-            people = [photos]
-            if isinstance(photos, list | tuple) and isinstance(photos[0], list | tuple):
-                people = list(photos)
-            points = state.fact_adapter_points
-            points = [points] if len(people) == 1 or points is None else points
-            points = points * len(people) if points == [None] else points
-            tokens = [
-                pipe.prepare_fact_adapter_image_embeds(one, points=own)
-                for one, own in zip(people, points, strict=True)
-            ]
+            tokens = pipe.encode_fact_adapter_images(photos, state.fact_adapter_points)
         setattr(state, _EMBEDS, tokens)
 
 

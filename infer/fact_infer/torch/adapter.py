@@ -243,9 +243,9 @@ class FactTorch:
         return photos
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
-        """Write adapter and encoder to a folder, which ``load_fact(pipe, folder)`` reads.
+        """Write adapter and encoder, as they were read, for ``load_fact(pipe, folder)``.
 
-        As it is, the folder can be uploaded as a repository of the Hub and be named instead.
+        The folder can be uploaded as a repository of the Hub and be named instead.
         """
         config = model_configs(dict(self.pipe.unet.config), self.resampler.config)
         save_face_models(self.files, folder, config)
@@ -349,18 +349,20 @@ def _read_regions(regions: Regions | Sequence[Mask] | None) -> Regions | Masks |
         regions = [regions]
     if not isinstance(regions, Iterable):
         raise UserError(f"regions must be a mask for each person, got {regions!r}")
-    return [_mask(mask) for mask in regions]
+    return [own for mask in regions for own in _masks(mask)]
 
 
-def _mask(mask: Mask) -> Float[np.ndarray, "h w"]:
-    """A person's region in [0, 1], from a file, a picture or an array."""
+def _masks(mask: Mask) -> list[Float[np.ndarray, "h w"]]:
+    """A region in [0, 1] of a file, a picture or an array; of k people from (1, k, h, w)."""
     if isinstance(mask, str | os.PathLike):
-        return read_mask(mask)
+        return [read_mask(mask)]
     values = np.asarray(mask.convert("L") if isinstance(mask, Image.Image) else mask)
     values = values.astype(np.float32) / (255.0 if values.dtype == np.uint8 else 1.0)
-    if values.ndim != 2 or not values.size or not (values.min() >= 0.0 and values.max() <= 1.0):
+    colours = values.ndim == 3 and values.shape[2] <= 4
+    fits = 2 <= values.ndim <= 4 and not colours and values.size
+    if not fits or not (values.min() >= 0.0 and values.max() <= 1.0):
         raise UserError(f"a mask must be (h, w) numbers in 0..1 or bytes, got {values.shape}")
-    return values
+    return list(values.reshape(-1, *values.shape[-2:]))
 
 
 def _people(regions: Regions | Masks) -> int:

@@ -66,8 +66,11 @@ class FactAdapter:
     ) -> "FactAdapter":
         """Open them as :meth:`FactAdapterMixin.load_fact_adapter` does."""
         parts = [str(pretrained_model_name_or_path), subfolder, weight_name]
+        if any(isinstance(part, list | tuple) for part in parts):
+            raise UserError("a pipe takes one face adapter: give one subfolder and one weight_name")
         name = "/".join(part.rstrip("/") for part in parts if part)
-        aside = Path(name).parent.parent / ENCODER
+        folder = Path(name) if Path(name).is_dir() else Path(name).parent
+        aside = folder.parent / ENCODER
         if image_encoder is None and not has_encoder(name) and aside.is_dir():
             image_encoder = aside
         return cls(read_face_models(*find_face_models(name, image_encoder)))
@@ -107,7 +110,7 @@ class FactAdapterMixin:
         delattr(unwrap_compiled(self.unet), _FACT)
 
     def save_fact_adapter(self, save_directory: str | os.PathLike) -> None:
-        """Write adapter and encoder to a folder, which ``load_fact_adapter`` takes."""
+        """Write adapter and encoder, as they were read, for ``load_fact_adapter``."""
         self._fact_adapter().save_pretrained(save_directory)
 
     def set_fact_adapter_scale(self, scale: Scale | Mapping[str, Any]) -> None:
@@ -161,6 +164,11 @@ class FactAdapterMixin:
 
     def save_fact_adapter_image_embeds(self, embeds: Tensor, path: str | os.PathLike) -> None:
         """Write face tokens to a ``.safetensors`` file, with the sum of the adapter they are of."""
+        if not isinstance(embeds, Tensor):
+            raise UserError(
+                f"the face tokens of one person are a tensor, got {type(embeds).__name__}: save "
+                "each person's to a file of its own"
+            )
         about = {"format": "pt", "adapter": self._fact_adapter().fingerprint()}
         write_safetensors(path, {EMBEDS: embeds.detach().float().cpu().numpy()}, about)
 
@@ -181,6 +189,7 @@ class FactAdapterMixin:
         self,
         *args: Any,
         fact_adapter_image: Any = None,
+        fact_adapter_points: Sequence[Any] | None = None,
         fact_adapter_image_embeds: Tensor | Sequence[Tensor] | None = None,
         fact_adapter_masks: Sequence[Mask] | None = None,
         fact_adapter_kwargs: Mapping[str, Any] | None = None,
@@ -189,7 +198,8 @@ class FactAdapterMixin:
         """The pipe's own call, with faces if any are given.
 
         ``fact_adapter_image``: a person's photo, or photos in a list; a list of such lists for
-        several people. ``fact_adapter_image_embeds``: instead, what
+        several people. ``fact_adapter_points``: the five points of photos in memory, a list of a
+        person's, or of such lists. ``fact_adapter_image_embeds``: instead of photos, what
         ``prepare_fact_adapter_image_embeds`` gave, one tensor (b, m, d) or one for each person.
         ``fact_adapter_masks``: where each of several people is drawn, also accepted in
         ``cross_attention_kwargs``. ``fact_adapter_kwargs`` go to ``FactTorch.face``: ``start``,
@@ -204,9 +214,10 @@ class FactAdapterMixin:
         if fact_adapter_image is not None:
             if faces is not None:
                 raise UserError("give fact_adapter_image or fact_adapter_image_embeds, not both")
-            faces = self._embeds(fact_adapter_image)
+            faces = self.encode_fact_adapter_images(fact_adapter_image, fact_adapter_points)
         more = dict(fact_adapter_kwargs or {})
-        if faces is None and (fact_adapter_masks is not None or more):
+        points_only = fact_adapter_image is None and fact_adapter_points is not None
+        if points_only or (faces is None and (fact_adapter_masks is not None or more)):
             raise UserError("settings of a face, but no face: give fact_adapter_image")
         context: contextlib.AbstractContextManager = contextlib.nullcontext()
         if faces is not None:
@@ -221,11 +232,29 @@ class FactAdapterMixin:
 
     def has_fact_adapter(self) -> bool:
         """Whether one is loaded."""
-        return _FACT in vars(unwrap_compiled(self.unet))
+        return _FACT in vars(unwrap_compiled(self.unet)) and bool(installed(self.unet))
 
-    def _embeds(self, images: Any) -> list[Tensor]:
-        people = images if _is_nested(images) else [images]
-        return [self.prepare_fact_adapter_image_embeds(photos) for photos in people]
+    def is_fact_adapter(self, adapter: FactAdapter) -> bool:
+        """Whether the one that is loaded is this one."""
+        return self._fact_adapter().files is adapter.files
+
+    def encode_fact_adapter_images(
+        self, fact_adapter_image: Any, fact_adapter_points: Sequence[Any] | None = None
+    ) -> list[Tensor]:
+        """Face tokens of each person: photos and points as the call of the pipe takes them."""
+        nested = isinstance(fact_adapter_image, list | tuple) and any(
+            isinstance(photos, list | tuple) for photos in fact_adapter_image
+        )
+        people = list(fact_adapter_image) if nested else [fact_adapter_image]
+        points: list[Any] = [fact_adapter_points]
+        if nested:
+            points = [None] * len(people) if points == [None] else _as_list(fact_adapter_points)
+        if len(points) != len(people):
+            raise UserError(f"{len(people)} people need as many lists of points")
+        return [
+            self.prepare_fact_adapter_image_embeds(photos, own)
+            for photos, own in zip(people, points, strict=True)
+        ]
 
     def _fact_adapter(self) -> FactTorch:
         fact = vars(unwrap_compiled(self.unet)).get(_FACT)
@@ -240,6 +269,11 @@ def with_fact(pipeline: type[Pipeline]) -> type[Pipeline]:
     ``with_fact(StableDiffusionPipeline).from_pretrained(base)``, and ``from_pipe`` of any other.
     A pipe of it is saved as the class that it was made from.
     """
+    if not (isinstance(pipeline, type) and issubclass(pipeline, DiffusionPipeline)):
+        raise UserError(
+            f"with_fact takes a pipeline class of diffusers, got {pipeline!r}: a pipe "
+            "that is there becomes one by with_fact(StableDiffusionPipeline).from_pipe(pipe)"
+        )
     if issubclass(pipeline, FactAdapterMixin):
         return pipeline
     about = {"__module__": pipeline.__module__, "__doc__": pipeline.__doc__}
@@ -281,7 +315,3 @@ def block_factors(scale: Mapping[str, Any], paths: Sequence[str]) -> dict[str, f
 
 def _as_list(photos: Any) -> list:
     return list(photos) if isinstance(photos, list | tuple) else [photos]
-
-
-def _is_nested(images: Any) -> bool:
-    return isinstance(images, list | tuple) and any(isinstance(one, list | tuple) for one in images)

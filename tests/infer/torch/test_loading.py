@@ -1,11 +1,13 @@
 """FACT in the style of diffusers' IP-Adapter, and beside the features its users mix."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from diffusers import ControlNetModel, StableDiffusionControlNetPipeline, StableDiffusionPipeline
+from diffusers.image_processor import IPAdapterMaskProcessor
 from diffusers.loaders.unet_loader_utils import _maybe_expand_lora_scales
 from PIL import Image
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
@@ -13,7 +15,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 from fact_infer import load_fact, unload_fact, with_fact
 from fact_infer.request import Photo
 from fact_infer.torch.attention_processors import installed
-from fact_infer.torch.loading import block_factors
+from fact_infer.torch.loading import FactAdapter, block_factors
 from fact_jax.utils.errors import UserError
 
 pytestmark = pytest.mark.heavy
@@ -68,6 +70,39 @@ def test_pictures_in_memory_with_their_points(pipe, files):
         found = pipe.prepare_fact_adapter_image_embeds([photo, photo], [points, points])
     twice = pipe.prepare_fact_adapter_image_embeds([files.photo, str(files.photo)])
     torch.testing.assert_close(found, twice, rtol=0, atol=0)
+    by_file = draw(pipe, fact_adapter_image=files.photo)
+    for pictures, own in ((photo, [points]), ([[photo]], [[points]])):
+        by_picture = draw(pipe, fact_adapter_image=pictures, fact_adapter_points=own)
+        np.testing.assert_array_equal(by_file, by_picture)
+    with pytest.raises(UserError, match="2 people need as many lists of points"):
+        pipe.encode_fact_adapter_images([[photo], [photo]], [[points]])
+    with pytest.raises(UserError, match="but no face"):
+        draw(pipe, fact_adapter_points=[points])
+
+
+def test_folders_are_found_as_files_are(stock, files, tmp_path):
+    """The encoder lies within the adapter's folder or beside it, also where no file is named."""
+    (tmp_path / "adapter").mkdir()
+    shutil.copy(files.adapter, tmp_path / "adapter")
+    shutil.copytree(files.encoder, tmp_path / "encoder")
+    for name, more in (
+        (tmp_path / "adapter", {}),
+        (tmp_path, {"subfolder": "adapter"}),
+        (tmp_path, {"subfolder": "adapter", "weight_name": "adapter.safetensors"}),
+    ):
+        assert FactAdapter.from_pretrained(name, **more).files.encoder == tmp_path / "encoder"
+    with pytest.raises(UserError, match="one face adapter"):
+        FactAdapter.from_pretrained(tmp_path, weight_name=["adapter.safetensors"])
+    for wrong in (stock, object):
+        with pytest.raises(UserError, match="takes a pipeline class"):
+            with_fact(wrong)
+
+
+def test_unload_fact_is_seen(pipe, files):
+    unload_fact(pipe)
+    assert not pipe.has_fact_adapter()
+    pipe.load_fact_adapter(files.adapter, image_encoder=files.encoder)
+    assert pipe.has_fact_adapter()
 
 
 def test_embeddings_saved_and_loaded(pipe, files, tmp_path):
@@ -79,6 +114,8 @@ def test_embeddings_saved_and_loaded(pipe, files, tmp_path):
         pipe.unet._fact_adapter.resampler.norm_out.bias[0] += 1.0
     with pytest.raises(UserError, match="of another adapter"):
         pipe.load_fact_adapter_image_embeds(tmp_path / "anna.safetensors")
+    with pytest.raises(UserError, match="one person are a tensor, got list"):
+        pipe.save_fact_adapter_image_embeds([embeds], tmp_path / "list.safetensors")
     for wrong in (tmp_path / "none.safetensors", files.photo):
         with pytest.raises(UserError, match="no face tokens can be read"):
             pipe.load_fact_adapter_image_embeds(wrong)
@@ -165,6 +202,11 @@ def test_people_with_masks(pipe, files):
     one = draw(pipe, **two, fact_adapter_masks=masks)
     other = draw(pipe, **two, cross_attention_kwargs={"fact_adapter_masks": [left, 1 - left]})
     np.testing.assert_array_equal(one, other)
+    processed = IPAdapterMaskProcessor().preprocess(masks, height=32, width=32)  # (2, 1, h, w)
+    for same in (processed, [processed.reshape(1, 2, 32, 32)]):
+        np.testing.assert_array_equal(one, draw(pipe, **two, fact_adapter_masks=same))
+    with pytest.raises(UserError, match=r"a mask must be .*got \(32, 32, 3\)"):
+        draw(pipe, **two, fact_adapter_masks=[np.ones((32, 32, 3)), left])
     swapped = draw(pipe, **two, fact_adapter_masks=masks[::-1])
     assert np.abs(one - swapped).mean() > 0.01
 

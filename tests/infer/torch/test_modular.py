@@ -9,9 +9,12 @@ import pytest
 import torch
 from diffusers import ModularPipeline, StableDiffusionPipeline
 from diffusers.utils import dynamic_modules_utils
+from safetensors import safe_open
+from safetensors.numpy import load_file, save_file
 
 from fact_infer import with_fact
 from fact_infer.torch.loading import FactAdapter
+from fact_jax.utils.errors import UserError
 
 pytestmark = pytest.mark.heavy
 
@@ -97,6 +100,30 @@ def test_blocks_alone(pipe, files):
     assert tokens[0].shape == (1, 5, 20)
     with pytest.raises(ValueError, match="one of the two"):
         face()
+
+
+def test_another_adapter_takes_the_place_of_the_first(pipe, files, tmp_path):
+    """By ``update_components``: the picture is that of the new one."""
+    settings = {"prompt": "a man", "fact_adapter_image": files.photo, "output": "images"} | CALL
+    first = pipe(generator=seeded(), **settings)
+    state = load_file(files.adapter)
+    with safe_open(files.adapter, "np") as opened:
+        about = {key: opened.metadata()[key] for key in ("format", "version", "config")}
+    silent = {
+        key: np.zeros_like(value) if "alpha" in key else value for key, value in state.items()
+    }
+    save_file(silent, tmp_path / "silent.safetensors", about)
+    other = FactAdapter.from_pretrained(
+        tmp_path / "silent.safetensors", image_encoder=files.encoder
+    )
+    pipe.update_components(fact_adapter=other)
+    second = pipe(generator=seeded(), **settings)
+    np.testing.assert_array_equal(
+        second, pipe(generator=seeded(), fact_adapter_scale=0.0, **settings)
+    )
+    assert np.abs(first - second).mean() > 0.01
+    with pytest.raises(UserError, match="at least one photo"):
+        pipe(**(settings | {"fact_adapter_image": []}))
 
 
 def test_the_index_names_what_is_shipped(opened, monkeypatch):
