@@ -30,6 +30,7 @@ from fact_jax.models.layers import (
 )
 from fact_jax.ops.remat import Remat, call_block
 from fact_jax.utils.errors import UserError
+from fact_jax.utils.ranges import CheckedFields, Count, Positive
 
 AnyFaceKeys = tuple[Float[Array, "b m _"], Float[Array, "b m _"]]
 AllFaceKeys = tuple[AnyFaceKeys, ...]
@@ -75,20 +76,20 @@ _TYPES = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class UNetEncoderConfig:
+class UNetEncoderConfig(CheckedFields):
     """Shape of the encoder (the down blocks and the middle block).
 
     ``heads`` holds the attention heads of each level (diffusers calls it ``attention_head_dim``).
     """
 
-    in_channels: int = 4
-    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    in_channels: Count = 4
+    block_out_channels: tuple[Count, ...] = (320, 640, 1280, 1280)
     down_attention: tuple[bool, ...] = (True, True, True, False)
-    layers_per_block: int = 2
-    cross_attention_dim: int = 768
-    heads: tuple[int, ...] = (8, 8, 8, 8)
-    norm_num_groups: int = 32
-    norm_eps: float = 1e-5
+    layers_per_block: Count = 2
+    cross_attention_dim: Count = 768
+    heads: tuple[Count, ...] = (8, 8, 8, 8)
+    norm_num_groups: Count = 32
+    norm_eps: Positive = 1e-5
     use_linear_projection: bool = False
     face_dim: ClassVar[int | None] = None
 

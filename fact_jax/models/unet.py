@@ -28,6 +28,7 @@ from fact_jax.models.blocks import (
 from fact_jax.models.layers import conv, group_norm
 from fact_jax.ops.remat import Remat
 from fact_jax.utils.errors import UserError
+from fact_jax.utils.ranges import Count
 
 Residuals = tuple[tuple[Float[Array, "b _ _ _"], ...], Float[Array, "b _ _ _"]]
 """What a ControlNet adds: to each skip of the encoder in call order, and to the middle block."""
@@ -37,10 +38,10 @@ Residuals = tuple[tuple[Float[Array, "b _ _ _"], ...], Float[Array, "b _ _ _"]]
 class UNetConfig(UNetEncoderConfig):
     """Shape of a UNet; ``face_dim`` is the width of face tokens, or None if there are none."""
 
-    sample_size: int = 64
-    out_channels: int = 4
+    sample_size: Count = 64
+    out_channels: Count = 4
     up_attention: tuple[bool, ...] = (False, True, True, True)
-    face_dim: int | None = None  # type: ignore[misc]
+    face_dim: Count | None = None  # type: ignore[misc]
 
     @classmethod
     def sd15(cls, *, face_dim: int | None = None) -> "UNetConfig":

@@ -145,6 +145,8 @@ NONSENSE = [
     ("mini_vae", "options.kl_weight=-1", "kl_weight must be at least 0"),
     ("mini_vae", "options.head_weight=inf", "head_weight must be at least 0"),
     ("mini_base", "options.drop_text=2", "drop_text must be from 0 to 1"),
+    ("mini_base", "options.unet.heads=(2, 4)", "must have 3 values each"),
+    ("mini_base", "options.unet.heads=(2, 4, 5)", "192 must be divided by its heads (5)"),
     ("mini_encoder", "options.people=1", "people must be from 2 to 20,000"),
     ("mini_judge", "options.blur=-0.5", "blur must be from 0 to 1"),
 ]

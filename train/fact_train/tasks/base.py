@@ -35,16 +35,39 @@ from fact_train.engine.sample_keys import (
 from fact_train.engine.task import Task
 from fact_train.tasks.vae import load_vae
 
+MINI_UNET = UNetConfig.mini()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseOptions(CheckedFields):
-    """``vae`` is a folder as the vae task exports it; ``head_weight`` weighs the head up."""
+    """``vae`` is a folder as the vae task exports it; ``head_weight`` weighs the head up.
 
+    Of the ``unet`` sample size and channels of the latents follow from the VAE.
+    """
+
+    unet: UNetConfig = MINI_UNET
     vae: Name = "miniature/base/vae"
     people: Annotated[int, people_of("base")] = 5000
     photos: Photos = 4
     drop_text: Probability = 0.1
     head_weight: NonNegative = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        unet = self.unet
+        channels, levels = unet.block_out_channels, len(unet.block_out_channels)
+        by_level = (unet.heads, unet.down_attention, unet.up_attention)
+        if levels == 0 or any(len(values) != levels for values in by_level):
+            raise ValueError(
+                f"unet.heads, down_attention and up_attention must have {levels} values each, one "
+                "for each of block_out_channels"
+            )
+        for width, heads in zip(channels, unet.heads, strict=True):
+            if min(width, heads) < 1 or width % heads or width % unet.norm_num_groups:
+                raise ValueError(
+                    f"unet.block_out_channels {width} must be divided by its heads ({heads}) and "
+                    f"by norm_num_groups ({unet.norm_num_groups})"
+                )
 
 
 class BaseTask(Task):
@@ -62,7 +85,14 @@ class BaseTask(Task):
         )
         self.vae = load_vae(self.options.vae)
         rngs = nnx.Rngs(config.seed)
-        self.unet = split_module(UNet(UNetConfig.mini(), rngs=rngs))
+        latents = self.vae.config
+        unet = dataclasses.replace(
+            self.options.unet,
+            sample_size=latents.sample_size // latents.downscale,
+            in_channels=latents.latent_channels,
+            out_channels=latents.latent_channels,
+        )
+        self.unet = split_module(UNet(unet, rngs=rngs))
         self.text_encoder = split_module(CLIPTextModel(text, rngs=rngs))
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
