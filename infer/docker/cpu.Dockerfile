@@ -11,7 +11,8 @@ RUN pip install --no-cache-dir -c constraints.txt torch --index-url https://down
     && pip install --no-cache-dir -c constraints.txt ".[ui,torch]" \
     && useradd --create-home --uid 1000 fact
 
-USER fact
+# A number: Kubernetes cannot tell whether a name is root.
+USER 1000
 EXPOSE 8000
 STOPSIGNAL SIGTERM
 HEALTHCHECK --start-period=120s CMD ["python", "-c", "import urllib.request as u; u.urlopen('http://127.0.0.1:8000/healthz')"]

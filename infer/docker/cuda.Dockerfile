@@ -11,7 +11,8 @@ COPY . .
 RUN pip install --no-cache-dir -c constraints.txt ".[ui,torch,cuda]" \
     && useradd --create-home --uid 1000 fact
 
-USER fact
+# A number: Kubernetes cannot tell whether a name is root.
+USER 1000
 # JAX takes memory as it needs it: PyTorch or a second process may want some.
 ENV XLA_PYTHON_CLIENT_PREALLOCATE=false
 EXPOSE 8000

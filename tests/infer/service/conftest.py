@@ -60,13 +60,17 @@ def stub(parts, monkeypatch, tmp_path):
     return stub
 
 
+def service_of(parts, load=None, **limits):
+    """The service of some models; ``load`` gives the pipeline when the engine starts."""
+    operator = argparse.Namespace(**OPERATOR)
+    return Service(Engine(load, Limits(**limits)), parts, operations(True), operator)
+
+
 def start(stub, **options):
     """A client of the API, and the function that ends it."""
     token = options.pop("token", None)
-    engine = Engine(lambda: stub, Limits(**{"body_seconds": 5.0} | options))
-    operator = argparse.Namespace(**OPERATOR)
-    service = Service(engine, stub.parts, operations(True), operator)
-    app = build_app(service, token=token)
+    service = service_of(stub.parts, lambda: stub, **{"body_seconds": 5.0} | options)
+    engine, app = service.engine, build_app(service, token=token)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
