@@ -89,6 +89,8 @@ def prepare_crop(
         raise ValueError(f"points lie outside the photo, which is {width} x {height}")
     if mask is not None and mask.shape != (height, width):
         raise ValueError(f"the mask is {mask.shape[::-1]}, the photo {width} x {height}")
+    if mask is not None and not mask.max() >= 0.5:
+        raise ValueError("the head's mask is black: LoadImage gives that for a photo without alpha")
     if max(height, width) > LONGEST_SIDE:
         scale = LONGEST_SIDE / max(height, width)
         small = max(1, int(width * scale)), max(1, int(height * scale))
@@ -101,7 +103,7 @@ def prepare_crop(
     return _warp(blanked, _inverse(_similarity(points, _TEMPLATE * (size / _SIZE))), size)
 
 
-def resize_area(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+def resize_area(mask: np.ndarray, size: Sequence[int]) -> np.ndarray:
     """Area averaging of (..., h, w) to ``size``."""
     rows, columns = (_area_weights(mask.shape[-2 + i], size[i]) for i in (0, 1))
     return rows @ mask.astype(np.float32) @ columns.T

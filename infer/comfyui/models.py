@@ -190,6 +190,8 @@ def read_encoder(path: str, ops: Any = nn) -> FaceEncoder:
             raise ValueError("no config.json beside it says how many heads it has")
         heads = int(config.get("num_heads", _RELEASED_ENCODER_HEADS))
         encoder = FaceEncoder(state, heads, int(config.get("img_size", 112)), ops)
+        if heads < 1 or width % heads:
+            raise ValueError(f"its config.json says {heads} heads, its tokens are {width} wide")
         side = encoder.crop_size // encoder.patch_embed.proj.weight.shape[2]
         if side**2 != state["pos_embed"].shape[1]:
             raise ValueError("its config.json is that of another encoder")
@@ -200,12 +202,19 @@ def read_encoder(path: str, ops: Any = nn) -> FaceEncoder:
 
 def read_weights(path: str) -> tuple[State, Mapping[str, str]]:
     """The tensors of a file, and the metadata of a ``.safetensors``; nothing in it is executed."""
-    if path.endswith(".safetensors"):
-        from safetensors import safe_open
+    # Neither library's words are handed on: torch's advise to let the file run its code.
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors import safe_open
 
-        with safe_open(path, "pt") as opened:
-            return {k: opened.get_tensor(k) for k in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
-    state = torch.load(path, map_location="cpu", weights_only=True)
+            with safe_open(path, "pt") as opened:
+                return {k: opened.get_tensor(k) for k in opened.keys()}, opened.metadata() or {}  # noqa: SIM118
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path} is damaged, no file of weights, or holds more than tensors "
+            f"({type(error).__name__}): it is not opened"
+        ) from None
     if not isinstance(state, dict):
         raise ValueError(f"{path} holds no tensors by name")
     return {key: value for key, value in state.items() if isinstance(value, Tensor)}, {}
@@ -227,6 +236,8 @@ def combine_photos(tokens: Tensor, how: str) -> Tensor:
         return tokens.flatten(0, 1)[None]
     if how == "average":
         return tokens.mean(dim=0)[None]
+    if how != "normalized":
+        raise ValueError(f"combine is concat, average or normalized, not {how!r}")
     lengths = tokens.norm(dim=-1, keepdim=True)
     mean = (tokens / lengths.clamp(min=1e-6)).mean(dim=0)
     unit = mean / mean.norm(dim=-1, keepdim=True).clamp(min=1e-6)

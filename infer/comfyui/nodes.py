@@ -34,6 +34,7 @@ folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir,
 FactModel, FactFaces = io.Custom("FACT_MODEL"), io.Custom("FACT_FACES")
 _CATEGORY = "FACT"
 _PACK = "buffalo_l"
+_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Model:
 class LoadFact(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = folder_paths.get_filename_list(FOLDER)
+        files = [f for f in folder_paths.get_filename_list(FOLDER) if f.endswith(_WEIGHTS)]
         return io.Schema(
             node_id="FactLoad",
             display_name="Load FACT adapter",

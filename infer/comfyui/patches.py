@@ -56,6 +56,8 @@ class Settings:
             )
         if not self.schedule:
             raise ValueError("a schedule needs at least one number")
+        if self.negative not in ("null", "same"):
+            raise ValueError(f"negative_face is null or same, not {self.negative!r}")
         for value in (self.strength, *self.schedule, *(factor for _, factor in self.blocks)):
             if not 0.0 <= value <= MAX_STRENGTH:
                 raise ValueError(f"strengths lie in 0..{MAX_STRENGTH:g}, got {value:g}")
@@ -265,11 +267,22 @@ class FacePatch:
                 everywhere if p.region is None else resize_area(p.region, (height, width)) > 0.5
                 for p in self.people
             ]
+            self._check_regions(options["original_shape"][2:])
             seen = torch.from_numpy(np.stack(here)).flatten(1).to(x.device)
             given = torch.tensor([p.strength for p in self.people], device=x.device)
             mean = (given[:, None] * seen).sum(0) / seen.sum(0).clamp(min=1)
             self._masks[key] = seen, mean.to(x.dtype)[None, :, None]
         return self._masks[key]
+
+    def _check_regions(self, latents: Sequence[int]) -> None:
+        """ValueError for a region that no cell of the latents (height, width) is in."""
+        for i, person in enumerate(self.people):
+            if person.region is None or (resize_area(person.region, latents) > 0.5).any():
+                continue
+            raise ValueError(
+                f"region {i + 1} has no place in the picture: it is white in more than half of "
+                f"none of {latents[0]} x {latents[1]} cells"
+            )
 
     def _match_mean(self, face: Tensor, to: Tensor) -> Tensor:
         """Each person's tokens, their mean replaced by that of ``to`` (arXiv 2403.11781)."""

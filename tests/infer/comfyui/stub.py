@@ -244,7 +244,7 @@ class ComfyUNet(nn.Module):
 
     def predict(self, x: Any, t: Any, text: Any, options: dict) -> torch.Tensor:
         """The noise; ``options`` are the transformer options of a sampler's call."""
-        self.options = options
+        self.options = options | {"original_shape": list(x.shape)}
         return self.unet(x, t, encoder_hidden_states=text).sample
 
 

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import pickle
+import shutil
 import sys
 import types
 
@@ -277,7 +279,7 @@ def test_files_of_every_sort(comfy, files, tmp_path):
             return print, ("executed",)
 
     torch.save({"a": Code()}, tmp_path / "code.ckpt")
-    with pytest.raises(Exception, match="Weights only load failed"):
+    with pytest.raises(Exception, match="it is not opened"):
         comfy.models.read_adapter(str(tmp_path / "code.ckpt"))
 
 
@@ -296,13 +298,20 @@ def test_wrong_input_is_one_line(comfy, loaded, torch_side, files, monkeypatch, 
     ):
         with pytest.raises(ValueError, match=words):
             nodes.PrepareFace.execute(loaded, photo, text, "concat")
-    for masks, words in ((torch.ones(1, 5, 5), "the mask is"), (torch.ones(3, 72, 64), "3 masks")):
+    for masks, words in (
+        (torch.ones(1, 5, 5), "the mask is"),
+        (torch.ones(3, 72, 64), "3 masks"),
+        (torch.zeros(1, 72, 64), "mask is black"),
+    ):
         with pytest.raises(ValueError, match=words):
             nodes.PrepareFace.execute(loaded, photo, json.dumps(POINTS), "concat", masks)
+    with pytest.raises(ValueError, match="average or normalized, not 'sum'"):
+        nodes.PrepareFace.execute(loaded, photo, json.dumps(POINTS), "sum")
     people = nodes.CombineFaces.execute(faces, 1.0, faces, 1.0).args[0]
     for given, more, words in (
         (people, {}, "give each a region"),
         (faces, {"start_at": 0.9, "end_at": 0.1}, "0 <= start <= stop"),
+        (faces, {"negative_face": "all"}, "null or same, not 'all'"),
         (faces, {"schedule": "a lot"}, "a schedule is as 0.2, 1"),
         (faces, {"schedule": "1, 5"}, "strengths lie in 0..2"),
         (faces, {"block_strengths": "up_blocks"}, "are as up_blocks=0.5"),
@@ -316,14 +325,50 @@ def test_wrong_input_is_one_line(comfy, loaded, torch_side, files, monkeypatch, 
     other = UNet2DConditionModel.from_config(unet.unet.config | {"block_out_channels": (16, 32)})
     with pytest.raises(ValueError, match="is for another base"):
         applied(comfy, loaded, stub.ComfyUNet(other), faces)
-    _, windowed = applied(comfy, loaded, unet, faces, end_at=0.5)
-    with pytest.raises(ValueError, match="does not say its steps"):
-        unet.predict(
-            torch.zeros(1, 4, CELLS, CELLS),
-            torch.tensor(1),
-            torch.zeros(1, 7, 24),
-            windowed.model_options["transformer_options"],
-        )
+    black, white = torch.zeros(1, 9, 9), torch.ones(1, 9, 9)
+    nobody = nodes.CombineFaces.execute(faces, 1.0, faces, 1.0, white, black).args[0]
+    for given, more, words in (
+        (faces, {"end_at": 0.5}, "does not say its steps"),
+        (nobody, {}, f"region 2 has no place .* of {CELLS} x {CELLS} cells"),
+    ):
+        _, patched = applied(comfy, loaded, unet, given, **more)
+        with pytest.raises(ValueError, match=words):
+            unet.predict(
+                torch.zeros(1, 4, CELLS, CELLS),
+                torch.tensor(1),
+                torch.zeros(1, 7, 24),
+                patched.model_options["transformer_options"],
+            )
+
+
+def test_files_that_are_no_models(comfy, files, tmp_path):
+    """One sentence each, nothing is run, and nobody is told to switch a protection off."""
+
+    class Runs:
+        def __reduce__(self):
+            return (tmp_path.joinpath("ran").touch, ())
+
+    torn = files.adapter.read_bytes()[:-100]
+    for name, content in (
+        ("text.ckpt", b"hello"),
+        ("runs.ckpt", pickle.dumps(Runs())),
+        ("empty.safetensors", b""),
+        ("torn.safetensors", torn),
+    ):
+        (tmp_path / name).write_bytes(content)
+        for read in (comfy.models.read_adapter, comfy.models.read_encoder):
+            with pytest.raises(ValueError, match=rf"{name} is damaged, .* not opened") as raised:
+                read(str(tmp_path / name))
+            assert "weights_only" not in str(raised.value)
+    assert not (tmp_path / "ran").exists()
+    shutil.copy(files.encoder / "model.safetensors", tmp_path)
+    config = json.loads((files.encoder / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_heads": 3}))
+    with pytest.raises(ValueError, match="3 heads, its tokens are 16 wide"):
+        comfy.models.read_encoder(str(tmp_path / "model.safetensors"))
+    adapter, encoder = comfy.nodes.LoadFact.define_schema().inputs
+    assert "encoder/model.safetensors" in encoder.said["options"] == adapter.said["options"]
+    assert "encoder/config.json" not in encoder.said["options"]
 
 
 def test_a_detector_where_insightface_is(comfy, loaded, torch_side, files, monkeypatch, tmp_path):
