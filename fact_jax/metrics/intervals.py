@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,22 +119,66 @@ def person_means(
 
 
 def two_way_interval(values: Float[np.ndarray, "s n"]) -> Estimate:
-    """The mean over seeds and people, by bootstrap over both: what another training would give too.
+    """The mean over seeds and people, as far as another training and other people would give it.
 
-    The pigeonhole bootstrap (Owen 2007, arXiv 0711.2171): seeds and people are drawn anew, each for
-    itself; it is a little too wide, never too narrow. People with a number that is not finite are
-    left out. With one seed only people vary.
+    Both are effects drawn at random, each with a variance of its own (crossed, one value a cell);
+    the mean's variance is put together from the mean squares, with Satterthwaite's degrees of
+    freedom (1946) and Student's t. In simulations of 3 and 5 seeds 96 % to 93 % of the intervals
+    hold the truth; of bootstrap intervals over seeds and people 96 % to 73 %, the fewer the more
+    seeds differ, for three seeds do not tell how far a fourth may lie. People with a number that
+    is not finite are left out. With one seed only people vary.
     """
+    mean, error, freedom, people = _two_way(values)
+    if not people:
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    from scipy import stats
+
+    reach = float(stats.t.ppf(0.975, freedom)) * error if error else 0.0
+    return Estimate(mean, mean - reach, mean + reach, people)
+
+
+def two_way_p(values: Float[np.ndarray, "s n"]) -> float:
+    """Two-sided p-value of a mean of 0, by the same distribution; NaN where there is no value."""
+    mean, error, freedom, people = _two_way(values)
+    if not people:
+        return math.nan
+    if not error:
+        return float(mean == 0)
+    from scipy import stats
+
+    return float(2 * stats.t.sf(abs(mean) / error, freedom))
+
+
+def _two_way(values: Float[np.ndarray, "s n"]) -> tuple[float, float, float, int]:
+    """Mean, its standard error, degrees of freedom, people."""
     values = np.asarray(values, np.float64)
     values = values[:, np.isfinite(values).all(0)]
     seeds, people = values.shape
-    if not people:
-        return Estimate(math.nan, math.nan, math.nan, 0)
-    rng = np.random.default_rng(0)
-    drawn = [
-        rng.multinomial(count, np.full(count, 1 / count), RESAMPLINGS) / count
-        for count in (seeds, people)
-    ]
-    means = ((drawn[0] @ values) * drawn[1]).sum(1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return Estimate(float(values.mean()), float(low), float(high), people)
+    if not seeds or not people:
+        return math.nan, math.nan, math.nan, 0
+    mean = values.mean()
+    rows, columns = values.mean(1) - mean, values.mean(0) - mean
+    rest = values - mean - rows[:, None] - columns
+    frees = seeds - 1, people - 1, (seeds - 1) * (people - 1)
+    sums = people * (rows**2).sum(), seeds * (columns**2).sum(), (rest**2).sum()
+    squares = [total / free if free else 0.0 for total, free in zip(sums, frees, strict=True)]
+    # Never below what seeds or people alone make of it.
+    both = max(squares[0] + squares[1] - squares[2], squares[0], squares[1])
+    if both <= (1e-12 * np.abs(values).max()) ** 2:
+        return float(mean), 0.0, math.inf, people
+    parts = [square**2 / free for square, free in zip(squares, frees, strict=True) if free]
+    return float(mean), float((both / values.size) ** 0.5), float(both**2 / sum(parts)), people
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's adjusted p-values (1979): the chance of any false alarm among all stays at the level.
+
+    NaN, of what could not be measured, stays NaN and counts among them.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: (math.isnan(p_values[i]), p_values[i]))
+    adjusted, so_far = [math.nan] * len(p_values), 0.0
+    for rank, i in enumerate(order):
+        if not math.isnan(p_values[i]):
+            so_far = max(so_far, min(1.0, (len(p_values) - rank) * p_values[i]))
+            adjusted[i] = so_far
+    return adjusted

@@ -61,6 +61,12 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
     drawn.add_argument("--height", type=int, metavar="PX", help="with --folder (the base's own)")
     drawn.add_argument("--width", type=int, metavar="PX", help="with --folder (the base's own)")
     drawn.add_argument("--seed", type=int, default=0, metavar="N", help="the first (0)")
+    drawn.add_argument(
+        "--base-pictures",
+        type=Path,
+        metavar="DIR",
+        help="in the portrait world: where pictures of the base are kept, for other adapters' too",
+    )
     drawn.add_argument("--batch", type=int, default=16, metavar="N", help="at a time (16)")
     looks = evaluate.add_argument_group("who looks at it")
     looks.add_argument(
@@ -98,10 +104,13 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     check_seed(arguments.seed)
     check_folder(arguments.out)
     if arguments.pictures is not None:
-        other = [n for n in ("adapter", "folder", "prompt") if getattr(arguments, n) is not None]
+        drawn = ("adapter", "folder", "prompt", "base_pictures")
+        other = [n.replace("_", "-") for n in drawn if getattr(arguments, n) is not None]
         if other:
             raise UserError(f"--pictures are there already: leave out --{' and --'.join(other)}")
         return _pictures(arguments)
+    if arguments.base_pictures is not None and arguments.folder is not None:
+        raise UserError("--base-pictures is for the portrait world: leave it away with --folder")
     if arguments.adapter is None:
         raise UserError("give --adapter FILE, or --pictures JSONL of any other model")
     if arguments.folder is not None:
@@ -173,8 +182,10 @@ def _world(arguments: argparse.Namespace) -> None:
     out = _open(arguments, {**about, "batch": arguments.batch})
     total = count * arguments.seeds
     print(f"drawing {2 * total} pictures", file=sys.stderr)
-    store = PictureStore(out / "pictures")
-    with cost.drawing(store):
+    store = base_store = PictureStore(out / "pictures")
+    if arguments.base_pictures is not None:
+        base_store = world.base_pictures(arguments.base_pictures, about, arguments.batch)
+    with cost.drawing(*{store, base_store}):
         pictures = world.generate_pictures(
             pipeline,
             people,
@@ -183,6 +194,7 @@ def _world(arguments: argparse.Namespace) -> None:
             batch=arguments.batch,
             seeds=arguments.seeds,
             store=store,
+            base_store=base_store,
         )
     samples, seen = evaluate.measured_samples(networks, people, pictures)
     who = evaluate.whose(people, total)

@@ -100,11 +100,11 @@ class Cost:
         self._began, self._drawn, self._drawing = time.monotonic(), 0, 0.0
 
     @contextlib.contextmanager
-    def drawing(self, store: PictureStore) -> Iterator[None]:
+    def drawing(self, *stores: PictureStore) -> Iterator[None]:
         """Count what is drawn inside, with compiling, and how long that takes."""
-        before, began = store.written, time.monotonic()
+        before, began = sum(store.written for store in stores), time.monotonic()
         yield
-        self._drawn += store.written - before
+        self._drawn += sum(store.written for store in stores) - before
         self._drawing += time.monotonic() - began
 
     def to_dict(self) -> dict[str, float]:

@@ -4,6 +4,7 @@ People whom nothing was trained on, and networks that generate nothing.
 """
 
 import dataclasses
+import hashlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -221,11 +222,13 @@ def generate_pictures(
     batch: int,
     seeds: int = 1,
     store: PictureStore | None = None,
+    base_store: PictureStore | None = None,
 ) -> dict[str, UInt8[np.ndarray, "m h w 3"]]:
     """``base`` and ``fact`` pictures of everybody's caption, ``seeds`` of each.
 
     Row j n + i is of person i and starts from noise seed + j n + i. What is in the ``store`` is not
-    drawn again. Two functions are compiled; progress goes to stderr, a bar or a line a batch.
+    drawn again; pictures of the base may have a ``base_store`` of their own. Two functions are
+    compiled; progress goes to stderr, a bar or a line a batch.
     """
     prompts, count = people.scenes.captions, len(people.crops)
     total = count * seeds
@@ -242,11 +245,12 @@ def generate_pictures(
     with tqdm(total=work, unit="step", disable=None) as bar:
         for name, crops in (("base", None), ("fact", people.crops)):
             parts = []
+            here = base_store if base_store and name == "base" else store
             bar.set_postfix_str(name)
             for rows, _ in padded_batches(total, batch):
                 keys = [picture_key(name, people, int(i)) for i in rows]
-                if store is not None and store.have(keys):
-                    parts.append(store.read(keys))
+                if here is not None and here.have(keys):
+                    parts.append(here.read(keys))
                     bar.update(calls)
                     continue
                 part = pipeline.generate(
@@ -256,15 +260,27 @@ def generate_pictures(
                     params,
                     bar=None if bar.disable else bar,
                 )
-                if store is not None:
-                    store.write(keys, part)
-                    part = store.read(keys)
+                if here is not None:
+                    here.write(keys, part)
+                    part = here.read(keys)
                 parts.append(part)
                 if bar.disable:
                     done = f"{name} pictures: {rows[-1] + 1} of {total}"
                     print(done, file=sys.stderr, flush=True)
             pictures[name] = np.concatenate(parts)[:total]
     return pictures
+
+
+def base_pictures(folder: Path, about: Mapping[str, Any], batch: int) -> PictureStore:
+    """Where in ``folder`` the base's pictures of such an evaluation are kept, whatever the adapter.
+
+    ``about``: :func:`describe`.
+    """
+    names = ("people", "first person", "sampler", "steps", "seed", "pictures of each")
+    decides = [about[name] for name in names]
+    decides += [about["guidance"]["text"], about["files"]["base"], batch]
+    decides += [jax.__version__, jax.default_backend(), jax.local_device_count()]
+    return PictureStore(folder / hashlib.sha256(repr(decides).encode()).hexdigest()[:32])
 
 
 def picture_key(name: str, people: People, row: int) -> str:

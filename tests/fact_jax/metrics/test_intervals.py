@@ -5,15 +5,19 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from fact_jax.metrics.copying import copied_part, followed_part
 from fact_jax.metrics.intervals import (
     Estimate,
+    holm,
     mean_interval,
     paired_interval,
     person_means,
     ratio_interval,
     share_interval,
+    two_way_interval,
+    two_way_p,
 )
 
 
@@ -78,3 +82,38 @@ def test_a_paired_statistic_draws_whole_people():
     assert some.low < some.mean < some.high  # one in 64
     reference[3] = math.nan
     assert paired_interval(copied_part, base, reference, base).n == 11
+
+
+def test_the_interval_over_seeds_and_people_holds_both():
+    """Seeds alike: Student's over people. People alike: Student's over seeds, two free numbers."""
+    draw = np.random.default_rng(1)
+    people, seeds = draw.normal(size=(1, 200)), np.array([[-1.0], [0.0], [1.0]])
+    alike = two_way_interval(np.repeat(people, 3, axis=0))
+    wanted = stats.t.interval(0.95, 199, people.mean(), people.std(ddof=1) / 200**0.5)
+    assert (alike.low, alike.high) == pytest.approx(wanted)
+    apart = two_way_interval(np.zeros((1, 200)) + seeds)
+    assert (apart.mean, apart.high) == pytest.approx((0.0, 4.302653 / 3**0.5), rel=1e-6)
+    one = two_way_interval(people)
+    assert one == pytest.approx(alike)
+    assert one.n == 200
+    assert two_way_interval(np.full((2, 3), np.nan)).n == 0
+    assert two_way_interval(np.empty((0, 0))).n == 0
+    constant = two_way_interval(np.full((3, 5), 0.1))
+    assert constant[:3] == pytest.approx((0.1, 0.1, 0.1))
+
+
+def test_a_p_value_is_where_its_interval_touches_zero():
+    values = np.random.default_rng(2).normal(0.3, 1, size=(3, 40))
+    found = two_way_interval(values)
+    assert two_way_p(values - found.low) == pytest.approx(0.05)
+    assert two_way_p(values * 0) == 1.0
+    assert two_way_p(values * 0 + 1) == 0.0
+    assert math.isnan(two_way_p(np.full((2, 3), np.nan)))
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03, 0.5]) == pytest.approx([0.04, 0.09, 0.09, 0.5])
+    with_none = holm([0.01, math.nan, 0.02])
+    assert with_none[0] == pytest.approx(0.03)
+    assert math.isnan(with_none[1])
+    assert holm([]) == []

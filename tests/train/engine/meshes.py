@@ -74,7 +74,7 @@ class Trainer:
         }
         losses = []
         for batch in batches:
-            state, metrics = compiled(state, frozen, batch)
+            state, metrics = compiled(state, frozen, batch, step.key)
             losses.append({name: float(value) for name, value in metrics.items()})
         arrays = {
             path_name(path): np.asarray(leaf)

@@ -175,3 +175,16 @@ def test_options_of_the_compiler(platform, devices, flags, options, monkeypatch)
     monkeypatch.setenv("XLA_FLAGS", flags)
     row = np.array([types.SimpleNamespace(platform=platform)] * devices)
     assert compiler_options(types.SimpleNamespace(devices=row, size=devices)) == options
+
+
+def test_seeds_share_one_program():
+    texts, noises = [], []
+    for seed in (1, 2**31 - 5):
+        config = dataclasses.replace(CONFIG, seed=seed)
+        step, state, frozen = start(Linear(), config)
+        texts.append(step.lower(state, frozen, {"x": X}).as_text())
+        noises.append(float(step(state, frozen, {"x": X})[1]["noise"]))
+        key = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0), 1)[0]
+        assert noises[-1] == pytest.approx(float(jax.random.normal(key)), rel=1e-6)
+    assert texts[0] == texts[1]
+    assert noises[0] != noises[1]

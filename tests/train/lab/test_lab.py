@@ -2,19 +2,23 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from fact_jax.metrics.intervals import two_way_interval
 from fact_jax.utils.errors import UserError
 from fact_train.cli.main import main
 from fact_train.lab import one as lab_one
 from fact_train.lab import run as lab_run
-from fact_train.lab.question import Claim, load_questions, runs_of, shortened
-from fact_train.lab.report import MEASURES, read_variant, verdict
+from fact_train.lab.question import load_questions, runs_of, shortened
+from fact_train.lab.report import MEASURES
 from fact_train.lab.run import laboratory, make_laboratory
+from fact_train.lab.verdicts import read_variant
+from fact_train.run.loop import DivergedError
 
 
 def test_every_question_says_what_would_refute_it():
@@ -54,69 +58,44 @@ def test_shorter_trials_keep_the_proportions():
     assert config.optimizer.warmup_steps == 13
 
 
-def scores(rows) -> dict:
-    return {"another": np.asarray(rows, np.float64)}
-
-
-@pytest.mark.parametrize(
-    ("shift", "expected", "word"),
-    [(0.2, "above", "holds"), (0.2, "below", "refuted"), (0.0, "above", "open")],
-)
-def test_verdicts_follow_the_interval(shift, expected, word):
-    draw = np.random.default_rng(0)
-    fact = draw.normal(size=(3, 96))
-    noise = 0.1 * draw.normal(size=(3, 96))
-    noise -= noise.mean()
-    claim = Claim(variant="v", measure="another", difference=expected, source="s")
-    found = verdict(claim, {"fact": scores(fact), "v": scores(fact + shift + noise)})
-    assert found.word == word
-    assert found.difference.mean == pytest.approx(shift)
-
-
-def test_the_interval_over_seeds_and_people_holds_both():
-    draw = np.random.default_rng(1)
-    people, seeds = draw.normal(size=(1, 200)), np.array([[-1.0], [0.0], [1.0]])
-    # Seeds alike: as wide as over people alone. Seeds apart: as wide as three seeds allow.
-    alike = two_way_interval(np.repeat(people, 3, axis=0))
-    assert alike.high - alike.low == pytest.approx(2 * 1.96 * people.std() / 200**0.5, rel=0.06)
-    apart = two_way_interval(people * 0 + seeds)
-    assert apart.mean == 0.0
-    assert (apart.low, apart.high) == (-1.0, 1.0)
-    one = two_way_interval(people)
-    assert one.n == 200
-    assert two_way_interval(np.full((2, 3), np.nan)).n == 0
-
-
 def test_a_training_of_its_own_is_that_of_the_run(monkeypatch, tmp_path):
     told = []
-    monkeypatch.setattr(lab_run, "_call", lambda module, *words, **_: told.append(words) or 0)
+    programs = SimpleNamespace(call=lambda module, *words, **_: told.append(words) or 0)
     lab = make_laboratory(["fair"], tmp_path, None, 2, 20, 4)
     run = next(r for r in lab.runs() if r.key == "fair 1/seed-1")
-    assert lab_run._train(lab, run) == 0
+    assert lab_run._train(lab, run, programs) == 0
     trained = []
     outcome = SimpleNamespace(stopped_by=None)
     monkeypatch.setattr(
         lab_one, "train", lambda config, out, _: trained.append((config, out)) or outcome
     )
     assert lab_one.main(list(told[0])) == 0
-    assert trained == [(run.config, tmp_path / "train" / "fair 1" / "seed-1")]
+    options = dataclasses.replace(run.config.options, drawn=str(tmp_path / "drawn"))
+    config = dataclasses.replace(run.config, options=options)
+    assert trained == [(config, tmp_path / "train" / "fair 1" / "seed-1")]
+
+    def diverge(config, out, _):
+        raise DivergedError("loss was not finite")
+
+    monkeypatch.setattr(lab_one, "train", diverge)
+    assert lab_one.main(list(told[0])) == lab_run.DIVERGED
 
 
 class World:
     """Trainings and evaluations that only write what they would have written."""
 
     def __init__(self, monkeypatch):
-        self.trained, self.evaluated, self.fail_at = [], [], None
+        self.trained, self.evaluated, self.fail_at, self.diverges = [], [], None, ()
         monkeypatch.setattr(lab_run, "_train", self.train)
         monkeypatch.setattr(lab_run, "_evaluate", self.evaluate)
 
-    def train(self, lab, run):
+    def train(self, lab, run, programs=None):
         folder = lab.trained(run)
         if folder not in self.trained:
             self.trained.append(folder)
-        return 0
+        return lab_run.DIVERGED if run.key in self.diverges else 0
 
-    def evaluate(self, lab, run):
+    def evaluate(self, lab, run, programs=None):
         if len(self.evaluated) == self.fail_at:
             return 130
         self.evaluated.append(run.key)
@@ -157,9 +136,105 @@ def test_a_stopped_laboratory_goes_on_and_writes_the_same_report(tmp_path, monke
     assert "0 trainings" not in text
     assert laboratory(lab) == 0  # nothing to do but the report
     assert (tmp_path / "lab" / "laboratory.md").read_text() == text
-    assert (tmp_path / "lab" / "laboratory.png").is_file()
+    assert (tmp_path / "lab" / "laboratory-uniid.png").is_file()
+    assert "![uniid: reference, base, FACT, variants](laboratory-uniid.png)" in text
     with pytest.raises(UserError, match="is of another experiment"):
         laboratory(dataclasses.replace(lab, people=13))
+
+
+def test_trainings_of_another_length_are_not_taken_for_these(tmp_path, monkeypatch):
+    world = World(monkeypatch)
+    world.fail_at = 0
+    lab = make_laboratory(["fact"], tmp_path / "lab", None, 1, 20, 12)
+    assert laboratory(lab) == 130
+    with pytest.raises(UserError, match="seed-0 is of another experiment, number of steps"):
+        laboratory(dataclasses.replace(lab, steps=30))
+    (tmp_path / "lab" / "train" / "fact" / "seed-0.json").write_text("{")
+    with pytest.raises(UserError, match=r"seed-0\.json is damaged: remove it"):
+        laboratory(lab)
+
+
+def test_a_folder_that_no_record_speaks_of_is_of_another_version(tmp_path, monkeypatch):
+    World(monkeypatch)
+    lab = make_laboratory(["fact"], tmp_path / "lab", None, 1, 20, 12)
+    (tmp_path / "lab" / "evaluation" / "fact" / "seed-0").mkdir(parents=True)
+    with pytest.raises(UserError, match="or of another version: give another --out"):
+        laboratory(lab)
+
+
+def test_killed_between_measuring_and_noting_it_is_measured(tmp_path, monkeypatch):
+    world = World(monkeypatch)
+    lab = make_laboratory(["fact"], tmp_path / "lab", None, 1, 20, 12)
+    write, written = lab_run._write, []
+
+    def killed(folder, record):
+        write(folder, record)
+        written.append(record)
+        if len(written) == 2 or "seconds" in record:
+            world.evaluate(lab, lab.runs()[0])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lab_run, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        laboratory(lab)
+    monkeypatch.setattr(lab_run, "_write", write)
+    assert laboratory(lab) == 0
+    assert world.evaluated == ["fact/seed-0"]
+
+
+def test_a_training_that_diverged_is_reported_and_the_others_go_on(tmp_path, monkeypatch, capsys):
+    world = World(monkeypatch)
+    world.diverges = ("no drop/seed-1", "fact/seed-0")
+    lab = make_laboratory(["drop", "uniid"], tmp_path / "lab", None, 2, 20, 12)
+    assert laboratory(lab) == 0
+    assert "fact/seed-0 diverged: the report says so" in capsys.readouterr().out
+    # Its adapter is drawn otherwise by another variant, which is left out with it.
+    assert "cap and schedule/seed-0" not in world.evaluated
+    text = (tmp_path / "lab" / "laboratory.md").read_text()
+    gone = "fact/seed-0, cap and schedule/seed-0, no drop/seed-1"
+    assert f"Diverged (no finite updates any more) and left out: {gone}." in text
+    assert "| not measured |" in text  # no seed is left of which both were measured
+    assert laboratory(lab) == 0
+    assert len(world.evaluated) == 5
+    world.diverges = [run.key for run in lab.runs()]
+    with pytest.raises(UserError, match="every training diverged"):
+        laboratory(dataclasses.replace(lab, out=tmp_path / "other"))
+
+
+def test_of_two_laboratories_in_a_folder_the_second_says_so(tmp_path, monkeypatch):
+    World(monkeypatch)
+    lab = make_laboratory(["fact"], tmp_path / "lab", None, 1, 20, 12)
+    (tmp_path / "lab").mkdir()
+    held = "import fcntl, sys; f = open(sys.argv[1], 'a'); fcntl.lockf(f, fcntl.LOCK_EX); "
+    held += "print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", held, str(tmp_path / "lab" / ".lock")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, **pipes) as other:
+        other.stdout.readline()
+        with pytest.raises(UserError, match="another laboratory works in"):
+            laboratory(lab)
+        other.stdin.close()
+    assert laboratory(lab) == 0
+
+
+def test_several_at_a_time_give_the_same_report(tmp_path, monkeypatch):
+    texts = []
+    for jobs in (1, 3):
+        World(monkeypatch)
+        lab = make_laboratory(["drop", "uniid"], tmp_path / str(jobs), None, 2, 20, 12)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+            patch.setattr(os, "sched_setaffinity", lambda *_: None, raising=False)
+            assert laboratory(dataclasses.replace(lab, jobs=jobs)) == 0
+        texts.append(lab.docs.read_text())
+    assert texts[0] == texts[1]
+
+
+def test_one_seed_is_said_to_be_one(tmp_path, monkeypatch):
+    World(monkeypatch)
+    lab = make_laboratory(["drop"], tmp_path / "lab", None, 1, 20, 12)
+    assert laboratory(lab) == 0
+    assert "**One seed only:**" in lab.docs.read_text()
 
 
 def test_a_seed_that_measured_others_is_refused(tmp_path, monkeypatch):
@@ -183,3 +258,8 @@ def test_the_program_says_beforehand_what_it_would_do(tmp_path, capsys):
     assert not (tmp_path / "lab").exists()
     assert main(["lab", "--seeds", "0"]) == 2
     assert "--seeds must be at least 1, got 0" in capsys.readouterr().err
+    assert main(["lab", "--jobs", "4096"]) == 2
+    assert "--jobs must be from 1 to" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(["lab", "--out", str(tmp_path / "file")]) == 2
+    assert "is no folder" in capsys.readouterr().err

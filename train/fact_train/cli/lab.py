@@ -23,6 +23,14 @@ def add_lab(commands: argparse._SubParsersAction) -> None:
     lab.add_argument("--seeds", type=int, default=3, metavar="N", help="trainings of each (3)")
     lab.add_argument("--people", type=int, default=96, metavar="N", help="who are drawn (96)")
     lab.add_argument("--steps", type=int, metavar="N", help="of every training, for a trial")
+    lab.add_argument(
+        "--jobs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="at a time, each on its share of the processors: more is done in all (1). Digits are "
+        "the same for the same N",
+    )
     lab.add_argument("--dry-run", action="store_true", help="say what it would do, and do nothing")
 
 
@@ -39,5 +47,6 @@ def run_lab(arguments: argparse.Namespace) -> int:
         arguments.seeds,
         arguments.steps,
         arguments.people,
+        arguments.jobs,
     )
     return laboratory(lab, dry_run=arguments.dry_run)

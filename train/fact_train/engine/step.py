@@ -2,14 +2,17 @@
 
 import copy
 import dataclasses
+import functools
 import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from fact_jax.ops.precision import cast_parameters, matmul_precision
@@ -96,11 +99,14 @@ class TrainStep:
     def __call__(
         self, state: TrainState, frozen: PyTree, batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        return self._compiled(state, frozen)(state, frozen, batch)
+        return self._compiled(state, frozen)(state, frozen, batch, self.key)
 
     def lower(self, state: TrainState, frozen: PyTree, batch: Batch) -> jax.stages.Lowered:
-        """The program for arguments of these shapes; ShapeDtypeStructs will do."""
-        return self._compiled(state, frozen).lower(state, frozen, batch)
+        """The program for arguments of these shapes; ShapeDtypeStructs will do.
+
+        Compiled it takes the ``key`` too.
+        """
+        return self._compiled(state, frozen).lower(state, frozen, batch, self.key)
 
     def model_flops(self, state: TrainState, frozen: PyTree, batch: Batch) -> int:
         """Model FLOPs of one step on all devices: without what is recomputed to save memory.
@@ -128,18 +134,25 @@ class TrainStep:
             self._jitted = jax.jit(
                 self.compute,
                 donate_argnums=0,
-                in_shardings=(*given, batch_sharding(self.mesh)),
+                in_shardings=(*given, batch_sharding(self.mesh), replicated(self.mesh)),
                 out_shardings=(placed, replicated(self.mesh)),
                 compiler_options=compiler_options(self.mesh),
             )
         return self._jitted
 
+    @functools.cached_property
+    def key(self) -> np.ndarray:
+        """The seed as data, the program's last argument: as a constant, each seed would be one."""
+        with jax.ensure_compile_time_eval():  # a plan lowers under abstract arrays
+            return np.asarray(jax.random.key_data(jax.random.key(self.config.seed)))
+
     def compute(
-        self, state: TrainState, frozen: PyTree, batch: Batch
+        self, state: TrainState, frozen: PyTree, batch: Batch, key: ArrayLike | None = None
     ) -> tuple[TrainState, Metrics]:
-        """What the compiled program computes."""
+        """What the compiled program computes; ``key`` is the seed's, as data (None: a constant)."""
         config = self.config
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        seed = jax.random.key(config.seed) if key is None else jax.random.wrap_key_data(key)
+        key = jax.random.fold_in(seed, state.step)
         keys = jax.random.split(key, config.batch_size)
         # Parameters that are split over `fsdp` are gathered once, here: not again in the forward
         # pass, its recomputation and the backward pass.

@@ -26,8 +26,8 @@ class Claim:
     """What a variant is claimed to do to a measure, against FACT.
 
     ``measure`` is a score in ``pictures.jsonl``. The difference, variant minus FACT, over all seeds
-    and people is to be ``above`` or ``below`` zero: the claim holds if its 95 % interval is, is
-    refuted if the interval lies beyond zero on the other side, and is open if zero is in it.
+    and people is to be ``above`` or ``below`` zero. ``fact_train.lab.verdicts`` says when it holds,
+    when it is refuted, and when it is open.
     """
 
     variant: str
@@ -95,6 +95,10 @@ class Run:
     def digest(self) -> str:
         """Digest of everything that decides the numbers but the models' files."""
         return hashlib.sha256(f"{self.config!r} {self.options!r}".encode()).hexdigest()[:32]
+
+    def training_digest(self) -> str:
+        """Digest of what decides the training."""
+        return hashlib.sha256(repr(self.config).encode()).hexdigest()[:32]
 
 
 def runs_of(questions: list[Loaded], seeds: int, steps: int | None, common: tuple) -> list[Run]:

@@ -2,25 +2,30 @@
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
-import signal
+import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
 from fact_jax.utils.miniature import require_miniature
+from fact_train.lab.programs import Programs
 from fact_train.lab.question import REFERENCE, Loaded, Run, load_questions, runs_of
 from fact_train.lab.report import write_report
 
 SHIPPED_LOG = Path("miniature/logs/adapter/metrics.jsonl")
 JUDGE = Path("miniature/judge")
-_RECORD = "lab.json"
+DIVERGED = 3
+"""Exit status of a training that came to nothing finite."""
+START, EACH_PERSON = 30, 0.6
+"""Seconds of one core, on a machine of 2026: to start a training whose data and program are there,
+and to draw and measure a person whose base picture is there."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +33,8 @@ class Laboratory:
     """What to do, where: ``out`` holds runs and evaluations, ``docs`` is the report's file.
 
     ``people`` are drawn in ``draw_steps`` steps for each evaluation; ``steps`` shortens every
-    training, for a trial.
+    training, for a trial. ``jobs`` trainings or evaluations go on at a time, each on its share of
+    the processors.
     """
 
     questions: Sequence[Loaded]
@@ -38,6 +44,7 @@ class Laboratory:
     steps: int | None = None
     people: int = 96
     draw_steps: int = 25
+    jobs: int = 1
 
     def runs(self) -> list[Run]:
         common = ("--people", str(self.people), "--steps", str(self.draw_steps))
@@ -51,18 +58,34 @@ class Laboratory:
     def evaluated(self, run: Run) -> Path:
         return self.out / "evaluation" / run.key
 
-    def is_done(self, run: Run, models: str) -> bool:
-        """Whether it was measured; UserError if that was in another experiment."""
+    def result(self, run: Run, models: str) -> str | None:
+        """``measured`` or ``diverged``, None before that; UserError for another experiment's."""
+        said = self._claimed(_record(self.evaluated(run)), f"{run.digest()} {models}")
+        trained = self._claimed(_record(self.trained(run)), f"{run.training_digest()} {models}")
+        if trained.get("diverged"):
+            return "diverged"
+        done = said and (self.evaluated(run) / "evaluation.json").is_file()
+        return "measured" if done else None
+
+    def _claimed(self, record: Path, digest: str) -> dict:
         try:
-            record = json.loads((self.evaluated(run) / _RECORD).read_text())
-        except (OSError, ValueError):
-            return False
-        if record.get("digest") != f"{run.digest()} {models}":
+            found = json.loads(record.read_text())
+            other = found["digest"] != digest
+        except FileNotFoundError:
+            if not record.with_suffix("").exists():
+                return {}
+            found, other = {}, True
+        except (OSError, ValueError, KeyError, TypeError):
             raise UserError(
-                f"{self.evaluated(run)} is of another experiment, number of steps or people, or "
-                "of other models: give another --out, or remove it"
+                f"{record} is damaged: remove it and {record.with_suffix('')}"
+            ) from None
+        if other:
+            raise UserError(
+                f"{record.with_suffix('')} is of another experiment, number of steps or people, of "
+                "other models or of another version: give another --out, or remove it and "
+                f"{record.name} beside it"
             )
-        return True
+        return found
 
 
 def laboratory(lab: Laboratory, *, dry_run: bool = False) -> int:
@@ -71,30 +94,94 @@ def laboratory(lab: Laboratory, *, dry_run: bool = False) -> int:
     paths = {path for run in runs for path in _models(run)}
     require_miniature({f"model {path.name}": path for path in sorted(paths)})
     models = _digest(paths)
-    missing = [run for run in runs if not lab.is_done(run, models)]
+    missing = [run for run in runs if lab.result(run, models) is None]
     for loaded in lab.questions:
         print(f"{loaded.name}: {loaded.text.splitlines()[0]}")
     print(announce(lab, runs, missing), flush=True)
     if dry_run:
         return 0
-    for number, run in enumerate(missing, start=1):
-        print(f"[{number}/{len(missing)}] {run.key}", flush=True)
-        began = time.monotonic()
-        status = _train(lab, run) or _evaluate(lab, run)
-        if status:
+    lab.out.mkdir(parents=True, exist_ok=True)
+    with _alone(lab.out), Programs(lab.out / "programs", lab.jobs) as programs:
+        # Variants that share a training are one after the other's.
+        groups: dict[Path, list[Run]] = {}
+        for run in missing:
+            groups.setdefault(lab.trained(run), []).append(run)
+        numbers = {run.key: i for i, run in enumerate(missing, start=1)}
+
+        def work(group: list[Run]) -> int:
+            for run in group:
+                print(f"[{numbers[run.key]}/{len(missing)}] {run.key}", flush=True)
+                if status := _do(lab, run, models, programs):
+                    return status
+            return 0
+
+        if status := programs.run(work, list(groups.values())):
             print("the same command goes on from here", file=sys.stderr)
             return status
-        record = {"digest": f"{run.digest()} {models}", "seconds": time.monotonic() - began}
-        with atomic_write(lab.evaluated(run) / _RECORD) as path:
-            path.write_text(json.dumps(record) + "\n")
-    for path in write_report(lab.questions, runs, lab.evaluated, lab.docs):
+    results = {run.key: lab.result(run, models) for run in runs}
+    diverged = [run for run in runs if results[run.key] == "diverged"]
+    for path in write_report(lab.questions, runs, lab.evaluated, lab.docs, diverged):
         print(path)
     return 0
 
 
+def _do(lab: Laboratory, run: Run, models: str, programs: Programs) -> int:
+    """Train and measure one; the status, 0 if its training diverged too."""
+    if lab.result(run, models) == "diverged":  # with another variant, whose training it shares
+        return 0
+    began = time.monotonic()
+    _write(lab.trained(run), {"digest": f"{run.training_digest()} {models}"})
+    status = _train(lab, run, programs)
+    if status == DIVERGED:
+        print(f"{run.key} diverged: the report says so", flush=True)
+        _write(lab.trained(run), {"digest": f"{run.training_digest()} {models}", "diverged": True})
+        return 0
+    if status:
+        return status
+    record: dict = {"digest": f"{run.digest()} {models}"}
+    # Beforehand, so that nobody takes the numbers of another experiment for this one's.
+    _write(lab.evaluated(run), record)
+    status = _evaluate(lab, run, programs)
+    if not status:
+        if not (lab.evaluated(run) / "evaluation.json").is_file():
+            raise UserError(
+                f"{lab.evaluated(run)} holds part of another evaluation: remove it, the same "
+                "command goes on"
+            )
+        _write(lab.evaluated(run), {**record, "seconds": round(time.monotonic() - began, 1)})
+    return status
+
+
+def _record(folder: Path) -> Path:
+    """What is there to be said of a folder, beside it."""
+    return folder.with_suffix(".json")
+
+
+def _write(folder: Path, record: dict) -> None:
+    _record(folder).parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(_record(folder)) as path:
+        path.write_text(json.dumps(record) + "\n")
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Keep other laboratories out of the folder, as long as this process lives."""
+    with open(out / ".lock", "a") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"another laboratory works in {out}: wait for it or stop it, or give another --out"
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def announce(lab: Laboratory, runs: Sequence[Run], missing: Sequence[Run]) -> str:
-    """How long it takes, by the pace of what was trained in this folder or of the shipped run."""
+    """How long it takes, by the pace of what was done in this folder or of the shipped run."""
     trainings = {lab.trained(run): run.config.steps for run in missing}
+    trainings = {path: n for path, n in trainings.items() if not _exported(path)}
     steps = sum(trainings.values())
     logs = [lab.trained(run) / "metrics.jsonl" for run in runs]
     source, paces = "trainings in this folder", [p for log in logs for p in _paces(log)]
@@ -106,8 +193,17 @@ def announce(lab: Laboratory, runs: Sequence[Run], missing: Sequence[Run]) -> st
     )
     if not paces:
         return text
-    hours = steps / statistics.median(paces) / 3600
-    return f"{text}. At the pace of {source} the steps alone take {hours:.1f} hours"
+    pace = statistics.median(paces)
+    seconds = steps / pace + len(trainings) * START + len(missing) * lab.people * EACH_PERSON
+    jobs = "" if lab.jobs == 1 else f", {lab.jobs} at a time"
+    return (
+        f"{text}. About {seconds / lab.jobs / 3600:.1f} hours{jobs}, by the pace of {source} "
+        f"({pace:.2f} steps/s)"
+    )
+
+
+def _exported(folder: Path) -> bool:
+    return (folder / "export" / "adapter.safetensors").is_file()
 
 
 def _paces(log: Path) -> list[float]:
@@ -134,47 +230,43 @@ def _digest(paths: set[Path]) -> str:
     return digest.hexdigest()[:32]
 
 
-def _train(lab: Laboratory, run: Run) -> int:
+def _train(lab: Laboratory, run: Run, programs: Programs) -> int:
     folder = lab.trained(run)
-    if (folder / "export" / "adapter.safetensors").is_file():
+    if _exported(folder):
         return 0
     words = [run.question, run.variant, str(run.seed), str(run.config.steps), str(folder)]
-    return _call("fact_train.lab.one", *words)
+    return programs.call("fact_train.lab.one", *words, str(lab.out / "drawn"))
 
 
-def _evaluate(lab: Laboratory, run: Run) -> int:
+def _evaluate(lab: Laboratory, run: Run, programs: Programs) -> int:
     """By ``fact-infer evaluate``, a program of its own, as anybody would measure it."""
+    if (lab.evaluated(run) / "evaluation.json").is_file():
+        return 0
     adapter = lab.trained(run) / "export" / "adapter.safetensors"
     words = ["--base", run.config.options.base, "--adapter", str(adapter), "--encoder"]
     words += [run.config.options.encoder, "--judge", str(JUDGE), *run.options]
-    words += ["--out", str(lab.evaluated(run))]
-    return _call("fact_infer", "evaluate", *words, quiet=True)
-
-
-def _call(module: str, *words: str, quiet: bool = False) -> int:
-    """Run a program of ours to its end; the exit status. It deals with signals itself."""
-    command = [sys.executable, "-m", module, *words]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL if quiet else None)
-    # Ctrl-C reaches the child by itself: it is in the terminal's foreground too.
-    former = {
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None),
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: child.terminate()),
-    }
-    try:
-        status = child.wait()
-    finally:
-        for number, handler in former.items():
-            signal.signal(number, handler)
-    return status if status >= 0 else 128 - status
+    words += ["--base-pictures", str(lab.out / "base"), "--out", str(lab.evaluated(run))]
+    return programs.call("fact_infer", "evaluate", *words, quiet=True)
 
 
 def make_laboratory(
-    names: list[str], out: Path, docs: Path | None, seeds: int, steps: int | None, people: int
+    names: list[str],
+    out: Path,
+    docs: Path | None,
+    seeds: int,
+    steps: int | None,
+    people: int,
+    jobs: int = 1,
 ) -> Laboratory:
     """Checked; UserError for what cannot be."""
-    for name, value, least in (("seeds", seeds, 1), ("people", people, 2), ("steps", steps, 10)):
+    for name, value, least in (("seeds", seeds, 1), ("people", people, 2), ("steps", steps, 5)):
         if value is not None and value < least:
             raise UserError(f"--{name} must be at least {least}, got {value}")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    if not 1 <= jobs <= cores:
+        raise UserError(f"--jobs must be from 1 to {cores}, the processors there are, got {jobs}")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is no folder")
     questions = []
     for one in load_questions(names):
         wanted = {v.options.identity.encoder for v in one.question.variants.values()} - {None}
@@ -193,4 +285,5 @@ def make_laboratory(
         seeds=seeds,
         steps=steps,
         people=people,
+        jobs=jobs,
     )

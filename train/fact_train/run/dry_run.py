@@ -32,7 +32,7 @@ def dry_run(config: TrainConfig) -> dict[str, float]:
     with stage(_say, "compiling the training step"):
         compiled = step.lower(ready.state, ready.frozen, batch).compile()
     began = time.monotonic()
-    _, metrics = compiled(ready.state, ready.frozen, batch)
+    _, metrics = compiled(ready.state, ready.frozen, batch, step.key)
     metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
     spent = time.monotonic() - began
     if metrics["skipped"]:

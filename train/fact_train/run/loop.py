@@ -161,7 +161,7 @@ class _Loop:
                 if compiled is None:
                     compiled = self._compile(train_step, state, batch)
                 profile.before(step)
-                state, metrics = compiled(state, self.frozen, batch)
+                state, metrics = compiled(state, self.frozen, batch, train_step.key)
                 in_flight.append(metrics["skipped_in_a_row"])
                 # Reading a value from two steps ago keeps the queue short and the device busy.
                 if len(in_flight) > 2:
@@ -304,7 +304,7 @@ class _Loop:
         """The weights to look at, and the frozen ones."""
         return state.params if state.ema is None else state.ema, self.frozen
 
-    def _not_finite(self, step: int, in_a_row: int) -> UserError:
+    def _not_finite(self, step: int, in_a_row: int) -> "DivergedError":
         saved, last_good = self.checkpoints.steps(), step - in_a_row
         advice = "start again with a lower optimizer.learning_rate"
         if saved:
@@ -314,10 +314,14 @@ class _Loop:
                 "; if that ends alike, its weights are the reason: move it away to go on from "
                 f"{f'checkpoint {saved[-2]}' if len(saved) > 1 else 'the beginning'}"
             )
-        return UserError(
+        return DivergedError(
             f"loss, gradient or new weights were not finite {in_a_row} times in a row, "
             f"up to step {step}; {advice}"
         )
+
+
+class DivergedError(UserError):
+    """Too many updates in a row were not finite."""
 
 
 def _due(step: int, every: int) -> bool:
