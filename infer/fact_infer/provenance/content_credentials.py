@@ -14,14 +14,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from fact_jax.utils.command_line import version_of
 from fact_jax.utils.errors import UserError, first_line
-from fact_jax.utils.files import atomic_write
+from fact_jax.utils.files import replace_folder
 
 SOURCE_TYPES = "http://cv.iptc.org/newscodes/digitalsourcetype/"
 MIME = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
 _MAX_PEM = 1 << 20
 _YEARS = 10
+_CHAIN, _SECRET = "certificate.pem", "key.pem"
 # A thumbnail would be several times the size of the picture's file.
 _BUILDER = {"builder": {"thumbnail": {"enabled": False}}}
 _READER = {"verify": {"remote_manifest_fetch": False, "ocsp_fetch": False}}
@@ -47,15 +50,23 @@ def open_signer(
     """
     if certificate is not None and key is not None:
         return _signer(Path(certificate), Path(key))
-    folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "fact-jax"
-    chain, secret = folder / "c2pa-certificate.pem", folder / "c2pa-key.pem"
+    configured = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    folder = configured / "fact-jax" / "c2pa"
+    chain, secret = folder / _CHAIN, folder / _SECRET
     if not (chain.exists() and secret.exists()):
-        _make_signer(chain, secret)
+        _make_signer(folder)
     note = (
         f"pictures are signed with this machine's own certificate ({chain}), which no other "
         "trusts: give --c2pa-certificate and --c2pa-key"
     )
     return dataclasses.replace(_signer(chain, secret), notes=(note,))
+
+
+def try_signer(signer: CredentialSigner) -> None:
+    """UserError unless it signs a picture: C2PA refuses many certificates, and expired ones."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "PNG")
+    sign(picture.getvalue(), ".png", signer, "trainedAlgorithmicMedia")
 
 
 def sign(
@@ -172,8 +183,11 @@ def _read(path: Path) -> bytes:
     return content
 
 
-def _make_signer(chain: Path, secret: Path) -> None:
-    """A root that signs one certificate of the profile that C2PA asks for, its key thrown away."""
+def _make_signer(folder: Path) -> None:
+    """A root that signs one certificate of the profile that C2PA asks for, its key thrown away.
+
+    Both appear at once: of processes that start together one's are taken by all.
+    """
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
     from cryptography.hazmat.primitives.asymmetric import ec
@@ -224,12 +238,14 @@ def _make_signer(chain: Path, secret: Path) -> None:
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    chain.parent.mkdir(parents=True, exist_ok=True)
     certificates = certificate("FACT-JAX local signer", own, False)
     certificates += certificate("FACT-JAX local root", root, True)
-    with atomic_write(secret) as temporary:
-        temporary.touch(mode=0o600)
-        temporary.chmod(0o600)
-        temporary.write_bytes(key)
-    with atomic_write(chain) as temporary:
-        temporary.write_bytes(certificates)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with replace_folder(folder, replace=False) as temporary:
+            (temporary / _SECRET).touch(mode=0o600)
+            (temporary / _SECRET).write_bytes(key)
+            (temporary / _CHAIN).write_bytes(certificates)
+    except UserError:
+        if not (folder / _CHAIN).exists():
+            raise

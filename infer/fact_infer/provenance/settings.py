@@ -82,14 +82,18 @@ def check(settings: Provenance) -> list[str]:
             f"provenance {settings.level!r} signs nothing: give no certificate, or c2pa"
         )
     provider = settings.provider
+    if provider is not None and settings.level == "off":
+        raise UserError("provenance 'off' writes no provider: give none, or iptc")
     if provider is not None and not (0 < len(provider) <= MAX_PROVIDER and provider.isprintable()):
         raise UserError(f"the provider is a name of at most {MAX_PROVIDER} characters on one line")
     notes: list[str] = []
     if settings.c2pa:
         _require("c2pa", "c2pa-python", "cryptography")
-        from fact_infer.provenance.content_credentials import open_signer
+        from fact_infer.provenance.content_credentials import open_signer, try_signer
 
-        notes += open_signer(settings.certificate, settings.key).notes
+        signer = open_signer(settings.certificate, settings.key)
+        try_signer(signer)
+        notes += signer.notes
     if settings.watermark:
         from fact_infer.provenance.watermark import require_watermark
 

@@ -84,9 +84,9 @@ def test_what_no_model_drew_is_never_marked(tmp_path):
 def test_this_machines_own_signer(tmp_path):
     """Made once, its key for the user alone; said, since nobody trusts it."""
     (note,) = check(Provenance(level="c2pa"))
-    assert "c2pa-certificate.pem), which no other trusts" in note
-    folder = tmp_path / "config" / "fact-jax"
-    key, chain = folder / "c2pa-key.pem", folder / "c2pa-certificate.pem"
+    assert "certificate.pem), which no other trusts" in note
+    folder = tmp_path / "config" / "fact-jax" / "c2pa"
+    key, chain = folder / "key.pem", folder / "certificate.pem"
     assert stat.S_IMODE(key.stat().st_mode) == 0o600
     before = key.read_bytes(), chain.read_bytes()
     check(Provenance(level="c2pa"))
@@ -98,18 +98,51 @@ def test_this_machines_own_signer(tmp_path):
 def test_a_signer_of_the_users(tmp_path):
     """Any key that C2PA knows; here the one of another configuration."""
     module.open_signer()
-    folder = tmp_path / "config" / "fact-jax"
-    named = {"certificate": folder / "c2pa-certificate.pem", "key": folder / "c2pa-key.pem"}
+    folder = tmp_path / "config" / "fact-jax" / "c2pa"
+    named = {"certificate": folder / "certificate.pem", "key": folder / "key.pem"}
     assert check(Provenance(level="c2pa", **named)) == []
     with marked(Provenance(level="c2pa", **named)):
         path = save_image(IMAGE, tmp_path / "a.png", TEXT)
     assert module.read_credentials(path)["state"] == "Valid"
 
 
+def test_a_certificate_that_c2pa_refuses_is_told_before_a_picture_is_drawn(tmp_path):
+    """As a web server has it: its key fits, but it is its own issuer."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
+    made = x509.CertificateBuilder().subject_name(name).issuer_name(name)
+    made = made.public_key(key.public_key()).serial_number(1)
+    made = made.not_valid_before(now).not_valid_after(now + datetime.timedelta(days=1))
+    pem = serialization.Encoding.PEM
+    secret = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (tmp_path / "key.pem").write_bytes(secret)
+    (tmp_path / "web.pem").write_bytes(made.sign(key, hashes.SHA256()).public_bytes(pem))
+    named = {"certificate": tmp_path / "web.pem", "key": tmp_path / "key.pem"}
+    with pytest.raises(UserError, match=r"could not be signed: .*certificate"):
+        check(Provenance(level="c2pa", **named))
+
+
+def test_processes_that_start_together_share_one_signer(monkeypatch, tmp_path):
+    """The slower one of two that make it takes what it finds then."""
+    folder, make = tmp_path / "config" / "fact-jax" / "c2pa", module._make_signer
+
+    def overtaken(where):
+        make(where)
+        make(where)
+
+    monkeypatch.setattr(module, "_make_signer", overtaken)
+    check(Provenance(level="c2pa"))
+    assert sorted(path.name for path in folder.iterdir()) == ["certificate.pem", "key.pem"]
+
+
 def test_wrong_signers(tmp_path):
     module.open_signer()
-    folder = tmp_path / "config" / "fact-jax"
-    chain, key = folder / "c2pa-certificate.pem", folder / "c2pa-key.pem"
+    folder = tmp_path / "config" / "fact-jax" / "c2pa"
+    chain, key = folder / "certificate.pem", folder / "key.pem"
     other = tmp_path / "other.pem"
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec, x25519

@@ -134,10 +134,14 @@ def test_options_set_the_process(monkeypatch):
     parser = argparse.ArgumentParser()
     module.add_provenance(parser)
     try:
-        module.use_provenance(parser.parse_args(["--provenance", "off", "--provider", "Zoë"]))
-        assert current() == Provenance(level="off", provider="Zoë")
+        module.use_provenance(parser.parse_args(["--provenance", "off"]))
+        assert current() == Provenance(level="off")
         module.use_provenance(argparse.Namespace())
         assert current().level == "off"
+        module.use_provenance(parser.parse_args(["--provider", "Zoë"]))
+        assert current() == Provenance(provider="Zoë")
+        with pytest.raises(UserError, match="'off' writes no provider"):
+            module.use_provenance(parser.parse_args(["--provenance", "off", "--provider", "Zoë"]))
         with pytest.raises(UserError, match="come together"):
             module.use_provenance(parser.parse_args(["--c2pa-key", "a.pem"]))
     finally:
