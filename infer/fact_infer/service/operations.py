@@ -221,20 +221,24 @@ def png(pixels: np.ndarray) -> bytes:
     return out.getvalue()
 
 
-def check_image(path: Path, limit: int) -> None:
-    """UserError for what is not a picture of a usual format, or has more than ``limit`` pixels.
+def check_image(
+    path: Path, limit: int, name: str | None = None, formats: tuple[str, ...] = ()
+) -> None:
+    """UserError for what is not a picture of these formats, or has more than ``limit`` pixels.
 
-    Nothing is decoded. Of Pillow's readers some start other programs: those are not asked.
+    ``name`` is what messages call it, ``formats`` are usual ones unless given. Nothing is decoded.
+    Of Pillow's readers some start other programs: those are not asked.
     """
-    name = path.name.partition("-")[0]
+    name, formats = name or path.name.partition("-")[0], formats or _formats()
     try:
-        with Image.open(path, formats=_formats()) as image:
+        with Image.open(path, formats=formats) as image:
             width, height = image.size
     except Image.DecompressionBombError:
-        width, height = limit, 2
+        raise UserError(f"{name} is too large: at most {limit:,} pixels") from None
     except (UnidentifiedImageError, OSError, ValueError, SyntaxError, RuntimeError):
-        formats = ", ".join(_formats())
-        raise UserError(f"{name} is not a picture that can be read ({formats})") from None
+        raise UserError(
+            f"{name} is not a picture that can be read ({', '.join(formats)})"
+        ) from None
     if width * height > limit:
         raise UserError(f"{name} is too large: {width} x {height}, at most {limit:,} pixels")
 

@@ -1,12 +1,15 @@
 """Records read back from pictures, as fields of a request."""
 
+import contextlib
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 from PIL import ExifTags
 
-from fact_jax.face.images import open_image
+from fact_infer.service.operations import check_image
+from fact_jax.face.images import MAX_PIXELS, open_image
 from fact_jax.utils.errors import UserError
 
 _SAME = (
@@ -29,6 +32,7 @@ _MAX_RECORD = 1 << 20
 
 def read_record(path: str | os.PathLike) -> dict[str, Any]:
     """What a picture that was made here says of itself; UserError for any other file."""
+    check_image(Path(path), MAX_PIXELS, Path(path).name, ("PNG", "JPEG"))
     with open_image(path) as image:
         text = image.info.get("fact_jax")
         if text is None and image.format == "JPEG":
@@ -64,5 +68,6 @@ def fields_of_record(record: dict[str, Any]) -> dict[str, Any]:
         if isinstance(face, dict) and face.get(name) is not None:
             found[field] = face[name]
     if isinstance(found.get("block_scale"), list):
-        found["block_scale"] = dict(found["block_scale"])
+        with contextlib.suppress(TypeError, ValueError):  # whoever reads the fields refuses it
+            found["block_scale"] = dict(found["block_scale"])
     return found

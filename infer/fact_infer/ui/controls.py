@@ -8,6 +8,7 @@ import gradio as gr
 
 from fact_infer.service.fields import Field
 from fact_jax.diffusion.samplers import SAMPLERS
+from fact_jax.utils.errors import UserError
 
 _SLIDERS = {
     "face_scale": (0.0, 2.0, 0.05),
@@ -67,6 +68,19 @@ class Controls:
                 value = int(value)
             found[name] = value
         return found
+
+    def readable(self, values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Of a record's fields those that can be set here, and a line for each that is none."""
+        found, wrong = {}, []
+        for name in values.keys() & self.made.keys():
+            try:
+                value = self._fields[name].read(values[name])
+                if name == "sampler" and value not in SAMPLERS:
+                    raise UserError(f"sampler must be one of {', '.join(SAMPLERS)}")
+                found[name] = value
+            except UserError as error:
+                wrong.append(str(error))
+        return found, sorted(wrong)
 
     def updates(self, values: dict[str, Any]) -> list[Any]:
         """For each component what sets it to a request's field, or leaves it."""

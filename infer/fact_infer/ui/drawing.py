@@ -37,7 +37,7 @@ class Desk:
 
     def __init__(self, service: Service):
         self.service = service
-        self.running: dict[str, Job] = {}
+        self.running: dict[str, list[Job]] = {}
 
     def draw(self, kind: str, given: dict[str, Any], session: str | None) -> Iterator[Look]:
         """A request from its place in the queue to its pictures. It ends with who looks on."""
@@ -47,7 +47,8 @@ class Desk:
         except (BusyError, DrainingError) as error:
             yield Look(state(str(error) or "the service is about to end", wrong=True))
             return
-        self.running[str(session)] = job
+        own = self.running.setdefault(str(session), [])
+        own.append(job)
         try:
             yield Look(state("Reading the request ..."))
             self.service.submit(kind, job, given)
@@ -59,14 +60,15 @@ class Desk:
         except DrainingError:
             yield Look(state("The service is about to end.", wrong=True))
         finally:
-            self.running.pop(str(session), None)
+            own.remove(job)
+            if not own:
+                self.running.pop(str(session), None)
             if job.state not in FINISHED:
                 engine.cancel(job)
 
     def cancel(self, request: gr.Request) -> None:
-        """Stop what this page draws, at its next step."""
-        job = self.running.get(str(request.session_hash))
-        if job is not None:
+        """Stop all that this page draws, at its next step."""
+        for job in list(self.running.get(str(request.session_hash), ())):
             self.service.engine.cancel(job)
 
     def _look(self, job: Job) -> Look:
@@ -93,7 +95,7 @@ class Desk:
 
 def sentence(error: object) -> str:
     """An error as the page says it."""
-    text = str(error).strip()
+    text = _OURS.sub(r"\1", str(error).strip())
     if "." not in text.partition(" ")[0]:  # no file's name
         text = text[:1].upper() + text[1:]
     return f"{text}{'' if text.endswith(('.', '!', '?')) else '.'}"

@@ -291,9 +291,9 @@ class Page:
         except UserError as error:
             text = str(error).replace(f"{Path(file).parent}/", "")
             return state(sentence(text), wrong=True), None, {}, gr.update(interactive=False)
-        fields = fields_of_record(record)
+        fields, wrong = self.controls.readable(fields_of_record(record))
         text = f"{len(fields)} settings were read."
-        return state(text), record, fields, gr.update(interactive=True)
+        return state(text, notes=wrong), record, fields, gr.update(interactive=True)
 
 
 def mount(app: FastAPI, service: Service, token: str | None, made_up: list[Path]) -> FastAPI:

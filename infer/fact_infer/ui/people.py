@@ -85,11 +85,13 @@ def look(service: Service, shot: Shot) -> None:
     try:
         if "points" not in given and not service.can_find_faces:
             service.check_photo(job, given["photo"])
+            read_image(shot.photo)  # as :func:`marking` shows it
             shot.note = f"{shot.name}: mark the face by five clicks"
             return
         _, found = service.find_faces(job, given)
     except UserError as error:
-        raise UserError(f"{shot.name}: {job.plain(str(error))}") from None
+        text = job.plain(str(error)).replace(str(shot.photo), "photo")
+        raise UserError(f"{shot.name}: {text}") from None
     finally:
         job.end("cancelled")
     shot.note = ""
