@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 ORDER = "left eye, right eye, nose tip, left and right mouth corner, as the viewer sees them"
+BLACK = "the head's mask is black: LoadImage gives that for a photo without alpha"
 LONGEST_SIDE = 1000
 # ArcFace's template of a crop of 112, and the ellipse of a head in it.
 _SIZE = 112
@@ -90,7 +91,7 @@ def prepare_crop(
     if mask is not None and mask.shape != (height, width):
         raise ValueError(f"the mask is {mask.shape[::-1]}, the photo {width} x {height}")
     if mask is not None and not mask.max() >= 0.5:
-        raise ValueError("the head's mask is black: LoadImage gives that for a photo without alpha")
+        raise ValueError(BLACK)
     if max(height, width) > LONGEST_SIDE:
         scale = LONGEST_SIDE / max(height, width)
         small = max(1, int(width * scale)), max(1, int(height * scale))

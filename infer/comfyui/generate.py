@@ -30,7 +30,8 @@ from fact_jax.diffusion.samplers import SAMPLERS
 from fact_jax.fact import Guidance
 from fact_jax.utils.errors import UserError
 
-from .faces import read_points, to_bytes
+from .faces import BLACK, read_points, to_bytes
+from .models import WEIGHTS
 
 FOLDER = "fact"
 _INDEX = "model_index.json"
@@ -41,6 +42,7 @@ class GenerateFact(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         files = folder_paths.get_filename_list(FOLDER)
         bases = [os.path.dirname(name) for name in files if os.path.basename(name) == _INDEX]
+        weights = [name for name in files if name.endswith(WEIGHTS)]
         whole: dict[str, Any] = {"min": 0, "max": MAX_SIDE, "default": 0}
         return io.Schema(
             node_id="FactGenerate",
@@ -52,8 +54,8 @@ class GenerateFact(io.ComfyNode):
                 io.Combo.Input(
                     "base", options=bases, tooltip="diffusers folder in models/fact: a link will do"
                 ),
-                io.Combo.Input("adapter", options=files),
-                io.Combo.Input("encoder", options=files),
+                io.Combo.Input("adapter", options=weights),
+                io.Combo.Input("encoder", options=weights),
                 io.Combo.Input("backend", options=["torch", "flax"]),
                 io.Combo.Input("precision", options=["float32", "tf32", "bfloat16", "float16"]),
                 io.String.Input("prompt", default="", multiline=True),
@@ -158,6 +160,8 @@ def _photos(folder: Path, image: Any, points: str, head_mask: Any) -> list[Photo
         if place is not None:
             beside["points"] = path.with_suffix(".points.json")
             beside["points"].write_text(json.dumps({"points": place.tolist()}))
+        if mask is not None and not mask.max() >= 0.5:
+            raise ValueError(BLACK)
         if mask is not None:
             beside["mask"] = path.with_suffix(".mask.png")
             grey = np.rint(255.0 * np.clip(mask, 0, 1)).astype(np.uint8)
@@ -171,10 +175,12 @@ class _Bar:
 
     def __init__(self, steps: int):
         self._bar = comfy.utils.ProgressBar(steps)
+        self.n, self.total = 0, steps
 
     def set_description(self, text: str, refresh: bool = True) -> None:
         """ComfyUI shows no text."""
 
     def update(self, steps: int = 1) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
+        self.n += steps
         self._bar.update(steps)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+"""Endings of files that may hold some."""
 State = dict[str, Tensor]
 RESAMPLER, PROCESSOR = "local_fac_prj.", ".attn2.processor."
 _DIM_HEAD_KEY = "fact_jax.resampler.dim_head"

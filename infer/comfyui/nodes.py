@@ -15,7 +15,15 @@ import torch
 from comfy_api.latest import ComfyExtension, io
 
 from .faces import detect_points, prepare_crop, read_points, to_bytes
-from .models import FaceEncoder, Resampler, combine_photos, null_tokens, read_adapter, read_encoder
+from .models import (
+    WEIGHTS,
+    FaceEncoder,
+    Resampler,
+    combine_photos,
+    null_tokens,
+    read_adapter,
+    read_encoder,
+)
 from .patches import (
     MAX_STRENGTH,
     Adapters,
@@ -34,7 +42,6 @@ folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir,
 FactModel, FactFaces = io.Custom("FACT_MODEL"), io.Custom("FACT_FACES")
 _CATEGORY = "FACT"
 _PACK = "buffalo_l"
-_WEIGHTS = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +59,7 @@ class Model:
 class LoadFact(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        files = [f for f in folder_paths.get_filename_list(FOLDER) if f.endswith(_WEIGHTS)]
+        files = [f for f in folder_paths.get_filename_list(FOLDER) if f.endswith(WEIGHTS)]
         return io.Schema(
             node_id="FactLoad",
             display_name="Load FACT adapter",

@@ -50,8 +50,8 @@ def saved(images):
     return [np.clip(255.0 * image.cpu().numpy(), 0, 255).astype(np.uint8) for image in images]
 
 
-def command_line(out, *words):
-    words = ["generate", *words, "--base", OPERATOR["base"], "--backend", "torch", "--out", out]
+def command_line(out, *words, backend="torch"):
+    words = ["generate", *words, "--base", OPERATOR["base"], "--backend", backend, "--out", out]
     words += ["--prompt", ASKED["prompt"], "--negative", "blurred", "--guidance", 3, "--seed", 7]
     words += ["--steps", 3, "--sampler", "ddim"]
     assert main([str(word) for word in words]) == 0
@@ -84,9 +84,10 @@ def test_the_bits_of_the_command_line(node, astronaut, tmp_path):  # noqa: F811
     np.testing.assert_array_equal(saved(images), wanted)
 
 
-def test_the_base_alone(node, tmp_path):
-    wanted = command_line(tmp_path / "alone", "--width", 32)
-    (images,) = node.execute(**ASKED | {"count": 1, "width": 32}).args
+@pytest.mark.parametrize("backend", ["torch", "flax"])
+def test_the_base_alone(node, backend, tmp_path):
+    wanted = command_line(tmp_path / "alone", "--width", 32, backend=backend)
+    (images,) = node.execute(**ASKED | {"count": 1, "width": 32, "backend": backend}).args
     np.testing.assert_array_equal(saved(images), wanted)
 
 
@@ -110,6 +111,11 @@ def test_wrong_settings_are_one_sentence(node, changes, message):
     photo = torch.zeros((1, 64, 64, 3))
     with pytest.raises((UserError, ValueError), match=message):
         node.execute(**ASKED | changes, image=photo)
+
+
+def test_a_black_mask_is_refused(node):
+    with pytest.raises(ValueError, match="mask is black"):
+        node.execute(**ASKED, image=torch.ones((1, 64, 64, 3)), head_mask=torch.zeros((1, 64, 64)))
 
 
 def test_a_cancelled_prompt_ends_between_two_steps(node, comfy, monkeypatch):
