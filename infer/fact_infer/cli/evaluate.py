@@ -101,6 +101,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     for name in ("batch", "seeds", "photos"):
         if getattr(arguments, name) < 1:
             raise UserError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    if arguments.people is not None and arguments.people < 2:
+        raise UserError(f"--people must be at least 2, got {arguments.people}")
     check_seed(arguments.seed)
     check_folder(arguments.out)
     if arguments.pictures is not None:
@@ -162,8 +164,10 @@ def _world(arguments: argparse.Namespace) -> None:
     from fact_infer.evaluation.page import write_page
     from fact_infer.evaluation.results import Cost, PictureStore, fingerprint, save
     from fact_infer.jax.pipeline import FlaxPipeline
+    from fact_infer.jax_config import enable_compilation_cache
     from fact_jax.utils.miniature import require_miniature
 
+    enable_compilation_cache()
     cost, params, encoder = Cost(), _params(arguments), _encoder(arguments)
     paths = {"--base": arguments.base, "--encoder": encoder, "--judge": arguments.judge}
     require_miniature({option: path for option, path in paths.items() if path is not None})

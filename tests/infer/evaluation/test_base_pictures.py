@@ -88,6 +88,7 @@ def test_the_second_adapter_finds_them_there(tmp_path):
     [
         (["--pictures", "p.jsonl"], "leave out --base-pictures"),
         (["--folder", "f", "--adapter", "a"], "--base-pictures is for the portrait world"),
+        (["--folder", "f", "--people", "0"], "--people must be at least 2, got 0"),
     ],
 )
 def test_they_are_of_the_portrait_world(tmp_path, capsys, options, words):

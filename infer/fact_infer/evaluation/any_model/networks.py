@@ -64,7 +64,10 @@ class OnnxNetwork:
             except Exception as error:
                 raise UserError(f"{self.path} failed: {one_line(error)}") from None
             parts.append(np.asarray(found, np.float32).reshape(len(given), -1)[: len(part)])
-        return np.concatenate(parts)
+        numbers = np.concatenate(parts)
+        if not np.isfinite(numbers).all():
+            raise UserError(f"{self.path}: gives numbers of a picture that are not finite")
+        return numbers
 
     def features(self, image: UInt8[np.ndarray, "h w 3"]) -> Float[np.ndarray, " k"]:
         """What it says of a whole picture, resized (bicubic) to its size."""
@@ -81,12 +84,14 @@ class Clip:
         try:
             import torch
             from transformers import CLIPModel, CLIPProcessor
+            from transformers.utils import logging
         except ImportError as error:
             raise UserError(
                 f"CLIP needs torch and transformers ({one_line(error)}): "
                 "pip install 'fact-jax[torch]'"
             ) from None
         self._torch = torch
+        logging.disable_progress_bar()  # of loading a few layers
         if not (self.path / "config.json").is_file():
             raise UserError(f"{folder}: no CLIP folder: its config.json is not there")
         options: dict[str, Any] = {"local_files_only": True}

@@ -24,6 +24,7 @@ from fact_infer.evaluation.page import write_page
 from fact_infer.evaluation.results import Cost, PictureStore, fingerprint, save
 from fact_infer.evaluation.world import JudgeRecogniser, Parser, Recogniser, guidance_line
 from fact_infer.jax.pipeline import FlaxPipeline
+from fact_infer.jax_config import enable_compilation_cache
 from fact_infer.request import GenerationParams
 from fact_jax.utils.cache import ArrayCache
 from fact_jax.utils.errors import UserError
@@ -61,6 +62,7 @@ class Looking:
 
 def looking(arguments: argparse.Namespace) -> Looking:
     """Open the networks that the options name; without a recogniser the miniature's judge looks."""
+    enable_compilation_cache()
     names = arguments.recogniser or ["judge"]
     about: dict[str, str] = {}
     recognisers: list[Recogniser] = []

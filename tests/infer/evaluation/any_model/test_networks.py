@@ -63,6 +63,14 @@ def test_files_that_are_no_recogniser_are_one_line(tmp_path):
             OnnxNetwork(path)
 
 
+def test_numbers_that_are_not_finite_are_one_line(tmp_path, monkeypatch):
+    broken = np.full_like(WEIGHT, np.nan)
+    monkeypatch.setitem(write_network.__globals__, "WEIGHT", broken)
+    network = OnnxNetwork(write_network(tmp_path / "nan.onnx"))
+    with pytest.raises(UserError, match=r"nan\.onnx: gives numbers of a picture"):
+        network(np.zeros((2, 112, 112, 3), np.uint8))
+
+
 def test_clip_features_are_those_of_transformers(tmp_path):
     torch = pytest.importorskip("torch")
     from transformers import (
