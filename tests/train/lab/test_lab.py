@@ -133,6 +133,10 @@ def test_a_stopped_laboratory_goes_on_and_writes_the_same_report(tmp_path, monke
         in text
     )
     assert "| refuted |" in text
+    assert (
+        "**Came out the other way:** FACT: conditions are dropped for guidance (no drop)." in text
+    )
+    assert "\n\n\n" not in text
     assert "0 trainings" not in text
     assert laboratory(lab) == 0  # nothing to do but the report
     assert (tmp_path / "lab" / "laboratory.md").read_text() == text

@@ -15,7 +15,15 @@ from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
 from fact_train.lab.question import REFERENCE, Loaded, Run
-from fact_train.lab.verdicts import LEVEL, Folder, Scores, read_variant, seeds_of, verdicts
+from fact_train.lab.verdicts import (
+    LEVEL,
+    Folder,
+    Scores,
+    Verdict,
+    read_variant,
+    seeds_of,
+    verdicts,
+)
 
 MEASURES = {
     "another": "target photo",
@@ -100,6 +108,7 @@ def report_text(
         "",
         f"Of {many} " + ", ".join(_counted(words)) + ".",
         "",
+        *_by_word(found),
         "## Set-up",
         "",
         f"- {len(scores)} configurations ({trained} trainings, the others differ in drawing only), "
@@ -145,19 +154,34 @@ def report_text(
     ]
     for one in questions:
         lines += [f"### {one.name}", "", one.text.replace("``", "`"), ""]
-        for v in (v for v in found if v.claim in one.question.claims):
-            lines.append(
-                f"- {v.claim.variant}, {MEASURES[v.claim.measure]}: **{v.word}** "
-                f"({_cell(v.difference, sign=True)})"
-            )
+        lines += [
+            f"- {v.claim.variant}, {MEASURES[v.claim.measure]}: **{v.word}** "
+            f"({_cell(v.difference, sign=True)})"
+            for v in found
+            if v.claim in one.question.claims
+        ]
         if one.name in pictures:
-            lines += [
-                "",
-                f"![{one.name}: reference, base, FACT, variants]({pictures[one.name]})",
-                "",
-            ]
-        lines.append("")
+            title = f"{one.name}: reference, base, FACT, variants"
+            lines += ["", f"![{title}]({pictures[one.name]})"]
+        if lines[-1]:
+            lines.append("")
     return "\n".join(lines).rstrip() + "\n" + _LIMITS
+
+
+def _by_word(found: Sequence[Verdict]) -> list[str]:
+    """Which claims came out how."""
+    heads = {
+        "holds": "Reproduced here",
+        "refuted": "Came out the other way",
+        "open": "Not told apart from nothing",
+        "not measured": "Not measured",
+    }
+    claims = {word: [v.claim for v in found if v.word == word] for word in heads}
+    return [
+        f"- **{head}:** {'; '.join(f'{c.source} ({c.variant})' for c in claims[word])}."
+        for word, head in heads.items()
+        if claims[word]
+    ] + [""]
 
 
 def _counted(words: Mapping[str, int]) -> list[str]:
