@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import os
 import tarfile
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from fact_train.cli.main import main
 from fact_train.data.records import Records
 from fact_train.prepare.build import build
 from fact_train.prepare.settings import BuildSettings
+from fact_train.prepare.sources import list_chunks
 from tests.train.prepare.conftest import POINTS, noise, rejected
 
 NAMES = ("a", "b", "c")
@@ -146,6 +149,41 @@ def test_every_source_gives_the_same_records(tmp_path, kind):
     assert summary["consent"] == {"signed": 3}
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlicense: cc0-1.0\n")
+
+
+def test_a_tables_photo_that_changes_is_read_again(tmp_path):
+    """An unfinished build goes on with the photos as they are now: image, side file and mask."""
+    source, _ = image_folder(tmp_path / "source")
+    Image.fromarray(np.full((80, 120), 255, np.uint8)).save(source / "m.png")
+    lines = [json.dumps(row | {"mask": "m.png"}) for row in rows()]
+    (source / "metadata.jsonl").write_text("\n".join(lines))
+    settings = BuildSettings(source=str(source), size=64, crop=48, chunk=1)
+
+    def listed():
+        return [json.dumps(chunk) for chunk in list_chunks(settings, Counter())]
+
+    def changed():
+        before = listed()
+        yield
+        yield [i for i, (old, new) in enumerate(zip(before, listed(), strict=True)) if old != new]
+
+    changes = {
+        "images/b.png": (photo(7), [1]),  # another picture under the same name
+        "images/c.quality.txt": (b"0.5", [2]),  # a side file that was not there
+        "m.png": (photo(8), [0, 1, 2]),
+        "unnamed.png": (photo(9), []),
+    }
+    for name, (content, wanted) in changes.items():
+        seen = changed()
+        next(seen)
+        (source / name).write_bytes(content)
+        assert next(seen) == wanted
+    seen = changed()
+    next(seen)
+    os.utime(source / "metadata.jsonl", (1, 1))  # the same rows
+    assert next(seen) == []
+    (source / "images" / "a.png").unlink()
+    assert json.loads(listed()[0])["rows"][0]["about"][0] is None
 
 
 def test_a_flat_folder_has_no_people(tmp_path):

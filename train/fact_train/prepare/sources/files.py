@@ -1,7 +1,8 @@
 """Photos that are files: in folders of people, in one folder, or named by a table's rows."""
 
+import functools
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from fact_jax.face.images import one_line
@@ -20,9 +21,12 @@ BESIDE = {
     "embedding": (".embedding.npy",),
 }
 """Role -> endings of a photo's side files, the first that is there counts."""
+_ENDS = tuple(ending for group in BESIDE.values() for ending in group)
 MAX_BYTES = 256 << 20
 _MAX_SIDE_BYTES = 64 << 20
 _DEEPEST = 16
+_FOLDERS = 16
+"""Listings that are kept, where a table's rows go from folder to folder."""
 
 
 def list_folder(store: Store, *, people: bool, ignored: Counter) -> Iterator[dict]:
@@ -47,7 +51,6 @@ def _walk(
     named = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry for entry in entries}
     named = {name: entry for name, entry in named.items() if not name.startswith(".")}
     within = f"{folder}/" if folder else ""
-    ends = tuple(ending for group in BESIDE.values() for ending in group)
     for name, entry in named.items():
         photo = name.lower().endswith(SUFFIXES) and not name.endswith(BESIDE["mask"])
         if entry["type"] == "directory" and not photo:
@@ -56,13 +59,49 @@ def _walk(
             else:
                 ignored["link to a folder, or folder too deep"] += 1
         elif photo:
+            beside = _beside(name, named)
             stem = name.rsplit(".", 1)[0]
-            beside = [end for end in ends if f"{stem}{end}" in named]
             about = [_state(named[one]) for one in (name, *(f"{stem}{end}" for end in beside))]
             yield within + name, beside, about
-        elif not name.endswith(ends):
+        elif not name.endswith(_ENDS):
             suffix = name.rsplit(".", 1)[-1].lower()
             ignored[f".{suffix}" if "." in name else "without ending"] += 1
+
+
+class Listings:
+    """What listings tell of files that a table names: one request for a folder, not for a file."""
+
+    def __init__(self, store: Store):
+        self._store = store
+        self._listed = functools.lru_cache(_FOLDERS)(self._list)
+
+    def side_files(self, path: str) -> list[str]:
+        """Endings of a photo's side files."""
+        folder, name = _parted(path)
+        return _beside(name, self._listed(folder))
+
+    def state(self, path: str) -> list | None:
+        """What changes when a file does; None where it is not there."""
+        folder, name = _parted(path)
+        return self._listed(folder).get(name)
+
+    def _list(self, folder: str) -> dict[str, list]:
+        try:
+            entries = self._store.fs.ls(self._store.path(folder) or "/", detail=True)
+        except (OSError, ValueError):  # what is wrong is said where the photo is read
+            return {}
+        return {_parted(entry["name"].rstrip("/"))[1]: _state(entry) for entry in entries}
+
+
+def _parted(path: str) -> tuple[str, str]:
+    folder, _, name = path.rpartition("/")
+    return folder, name
+
+
+def _beside(name: str, named: Container[str]) -> list[str]:
+    """Endings of the side files of a photo among the names of its folder."""
+    stem = name.rsplit(".", 1)[0]
+    return [end for end in _ENDS if f"{stem}{end}" in named]
 
 
 def _state(entry: dict) -> list:
@@ -82,10 +121,7 @@ def read_file(store: Store, row: dict) -> tuple[bytes, dict[str, Any]]:
     stem, given = path.rsplit(".", 1)[0], row.get("fields", {})
     for role, endings in BESIDE.items():
         for ending in endings:
-            wanted = row["beside"] is None or ending in row["beside"]
-            if not wanted or role in given:
-                continue
-            if row["beside"] is None and not store.exists(stem + ending):
+            if ending not in row["beside"] or role in given:
                 continue
             fields.setdefault(role + ending, _read(store, stem + ending, _MAX_SIDE_BYTES))
     if isinstance(mask := given.get("mask"), str):

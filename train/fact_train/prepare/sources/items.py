@@ -44,6 +44,7 @@ def list_chunks(settings: BuildSettings, ignored: Counter) -> Iterator[dict]:
     Raises UserError where the source is not there, or holds nothing that could be a photo.
     """
     store = Store(settings.source)
+    store.fs.invalidate_cache()  # what changed since another build of this process is seen
     kind = _format(store, settings.format)
     if kind in ("people", "flat"):
         rows = files.list_folder(store, people=kind == "people", ignored=ignored)

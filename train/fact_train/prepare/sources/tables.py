@@ -11,7 +11,7 @@ from typing import Any
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError
 from fact_train.prepare.settings import ROLES, BuildSettings, RejectedError
-from fact_train.prepare.sources.files import MAX_BYTES
+from fact_train.prepare.sources.files import MAX_BYTES, Listings
 from fact_train.prepare.store import Store
 
 ENDINGS = (".jsonl", ".json", ".csv")
@@ -29,12 +29,12 @@ def folder_of(store: Store) -> str:
 
 def list_table(store: Store, settings: BuildSettings) -> Iterator[dict]:
     """A row for each row of a table whose images are files."""
+    listings = Listings(Store(settings.root or folder_of(store)))
     if store.fs.isdir(store.root):
         there = [name for name in METADATA if store.exists(name)]
         if not there:
             raise UserError(f"{store.url} holds no {' or '.join(METADATA)}")
         store = Store(f"{store.url.rstrip('/')}/{there[0]}")
-    about = [store.fs.info(store.root).get(key) for key in ("size", "mtime", "ETag")]
     where = store.url.rsplit("/", 1)[-1]
     for number, row in enumerate(_rows(store)):
         name = f"{where}:{number}"
@@ -55,7 +55,12 @@ def list_table(store: Store, settings: BuildSettings) -> Iterator[dict]:
             text = f"{name}: {outside[0]} lies outside the folder of the images; give --root"
             yield {"path": name, "problem": ("row", text)}
             continue
-        yield {"path": path, "beside": None, "about": about, "fields": fields}
+        beside = listings.side_files(path)
+        named = [path, *(path.rsplit(".", 1)[0] + end for end in beside)]
+        if isinstance(fields.get("mask"), str):
+            named.append(fields["mask"])
+        about = [listings.state(one) for one in named]
+        yield {"path": path, "beside": beside, "about": about, "fields": fields}
 
 
 def _inside(path: str, settings: BuildSettings) -> str:
