@@ -2,12 +2,14 @@
 
 import contextlib
 import ctypes
+import datetime
 import errno
 import fcntl
 import os
 import re
 import secrets
 import shutil
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -106,6 +108,35 @@ def create(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:
                 continue
     sync(path.parent)
     return free
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[str | None]:
+    """Keep other processes that ask for it out of a folder; UserError if one is using it.
+
+    The lock is the system's, on the file ``.lock``: it goes with the process that has it, however
+    that ends, and a network file system (NFS, Lustre) passes it on to other hosts. Gives a warning
+    where the file system knows no locks.
+    """
+    with open(folder / ".lock", "a+") as file:
+        warning = None
+        try:
+            # Unlike flock's, it is not inherited by forked data workers, which may outlive the run.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                file.seek(0)
+                who = file.read(200).strip()
+                raise UserError(
+                    f"another process is writing in {folder} ({who or 'it does not say which'}): "
+                    "wait for it or stop it, or name another folder"
+                ) from error
+            warning = f"{folder} cannot be locked ({error.strerror}): start only one process in it"
+        file.truncate(0)
+        since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        file.write(f"host {socket.gethostname()}, process {os.getpid()}, since {since}\n")
+        file.flush()
+        yield warning
 
 
 def free_path(path: str | os.PathLike) -> Path:

@@ -11,6 +11,7 @@ import time
 import pytest
 
 from fact_jax.utils.errors import UserError
+from fact_train.cli.main import main
 from fact_train.prepare.build import build
 from fact_train.prepare.engine import Engine
 from fact_train.prepare.settings import BuildSettings
@@ -64,8 +65,10 @@ def test_beams_own_runner_writes_the_same_bytes(people, whole, tmp_path):
 @pytest.mark.slow
 def test_four_processes_write_the_same_bytes(people, whole, tmp_path):
     out = tmp_path / "out"
-    subprocess.run(command(people, out, "--workers", "4"), check=True, capture_output=True)
+    arguments = command(people, out, "--workers", "4")
+    done = subprocess.run(arguments, check=True, capture_output=True, text=True)
     assert digests(out) == whole
+    assert done.stderr == ""  # nothing of Beam's own
 
 
 def killed(arguments, out, times, most, seed):
@@ -107,6 +110,29 @@ def test_killed_ten_times(people, whole, tmp_path, workers):
     out = tmp_path / "out"
     assert killed(command(people, out, "--workers", workers), out, 10, 5, seed=2) >= 8
     assert digests(out) == whole
+
+
+def test_a_second_build_into_one_folder_is_refused_until_the_first_is_dead(
+    people, whole, tmp_path, capsys
+):
+    out, arguments = tmp_path / "out", command(people, tmp_path / "out")[3:]
+    out.mkdir()
+    hold = (
+        "import sys, time; from pathlib import Path; from fact_jax.utils.files import folder_lock\n"
+        "with folder_lock(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)"
+    )
+    first = subprocess.Popen([sys.executable, "-c", hold, out], stdout=subprocess.PIPE, text=True)
+    with first:
+        assert first.stdout.readline() == "held\n"
+        for more in ([], ["--force"]):
+            assert main([*arguments, *more]) == 2
+            (line,) = capsys.readouterr().err.splitlines()
+            assert f"error: another process is writing in {out}" in line
+            assert f"process {first.pid}" in line
+        first.kill()
+    assert main(arguments) == 0
+    assert digests(out) == whole
+    assert not (out / ".lock").exists()
 
 
 def test_what_stops_a_pipeline_is_one_line(people, tmp_path, monkeypatch):

@@ -143,7 +143,7 @@ def test_a_file_system_without_locks_is_a_warning(tmp_path, monkeypatch):
     monkeypatch.setattr("fcntl.lockf", lockf)
     with lock_folder(tmp_path) as warnings:
         assert len(warnings) == 1
-        assert "start only one run in it" in warnings[0]
+        assert "start only one process in it" in warnings[0]
 
 
 @pytest.mark.parametrize("out", ["gs://b/r", "s3://b/r/", "runs:/x"])

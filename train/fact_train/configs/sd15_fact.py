@@ -6,9 +6,9 @@ Public are the models, FAIR's weight (0.01, on the face), face shuffling, droppe
 masked head crops, gates of zero at the start and 290,000 steps (arXiv 2410.12312). Batch, learning
 rate and the curriculum's numbers are not: these are ours, and no run at this size stands behind
 them. On the miniature gates of zero hardly opened and FAIR from the first step closed the adapter
-at a high rate (`miniature/README.md`), so it starts from zero output projections here, which are
-the base bit for bit too, and FAIR is ramped in with the shuffling. The start of the release, with
-FAIR from the first step:
+at a high rate (`miniature/README.md`, `docs/recipe.md`), so it starts from zero output projections
+here, which are the base bit for bit too, and FAIR is ramped in with the shuffling. The start of the
+release, with FAIR from the first step:
 
     fact-train run sd15_fact options.start=zero_gates options.stages.0.fair_weight=0.01,0.01 \
         options.stages.1.fair_weight=0.01,0.01

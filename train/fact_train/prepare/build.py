@@ -1,11 +1,13 @@
 """``fact-train data build``: the phases one after the other, and what is decided between them."""
 
+import contextlib
 import dataclasses
 import functools
 import io
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from PIL import Image
 
 from fact_jax.utils.command_line import version_of
 from fact_jax.utils.errors import UserError, listed
+from fact_jax.utils.files import folder_lock
 from fact_train.data.dataset_files import shard_reader
 from fact_train.data.records import data_libraries
 from fact_train.prepare.decide import Decisions, decide, split_of, units_of
@@ -46,13 +49,24 @@ def build(
     *,
     force: bool = False,
     keep_work: bool = False,
-    say: Callable[[str], None] = print,
 ) -> Built:
     """Build records of ``settings.source`` in ``out``, or go on with it.
 
     Raises UserError for a source that holds nothing, models that do not load, no usable photo, and
     an ``out`` that holds anything but an unfinished build of the same.
     """
+    with contextlib.ExitStack() as locks:
+        return _build(settings, out, engine, force, keep_work, locks)
+
+
+def _build(
+    settings: BuildSettings,
+    out: str,
+    engine: Engine,
+    force: bool,
+    keep_work: bool,
+    locks: contextlib.ExitStack,
+) -> Built:
     data_libraries()
     store, source = Store(out), Store(settings.source)
     if source.fs == store.fs and store.root.startswith(f"{source.root}/"):
@@ -68,7 +82,7 @@ def build(
     claimed = False
     for number, chunk in enumerate(list_chunks(settings, ignored)):
         if not claimed:
-            _claim(store, same, force)
+            _claim(store, same, force, locks)
             claimed = True
         content = chunk_text(chunk)
         name = f"{number:07d}-{digest(same, content)}"
@@ -127,10 +141,11 @@ def build(
     return Built(store.json(product.SUMMARY), True)
 
 
-def _claim(store: Store, same: str, force: bool) -> None:
-    """UserError unless the folder is new, or holds a build; with ``force`` that is removed."""
-    for folder in ("", product.FOLDER, product.ABOUT):
-        store.sweep(folder)
+def _claim(store: Store, same: str, force: bool, locks: contextlib.ExitStack) -> None:
+    """UserError unless the folder is new, or holds a build; with ``force`` that is removed.
+
+    On this machine ``locks`` keep other builds out from here on.
+    """
     held = [name for name in store.names("") if not name.startswith(".")]
     strange = [name for name in held if name not in product.OURS]
     marked = store.exists(f"{product.WORK}/build.json") or store.exists(product.SUMMARY)
@@ -139,6 +154,13 @@ def _claim(store: Store, same: str, force: bool) -> None:
             f"{store.url} holds {listed(strange or held)}, which no build wrote: name another "
             "folder"
         )
+    if store.local and (force or not store.exists(product.SUMMARY)):
+        folder = Path(store.root)
+        folder.mkdir(parents=True, exist_ok=True)
+        locks.enter_context(folder_lock(folder))
+        locks.callback((folder / ".lock").unlink, missing_ok=True)
+    for part in ("", product.FOLDER, product.ABOUT):
+        store.sweep(part)
     if force:
         for name in held:
             store.remove(name)

@@ -6,6 +6,7 @@ through Beam, so its memory does not grow with the photos, and a runner may do a
 
 import dataclasses
 import logging
+import shlex
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -59,21 +60,28 @@ class Engine:
             bar.update()
 
     def _on_beam(self, work: Callable, names: Sequence[str], done: Callable, bar: Any) -> None:
+        logging.disable(logging.WARNING)  # of what Beam's extra for Google's cloud lacks
         try:
             import apache_beam as beam
             from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
             from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+            from apache_beam.transforms.environments import SubprocessSDKEnvironment
         except ImportError as error:
             raise UserError(
                 f"more than one process, and runners, need Apache Beam ({one_line(error)}): "
                 "pip install 'fact-jax[beam]'"
             ) from None
+        finally:
+            logging.disable(logging.NOTSET)
         local = ["--direct_num_workers", str(self.workers), "--default_sdk_harness_log_level=ERROR"]
-        if self.workers > 1:
-            local += ["--direct_running_mode", "multi_processing"]
         options = PipelineOptions([*local, *self.options])
         named = options.view_as(StandardOptions).runner
         here = named in (None, "DirectRunner", "FnApiRunner")
+        processes = None
+        if self.workers > 1:
+            # What --direct_running_mode=multi_processing starts, but quiet.
+            command = f"{shlex.quote(sys.executable)} -m fact_train.prepare.beam_worker"
+            processes = SubprocessSDKEnvironment.from_command_string(command_string=command)
         stop = threading.Event()
 
         def look() -> None:
@@ -86,7 +94,7 @@ class Engine:
         watcher.start()
         try:
             # Named here: what Beam takes by default may want to download another runner.
-            runner = FnApiRunner() if here else None
+            runner = FnApiRunner(processes) if here else None
             with beam.Pipeline(runner=runner, options=options) as pipeline:
                 found = pipeline | beam.Create(list(names)) | beam.Reshuffle()
                 _ = found | beam.Map(work)

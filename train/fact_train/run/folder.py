@@ -2,12 +2,9 @@
 
 import contextlib
 import datetime
-import errno
-import fcntl
 import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +13,7 @@ import jax
 
 from fact_convert.io.hashing import file_sha256
 from fact_jax.utils.errors import UserError, listed
-from fact_jax.utils.files import atomic_write
+from fact_jax.utils.files import atomic_write, folder_lock
 from fact_train.config import TrainConfig
 from fact_train.overrides import settings_of_run, to_json
 from fact_train.run.provenance import revision, versions
@@ -138,38 +135,20 @@ def check_export(folder: Path, step: int) -> str:
 
 @contextlib.contextmanager
 def lock_folder(folder: Path) -> Iterator[list[str]]:
-    """Keep other runs out of the folder; UserError if one is using it. Gives warnings.
-
-    The lock is the system's, on the file ``.lock``: it goes with the process that has it, however
-    that ends, and a network file system (NFS, Lustre) passes it on to other hosts.
-    """
+    """Keep other runs out of the folder, as ``folder_lock`` does. Gives warnings."""
     if jax.process_index() != 0:
         yield []
         return
-    warnings = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a+")  # noqa: SIM115
     except OSError as error:
         raise _unwritable(folder, error) from error
-    with file:
+    with contextlib.ExitStack() as held:
         try:
-            # Unlike flock's, it is not inherited by forked data workers, which may outlive the run.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            warning = held.enter_context(folder_lock(folder))
         except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.seek(0)
-                who = file.read(200).strip()
-                raise UserError(
-                    f"another run is using {folder} ({who or 'it does not say which'}): "
-                    "wait for it or stop it, or give another --out"
-                ) from error
-            # Some network file systems know no locks.
-            warnings = [f"{folder} cannot be locked ({error.strerror}): start only one run in it"]
-        file.truncate(0)
-        file.write(f"host {socket.gethostname()}, process {os.getpid()}, since {now()}\n")
-        file.flush()
-        yield warnings
+            raise _unwritable(folder, error) from error
+        yield [warning] if warning else []
 
 
 def describe_start(folder: Path, command: str) -> None:
