@@ -16,6 +16,7 @@ from fact_infer.ui.drawing import Desk, Look, captioned, files_of, sentence
 from fact_infer.ui.photos import PhotoPanel
 from fact_infer.ui.style import CSS, PRIVATE, THEME, state
 from fact_infer.ui.template import TemplateTab
+from fact_infer.ui.uploads import UploadsOnly
 from fact_jax.utils.errors import UserError
 
 PEOPLE = 3
@@ -34,7 +35,7 @@ class Page:
         self.service, self.made_up, self.desk = service, made_up, Desk(service)
         self.defaults = defaults
         name = service.parts.base.name
-        with gr.Blocks(
+        with UploadsOnly(
             title="Portraits", analytics_enabled=False, delete_cache=(600, 3600)
         ) as self.blocks:
             gr.Markdown(

@@ -68,9 +68,13 @@ def service_of(parts, load=None, **limits):
 
 def start(stub, **options):
     """A client of the API, and the function that ends it."""
-    token = options.pop("token", None)
+    token, page = options.pop("token", None), options.pop("page", False)
     service = service_of(stub.parts, lambda: stub, **{"body_seconds": 5.0} | options)
     engine, app = service.engine, build_app(service, token=token)
+    if page:
+        from fact_infer.ui.page import mount
+
+        app = mount(app, service, token, [])
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

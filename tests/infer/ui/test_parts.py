@@ -15,7 +15,7 @@ from fact_infer.ui.controls import Controls
 from fact_infer.ui.drawing import Desk, sentence
 from fact_infer.ui.people import read_shots
 from fact_jax.utils.errors import UserError
-from tests.infer.service.conftest import parts, service_of, stub  # noqa: F401
+from tests.infer.service.conftest import parts, service_of, start, stub  # noqa: F401
 
 pytestmark = pytest.mark.heavy
 
@@ -102,6 +102,45 @@ def test_photos_that_are_none(stub, tmp_path):  # noqa: F811
         assert text.startswith(names[0])
         assert words in text
         assert str(tmp_path) not in text
+
+
+def test_no_path_and_no_address_of_a_request_is_opened(stub, monkeypatch, tmp_path):  # noqa: F811
+    """Only what was uploaded: the page asks Gradio for files by their place on this machine."""
+    opened, fetched = [], []
+    monkeypatch.setattr(
+        "fact_infer.ui.page.read_record", lambda file: opened.append(file) or {"prompt": ""}
+    )
+    monkeypatch.setattr(
+        "gradio.processing_utils.async_ssrf_protected_download",
+        lambda *given, **more: fetched.append(given),
+    )
+    own = recorded(tmp_path / "own.png", {"prompt": "a cat"})
+    client, end = start(stub, page=True)
+    try:
+        config = client.get("/config").json()
+        (number,) = (each["id"] for each in config["dependencies"] if each["api_name"] == "_read")
+
+        def read(session, path):
+            file = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+            asked = {"fn_index": number, "data": [file], "session_hash": session}
+            assert client.post("/gradio_api/queue/join", json=asked).status_code == 200
+            told = {"session_hash": session}
+            with client.stream("GET", "/gradio_api/queue/data", params=told) as answer:
+                lines = [line for line in answer.iter_lines() if "process_completed" in line]
+            return json.loads(lines[0].removeprefix("data:"))
+
+        (uploaded,) = client.post("/gradio_api/upload", files={"files": own.read_bytes()}).json()
+        assert read("uploaded", uploaded)["success"]
+        assert opened == [uploaded]
+        outside = f"{uploaded}/../../../{'../' * 20}{own}"
+        for place in (own, "/etc/passwd", outside, "http://example.com/x.png", "file:///x.png"):
+            found = read(str(place)[-9:], place)
+            assert not found["success"]
+            assert "was not uploaded here" in found["output"]["error"]
+    finally:
+        end()
+    assert opened == [uploaded]
+    assert not fetched
 
 
 def test_cancel_stops_all_that_a_page_draws():
