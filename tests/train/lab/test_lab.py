@@ -234,6 +234,17 @@ def test_several_at_a_time_give_the_same_report(tmp_path, monkeypatch):
     assert texts[0] == texts[1]
 
 
+def test_a_report_that_cannot_be_written_is_said_before_the_work(tmp_path, monkeypatch):
+    world = World(monkeypatch)
+    lab = make_laboratory(["fact"], tmp_path / "lab", tmp_path, 1, 20, 12)
+    with pytest.raises(UserError, match="no file can be written there"):
+        laboratory(lab)
+    assert not world.trained
+    docs = tmp_path / "new" / "report.md"
+    assert laboratory(dataclasses.replace(lab, docs=docs)) == 0
+    assert docs.is_file()
+
+
 def test_one_seed_is_said_to_be_one(tmp_path, monkeypatch):
     World(monkeypatch)
     lab = make_laboratory(["drop"], tmp_path / "lab", None, 1, 20, 12)

@@ -101,6 +101,7 @@ def laboratory(lab: Laboratory, *, dry_run: bool = False) -> int:
     if dry_run:
         return 0
     lab.out.mkdir(parents=True, exist_ok=True)
+    _check_report(lab.docs)
     with _alone(lab.out), Programs(lab.out / "programs", lab.jobs) as programs:
         # Variants that share a training are one after the other's.
         groups: dict[Path, list[Run]] = {}
@@ -123,6 +124,13 @@ def laboratory(lab: Laboratory, *, dry_run: bool = False) -> int:
     for path in write_report(lab.questions, runs, lab.evaluated, lab.docs, diverged):
         print(path)
     return 0
+
+
+def _check_report(docs: Path) -> None:
+    """UserError if the report could not be written: before a night's work, not after."""
+    docs.parent.mkdir(parents=True, exist_ok=True)
+    if docs.is_dir() or not os.access(docs.parent, os.W_OK):
+        raise UserError(f"--docs {docs}: no file can be written there")
 
 
 def _do(lab: Laboratory, run: Run, models: str, programs: Programs) -> int:

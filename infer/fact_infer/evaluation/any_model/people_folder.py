@@ -19,7 +19,7 @@ from fact_infer.evaluation.results import PictureStore
 from fact_infer.jax.pipeline import FlaxPipeline
 from fact_infer.photos import prepare_crops
 from fact_infer.request import MAX_PICTURES, MAX_SEED, GenerationParams, Photo, check_prompt
-from fact_jax.face import prepare_photo
+from fact_jax.face import prepare_photo, read_image
 from fact_jax.utils.batches import padded_batches
 from fact_jax.utils.errors import UserError
 
@@ -188,7 +188,12 @@ def _face_size(pipeline: FlaxPipeline) -> int:
 
 
 def check_photos(people: Sequence[Person]) -> None:
-    """UserError for the first photo that the model is to see and in which no face is found."""
+    """UserError for the first photo that the model is to see and in which no face is found.
+
+    And for a target photo that cannot be read, before hours of drawing rather than after.
+    """
     for person in people:
         for photo in person.photos:
             prepare_photo(photo.path, mask_file=photo.mask, pack=photo.pack)
+        if person.shown.target is not None:
+            read_image(person.shown.target)

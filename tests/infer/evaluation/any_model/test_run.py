@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from fact_infer.cli.main import main
-from fact_infer.evaluation.any_model import observations
+from fact_infer.evaluation.any_model import observations, people_folder
+from fact_infer.evaluation.any_model.manifest import Shown
 from fact_infer.evaluation.results import read_scores
 from fact_jax.face import Face, read_image
+from fact_jax.utils.errors import UserError
 from tests.infer.conftest import POINTS
 from tests.infer.evaluation.any_model.test_networks import write_network
 
@@ -133,3 +135,11 @@ def test_what_cannot_be_measured_is_one_line(options, message, capsys, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert main(["evaluate", *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_torn_target_photo_is_said_before_anything_is_drawn(tmp_path):
+    (tmp_path / "torn.png").write_bytes(b"\x89PNG")
+    shown = Shown(person="anna", references=(), target=tmp_path / "torn.png")
+    person = people_folder.Person(shown=shown, photos=())
+    with pytest.raises(UserError, match=r"torn\.png is not an image"):
+        people_folder.check_photos([person])
