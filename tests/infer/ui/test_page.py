@@ -196,7 +196,7 @@ def test_broken_files_are_one_sentence(person, tmp_path):
     person.wait("#state", "Choose a person or bring a photo first.")
     person.tab("Read back")
     person.bring("#made-here", tmp_path / "torn.png")
-    person.wait("#read-state", "torn.png cannot be read")
+    person.wait("#read-state", "torn.png is not a picture that can be read")
 
 
 def test_pictures_have_texts_and_all_is_in_reach(person):

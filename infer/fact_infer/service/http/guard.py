@@ -50,6 +50,9 @@ class Guard:
     def _refusal(self, scope: Scope) -> tuple[int, str] | None:
         headers = Headers(scope=scope)
         host, origin = headers.get("host", ""), headers.get("origin")
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # A proxy in front may go by the other: what is left would be a request of its own.
+            return 400, "send Content-Length or Transfer-Encoding, not both"
         if self._loopback and not is_loopback(_name(host)):
             return 403, "this service answers on this machine alone: ask for localhost"
         if origin is not None and origin.partition("://")[2] != host:

@@ -366,3 +366,18 @@ def test_a_wrong_query_is_one_sentence(client, form, query):
     detail = answer.json()["detail"]
     assert isinstance(detail, str)
     assert detail.startswith(query.partition("=")[0] + ": ")
+
+
+def test_a_body_of_two_lengths_is_refused(client):
+    """Where a proxy goes by one of them, the rest of the body would be a request of its own."""
+    lines = (
+        *("POST /v1/faces HTTP/1.1", "Host: localhost", "Content-Type: application/json"),
+        *("Content-Length: 4", "Transfer-Encoding: chunked", "Connection: close"),
+    )
+    with socket.create_connection(
+        (client.base_url.host, client.base_url.port), timeout=10
+    ) as asking:
+        asking.sendall("\r\n".join([*lines, "", "2", "{}", "0", "", ""]).encode())
+        answer = asking.recv(4096)
+    assert answer.startswith(b"HTTP/1.1 400 ")
+    assert b"not both" in answer
