@@ -146,17 +146,20 @@ class Page:
         self._places()
 
     def _places(self) -> None:
-        with gr.Accordion("Where each is drawn", open=False), gr.Row():
+        with gr.Accordion("Where each is drawn", open=False):
             for number in range(PEOPLE):
+                gr.Markdown(f"Person {number + 1}: paint the place", elem_classes="hint")
                 painting = gr.ImageEditor(
                     value=np.full((240, 240, 3), 225, np.uint8),
-                    label=f"Person {number + 1}: paint",
+                    label=f"Person {number + 1}: paint the place",
+                    show_label=False,
                     type="numpy",
                     sources=(),
                     transforms=(),
                     brush=gr.Brush(default_size=40, colors=["#4338ca"], color_mode="fixed"),
                     layers=False,
                     canvas_size=(240, 240),
+                    elem_id=f"place-{number}",
                     fixed_canvas=True,
                 )
                 self.paintings.append(painting)
@@ -197,10 +200,9 @@ class Page:
         if self.service.parts.face is not None and "photo" not in given:
             raise UserError("choose a person or bring a photo first")
         count = sum(1 for shots in people if shots)
-        if count > 1:
-            given["region"] = faces.regions_of(
-                [p for p, shots in zip(paintings, people, strict=False) if shots], count
-            )
+        places = [p for p, shots in zip(paintings, people, strict=False) if shots]
+        if regions := faces.regions_of(places, count):
+            given["region"] = regions
         if schedule and schedule.strip():
             given["face_scale"] = schedule.strip()
         for name, path in zip(self.input_names, inputs, strict=True):

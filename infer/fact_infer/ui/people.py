@@ -160,10 +160,15 @@ def request_of(people: Sequence[Sequence[Shot]]) -> dict[str, Any]:
 
 
 def regions_of(paintings: Sequence[dict[str, Any] | None], people: int) -> list[bytes]:
-    """Where each of several people is drawn: as painted or, unless all are, side by side."""
-    masks = [painted_mask(painting) for painting in paintings[:people]]
-    if len(masks) == people and all(mask is not None for mask in masks):
-        return [png(mask) for mask in masks if mask is not None]
+    """Where each person is drawn: as painted or, where nothing is, several of them side by side.
+
+    UserError where only some are painted.
+    """
+    masks = [mask for painting in paintings if (mask := painted_mask(painting)) is not None]
+    if masks and len(masks) < people:
+        raise UserError("paint where each person is drawn, or paint nothing: side by side then")
+    if masks or people < 2:
+        return [png(mask) for mask in masks]
     edges = np.linspace(0, 240, people + 1).astype(int)
     bands = np.zeros((people, 240, 240), np.uint8)
     for band, left, right in zip(bands, edges, edges[1:], strict=False):

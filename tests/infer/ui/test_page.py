@@ -1,5 +1,6 @@
 """The page in a browser, as a person uses it. Screenshots are kept in the test's folder."""
 
+import contextlib
 import io
 import os
 import shutil
@@ -53,8 +54,9 @@ def server():
         assert process.wait(30) == 0
 
 
-@pytest.fixture
-def person(server, tmp_path):
+@contextlib.contextmanager
+def before(server, shots):
+    """Somebody before the page of a server; nothing is asked of any other host."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
@@ -64,10 +66,16 @@ def person(server, tmp_path):
         page.on("request", lambda request: asked.append(request.url))
         page.goto(str(server.base_url))
         page.locator("#draw").wait_for(timeout=60_000)
-        yield Person(page, tmp_path)
+        yield Person(page, shots)
         browser.close()
         own = (str(server.base_url).rstrip("/"), "data:", "blob:")
         assert [url for url in asked if not url.startswith(own)] == []
+
+
+@pytest.fixture
+def person(server, tmp_path):
+    with before(server, tmp_path) as found:
+        yield found
 
 
 def shown(person, server, where="#pictures", number=0):
@@ -135,6 +143,51 @@ def test_the_best_of_several_on_one_sheet(person, server, astronaut, tmp_path): 
     assert len(paths) == 3
     for number, path in enumerate(paths):
         np.testing.assert_array_equal(shown(person, server, number=number), Image.open(path))
+
+
+def test_two_people_where_they_are_painted(person, server, astronaut):  # noqa: F811
+    page = person.page
+    drawn = []
+
+    def draw(name):
+        page.click("#draw")
+        person.wait("#state", "Done: 1 picture", 60)
+        page.wait_for_timeout(300)
+        drawn.append(shown(person, server))
+        person.look(name)
+
+    def paint(number, x):
+        page.locator(f"#place-{number} button[aria-label=Brush]").first.click()
+        canvas = page.locator(f"#place-{number} canvas").last
+        canvas.scroll_into_view_if_needed()
+        page.wait_for_timeout(500)
+        box = canvas.bounding_box()
+        at = box["x"] + x * box["width"]
+        for y in (0.15, 0.9):
+            page.mouse.move(at, box["y"] + y * box["height"], steps=8)
+            page.wait_for_timeout(200)
+            page.mouse.down()
+        page.mouse.up()
+        page.wait_for_timeout(500)
+
+    page.locator("#made-up button").nth(3).click()
+    page.locator("#photos-0-faces img").wait_for()
+    page.get_by_label("number input for Steps").first.fill("10")
+    page.get_by_role("button", name="More people in the picture").click()
+    page.get_by_role("button", name="Person 2").click()
+    person.bring("#photos-1", astronaut, astronaut.with_suffix(".points.json"))
+    person.wait("#photos-1-faces", "astronaut.png: taken")
+    draw("side-by-side")
+    page.get_by_role("button", name="Where each is drawn").click()
+    page.wait_for_timeout(500)
+    paint(0, 0.65)
+    page.click("#draw")
+    person.wait("#state", "Paint where each person is drawn, or paint nothing")
+    paint(1, 0.35)
+    person.look("painted")
+    draw("two-painted")
+    # Where nobody is painted, in the other's band, both differ from side by side.
+    assert (drawn[0] != drawn[1]).mean() > 0.2
 
 
 def test_a_template_is_redrawn(person, server, astronaut):  # noqa: F811
