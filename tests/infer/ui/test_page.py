@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import os
 import shutil
 
@@ -188,6 +189,73 @@ def test_two_people_where_they_are_painted(person, server, astronaut):  # noqa: 
     draw("two-painted")
     # Where nobody is painted, in the other's band, both differ from side by side.
     assert (drawn[0] != drawn[1]).mean() > 0.2
+
+
+def test_few_steps_with_a_lora(astronaut, tmp_path):  # noqa: F811
+    """A LoRA that diffusers wrote; the settings that the button makes are those of the record."""
+    lora = made_lora(tmp_path / "lora")
+    models = [word for name in ("base", "adapter", "encoder") for word in _models(name)]
+    options = ["--backend", "torch", "--lora", f"{lora}=1"]
+    pictures = []
+    for more in ([], options[2:]):
+        with program("ui", *models, *options[:2], *more) as (_, server):  # noqa: SIM117
+            with before(server, tmp_path) as person:
+                page = person.page
+                person.bring("#photos-0", astronaut, astronaut.with_suffix(".points.json"))
+                person.wait("#photos-0-faces", "astronaut.png: taken")
+                prompt = page.get_by_label("Prompt (one on each line)")
+                prompt.fill("a portrait of a person")
+                button = page.get_by_role("button", name="Few steps")
+                page.get_by_role("button", name="Advanced").first.click()
+                page.wait_for_timeout(500)
+                if more:
+                    button.click()
+                    steps = page.get_by_label("number input for Steps").first
+                    for _ in range(50):
+                        if steps.input_value() == "6":
+                            break
+                        page.wait_for_timeout(100)
+                    assert steps.input_value() == "6"
+                else:  # the same settings, by hand
+                    assert button.count() == 0
+                    page.get_by_label("number input for Steps").first.fill("6")
+                    page.get_by_label("number input for Guidance").first.fill("1")
+                    page.get_by_label("Sampler").first.click()
+                    page.get_by_role("option", name="lcm").click()
+                page.click("#draw")
+                person.wait("#state", "Done: 1 picture", 60)
+                page.wait_for_timeout(300)
+                person.look(f"few-steps-{len(pictures)}")
+                pictures.append(shown(person, server))
+                url = page.locator("#pictures img").first.get_attribute("src")
+                image = Image.open(io.BytesIO(server.get(url).content))
+                record = json.loads(image.text["fact_jax"])
+                assert (record["sampler"], record["steps"]) == ("lcm", 6)
+                assert record["guidance"] == 1.0
+                assert record["loras"] == (f"{lora}=1" if more else None)
+    assert (pictures[0] != pictures[1]).mean() > 0.2
+
+
+def _models(name):
+    return f"--{name}", OPERATOR[name]
+
+
+def made_lora(folder):
+    """A small random LoRA for the miniature's UNet, saved by diffusers."""
+    import torch
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    unet = UNet2DConditionModel.from_pretrained(OPERATOR["base"], subfolder="unet")
+    unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_v", "to_out.0"]))
+    draw = torch.Generator().manual_seed(0)
+    for name, parameter in unet.named_parameters():
+        if "lora_" in name:
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=draw)
+    layers = get_peft_model_state_dict(unet)
+    StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers)
+    return folder / "pytorch_lora_weights.safetensors"
 
 
 def test_a_template_is_redrawn(person, server, astronaut):  # noqa: F811
