@@ -34,7 +34,8 @@ class Page:
     def __init__(self, service: Service, defaults: dict[str, Any], made_up: list[Path]):
         self.service, self.made_up, self.desk = service, made_up, Desk(service)
         self.defaults = defaults
-        name = service.parts.base.name
+        # OWNER/REPOSITORY, or the end of a path, whose rest is the operator's.
+        name = "/".join(Path(service.parts.base.name).parts[-2:])
         with UploadsOnly(
             title="Portraits", analytics_enabled=False, delete_cache=(600, 3600)
         ) as self.blocks:
