@@ -89,7 +89,7 @@ def measure(records: Path) -> dict[str, float]:
     tokenizer = read_tokenizer(Path("miniature/base/tokenizer"), 77)
     before = memory()
     stored = Records(records)
-    rows = PixelDataset(stored, tokenizer, region="head", cells=stored.size // 8)
+    rows = PixelDataset(stored, tokenizer, region="head", cell=8)
     batches = GrainSource(rows, BATCH, 0).batches(0, np.arange(BATCH))
     next(batches)
     began, cpu = time.perf_counter(), time.process_time()

@@ -31,7 +31,7 @@ def parts(miniature, records):
 
 def writer(parts, out) -> CacheWriter:
     records, encoders, pipeline = parts
-    return CacheWriter(records, encoders, pipeline.tokenizer, out, cells=8, rows_per_shard=4)
+    return CacheWriter(records, encoders, pipeline.tokenizer, out, cell=2, rows_per_shard=4)
 
 
 def quiet(line: str) -> None:

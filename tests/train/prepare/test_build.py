@@ -13,7 +13,7 @@ from fact_train.cli.main import main
 from fact_train.data.records import Records, data_libraries, decode
 from fact_train.prepare.build import build
 from fact_train.prepare.models.provider import Photo
-from fact_train.prepare.photos.photo import square_up
+from fact_train.prepare.photos.photo import cut_out
 from fact_train.prepare.settings import BuildSettings
 from fact_train.prepare.sources import Item
 from tests.train.prepare.conftest import POINTS, rejected, write_photo
@@ -157,7 +157,8 @@ def test_the_square_lies_around_the_head_and_takes_the_points_along():
     points = POINTS.astype(np.float32)
     points[2] = nose
     face = Face(points, np.array([40, 5, 100, 75], np.float32))
-    picture, moved, head = square_up(Photo(Item("a"), image, (80, 120), face=face, mask=mask), 160)
+    photo = Photo(Item("a"), image, (80, 120), face=face, mask=mask)
+    picture, moved, head = cut_out(photo, [(160, 160)])
     # The square is 80 wide; the head's middle is 70, so it runs from 30 to 110.
     np.testing.assert_allclose(moved, (points - (30, 0) + 0.5) * 2 - 0.5, atol=1e-4)
     pixels = decode(picture).astype(np.float32).mean(-1)

@@ -143,9 +143,8 @@ def test_a_person_is_removed_with_all_that_is_left_of_them(out, miniature, tmp_p
     pipeline, encoder = load_pipeline(miniature / "base"), load_encoder(miniature / "encoder")
     records = open_records(str(out), pipeline, encoder)
     frozen = FrozenEncoders(pipeline, encoder)
-    cells = pipeline.unet.config.sample_size
     writer = CacheWriter(
-        records, frozen, pipeline.tokenizer, tmp_path / "cache", cells=cells, rows_per_shard=4
+        records, frozen, pipeline.tokenizer, tmp_path / "cache", cell=2, rows_per_shard=4
     )
     assert writer.write((0, 1), lambda line: None)
     before = CachedDataset(tmp_path / "cache", "head")

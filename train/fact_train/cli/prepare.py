@@ -99,6 +99,13 @@ def _add_build(what: argparse._SubParsersAction) -> None:
     )
     build.add_argument("--size", type=whole_number, default=512, help="side of the photos (512)")
     build.add_argument("--crop", type=whole_number, default=112, help="side of the crops (112)")
+    build.add_argument(
+        "--buckets",
+        type=whole_number,
+        metavar="STEP",
+        help="keep about the photos' aspect ratio: sides in multiples of STEP (64 for SD 1.5), "
+        "area of --size squared (default: squares)",
+    )
     models = build.add_argument_group("models, from local files; none is ever downloaded")
     for role, text in (
         ("detector", "SCRFD, RetinaFace or YuNet (.onnx, or an insightface pack's folder)"),
@@ -206,9 +213,9 @@ def _build(arguments: argparse.Namespace) -> int:
     given = {
         name: getattr(arguments, name)
         for name in (
-            *("source", "format", "root", "size", "crop", "detector", "parser", "quality"),
-            *("embedder", "captioner", "provider", "batch", "chunk", "duplicates", "same_face"),
-            *("other_face", "min_photos"),
+            *("source", "format", "root", "size", "crop", "buckets", "detector", "parser"),
+            *("quality", "embedder", "captioner", "provider", "batch", "chunk", "duplicates"),
+            *("same_face", "other_face", "min_photos"),
         )
     }
     gates = {name: _number(text, "--gate") for name, text in _pairs(arguments.gate, "--gate")}

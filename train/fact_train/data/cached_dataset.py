@@ -29,11 +29,13 @@ from fact_train.data.dataset_files import (
 from fact_train.data.frozen_encoders import FrozenEncoders
 from fact_train.data.pixel_dataset import PixelDataset
 from fact_train.data.records import (
+    SHAPES,
     Records,
     data_libraries,
     open_folder,
     read_identities,
     read_row,
+    read_shapes,
 )
 
 NAME, VERSION = "face_cache", "1.0.0"
@@ -56,6 +58,7 @@ class CachedDataset:
         self.folder, self.fingerprint, self._source = open_folder(folder, NAME, VERSION)
         self._mask = f"{region}_mask"
         self.identities: Int[np.ndarray, " n"] = read_identities(self.folder, len(self._source))
+        self.shapes = _shapes(self.folder, len(self._source))
         self._origin = _read_origin(self.folder)
 
     def load(self, number: int, partner: int) -> dict[str, np.ndarray]:
@@ -74,7 +77,7 @@ class CachedDataset:
 
 
 class CacheWriter:
-    """Encodes records and writes them as shards into ``out``; ``cells`` is a side of the latents.
+    """Encodes records and writes them as shards into ``out``; a cell of latents is ``cell`` pixels.
 
     Raises UserError if ``out`` holds a cache of other records or by other weights.
     """
@@ -86,12 +89,12 @@ class CacheWriter:
         tokenizer: Tokenizer,
         out: Path,
         *,
-        cells: int,
+        cell: int,
         rows_per_shard: int = ROWS_PER_SHARD,
     ):
         self._tfds = data_libraries().tfds
         self._records, self._encoders = records, encoders
-        self._rows = PixelDataset(records, tokenizer, region="head", cells=cells)
+        self._rows = PixelDataset(records, tokenizer, region="head", cell=cell)
         self.folder = out / NAME / VERSION
         self._per_shard, self._count = rows_per_shard, len(records)
         self._origin = {
@@ -154,18 +157,29 @@ class CacheWriter:
             writer.close()
 
     def _encoded(self, numbers: range) -> Iterator[dict[str, np.ndarray]]:
-        """Rows with every feature, encoded in batches of one shape."""
-        for first in range(0, len(numbers), self._at_once):
-            some = numbers[first : first + self._at_once]
-            rows = [self._records[number] for number in some]
-            samples = [self._rows.sample(*pair) for pair in zip(some, rows, strict=True)]
-            samples += samples[-1:] * (self._at_once - len(some))
-            batch = {name: np.stack([one[name] for one in samples]) for name in samples[0]}
-            batch = jax.device_put(batch, self._split)
-            encoded = jax.tree.map(np.asarray, self._encode(self._frozen, batch))
-            for i, (number, row) in enumerate(zip(some, rows, strict=True)):
-                masks = {f"{name}_mask": self._rows.mask(number, row, name) for name in _REGIONS}
-                yield {name: array[i] for name, array in encoded.items()} | masks
+        """Rows with every feature, in order, encoded in batches of one shape."""
+        shapes, ready = self._records.shapes, dict[int, dict[str, np.ndarray]]()
+        for number in numbers:
+            if number not in ready:
+                alike: Sequence[int] = range(number, numbers.stop)
+                if shapes is not None:
+                    alike = [one for one in alike if (shapes[one] == shapes[number]).all()]
+                ready |= self._encode_rows(alike[: self._at_once])
+            yield ready.pop(number)
+
+    def _encode_rows(self, numbers: Sequence[int]) -> dict[int, dict[str, np.ndarray]]:
+        """Rows of one shape by their numbers; the batch is filled up to its full size."""
+        rows = [self._records[number] for number in numbers]
+        samples = [self._rows.sample(*pair) for pair in zip(numbers, rows, strict=True)]
+        samples += samples[-1:] * (self._at_once - len(numbers))
+        batch = {name: np.stack([one[name] for one in samples]) for name in samples[0]}
+        batch = jax.device_put(batch, self._split)
+        encoded = jax.tree.map(np.asarray, self._encode(self._frozen, batch))
+        return {
+            number: {name: array[i] for name, array in encoded.items()}
+            | {f"{name}_mask": self._rows.mask(number, row, name) for name in _REGIONS}
+            for i, (number, row) in enumerate(zip(numbers, rows, strict=True))
+        }
 
     def _encode_samples(self, frozen: PyTree, batch: dict[str, Array]) -> dict[str, Array]:
         mean, log_variance = self._encoders.moments(frozen, batch["images"])
@@ -177,15 +191,17 @@ class CacheWriter:
         }
 
     def _features(self) -> Any:
-        row = next(self._encoded(range(1)))
+        (row,) = self._encode_rows([0]).values()
+        shapes = {name: value.shape for name, value in row.items()}
+        if self._records.shapes is not None:
+            for name in shapes.keys() - {"text", "tokens"}:
+                shapes[name] = (None, None, *shapes[name][2:])
         kinds = self._tfds.features
         return kinds.FeaturesDict(
             {
                 # As raw bytes: lists of numbers are slow to read.
-                name: kinds.Tensor(
-                    shape=value.shape, dtype=np.float32, encoding=kinds.Encoding.BYTES
-                )
-                for name, value in row.items()
+                name: kinds.Tensor(shape=shape, dtype=np.float32, encoding=kinds.Encoding.BYTES)
+                for name, shape in shapes.items()
             }
         )
 
@@ -193,7 +209,8 @@ class CacheWriter:
         """Write the files about the whole; of several processes all write the same."""
         starts = range(0, self._count, self._per_shard)
         lengths = [min(self._per_shard, self._count - start) for start in starts]
-        _write_about(self.folder, self._features(), lengths, self.paths, self._records.identities)
+        about = self._records.identities, self._records.shapes
+        _write_about(self.folder, self._features(), lengths, self.paths, *about)
 
 
 def _write_about(
@@ -202,6 +219,7 @@ def _write_about(
     lengths: list[int],
     paths: list[Path],
     identities: Int[np.ndarray, " n"],
+    shapes: Int[np.ndarray, "n 2"] | None,
 ) -> None:
     sizes = {path.name: path.stat().st_size for path in paths}
     write_info(
@@ -210,6 +228,7 @@ def _write_about(
         {"train": (lengths, sum(sizes.values()))},
         {"train": identities},
         sizes,
+        shapes=None if shapes is None else {"train": shapes},
         name=NAME,
         version=VERSION,
         description=_DESCRIPTION,
@@ -229,6 +248,7 @@ def drop_rows(cache: Path, gone: Sequence[int], before: str, after: str) -> None
         return
     _compare(folder, origin, {"records": before})
     features, identities = source.dataset_info.features, read_identities(folder, len(source))
+    shapes = _shapes(folder, len(source))
     kept = np.setdiff1d(np.arange(len(source)), gone)
     old = sorted(folder.glob("*.array_record*"))
     per_shard = origin["rows_per_shard"]
@@ -247,7 +267,13 @@ def drop_rows(cache: Path, gone: Sequence[int], before: str, after: str) -> None
             lengths.append(len(some))
         told = json.dumps(origin | {"records": after}, indent=1)
         (temporary / ORIGIN).write_text(told + "\n")
-        _write_about(temporary, features, lengths, paths, identities[kept])
+        kept_shapes = None if shapes is None else shapes[kept]
+        _write_about(temporary, features, lengths, paths, identities[kept], kept_shapes)
+
+
+def _shapes(folder: Path, count: int) -> Int[np.ndarray, "n 2"] | None:
+    """Height and width of each row's photo; None where all are alike."""
+    return read_shapes(folder, count) if (folder / SHAPES).is_file() else None
 
 
 def _read_origin(folder: Path) -> dict:

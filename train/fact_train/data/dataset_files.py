@@ -10,28 +10,32 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from fact_train.data.records import IDENTITIES, NAME, SIZES, VERSION, data_libraries
+from fact_train.data.records import IDENTITIES, NAME, SHAPES, SIZES, VERSION, data_libraries
 
 DESCRIPTION = """\
 Photos of people for training FACT (Face Adapter with deCoupled Training, arXiv 2410.12312).
 
-One record is one photo: `photo` (square RGB, PNG or JPEG), `caption` (it names the scene, not the
-person), `face_mask` and `head_mask` (grey, of the photo's size, 255 on the face or on the head
-with its hair), `crop` (the face aligned to the ArcFace template by its five points, everything but
-the head black, as the face encoder takes it), `points` (left eye, right eye, nose tip, left and
-right mouth corner as the viewer sees them; x and y in pixels of the photo), `identity` (the same
-text for all photos of a person) and `name` (where the photo came from).
+One record is one photo: `photo` (RGB, PNG or JPEG, square unless built with --buckets), `caption`
+(it names the scene, not the person), `face_mask` and `head_mask` (grey, of the photo's size, 255 on
+the face or on the head with its hair), `crop` (the face aligned to the ArcFace template by its five
+points, everything but the head black, as the face encoder takes it), `points` (left eye, right eye,
+nose tip, left and right mouth corner as the viewer sees them; x and y in pixels of the photo),
+`identity` (the same text for all photos of a person) and `name` (where the photo came from).
 
 Records stand in the order in which they were written; `identities.npy` beside them holds the number
-of the person in each, int32, `sizes.json` the bytes of every shard. Reading needs no TensorFlow:
+of the person in each, int32, `shapes.npy`, if photos are not square, the height and width of each,
+`sizes.json` the bytes of every shard. Reading needs no TensorFlow:
 
     tfds.data_source("face_records", split="train", data_dir=...)
 """
 CITATION = "Yu et al., FaceChain-FACT, arXiv 2410.12312, 2024"
 
 
-def face_features(size: int, crop_size: int) -> Any:
-    """The tfds features of a record; photos and masks of ``size``, crops of ``crop_size``."""
+def face_features(size: int | None, crop_size: int) -> Any:
+    """The tfds features of a record; photos and masks of ``size``, crops of ``crop_size``.
+
+    Without a ``size`` photos may have any shape.
+    """
     kinds = data_libraries().tfds.features
     mask = kinds.Image(shape=(size, size, 1), encoding_format="png")
     return kinds.FeaturesDict(
@@ -96,6 +100,7 @@ def write_info(
     identities: Mapping[str, Int[np.ndarray, " n"]],
     sizes: Mapping[str, int],
     *,
+    shapes: Mapping[str, Int[np.ndarray, "n 2"]] | None = None,
     name: str = NAME,
     version: str = VERSION,
     description: str = DESCRIPTION,
@@ -103,7 +108,8 @@ def write_info(
 ) -> None:
     """Write what tells of the shards, at last ``features.json``: a folder with it is whole.
 
-    ``splits`` gives the records in each shard and the bytes of all, ``sizes`` the bytes of a file.
+    ``splits`` gives the records in each shard and the bytes of all, ``sizes`` the bytes of a file,
+    ``shapes`` height and width of each photo where they differ.
     """
     core = data_libraries().tfds.core
     with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=folder) as temporary:
@@ -125,12 +131,14 @@ def write_info(
         info.set_splits(core.splits.SplitDict(split_infos))
         info.write_to_directory(whole)
         for split, who in identities.items():
-            np.save(whole / identities_name(split), np.asarray(who, np.int32))
+            np.save(whole / split_name(IDENTITIES, split), np.asarray(who, np.int32))
+        for split, sides in (shapes or {}).items():
+            np.save(whole / split_name(SHAPES, split), np.asarray(sides, np.int32))
         (whole / SIZES).write_text(json.dumps(dict(sizes), indent=1) + "\n")
         for path in sorted(whole.iterdir(), key=lambda path: path.name == "features.json"):
             os.replace(path, folder / path.name)
 
 
-def identities_name(split: str) -> str:
-    """The file with the number of the person in each record of a split."""
-    return IDENTITIES if split == "train" else f"identities-{split}.npy"
+def split_name(name: str, split: str) -> str:
+    """The file ``name`` of a split: identities.npy of train, identities-validation.npy."""
+    return name if split == "train" else name.replace(".", f"-{split}.")

@@ -5,10 +5,11 @@ stands beside whom. So the step is the whole position, on any number of processe
 changes that nowhere but in its own places, where another record stands for it.
 """
 
+import functools
 import hashlib
 import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -28,10 +29,12 @@ class Dataset(Protocol):
     """Samples by number. ``fingerprint`` tells one data set from another."""
 
     identities: Int[np.ndarray, " n"]
+    shapes: Int[np.ndarray, "n 2"] | None
+    """Height and width of each photo; None where all are alike."""
     fingerprint: str
 
     def load(self, number: int, partner: int) -> dict[str, np.ndarray]:
-        """A sample, with the face of row ``partner`` beside its own; shapes are always the same.
+        """A sample, with the face of row ``partner`` beside its own, as the photo's shape wants it.
 
         DamagedError, with the number, for a record that cannot be read.
         """
@@ -85,11 +88,61 @@ class DamagedRecords:
             _LOG.warning("warning: %s; it is skipped (%d so far)", error, many)
 
 
+class Buckets:
+    """Rows whose photos are of one shape, which alone make a batch.
+
+    Each bucket's batches go through its rows again and again, and of all batches it has the share
+    that it has of the rows: exactly, over the epochs. Which bucket is next is shuffled.
+    """
+
+    def __init__(
+        self, shapes: Int[np.ndarray, "n 2"] | None, count: int, batch_size: int, seed: int
+    ):
+        self.rows: list[Sequence[int] | Int[np.ndarray, " m"]] = [range(count)]
+        if shapes is not None:
+            _, which = np.unique(shapes, axis=0, return_inverse=True)
+            self.rows = [np.flatnonzero(which.ravel() == i) for i in range(which.max() + 1)]
+        self._count, self._batch_size, self._seed = count, batch_size, seed
+        self._sizes = tuple(map(len, self.rows))
+
+    def choose(self, step: int) -> tuple[int, int]:
+        """The bucket of the batch after ``step`` steps, and how many batches it had before."""
+        if len(self.rows) == 1:
+            return 0, step
+        epoch = step * self._batch_size // self._count
+        while sum(_batches_before(self._sizes, self._batch_size, epoch + 1)) <= step:
+            epoch += 1
+        place = step - sum(_batches_before(self._sizes, self._batch_size, epoch))
+        which, nth = _turns(self._sizes, self._batch_size, self._seed, epoch)
+        return int(which[place]), int(nth[place])
+
+
+def _batches_before(sizes: tuple[int, ...], batch_size: int, epoch: int) -> list[int]:
+    """Whole batches of each bucket before an epoch; what is left goes into the next one's first."""
+    return [epoch * size // batch_size for size in sizes]
+
+
+@functools.lru_cache(maxsize=4)
+def _turns(
+    sizes: tuple[int, ...], batch_size: int, seed: int, epoch: int
+) -> tuple[Int[np.ndarray, " b"], Int[np.ndarray, " b"]]:
+    """Bucket of each batch of an epoch, and its number among that bucket's batches."""
+    first, end = (_batches_before(sizes, batch_size, one) for one in (epoch, epoch + 1))
+    which = np.repeat(np.arange(len(sizes)), np.subtract(end, first))
+    which = np.random.default_rng([seed, epoch, 2]).permutation(which)
+    nth = np.empty_like(which)
+    for bucket, numbers in enumerate(map(np.arange, first, end)):
+        nth[which == bucket] = numbers
+    return which, nth
+
+
 class GrainSource:
     """A ``fact_train.engine.task.Source`` of stored rows; every epoch visits each row once.
 
-    Where a record is damaged another is taken, and another partner where the partner is: which
-    ones follows from the seed and the place alone, and all other places keep theirs.
+    Photos of several shapes come in batches of one (:class:`Buckets`).
+
+    Where a record is damaged another of its shape is taken, and another partner where the partner
+    is: which ones follows from the seed and the place alone, and all other places keep theirs.
     """
 
     def __init__(self, rows: Dataset, batch_size: int, seed: int):
@@ -100,28 +153,37 @@ class GrainSource:
         self._count = len(rows.identities)
         self._partners = SameIdentityPairs(rows.identities)
         self._damaged = DamagedRecords(self._count)
-        self._order = self._grain.MapDataset.range(self._count).seed(seed).shuffle().repeat()
+        self._buckets = Buckets(rows.shapes, self._count, batch_size, seed)
+        self._orders = [
+            self._grain.MapDataset.range(len(some)).seed(seed).shuffle().repeat()
+            for some in self._buckets.rows
+        ]
         text = f"{rows.fingerprint} {self._count} {batch_size} {seed}"
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()[:32]
 
     def choose(self, step: int, row: int) -> tuple[int, int]:
         """Number of the sample, and of its partner, in a row of the batch after ``step`` steps."""
         position = step * self._batch_size + row
-        number = int(self._order[position])
+        bucket, before = self._buckets.choose(step)
+        place = self._orders[bucket][before * self._batch_size + row]
+        number = int(self._buckets.rows[bucket][place])
         return number, self._partners.draw(number, np.random.default_rng([self._seed, position]))
 
     def load(self, step: int, row: int) -> dict[str, np.ndarray]:
         """The sample in a row of the batch after ``step`` steps."""
         number, partner = self.choose(step, row)
         again = np.random.default_rng([self._seed, step * self._batch_size + row, 1])
+        alike = self._buckets.rows[self._buckets.choose(step)[0]]
         failed = 0
         while True:
             try:
                 return self._rows.load(number, partner)
             except DamagedError as error:
                 self._damaged.add(error)
+                if self._damaged.numbers.issuperset(alike):
+                    raise UserError(f"{error}; no photo of its shape is left") from error
                 if error.number == number:
-                    number = int(again.integers(self._count))
+                    number = int(alike[int(again.integers(len(alike)))])
             failed += 1
             partner = self._partners.draw(number, again)
             if failed > _PARTNERS_TRIED:  # none of the others may be readable

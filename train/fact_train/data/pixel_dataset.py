@@ -14,10 +14,17 @@ def open_records(folder: str, pipeline: Pipeline, encoder: TransFace) -> Records
     """Records of the sizes that the base and the face encoder take; UserError for others."""
     records = Records(folder)
     size = pipeline.unet.config.sample_size * pipeline.vae.config.downscale
-    wanted = {
-        "--size": (records.size, size),
-        "--crop": (records.crop_size, encoder.config.img_size),
-    }
+    wanted: dict[str, tuple[object, int]] = {"--crop": (records.crop_size, encoder.config.img_size)}
+    if records.shapes is None:
+        wanted["--size"] = (records.size, size)
+    else:
+        # What the encoder of the UNet halves comes out even.
+        step = pipeline.vae.config.downscale << (len(pipeline.unet.config.block_out_channels) - 1)
+        areas = records.shapes.prod(1, dtype=np.int64) / size**2
+        if (records.shapes % step).any() or np.abs(areas - 1).max() > 0.25:
+            sides = np.unique(records.shapes, axis=0).tolist()
+            found = ", ".join(f"{height} x {width}" for height, width in sides)
+            wanted[f"--size {size} --buckets"] = (f"photos of {found}", step)
     wrong = [f"{name} {need} (it is {has})" for name, (has, need) in wanted.items() if has != need]
     if wrong:
         raise UserError(
@@ -30,9 +37,10 @@ def open_records(folder: str, pipeline: Pipeline, encoder: TransFace) -> Records
 class PixelDataset:
     """Rows with ``images``, ``crops`` and ``partner_crops`` in 0..255, ``ids``, and ``mask``.
 
-    ``region`` ("head" or "face") says which mask; it is averaged to ``cells`` x ``cells``, which
-    divide the photo's size. With ``identity`` also what an identity loss takes: ``head`` masks in
-    0..255, ``warp`` (2, 3) from the crop to the photo, and the ``person``'s number.
+    ``region`` ("head" or "face") says which mask; it is averaged over squares of ``cell`` pixels,
+    which divides the photo's sides. Photos and masks are of one shape where ``shapes`` is None.
+    With ``identity`` also what an identity loss takes: ``head`` masks in 0..255, ``warp`` (2, 3)
+    from the crop to the photo, and the ``person``'s number.
     """
 
     def __init__(
@@ -40,12 +48,13 @@ class PixelDataset:
         records: Records,
         tokenizer: Tokenizer,
         region: str,
-        cells: int,
+        cell: int,
         identity: bool = False,
     ):
         self._records, self._tokenizer = records, tokenizer
-        self._region, self._cells, self._identity = region, cells, identity
+        self._region, self._cell, self._identity = region, cell, identity
         self.identities, self.fingerprint = records.identities, records.fingerprint
+        self.shapes = records.shapes
 
     def load(self, number: int, partner: int) -> dict[str, np.ndarray]:
         row = self._records[number]
@@ -76,6 +85,6 @@ class PixelDataset:
         """A mask in [0, 1], each cell the mean of what it covers."""
         pixels = self._records.picture(number, row, f"{region}_mask")
         # Not by matrices: their own threads would fight with those that decode.
-        side = len(pixels) // self._cells
-        parts = pixels.reshape(self._cells, side, self._cells, side)
+        side, (height, width) = self._cell, pixels.shape[:2]
+        parts = pixels.reshape(height // side, side, width // side, side)
         return parts.mean((1, 3), dtype=np.float32) / np.float32(255.0)

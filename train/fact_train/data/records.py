@@ -20,7 +20,7 @@ from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError
 
 NAME, VERSION = "face_records", "1.0.0"
-IDENTITIES, SIZES = "identities.npy", "sizes.json"
+IDENTITIES, SHAPES, SIZES = "identities.npy", "shapes.npy", "sizes.json"
 PICTURES = ("photo", "face_mask", "head_mask", "crop")
 
 
@@ -38,8 +38,8 @@ class Example:
     """One photo of one person; pictures are encoded files (the photo PNG or JPEG, the rest PNG).
 
     ``identity`` is the same text for all photos of a person and for nobody else. ``photo`` and
-    the masks (grey, 255 on the face or head) are square and of one size; ``crop`` is the aligned
-    face with everything but the head black; ``points`` are (x, y) in pixels of the photo.
+    the masks (grey, 255 on the face or head) are of one size; ``crop`` is the aligned face, a
+    square, with everything but the head black; ``points`` are (x, y) in pixels of the photo.
     """
 
     identity: str
@@ -77,7 +77,10 @@ class Records:
         self.folder, self.fingerprint, source = open_folder(folder, NAME, VERSION, PICTURES)
         self._source = source
         features = source.dataset_info.features
-        self.size, self.crop_size = features["photo"].shape[0], features["crop"].shape[0]
+        self.size: int | None = features["photo"].shape[0]
+        """Side of the photos; None where they are of several ``shapes``."""
+        self.crop_size: int = features["crop"].shape[0]
+        self.shapes = read_shapes(self.folder, len(source)) if self.size is None else None
         self.identities: Int[np.ndarray, " n"] = read_identities(self.folder, len(source))
 
     def __len__(self) -> int:
@@ -148,6 +151,17 @@ def read_identities(folder: Path, count: int) -> Int[np.ndarray, " n"]:
             f"{folder}: {len(identities)} identities for {count} records: the folder is not whole"
         )
     return identities
+
+
+def read_shapes(folder: Path, count: int) -> Int[np.ndarray, "n 2"]:
+    """Height and width of the photo in every record."""
+    try:
+        shapes = np.load(folder / SHAPES)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / SHAPES} cannot be read: {one_line(error)}") from error
+    if shapes.shape != (count, 2):
+        raise UserError(f"{folder}: {len(shapes)} shapes for {count} records: it is not whole")
+    return shapes
 
 
 def check_sizes(folder: Path) -> None:

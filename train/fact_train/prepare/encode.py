@@ -20,7 +20,7 @@ def cache_writer(base: str, encoder: str, records: str, out: str) -> CacheWriter
         FrozenEncoders(pipeline, face),
         pipeline.tokenizer,
         Path(out),
-        cells=pipeline.unet.config.sample_size,
+        cell=pipeline.vae.config.downscale,
     )
 
 

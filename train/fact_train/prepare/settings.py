@@ -54,6 +54,8 @@ class BuildSettings(CheckedFields):
     source: str
     size: Count = 512
     crop: Count = 112
+    buckets: Count | None = None
+    """Photos keep about their aspect ratio: sides in multiples of it, area about size^2."""
     format: str = "auto"
     root: str | None = None
     """Folder of the images that a table names; its own without."""
@@ -85,6 +87,24 @@ class BuildSettings(CheckedFields):
             if role not in ROLES:
                 raise ValueError(f"column {role}: known are {', '.join(ROLES)}")
         check_splits(self.splits)
+        if self.buckets and (self.size % self.buckets or len(self.shapes) == 1):
+            raise ValueError(
+                f"buckets {self.buckets}: size {self.size} is to be a multiple of it, with others "
+                "beside it (64 for a size of 512)"
+            )
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(height, width) that photos are cut to: the square, and the rest up to 2 : 1 or so.
+
+        Each short side has the long one that brings the area nearest to that of the square.
+        """
+        size, step = self.size, self.buckets or self.size
+        found = [(size, size)]
+        for short in range(size - step, int(size / 2**0.5), -step):
+            long = round(size**2 / short / step) * step
+            found += [(short, long), (long, short)]
+        return found
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), sort_keys=True)

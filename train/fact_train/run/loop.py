@@ -155,13 +155,14 @@ class _Loop:
         rows = rows_of_process(mesh, config.batch_size)
         to_devices = functools.partial(global_batch, mesh, config.batch_size, rows)
         batches = source.batches(start, rows)
-        compiled = None
+        programs: dict[tuple, jax.stages.Compiled] = {}  # one for each shape of photos
         with prefetch(batches, to_devices, start, config.steps) as ready:
             for step, batch in self.meter.waits(ready):
-                if compiled is None:
-                    compiled = self._compile(train_step, state, batch)
+                shapes = tuple(array.shape for array in batch.values())
+                if shapes not in programs:
+                    programs[shapes] = self._compile(train_step, state, batch)
                 profile.before(step)
-                state, metrics = compiled(state, self.frozen, batch, train_step.key)
+                state, metrics = programs[shapes](state, self.frozen, batch, train_step.key)
                 in_flight.append(metrics["skipped_in_a_row"])
                 # Reading a value from two steps ago keeps the queue short and the device busy.
                 if len(in_flight) > 2:

@@ -179,10 +179,10 @@ class AdapterTask(Task):
             return cached
         if records is None:
             return None
-        cells = self.pipeline.unet.config.sample_size
+        cell = self.pipeline.vae.config.downscale
         tokenizer = self.pipeline.tokenizer
         with_identity = options.identity.encoder is not None
-        return PixelDataset(records, tokenizer, options.region, cells, with_identity)
+        return PixelDataset(records, tokenizer, options.region, cell, with_identity)
 
     def _check_widths(self) -> None:
         resampler = self.options.resampler

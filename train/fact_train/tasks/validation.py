@@ -89,6 +89,8 @@ def draw_validation(size: int, crop_size: int) -> ValidationSet:
 def read_validation(folder: str, pipeline: Any, encoder: Any) -> ValidationSet:
     """The first people of a folder of records; UserError if there are fewer than two."""
     records = open_records(folder, pipeline, encoder)
+    if records.shapes is not None:
+        raise UserError(f"{folder}: watching takes square photos, built without --buckets")
     _, first = np.unique(records.identities, return_index=True)
     pairs = []
     for i in sorted(first):

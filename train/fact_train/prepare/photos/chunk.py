@@ -36,7 +36,7 @@ def prepare_chunk(settings_json: str, work: str, name: str) -> dict[str, int]:
     if store.exists(lines_name):
         return _count(list(store.lines(lines_name)))
     chunk = store.json(f"list/{name}.json")
-    coder = Coder(face_features(settings.size, settings.crop))
+    coder = Coder(face_features(None if settings.buckets else settings.size, settings.crop))
     lines: list[dict] = []
     shown: Counter[str] = Counter()
     with store.writing(f"done/{name}.array_record") as temporary:

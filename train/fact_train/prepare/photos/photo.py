@@ -1,6 +1,7 @@
 """A photo on its way to a record: decoded, its face chosen, gates, crop; the record's pictures."""
 
 import io
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -103,7 +104,7 @@ def finish(photo: Photo, settings: BuildSettings) -> tuple[Example, dict[str, An
         photo.mask = head_mask(photo.image.shape, photo.face.points).mask
         photo.by["mask"] = "ellipse"
     crop = align_face(photo.image, photo.face.points, settings.crop, photo.mask)
-    picture, points, head = square_up(photo, settings.size)
+    picture, points, head = cut_out(photo, settings.shapes)
     item, fields = photo.item, photo.item.fields
     example = Example(
         identity=str(fields.get("identity", "")),
@@ -123,34 +124,60 @@ def finish(photo: Photo, settings: BuildSettings) -> tuple[Example, dict[str, An
         **{key: str(fields[key]) for key in ("licence", "source", "consent") if key in fields},
         "by": photo.by,
     }
+    if settings.buckets:
+        about["shape"] = list(head.shape)
     return example, about
 
 
-def square_up(
-    photo: Photo, size: int
-) -> tuple[bytes, Float[np.ndarray, "5 2"], Float[np.ndarray, "size size"]]:
-    """The largest square around the face, brought to ``size``: JPEG photo, points, head mask.
+def cut_out(
+    photo: Photo, shapes: Sequence[tuple[int, int]]
+) -> tuple[bytes, Float[np.ndarray, "5 2"], Float[np.ndarray, "h w"]]:
+    """The largest part around the face of one of the shapes: JPEG photo, points, head mask.
 
-    Its middle is as near to the middle of the head as the photo's edges allow.
+    Of the (height, width) in ``shapes`` it is the one nearest to the photo's ratio that holds the
+    head and the points, else just the nearest. The middle of the part is as near to the middle of
+    the head as the photo's edges allow.
     """
     image, mask = photo.image, photo.mask
     assert mask is not None
     assert photo.face is not None
-    height, width = image.shape[:2]
-    side = min(height, width)
-    rows, columns = (np.flatnonzero(mask.max(axis) > 0.5) for axis in (1, 0))
-    top, left = (
-        int(np.clip((marked[0] + marked[-1] + 1 - side) / 2, 0, length - side))
-        if len(marked)
-        else (length - side) // 2
-        for marked, length in ((rows, height), (columns, width))
-    )
-    part = np.s_[top : top + side, left : left + side]
+    ratio = np.log(image.shape[0] / image.shape[1])
+    nearest = sorted(shapes, key=lambda shape: abs(np.log(shape[0] / shape[1]) - ratio))
+    ends = [
+        (marked[0], marked[-1] + 1) if len(marked) else (0, length)
+        for axis, length in ((1, image.shape[0]), (0, image.shape[1]))
+        for marked in (np.flatnonzero(mask.max(axis) > 0.5),)
+    ]
+    parts = [_around(ends, image.shape[:2], shape) for shape in nearest]
+    needed = photo.face.points[:, ::-1]
+    whole = [
+        all(
+            start <= min(low, inside.min()) and max(high, inside.max() + 1) <= start + side
+            for (start, side), (low, high), inside in zip(part, ends, needed.T, strict=True)
+        )
+        for part in parts
+    ]
+    chosen = whole.index(True) if any(whole) else 0
+    (top, high), (left, wide) = parts[chosen]
+    height, width = nearest[chosen]
+    part = np.s_[top : top + high, left : left + wide]
     picture = Image.fromarray(np.ascontiguousarray(image[part]))
     buffer = io.BytesIO()
-    picture.resize((size, size), Image.Resampling.LANCZOS).save(buffer, "JPEG", **_JPEG)
+    picture.resize((width, height), Image.Resampling.LANCZOS).save(buffer, "JPEG", **_JPEG)
     # Coordinates name pixel centres, so the edges are half a pixel out.
-    points = (photo.face.points - (left, top) + 0.5) * (size / side) - 0.5
-    weights = area_weights(side, size)
-    head = np.clip(weights @ mask[part] @ weights.T, 0.0, 1.0)
-    return buffer.getvalue(), points.astype(np.float32), head
+    scale = (width / wide, height / high)
+    points = (photo.face.points - (left, top) + 0.5) * scale - 0.5
+    head = area_weights(high, height) @ mask[part] @ area_weights(wide, width).T
+    return buffer.getvalue(), points.astype(np.float32), np.clip(head, 0.0, 1.0)
+
+
+def _around(
+    ends: Sequence[tuple[int, int]], lengths: Sequence[int], shape: tuple[int, int]
+) -> list[tuple[int, int]]:
+    """(start, side) along both axes of the largest part of that ratio, around the ends' middle."""
+    scale = min(length / side for length, side in zip(lengths, shape, strict=True))
+    sides = [round(side * scale) for side in shape]
+    return [
+        (int(np.clip((low + high - side) / 2, 0, length - side)), side)
+        for (low, high), length, side in zip(ends, lengths, sides, strict=True)
+    ]

@@ -16,8 +16,8 @@ def card(summary: dict[str, Any]) -> str:
         "",
         "# Records of faces",
         "",
-        f"{summary['records']:,} photos of {summary['people']:,} people, {summary['size']} x "
-        f"{summary['size']} pixels, aligned crops of {summary['crop']} x {summary['crop']}: a "
+        f"{summary['records']:,} photos of {summary['people']:,} people, {_shapes(summary)} "
+        f"pixels, aligned crops of {summary['crop']} x {summary['crop']}: a "
         "tensorflow_datasets folder of array_record shards "
         '(`tfds.data_source("face_records", data_dir=...)`).',
         "",
@@ -40,6 +40,14 @@ def card(summary: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _shapes(summary: dict[str, Any]) -> str:
+    """Height and width, with counts if there are several."""
+    shapes = summary["shapes"]
+    return ", ".join(
+        f"{shape} ({n:,})" if len(shapes) > 1 else shape for shape, n in shapes.items()
+    )
 
 
 def _model(about: dict[str, Any]) -> str:

@@ -19,8 +19,14 @@ from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError, error_context
 from fact_jax.utils.files import replace_folder
 from fact_train.data.cached_dataset import drop_rows
-from fact_train.data.dataset_files import shard_name, shard_reader, shard_writer
-from fact_train.data.records import PICTURES, check_sizes, fingerprint_files
+from fact_train.data.dataset_files import shard_name, shard_reader, shard_writer, split_name
+from fact_train.data.records import (
+    IDENTITIES,
+    PICTURES,
+    SHAPES,
+    check_sizes,
+    fingerprint_files,
+)
 from fact_train.prepare.decide import split_of
 from fact_train.prepare.product.dataset import (
     FOLDER,
@@ -301,10 +307,10 @@ def verify(folder: Path) -> dict[str, int]:
     from tensorflow_datasets.proto import tf_example_pb2
 
     summary = open_product(folder)
-    identities = {
+    arrays = {
         name: np.load(folder / FOLDER / name, allow_pickle=False)
         for name in os.listdir(folder / FOLDER)
-        if name.startswith("identities")
+        if name.endswith(".npy")
     }
     counts: Counter[str] = Counter()
     seen: dict[str, dict[str, int]] = {}
@@ -313,13 +319,18 @@ def verify(folder: Path) -> dict[str, int]:
         example = tf_example_pb2.Example.FromString(record).features.feature
         name = example["identity"].bytes_list.value[0].decode()
         numbers = seen.setdefault(split, {})
-        file = "identities.npy" if split == "train" else f"identities-{split}.npy"
-        if identities[file][counts[split]] != numbers.setdefault(name, len(numbers)):
+        file = split_name(IDENTITIES, split)
+        if arrays[file][counts[split]] != numbers.setdefault(name, len(numbers)):
             raise UserError(f"{where}: {file} does not name {name}")
         if name != line["identity"]:
             raise UserError(f"{where}: it is {name}, the line about it says {line['identity']}")
+        shape = line.get("shape", [summary["size"]] * 2)
+        shapes = arrays.get(split_name(SHAPES, split))
+        held = [summary["size"]] * 2 if shapes is None else shapes[counts[split]].tolist()
+        if held != shape:
+            raise UserError(f"{where}: it is {held} px, the line about it says {shape}")
         with error_context(where):
-            _check_pictures(example, summary)
+            _check_pictures(example, shape, summary["crop"])
         counts[split] += 1
     for split, about in summary["splits"].items():
         if counts[split] != about["records"]:
@@ -335,13 +346,14 @@ def verify(folder: Path) -> dict[str, int]:
     return dict(counts) | {"rejected": rejected}
 
 
-def _check_pictures(example: Any, summary: dict) -> None:
+def _check_pictures(example: Any, shape: Sequence[int], crop: int) -> None:
+    """``shape`` is height and width of photo and masks."""
     for part in PICTURES:
-        wanted = summary["crop"] if part == "crop" else summary["size"]
+        wanted = (crop, crop) if part == "crop" else (shape[1], shape[0])
         try:
             with Image.open(io.BytesIO(example[part].bytes_list.value[0])) as opened:
                 opened.load()
-                if opened.size != (wanted, wanted):
+                if opened.size != wanted:
                     raise UserError(f"its {part} is {opened.size[0]} x {opened.size[1]}")
         except (OSError, ValueError, SyntaxError, IndexError) as error:
             raise UserError(f"its {part} is damaged: {one_line(error)}") from None

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 import numpy as np
+from jaxtyping import Int
 
 from fact_jax.utils.command_line import version_of
 from fact_train.data.dataset_files import (
@@ -120,6 +122,7 @@ def finish(
         split: ([count for count, _ in some], sum(size for _, size in some))
         for split, some in shards.items()
     }
+    counted, shapes = count_lines(out, shards, sizes[0])
     numbers = {}
     bytes_of: dict[str, int] = {}
     for split, some in shards.items():
@@ -129,11 +132,10 @@ def finish(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         text = DESCRIPTION + f"\nBuilt by fact-train data: {CARD} two folders up tells of what.\n"
-        features = face_features(*sizes)
-        write_info(folder, features, splits, numbers, bytes_of, description=text)
+        features = face_features(None if shapes else sizes[0], sizes[1])
+        write_info(folder, features, splits, numbers, bytes_of, shapes=shapes, description=text)
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "features.json"):
             out.write(f"{FOLDER}/{path.name}", path.read_bytes())
-    counted = count_lines(out, shards)
     summary = about | {
         "software": f"fact-jax {version_of()}",
         "size": sizes[0],
@@ -150,11 +152,14 @@ def finish(
     out.write(SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
 
-def count_lines(out: Store, shards: Mapping[str, Sequence]) -> dict[str, Any]:
-    """What the lines about the records add up to."""
+def count_lines(
+    out: Store, shards: Mapping[str, Sequence], size: int
+) -> tuple[dict[str, Any], dict[str, Int[np.ndarray, "n 2"]]]:
+    """What the lines about the records add up to, and the photos' shapes if not all are square."""
     counts: dict[str, Counter[str]] = {
-        key: Counter() for key in ("licences", "sources", "consent", "made_by")
+        key: Counter() for key in ("licences", "sources", "consent", "made_by", "shapes")
     }
+    shapes = {split: array("i") for split in shards}
     for split, some in shards.items():
         for shard in range(len(some)):
             for line in out.lines(about_name(split, shard)):
@@ -164,7 +169,13 @@ def count_lines(out: Store, shards: Mapping[str, Sequence]) -> dict[str, Any]:
                 _count(counts["consent"], line.get("consent", "not told"))
                 for role, name in line["by"].items():
                     counts["made_by"][f"{role}: {name}"] += 1
-    return {key: dict(found.most_common()) for key, found in counts.items()}
+                shape = line.get("shape", (size, size))
+                shapes[split].extend(shape)
+                counts["shapes"]["{} x {}".format(*shape)] += 1
+    told = {key: dict(found.most_common()) for key, found in counts.items()}
+    if counts["shapes"].keys() == {f"{size} x {size}"}:
+        return told, {}
+    return told, {split: np.array(some).reshape(-1, 2) for split, some in shapes.items()}
 
 
 def _count(found: Counter[str], key: str) -> None:

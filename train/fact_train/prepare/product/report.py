@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image
+from PIL import Image, ImageOps
 
 from fact_jax.face import draw_face
 from fact_jax.face.images import one_line
@@ -119,6 +119,7 @@ def _counts(summary: dict[str, Any]) -> str:
         **{f"split {name}": about["records"] for name, about in summary["splits"].items()},
         **{f"to look at: {kind}": count for kind, count in summary["suspects"].items()},
         "alarms (one face in two splits)": summary["alarms"],
+        **{f"shape: {name}": count for name, count in summary.get("shapes", {}).items()},
         **{f"licence: {name}": count for name, count in summary["licences"].items()},
         **{f"made by {name}": count for name, count in summary["made_by"].items()},
     }
@@ -166,7 +167,8 @@ def _figure(folder: Path, summary: dict, split: str, shard: int, row: int, line:
 
 def _small(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
     picture, buffer = Image.fromarray(pixels), io.BytesIO()
-    picture.resize((_SIDE, _SIDE), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
+    small = ImageOps.contain(picture, (_SIDE, _SIDE), Image.Resampling.LANCZOS)
+    small.save(buffer, "JPEG", quality=85)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
