@@ -84,7 +84,7 @@ def test_the_bits_of_the_command_line(node, astronaut, tmp_path):  # noqa: F811
     np.testing.assert_array_equal(saved(images), wanted)
 
 
-@pytest.mark.parametrize("backend", ["torch", "flax"])
+@pytest.mark.parametrize("backend", ["torch", pytest.param("flax", marks=pytest.mark.slow)])
 def test_the_base_alone(node, backend, tmp_path):
     wanted = command_line(tmp_path / "alone", "--width", 32, backend=backend)
     (images,) = node.execute(**ASKED | {"count": 1, "width": 32, "backend": backend}).args

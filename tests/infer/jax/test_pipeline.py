@@ -153,6 +153,7 @@ def test_faces_without_an_adapter(files, crops, backend):
         backend.load(files.base).generate(PROMPTS, SEEDS, crops, GenerationParams(steps=1))
 
 
+@pytest.mark.slow
 def test_img2img_on_wider_latents():
     """The miniature's have 16 channels, which diffusers' own inpainting refuses."""
     images = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3), np.uint8)
@@ -195,6 +196,7 @@ assert all(f"{name}_rows" in kept for name in ("prepare", "denoise", "decode")),
 """
 
 
+@pytest.mark.slow
 def test_a_batch_over_several_devices(files, flax, crops, tmp_path):
     """Four pictures on eight devices take four of them, and are what one device draws.
 

@@ -54,7 +54,15 @@ def config_of(miniature, deep, name):
     return dataclasses.replace(config, options=new)
 
 
-@pytest.fixture(scope="module", params=VARIATIONS)
+SLOW = ("blocks", "linear")  # as the other two, but for what their resamplers take
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in VARIATIONS
+    ],
+)
 def made(request, miniature, deep, tmp_path_factory):
     """(name, task, trainable moved off its start, frozen, exported file)."""
     task = AdapterTask(config_of(miniature, deep, request.param))

@@ -80,7 +80,7 @@ def test_a_window_around_the_face_shows_the_same_person(shown):
     assert cut < 0.5
 
 
-@pytest.mark.parametrize("source", ["portraits", "records"])
+@pytest.mark.parametrize("source", [pytest.param("portraits", marks=pytest.mark.slow), "records"])
 def test_training(miniature, tmp_path, source):
     options = {}
     if source == "records":
