@@ -1,6 +1,7 @@
 """Does the feeding outrun the training step, and does its memory stay flat?
 
     python -m benchmarks.feeding                     # rates and memory, 1,000 and 100,000 records
+    python -m benchmarks.feeding --sets big          # 512 x 512 only: rate, and the step's waiting
     python -m benchmarks.feeding --train 40          # and 40 steps of `mini` fed from records
 
 Each measurement is a process of its own. The 100,000 records are links to the shards of 1,000: the
@@ -19,11 +20,15 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 BATCHES, BATCH = 60, 16
+STEPS = 40
+SLOWER = (1.0, 1.25, 1.5, 2.0, 3.0)
+"""A step's time, of the time that its batch takes to make."""
 # Forward and backward pass of SD 1.5 with adapters at 512 x 512, as `fact-train plan` counts them.
 SD15_TERAFLOP = 2.8
 V5E_TERAFLOPS = 197.0
@@ -79,7 +84,7 @@ def repeat_shards(records: Path, out: Path, times: int) -> None:
     (new / SIZES).write_text(json.dumps(sizes, indent=1))
 
 
-def measure(records: Path) -> dict[str, float]:
+def measure(records: Path) -> dict[str, Any]:
     """Rates and memory of this process, which does nothing but feed."""
     from fact_convert.models.tokenizer import read_tokenizer
     from fact_train.data.loader import GrainSource
@@ -90,21 +95,44 @@ def measure(records: Path) -> dict[str, float]:
     before = memory()
     stored = Records(records)
     rows = PixelDataset(stored, tokenizer, region="head", cell=8)
-    batches = GrainSource(rows, BATCH, 0).batches(0, np.arange(BATCH))
+    batches: Any = GrainSource(rows, BATCH, 0).batches(0, np.arange(BATCH))
     next(batches)
     began, cpu = time.perf_counter(), time.process_time()
     for _ in range(BATCHES):
         next(batches)
     wall, cpu = time.perf_counter() - began, time.process_time() - cpu
-    batches.close()
     samples = BATCH * BATCHES
+    waits = {f"{slower:g}": waiting(batches, slower * wall / BATCHES) for slower in SLOWER}
+    batches.close()
     return {
         "records": len(stored),
         "samples_per_second": samples / wall,
         "samples_per_core_second": samples / cpu,
+        "waiting": waits,
         "megabytes_of_feeding": memory() - before,
         "peak_megabytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
+
+
+def waiting(batches: Any, seconds: float) -> float:
+    """Share of its time that the training loop waits for batches whose step takes ``seconds``.
+
+    Batches come as in training; the step sleeps, as the host does while an accelerator computes.
+    """
+    import jax
+
+    from fact_train.engine.prefetch import prefetch
+
+    waited = 0.0
+    with prefetch(batches, jax.device_put, 0, STEPS) as ready:
+        next(ready)
+        began = time.perf_counter()
+        for _ in range(STEPS - 1):
+            time.sleep(seconds)
+            asked = time.perf_counter()
+            next(ready)
+            waited += time.perf_counter() - asked
+        return waited / (time.perf_counter() - began)
 
 
 def memory() -> float:
@@ -133,29 +161,37 @@ def train(records: Path, steps: int, folder: Path) -> dict[str, float]:
     return {name: value for name, value in last.items() if name.startswith("speed/")}
 
 
-def prepare(folder: Path) -> dict[str, Path]:
+def prepare(folder: Path, wanted: str) -> dict[str, Path]:
     """The data sets: 1,000 and 100,000 miniature records, 200 of full size."""
     from fact_train.data.portraits import portrait_examples
     from fact_train.data.record_writer import write_records
 
     small, large, big = (folder / name for name in ("small", "large", "big"))
-    sizes = {"size": 64, "crop_size": 48}
-    write_records(portrait_examples("adapter", 250, 4, **sizes), small, **sizes)
-    repeat_shards(small, large, 100)
-    write_records(big_examples(200), big, size=512, crop_size=112)
-    return {"64 x 64": small, "64 x 64, repeated": large, "512 x 512": big}
+    sets: dict[str, Path] = {}
+    if wanted in ("all", "small"):
+        sizes = {"size": 64, "crop_size": 48}
+        write_records(portrait_examples("adapter", 250, 4, **sizes), small, **sizes)
+        repeat_shards(small, large, 100)
+        sets |= {"64 x 64": small, "64 x 64, repeated": large}
+    if wanted in ("all", "big"):
+        write_records(big_examples(200), big, size=512, crop_size=112)
+        sets["512 x 512"] = big
+    return sets
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--train", type=int, default=0, metavar="STEPS", help="of `mini`")
+    parser.add_argument("--sets", choices=("all", "small", "big"), default="all")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
         print(json.dumps(measure(arguments.measure)))
         return
+    if arguments.train and arguments.sets == "big":
+        parser.error("--train takes the small records")
     with tempfile.TemporaryDirectory() as temporary:
-        sets = prepare(Path(temporary))
+        sets = prepare(Path(temporary), arguments.sets)
         for name, folder in sets.items():
             command = [sys.executable, "-m", "benchmarks.feeding", "--measure", str(folder)]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -166,6 +202,12 @@ def main() -> None:
                 f"{found['megabytes_of_feeding']:.0f} MB for feeding (peak of the process "
                 f"{found['peak_megabytes']:.0f} MB)"
             )
+            made = BATCH / found["samples_per_second"]
+            for slower, share in found["waiting"].items():
+                print(
+                    f"  a step of {float(slower) * made:.3f} s for {BATCH} samples waits "
+                    f"{100 * share:.1f} % of its time"
+                )
         need = 0.5 * V5E_TERAFLOPS / SD15_TERAFLOP
         print(f"a v5e chip at half of its peak takes {need:.0f} samples/s of 512 x 512")
         if arguments.train:

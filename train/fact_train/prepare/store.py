@@ -41,10 +41,13 @@ class Store:
         return json.loads(self.read(name))
 
     def write(self, name: str, content: bytes | str) -> None:
-        """A file, whole or not at all."""
+        """A file, whole or not at all. UserError for one that an object store does not take."""
         content = content.encode() if isinstance(content, str) else content
         if not self.local:
-            self.fs.pipe_file(self.path(name), content)
+            try:
+                self.fs.pipe_file(self.path(name), content)
+            except OSError as error:  # which names no bucket
+                raise UserError(f"{self.url} cannot be written: {one_line(error)}") from error
             return
         with self.writing(name) as temporary:
             temporary.write_bytes(content)
