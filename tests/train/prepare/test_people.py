@@ -1,6 +1,8 @@
 """Who is who: by labels, by faces, and what is told where they disagree; models in the pipeline."""
 
+import base64
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,8 +13,11 @@ from fact_jax.portraits import make_batch
 from fact_train.data.records import Records, decode
 from fact_train.prepare import pairs
 from fact_train.prepare.build import build
-from fact_train.prepare.decide import split_of
+from fact_train.prepare.decide import decide, split_of, write_units
+from fact_train.prepare.product.dataset import write_lines
 from fact_train.prepare.settings import BuildSettings, Gates
+from fact_train.prepare.store import Store
+from fact_train.prepare.table import read_table
 from tests.train.prepare.conftest import noise, rejected, write_photo
 
 SIZES = {"size": 16, "crop": 16}
@@ -119,10 +124,9 @@ def test_splits_are_of_people_and_stay_as_people_are_added():
 
 
 def test_pairs_over_blocks_are_those_of_all_with_all(monkeypatch, tmp_path):
-    """Blocks of 5 among 13 vectors, against one plain product."""
-    from fact_train.prepare.store import Store
-
+    """Blocks of 5 among 13 vectors, in strips of 2, against one plain product."""
     monkeypatch.setattr(pairs, "BLOCK", 5)
+    monkeypatch.setattr(pairs, "_STRIP", 2)
     rng = np.random.default_rng(0)
     vectors = rng.integers(-127, 128, (13, 24)).astype(np.int8)
     vectors[11] = vectors[2]
@@ -134,8 +138,48 @@ def test_pairs_over_blocks_are_those_of_all_with_all(monkeypatch, tmp_path):
         pairs.compare_blocks(str(tmp_path), "plan", {"face": 0.3, "hash": 1.0}, name)
     unit = vectors / np.linalg.norm(vectors.astype(np.float64), axis=1, keepdims=True)
     wanted = {(i, j) for i, j in np.argwhere(unit @ unit.T >= 0.3).tolist() if i < j}
-    assert set(pairs.read_pairs(store, "plan", "face")) == wanted
+    found = pairs.Pairs(store, "plan", "face")
+    assert set(found) == wanted
+    assert list(found) == list(found)  # it can be looped over again
     assert (2, 11) in wanted
+
+
+def test_little_of_a_record_stays_in_memory(tmp_path):
+    """4,000 records of 1,000 people: what is compared lies in files, NumPy reads these."""
+    store, count, rng = Store(str(tmp_path)), 4000, np.random.default_rng(0)
+    texts = rng.integers(0, 256, (count, 32 + 192 + 128)).astype(np.uint8)
+    texts[:, 224:] = texts[::4, 224:].repeat(4, 0)  # a person's photos agree
+
+    def lines():
+        for number, text in enumerate(texts):
+            hashed, colours, face = (
+                base64.b85encode(part.tobytes()).decode() for part in np.split(text, [32, 224])
+            )
+            yield {
+                "name": f"p{number // 4:06d}/{number}.jpg",
+                "identity": f"p{number // 4:06d}",
+                **{"hash": hashed, "colours": colours, "embedding": face},
+                **{"row": number, "bytes": 2000, "width": 64, "height": 64},
+            }
+
+    write_lines(store, "done/a.jsonl", lines())
+    read_table(store, "warm", ["a"])
+    tracemalloc.start()
+    table = read_table(store, "plan", ["a"])
+    units = write_units(table, store, "plan")
+    decisions = decide(table, units, [], [], BuildSettings(source="x"))
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert kept / count < 130
+    assert most / count < 220
+    assert len(decisions.written) == count
+    hashes = np.load(tmp_path / "plan" / "hash.npy")
+    assert hashes.shape == (count, 255)
+    bits = np.unpackbits(texts[:, :32], axis=1)[:, :255]
+    np.testing.assert_array_equal(hashes, bits.astype(np.int8) * 2 - 1)
+    np.testing.assert_array_equal(np.load(tmp_path / "plan" / "colours.npy"), texts[:, 32:224])
+    np.testing.assert_array_equal(table.embeddings, texts[:, 224:].view(np.int8))
+    assert table.names[count - 1] == "p000999/3999.jpg"
 
 
 @pytest.mark.parametrize(

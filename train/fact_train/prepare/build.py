@@ -5,12 +5,13 @@ import dataclasses
 import functools
 import io
 import json
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Int
 from PIL import Image
 
 from fact_jax.utils.command_line import version_of
@@ -18,10 +19,10 @@ from fact_jax.utils.errors import UserError, listed
 from fact_jax.utils.files import folder_lock
 from fact_train.data.dataset_files import shard_reader
 from fact_train.data.records import data_libraries
-from fact_train.prepare.decide import Decisions, decide, split_of, units_of
+from fact_train.prepare.decide import Decisions, decide, split_of, write_units
 from fact_train.prepare.engine import HERE, Engine
 from fact_train.prepare.models.roles import describe_models, providers
-from fact_train.prepare.pairs import block_names, compare_blocks, read_pairs
+from fact_train.prepare.pairs import Pairs, block_names, compare_blocks
 from fact_train.prepare.photos.chunk import prepare_chunk, thumbnail
 from fact_train.prepare.product import dataset as product
 from fact_train.prepare.settings import BuildSettings, digest
@@ -104,21 +105,20 @@ def _build(
         )
     work = Store(f"{out.rstrip('/')}/{product.WORK}")
     _prepare(engine, text, work, names)
-    table = read_table(work, names)
+    plan = f"plan/{digest(fingerprint)}"
+    table = read_table(work, plan, names)
     if not len(table):
-        _tell_rejected(store, work, names, table, Decisions({}, [], []))
+        _tell_rejected(store, work, names, None)
         raise UserError(
             f"{out}: there is no usable photo, so no records were written; "
             f"{product.REJECTED} in it says why"
         )
-    plan = f"plan/{digest(fingerprint)}"
     decisions = _decide(engine, work, plan, table, settings)
-    photos, reasons = _tell_rejected(store, work, names, table, decisions)
-    _write(engine, store, work, plan, names, table, decisions, settings)
+    photos, reasons = _tell_rejected(store, work, names, decisions)
+    shards, people = _write(engine, store, work, plan, names, decisions, settings)
     suspects = Counter(suspect["kind"] for suspect in decisions.suspects)
     alarms = sum(suspect["alarm"] for suspect in decisions.suspects)
     product.write_lines(store, product.SUSPECTS, decisions.suspects)
-    shards, people = _shards(work, plan)
     rejected = sum(reasons.values())
     written = sum(map(len, people.values()))
     if photos != written + rejected:
@@ -191,17 +191,12 @@ def _prepare(engine: Engine, text: str, work: Store, names: list[str]) -> None:
 def _decide(
     engine: Engine, work: Store, plan: str, table: Table, settings: BuildSettings
 ) -> Decisions:
-    units = units_of(table)
-    arrays = {"hash": table.hashes, "colours": table.colours, "face": units.vectors}
-    for kind, vectors in arrays.items():
-        if not work.exists(f"{plan}/{kind}.npy"):
-            with work.writing(f"{plan}/{kind}.npy") as temporary, open(temporary, "wb") as opened:
-                np.save(opened, vectors)
+    units = write_units(table, work, plan)
     thresholds = {"hash": 1 - 2 * settings.duplicates, "face": settings.same_face}
     names = block_names("hash", len(table)) + block_names("face", len(units.vectors))
     compare = functools.partial(compare_blocks, work.url, plan, thresholds)
     engine.map("pairs", compare, names, lambda: len(work.names(f"{plan}/pairs")))
-    pictures, faces = (read_pairs(work, plan, kind) for kind in ("hash", "face"))
+    pictures, faces = (Pairs(work, plan, kind) for kind in ("hash", "face"))
     return decide(table, units, pictures, faces, settings)
 
 
@@ -211,56 +206,54 @@ def _write(
     work: Store,
     plan: str,
     names: list[str],
-    table: Table,
     decisions: Decisions,
     settings: BuildSettings,
-) -> None:
-    records = (
-        (
-            split_of(decisions.identity[i], settings.splits),
-            names[table.chunk[i]],
-            int(table.row[i]),
-            int(table.size[i]),
-            decisions.identity[i],
-        )
-        for i in range(len(table))
-        if i not in decisions.rejected
-    )
-    shards = product.plan_shards(records, settings.shard_megabytes)
-    if not shards:
+) -> tuple[dict[str, list[tuple[int, int]]], dict[str, Int[np.ndarray, " n"]]]:
+    """Write all shards: (records, bytes) of each and the person of each record, by split."""
+    table, records = decisions.table, decisions.written
+    if not len(records):
         raise UserError(
             f"{store.url}: no photo is left to write: fewer gates, or fewer --min-photos"
         )
-    wanted = []
-    for split in ("train", *settings.splits):
-        some = shards.get(split, [])
-        for number, content in enumerate(some):
-            name = f"{split}-{number:05d}-{len(some):05d}"
-            wanted.append(name)
-            work.write(f"{plan}/shards/{name}.json", json.dumps(content))
+    order = ("train", *settings.splits)
+    of_person = [order.index(split_of(name, settings.splits)) for name in decisions.people]
+    splits = np.array(of_person, np.int8)[decisions.person[records]]
+    wanted: dict[str, int] = {}
+    people = {}
+    for number, split in enumerate(order):
+        some = records[splits == number]
+        if not len(some):
+            continue
+        ends = product.plan_shards(table.size[some], settings.shard_megabytes)
+        people[split] = product.Numbering(decisions.person[some].tolist()).numbers
+        for shard, part in enumerate(np.split(some, ends)):
+            name = f"{split}-{shard:05d}-{len(ends) + 1:05d}"
+            wanted[name] = len(part)
+            lines = (
+                {
+                    "chunk": names[table.chunk[one]],
+                    "row": int(table.row[one]),
+                    "identity": decisions.identity(one),
+                }
+                for one in part
+            )
+            product.write_lines(work, f"{plan}/shards/{name}.jsonl", lines)
     write = functools.partial(product.write_shard, work.url, plan, store.url)
-    engine.map("shards", write, wanted, lambda: len(work.names(f"{plan}/written")))
-
-
-def _shards(
-    work: Store, plan: str
-) -> tuple[dict[str, list[tuple[int, int]]], dict[str, list[str]]]:
-    """(records, bytes) of each shard and the person of each record, by split."""
-    shards: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    people: dict[str, list[str]] = defaultdict(list)
-    names = sorted(work.names(f"{plan}/shards"), key=lambda name: (name[:6] != "train-", name))
-    for name in names:
-        split = name.split("-")[0]
-        content = work.json(f"{plan}/shards/{name}")
-        shards[split].append((len(content), work.json(f"{plan}/written/{name}")["bytes"]))
-        people[split] += [identity for _, _, identity in content]
-    return dict(shards), dict(people)
+    engine.map("shards", write, list(wanted), lambda: len(work.names(f"{plan}/written")))
+    shards: dict[str, list[tuple[int, int]]] = {split: [] for split in people}
+    for name, count in wanted.items():
+        size = work.json(f"{plan}/written/{name}.json")["bytes"]
+        shards[name.split("-")[0]].append((count, size))
+    return shards, people
 
 
 def _tell_rejected(
-    store: Store, work: Store, names: list[str], table: Table, decisions: Decisions
+    store: Store, work: Store, names: list[str], decisions: Decisions | None
 ) -> tuple[int, Counter[str]]:
-    """Write ``rejected.jsonl`` in the order of the source: number of photos, counts by reason."""
+    """Write ``rejected.jsonl`` in the order of the source: number of photos, counts by reason.
+
+    Without ``decisions`` there is no record.
+    """
     reasons: Counter[str] = Counter()
     photos = 0
 
@@ -271,12 +264,13 @@ def _tell_rejected(
             for line in work.lines(f"done/{chunk}.jsonl"):
                 photos += 1
                 if "reason" not in line:
-                    told = decisions.rejected.get(number)
+                    assert decisions is not None
+                    told, identity = decisions.rejected(number), decisions.identity(number)
                     number += 1
                     if told is None:
                         continue
                     shown = reasons[told[0]] < _SHOWN
-                    line["identity"] = decisions.identity[number - 1]
+                    line["identity"] = identity
                     line = _told_late(work, chunk, line, told, shown)
                 reasons[line["reason"]] += 1
                 yield line

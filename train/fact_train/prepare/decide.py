@@ -2,6 +2,8 @@
 
 import dataclasses
 import hashlib
+import itertools
+from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,7 +14,8 @@ from scipy.cluster.hierarchy import fcluster, linkage
 
 from fact_train.prepare.pairs import Groups, cosines
 from fact_train.prepare.settings import BuildSettings
-from fact_train.prepare.table import Table
+from fact_train.prepare.store import Store
+from fact_train.prepare.table import NpyWriter, Table, open_npy
 
 _LARGEST = 4000
 """Photos of a group that is looked at as a whole; a larger one stays as its pairs join it."""
@@ -20,11 +23,36 @@ _LARGEST = 4000
 
 @dataclasses.dataclass
 class Decisions:
-    """``rejected``: record -> reason and line. ``identity``: a name for each record."""
+    """What becomes of each record of ``table``."""
 
-    rejected: dict[int, tuple[str, str]]
-    identity: list[str]
+    table: Table
+    people: list[str]
+    person: Int[np.ndarray, " n"]
+    """Of ``people``; a copy is of the one that is kept."""
+    kept: Int[np.ndarray, " n"]
+    """The record that is kept in place of a copy, else -1."""
+    counts: Int[np.ndarray, " people"]
+    """Photos of each of ``people``, without copies; who has fewer than ``least`` is left out."""
+    least: int
     suspects: list[dict[str, Any]]
+
+    def identity(self, record: int) -> str:
+        return self.people[self.person[record]]
+
+    @property
+    def written(self) -> Int[np.ndarray, " k"]:
+        """The records that are."""
+        return np.flatnonzero((self.kept < 0) & (self.counts[self.person] >= self.least))
+
+    def rejected(self, record: int) -> tuple[str, str] | None:
+        """Reason and line of a record that is not written."""
+        names, best = self.table.names, self.kept[record]
+        if best >= 0:
+            return "duplicate", f"{names[record]} is the same picture as {names[best]}"
+        if (count := self.counts[self.person[record]]) >= self.least:
+            return None
+        line = f"{names[record]}: {self.identity(record)} has {count} usable photos"
+        return "few photos", f"{line}, {self.least} are needed"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,17 +66,25 @@ class Units:
     """The photo, or -1."""
 
 
-def units_of(table: Table) -> Units:
-    """People and unlabelled photos that have an embedding."""
-    labels = table.label[table.embedded]
-    people = np.unique(labels[labels >= 0])
-    means = [_mean(table.embeddings[labels == person]) for person in people]
-    alone = labels < 0
-    vectors = [*means, *table.embeddings[alone]]
-    dimensions = table.embeddings.shape[1]
+def write_units(table: Table, store: Store, plan: str) -> Units:
+    """People and unlabelled photos that have an embedding; their vectors in ``PLAN/face.npy``."""
+    people = array("i")
+    alone = np.flatnonzero(table.label[table.embedded] < 0)
+    name = f"{plan}/face.npy"
+    with (
+        store.writing(name) as path,
+        open(path, "wb") as opened,
+        NpyWriter(opened, np.int8, table.embeddings.shape[1]) as vectors,
+    ):
+        for person, group in table.labelled():
+            people.append(person)
+            vectors.append(_mean(table.embeddings[group]))
+        for one in alone:
+            vectors.append(table.embeddings[one])
+    nobody = np.full(len(alone), -1, np.intc)
     return Units(
-        np.asarray(vectors, np.int8).reshape(-1, dimensions),
-        np.concatenate([people, np.full(alone.sum(), -1)]),
+        open_npy(store, name),
+        np.concatenate([people, nobody]).astype(np.intc),
         np.concatenate([np.full(len(people), -1), table.embedded[alone]]),
     )
 
@@ -70,85 +106,84 @@ def decide(
     same_face: Iterable[tuple[int, int]],
     settings: BuildSettings,
 ) -> Decisions:
-    """Copies are rejected but for the best; who has no label is named by face; the rest is told."""
+    """Copies are rejected but for the best; who has no label is named by face; the rest is told.
+
+    Pairs are looped over twice.
+    """
     copies = Groups(len(table))
-    links: list[tuple[str, int, int]] = []
     for one, other in same_picture:
-        ones, others = table.label[one], table.label[other]
-        if ones >= 0 and others >= 0 and ones != others:
-            links.append(("same picture", one, other))
-        else:
+        if not _two_people(table, one, other):
             copies.join(one, other)
-    rejected: dict[int, tuple[str, str]] = {}
-    kept: dict[int, int] = {}
+    kept = np.full(len(table), -1, np.intc)
     for group in copies.members().values():
         # A labelled copy before one without, then the better one, then the first.
         best = max(group, key=lambda i: (table.label[i] >= 0, *table.rank[i], -i))
-        for one in group:
-            if one != best:
-                line = f"{table.names[one]} is the same picture as {table.names[best]}"
-                rejected[one], kept[one] = ("duplicate", line), best
-    identity = [table.labels[label] if label >= 0 else "" for label in table.label]
-    links += _name_by_face(table, units, same_face, identity, settings)
-    for one, name in enumerate(identity):
-        identity[one] = name or f"only {table.names[one]}"
-    for one, best in kept.items():
-        identity[one] = identity[best]
-    suspects = [
-        {
-            "kind": kind,
-            "photos": [table.names[one], table.names[other]],
-            "people": [identity[one], identity[other]],
-        }
-        for kind, one, other in links
-        if identity[one] != identity[other]
-    ]
-    suspects += _disagreeing(table, rejected, settings)
-    photos: dict[str, list[int]] = defaultdict(list)
-    for one, name in enumerate(identity):
-        if one not in rejected:
-            photos[name].append(one)
-    for name, group in photos.items():
-        if len(group) < settings.min_photos:
-            for one in group:
-                line = f"{table.names[one]}: {name} has {len(group)} usable photos"
-                rejected[one] = ("few photos", f"{line}, {settings.min_photos} are needed")
-    _mark_splits(suspects, settings)
-    return Decisions(rejected, identity, suspects)
+        kept[group] = best
+        kept[best] = -1
+    people, person = _name_people(table, units, same_face, settings)
+    person = np.where(kept < 0, person, person[kept])
+    counts = np.bincount(person[kept < 0], minlength=len(people))
+    decisions = Decisions(table, people, person, kept, counts, settings.min_photos, [])
+    decisions.suspects += _suspects(decisions, units, same_picture, same_face)
+    decisions.suspects += _disagreeing(decisions, settings)
+    _mark_splits(decisions.suspects, settings)
+    return decisions
 
 
-def _name_by_face(
-    table: Table,
-    units: Units,
-    pairs: Iterable[tuple[int, int]],
-    identity: list[str],
-    settings: BuildSettings,
-) -> list[tuple[str, int, int]]:
-    """Name the photos without a label, in place; gives pairs that look alike beyond that."""
-    groups, alike = Groups(len(units.person)), []
-    first: dict[int, int] = {}
-    for record, label in enumerate(table.label):
-        first.setdefault(int(label), record)
+def _two_people(table: Table, one: int, other: int) -> bool:
+    ones, others = table.label[one], table.label[other]
+    return min(ones, others) >= 0 and ones != others
+
+
+def _name_people(
+    table: Table, units: Units, pairs: Iterable[tuple[int, int]], settings: BuildSettings
+) -> tuple[list[str], Int[np.ndarray, " n"]]:
+    """Names, and whose each record is: by its label, else by its face, else its own."""
+    people = {name: number for number, name in enumerate(table.labels)}
+    person = table.label.copy()
+    groups = Groups(len(units.person))
     for one, other in pairs:
         if units.person[one] < 0 and units.person[other] < 0:
             groups.join(one, other)
-        alike.append((one, other))
-    loose = [one for one in range(len(units.person)) if units.person[one] < 0]
     named: dict[int, list[int]] = defaultdict(list)
-    for one in loose:
+    for one in np.flatnonzero(units.person < 0).tolist():
         named[groups.find(one)].append(one)
     count = 0
     for group in named.values():
         for part in _tight(group, units.vectors, settings.same_face):
             count += 1
-            for one in part:
-                identity[units.record[one]] = f"person-{count:07d}"
+            person[units.record[part]] = people.setdefault(f"person-{count:07d}", len(people))
+    for one in np.flatnonzero(person < 0).tolist():
+        person[one] = people.setdefault(f"only {table.names[one]}", len(people))
+    return list(people), person
 
-    def record_of(one: int) -> int:
-        record = int(units.record[one])
-        return record if record >= 0 else first[int(units.person[one])]
 
-    return [("same face", record_of(one), record_of(other)) for one, other in alike]
+def _suspects(
+    decisions: Decisions,
+    units: Units,
+    same_picture: Iterable[tuple[int, int]],
+    same_face: Iterable[tuple[int, int]],
+) -> list[dict[str, Any]]:
+    """What looks alike, but is not one person's."""
+    table = decisions.table
+    labels, first = np.unique(table.label, return_index=True)
+    # Of a labelled person, the first record stands for all.
+    stands = units.record.copy()
+    labelled = units.person >= 0
+    stands[labelled] = first[np.searchsorted(labels, units.person[labelled])]
+    alike = itertools.chain(
+        (("same picture", *pair) for pair in same_picture if _two_people(table, *pair)),
+        (("same face", int(stands[one]), int(stands[other])) for one, other in same_face),
+    )
+    return [
+        {
+            "kind": kind,
+            "photos": [table.names[one], table.names[other]],
+            "people": [decisions.identity(one), decisions.identity(other)],
+        }
+        for kind, one, other in alike
+        if decisions.person[one] != decisions.person[other]
+    ]
 
 
 def _tight(
@@ -168,28 +203,22 @@ def _tight(
     return sorted(parts.values())
 
 
-def _disagreeing(
-    table: Table, rejected: dict[int, tuple[str, str]], settings: BuildSettings
-) -> list[dict[str, Any]]:
+def _disagreeing(decisions: Decisions, settings: BuildSettings) -> list[dict[str, Any]]:
     """Labelled photos whose face is unlike the mean of the person's others."""
-    found = []
-    labels = table.label[table.embedded]
-    order = np.argsort(labels, kind="stable")
-    starts = np.flatnonzero(np.diff(labels[order], prepend=-2))
-    for group in np.split(order, starts[1:] if len(starts) else []):
-        used = [i for i in group if int(table.embedded[i]) not in rejected]
-        if len(used) < 2 or labels[used[0]] < 0:
+    found, table = [], decisions.table
+    for person, group in table.labelled():
+        used = group[decisions.kept[table.embedded[group]] < 0]
+        if len(used) < 2:
             continue
         faces = _unit(table.embeddings[used])
         others = faces.sum(0) - faces
         cosine = (faces * others).sum(1) / np.maximum(np.linalg.norm(others, axis=1), 1e-9)
         for i in np.flatnonzero(cosine < settings.other_face):
-            record = int(table.embedded[used[i]])
             found.append(
                 {
                     "kind": "disagrees",
-                    "photos": [table.names[record]],
-                    "people": [table.labels[labels[used[0]]]],
+                    "photos": [table.names[table.embedded[used[i]]]],
+                    "people": [table.labels[person]],
                     "cosine": round(float(cosine[i]), 4),
                 }
             )

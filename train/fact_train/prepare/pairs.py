@@ -6,6 +6,7 @@ whether embeddings point the same way. Whole numbers below 2^24 are exact in flo
 depends neither on the machine nor on the order.
 """
 
+import dataclasses
 import io
 import itertools
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from fact_train.prepare.photos.measures import COLOUR_SIDE, mirrored
 from fact_train.prepare.store import Store
 
 BLOCK = 2048
+_STRIP = 256
+"""Rows of a block that are in memory as products."""
 _COLOURS_APART = 9
 """Of 255, in the worst channel."""
 
@@ -56,10 +59,13 @@ def near_pairs(
     hashes: bool,
 ) -> Int[np.ndarray, "pairs 2"]:
     """Pairs whose cosine is at least ``threshold``; of hashes, of a picture or its mirror image."""
-    near = cosines(ones, others) >= threshold
-    if hashes:
-        near |= cosines(ones, mirrored(others)) >= threshold
-    return np.argwhere(near)
+    views = [others, mirrored(others)] if hashes else [others]
+    found = []
+    for start in range(0, len(ones), _STRIP):
+        strip = ones[start : start + _STRIP]
+        near = np.any([cosines(strip, view) >= threshold for view in views], 0)
+        found.append(np.argwhere(near) + (start, 0))
+    return np.concatenate(found) if found else np.empty((0, 2), np.int64)
 
 
 def same_colours(
@@ -90,19 +96,26 @@ def cosines(
     return left @ right.T / np.maximum(lengths, 1e-6)
 
 
-def read_pairs(store: Store, plan: str, kind: str) -> Iterator[tuple[int, int]]:
-    """All pairs of a kind, in the order of the blocks."""
-    for name in store.names(f"{plan}/pairs"):
-        if name.startswith(f"{kind}-"):
-            for one, other in np.load(io.BytesIO(store.read(f"{plan}/pairs/{name}"))):
-                yield int(one), int(other)
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """All pairs of a kind, in the order of the blocks, read again by each loop over them."""
+
+    store: Store
+    plan: str
+    kind: str
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        for name in self.store.names(f"{self.plan}/pairs"):
+            if name.startswith(f"{self.kind}-"):
+                found = np.load(io.BytesIO(self.store.read(f"{self.plan}/pairs/{name}")))
+                yield from map(tuple, found.tolist())
 
 
 class Groups:
     """Sets of numbers that pairs join."""
 
     def __init__(self, count: int):
-        self._parent = np.arange(count)
+        self._parent = np.arange(count, dtype=np.intc)
 
     def find(self, one: int) -> int:
         while self._parent[one] != one:
@@ -117,6 +130,7 @@ class Groups:
     def members(self) -> dict[int, list[int]]:
         """The sets of more than one, by their smallest number."""
         found: dict[int, list[int]] = {}
-        for one in range(len(self._parent)):
-            found.setdefault(self.find(one), []).append(one)
-        return {first: group for first, group in found.items() if len(group) > 1}
+        for one in np.flatnonzero(self._parent != np.arange(len(self._parent))).tolist():
+            first = self.find(one)
+            found.setdefault(first, [first]).append(one)
+        return dict(sorted(found.items()))

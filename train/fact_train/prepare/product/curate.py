@@ -34,6 +34,7 @@ from fact_train.prepare.product.dataset import (
     REJECTED,
     SUMMARY,
     SUSPECTS,
+    Numbering,
     about_name,
     finish,
     write_lines,
@@ -94,7 +95,7 @@ def rewrite(sources: Sequence[Path], out: Path, choose: Choose, *, megabytes: fl
                 )
     writers: dict[str, Any] = {}
     shards: dict[str, list[list[int]]] = {}
-    people: dict[str, list[str]] = {}
+    people: dict[str, Numbering] = {}
     store = Store(str(out))
     (out / FOLDER).mkdir(parents=True)
     for folder, summary in zip(sources, summaries, strict=True):
@@ -111,7 +112,7 @@ def rewrite(sources: Sequence[Path], out: Path, choose: Choose, *, megabytes: fl
             writers[wanted][1].write(json_line(line))
             some[-1][0] += 1
             some[-1][1] += len(record)
-            people.setdefault(wanted, []).append(line["identity"])
+            people.setdefault(wanted, Numbering()).append(line["identity"])
     for writer in writers.values():
         _close(writer)
     if not people:
@@ -125,11 +126,12 @@ def rewrite(sources: Sequence[Path], out: Path, choose: Choose, *, megabytes: fl
             os.rename(out / FOLDER / f"{split}-{shard}", path)
             sizes[split].append((count, path.stat().st_size))
     about = _together(summaries)
-    about["in"] = sum(map(len, people.values())) + about["rejected"]
+    numbers = {split: people[split].numbers for split in order}
+    about["in"] = sum(map(len, numbers.values())) + about["rejected"]
     finish(
         store,
         sizes,
-        {split: people[split] for split in order},
+        numbers,
         (summaries[0]["size"], summaries[0]["crop"]),
         about,
     )

@@ -1,10 +1,11 @@
 """The product: shards of records with a line about each, and the files that tell of the whole."""
 
+import itertools
 import json
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -40,33 +41,42 @@ def about_name(split: str, shard: int) -> str:
     return f"{ABOUT}/{split}-{shard:05d}.jsonl"
 
 
-def plan_shards(
-    records: Iterable[tuple[str, str, int, int, str]], megabytes: float
-) -> dict[str, list[list[list]]]:
-    """Split -> shards -> ``[chunk, row, identity]``; of (split, chunk, row, bytes, identity).
+def plan_shards(sizes: Sequence[int], megabytes: float) -> list[int]:
+    """Where shards end, but the last: before a record that would make one larger than that."""
+    ends, filled = [], 0
+    for number, size in enumerate(sizes):
+        if filled and filled + size > megabytes * 2**20:
+            ends.append(number)
+            filled = 0
+        filled += size
+    return ends
 
-    A shard ends where the next record would make it larger than ``megabytes``.
-    """
-    plan: dict[str, list[list[list]]] = {}
-    filled: Counter[str] = Counter()
-    for split, chunk, row, size, identity in records:
-        shards = plan.setdefault(split, [[]])
-        if shards[-1] and filled[split] + size > megabytes * 2**20:
-            shards.append([])
-            filled[split] = 0
-        filled[split] += size
-        shards[-1].append([chunk, row, identity])
-    return plan
+
+class Numbering:
+    """Equal numbers for equal names, in the order in which they come."""
+
+    def __init__(self, names: Iterable[Hashable] = ()):
+        self._seen: dict[Hashable, int] = {}
+        self._numbers = array("i")
+        for name in names:
+            self.append(name)
+
+    def append(self, name: Hashable) -> None:
+        self._numbers.append(self._seen.setdefault(name, len(self._seen)))
+
+    @property
+    def numbers(self) -> Int[np.ndarray, " n"]:
+        return np.array(self._numbers)
 
 
 def write_shard(work: str, plan: str, out: str, name: str) -> dict[str, int]:
-    """Shard ``SPLIT-I-OF-N`` by ``PLAN/shards/NAME.json``, and the lines about its records."""
+    """Shard ``SPLIT-I-OF-N`` by ``PLAN/shards/NAME.jsonl``, and the lines about its records."""
     store, product = Store(work), Store(out)
     marker = f"{plan}/written/{name}.json"
     if store.exists(marker):
         return {}
     split, shard, shards = name.split("-")
-    records = store.json(f"{plan}/shards/{name}.json")
+    records = store.lines(f"{plan}/shards/{name}.jsonl")
     file = f"{FOLDER}/{shard_name(int(shard), int(shards), split)}"
     about = about_name(split, int(shard))
     with product.writing(file) as temporary, product.writing(about) as told:
@@ -81,18 +91,14 @@ def write_shard(work: str, plan: str, out: str, name: str) -> dict[str, int]:
     return {}
 
 
-def _planned(store: Store, records: Sequence[Sequence]) -> Iterator[tuple[bytes, dict]]:
+def _planned(store: Store, records: Iterable[dict]) -> Iterator[tuple[bytes, dict]]:
     """Records with their final identities, and lines; neighbours come from the same chunk."""
-    start = 0
-    while start < len(records):
-        chunk = records[start][0]
-        end = start
-        while end < len(records) and records[end][0] == chunk:
-            end += 1
+    for chunk, wanted in itertools.groupby(records, key=lambda record: record["chunk"]):
         rows = {line["row"]: line for line in store.lines(f"done/{chunk}.jsonl") if "row" in line}
         with store.reading(f"done/{chunk}.array_record") as path:
             reader = shard_reader(path)
-            for _, row, identity in records[start:end]:
+            for about in wanted:
+                row, identity = about["row"], about["identity"]
                 line = {
                     key: value
                     for key, value in rows[row].items()
@@ -103,19 +109,19 @@ def _planned(store: Store, records: Sequence[Sequence]) -> Iterator[tuple[bytes,
                     record = with_identity(record, identity)
                 yield record, line | {"identity": identity}
             reader.close()
-        start = end
 
 
 def finish(
     out: Store,
     shards: Mapping[str, Sequence[tuple[int, int]]],
-    people: Mapping[str, Sequence[str]],
+    people: Mapping[str, Int[np.ndarray, " n"]],
     sizes: tuple[int, int],
     about: dict[str, Any],
 ) -> None:
     """Write index, card and at last ``summary.json``: a folder with it is whole.
 
-    ``shards`` gives (records, bytes) of each, ``people`` the person of each record by split;
+    ``shards`` gives (records, bytes) of each, ``people`` the person of each record by split,
+    numbered in order, and nobody in two of them;
     ``about`` goes into the summary, beside what is counted here.
     """
     splits = {
@@ -123,28 +129,31 @@ def finish(
         for split, some in shards.items()
     }
     counted, shapes = count_lines(out, shards, sizes[0])
-    numbers = {}
-    bytes_of: dict[str, int] = {}
-    for split, some in shards.items():
-        seen: dict[str, int] = {}
-        numbers[split] = np.asarray([seen.setdefault(name, len(seen)) for name in people[split]])
-        bytes_of |= {shard_name(i, len(some), split): size for i, (_, size) in enumerate(some)}
+    bytes_of = {
+        shard_name(i, len(some), split): size
+        for split, some in shards.items()
+        for i, (_, size) in enumerate(some)
+    }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         text = DESCRIPTION + f"\nBuilt by fact-train data: {CARD} two folders up tells of what.\n"
         features = face_features(None if shapes else sizes[0], sizes[1])
-        write_info(folder, features, splits, numbers, bytes_of, shapes=shapes, description=text)
+        write_info(folder, features, splits, people, bytes_of, shapes=shapes, description=text)
         for path in sorted(folder.iterdir(), key=lambda path: path.name == "features.json"):
             out.write(f"{FOLDER}/{path.name}", path.read_bytes())
     summary = about | {
         "software": f"fact-jax {version_of()}",
         "size": sizes[0],
         "crop": sizes[1],
-        "records": sum(len(names) for names in people.values()),
-        "people": len({name for names in people.values() for name in names}),
+        "records": sum(map(len, people.values())),
+        "people": sum(int(who.max()) + 1 for who in people.values()),
         "splits": {
-            split: {"records": len(names), "people": len(set(names)), "shards": len(shards[split])}
-            for split, names in people.items()
+            split: {
+                "records": len(who),
+                "people": int(who.max()) + 1,
+                "shards": len(shards[split]),
+            }
+            for split, who in people.items()
         },
         **counted,
     }

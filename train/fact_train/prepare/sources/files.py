@@ -47,21 +47,26 @@ def list_folder(store: Store, *, people: bool, ignored: Counter) -> Iterator[dic
 def _walk(
     store: Store, folder: str, ignored: Counter, depth: int
 ) -> Iterator[tuple[str, list[str], list]]:
-    entries = sorted(store.fs.ls(store.path(folder), detail=True), key=lambda entry: entry["name"])
-    named = {entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry for entry in entries}
-    named = {name: entry for name, entry in named.items() if not name.startswith(".")}
+    # Of each entry only what is asked below: a folder may hold millions.
+    named = {
+        name: (entry["type"] == "directory", entry.get("islink"), _state(entry))
+        for entry in sorted(
+            store.fs.ls(store.path(folder), detail=True), key=lambda entry: entry["name"]
+        )
+        if not (name := entry["name"].rstrip("/").rsplit("/", 1)[-1]).startswith(".")
+    }
     within = f"{folder}/" if folder else ""
-    for name, entry in named.items():
+    for name, (is_folder, is_link, _) in named.items():
         photo = name.lower().endswith(SUFFIXES) and not name.endswith(BESIDE["mask"])
-        if entry["type"] == "directory" and not photo:
-            if depth < _DEEPEST and not entry.get("islink"):
+        if is_folder and not photo:
+            if depth < _DEEPEST and not is_link:
                 yield from _walk(store, within + name, ignored, depth + 1)
             else:
                 ignored["link to a folder, or folder too deep"] += 1
         elif photo:
             beside = _beside(name, named)
             stem = name.rsplit(".", 1)[0]
-            about = [_state(named[one]) for one in (name, *(f"{stem}{end}" for end in beside))]
+            about = [named[one][2] for one in (name, *(f"{stem}{end}" for end in beside))]
             yield within + name, beside, about
         elif not name.endswith(_ENDS):
             suffix = name.rsplit(".", 1)[-1].lower()
