@@ -124,9 +124,9 @@ def test_splits_are_of_people_and_stay_as_people_are_added():
 
 
 def test_pairs_over_blocks_are_those_of_all_with_all(monkeypatch, tmp_path):
-    """Blocks of 5 among 13 vectors, in strips of 2, against one plain product."""
+    """Blocks of 5 among 13 vectors, in tiles of 2 x 3, against one plain product."""
     monkeypatch.setattr(pairs, "BLOCK", 5)
-    monkeypatch.setattr(pairs, "_STRIP", 2)
+    monkeypatch.setattr(pairs, "_TILE", (2, 3))
     rng = np.random.default_rng(0)
     vectors = rng.integers(-127, 128, (13, 24)).astype(np.int8)
     vectors[11] = vectors[2]

@@ -17,9 +17,10 @@ from jaxtyping import Bool, Float, Int, Int8, UInt8
 from fact_train.prepare.photos.measures import COLOUR_SIDE, mirrored
 from fact_train.prepare.store import Store
 
-BLOCK = 2048
-_STRIP = 256
-"""Rows of a block that are in memory as products."""
+BLOCK = 16384
+"""Vectors on each side of a piece of work: ten million photos are 190,000 pieces of seconds."""
+_TILE = (256, 2048)
+"""So many of these are in memory as products."""
 _COLOURS_APART = 9
 """Of 255, in the worst channel."""
 
@@ -41,7 +42,8 @@ def compare_blocks(work: str, plan: str, thresholds: dict[str, float], name: str
         with store.reading(f"{plan}/{kind}.npy") as path:
             vectors = np.load(path, mmap_mode="r")
             parts = [np.asarray(vectors[start : start + BLOCK]) for start in starts]
-        found = near_pairs(parts[0], parts[1], thresholds[kind], hashes=kind == "hash") + starts
+        options = {"hashes": kind == "hash", "upper": one == other}
+        found = near_pairs(parts[0], parts[1], thresholds[kind], **options) + starts
         if kind == "hash":
             with store.reading(f"{plan}/colours.npy") as path:
                 found = found[same_colours(np.load(path, mmap_mode="r"), found)]
@@ -57,15 +59,23 @@ def near_pairs(
     threshold: float,
     *,
     hashes: bool,
+    upper: bool = False,
 ) -> Int[np.ndarray, "pairs 2"]:
-    """Pairs whose cosine is at least ``threshold``; of hashes, of a picture or its mirror image."""
+    """Pairs whose cosine is at least ``threshold``; of hashes, of a picture or its mirror image.
+
+    With ``upper`` those of i < j are enough.
+    """
     views = [others, mirrored(others)] if hashes else [others]
-    found = []
-    for start in range(0, len(ones), _STRIP):
-        strip = ones[start : start + _STRIP]
-        near = np.any([cosines(strip, view) >= threshold for view in views], 0)
-        found.append(np.argwhere(near) + (start, 0))
-    return np.concatenate(found) if found else np.empty((0, 2), np.int64)
+    found = [np.empty((0, 2), np.int64)]
+    for row, column in itertools.product(
+        range(0, len(ones), _TILE[0]), range(0, len(others), _TILE[1])
+    ):
+        if upper and column + _TILE[1] <= row:
+            continue
+        rows, columns = slice(row, row + _TILE[0]), slice(column, column + _TILE[1])
+        near = np.any([cosines(ones[rows], view[columns]) >= threshold for view in views], 0)
+        found.append(np.argwhere(near) + (row, column))
+    return np.concatenate(found)
 
 
 def same_colours(
@@ -77,14 +87,12 @@ def same_colours(
     """
     shape = (-1, COLOUR_SIDE, COLOUR_SIDE, 3)
     found = np.zeros(len(pairs), bool)
-    for start in range(0, len(pairs), BLOCK):
-        one, other = (
-            colours[pairs[start : start + BLOCK, side]].reshape(shape).astype(np.int16)
-            for side in (0, 1)
-        )
+    for start in range(0, len(pairs), _TILE[1]):
+        some = slice(start, start + _TILE[1])
+        one, other = (colours[pairs[some, side]].reshape(shape).astype(np.int16) for side in (0, 1))
         for view in (other, other[:, :, ::-1]):
             apart = np.abs(one - view).max(-1).reshape(len(one), -1)
-            found[start : start + BLOCK] |= np.percentile(apart, 75, axis=1) <= _COLOURS_APART
+            found[some] |= np.percentile(apart, 75, axis=1) <= _COLOURS_APART
     return found
 
 
