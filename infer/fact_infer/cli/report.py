@@ -18,6 +18,7 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
     )
     portraits.add_argument("--people", type=int, default=4, metavar="N", help="how many (4)")
     portraits.add_argument("--photos", type=int, default=1, metavar="N", help="of each (1)")
+    portraits.add_argument("--size", type=int, default=128, metavar="N", help="pixels (128)")
     portraits.add_argument("--out", type=Path, required=True, metavar="DIR")
     _add_report(commands)
 
@@ -55,7 +56,9 @@ def _portraits(arguments: argparse.Namespace) -> None:
     from fact_infer.output_images import check_folder
 
     check_folder(arguments.out)
-    for path in write_portraits(arguments.split, arguments.people, arguments.photos, arguments.out):
+    for path in write_portraits(
+        arguments.split, arguments.people, arguments.photos, arguments.out, arguments.size
+    ):
         print(path)
 
 

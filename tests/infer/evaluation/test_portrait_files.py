@@ -16,7 +16,7 @@ def test_files_hold_the_person_the_points_and_the_head(tmp_path):
     paths = write_portraits("test", 2, 2, tmp_path)
     person = SPLITS["test"][1]
     assert [path.name for path in paths[2:]] == [f"{person:06d}-0.png", f"{person:06d}-1.png"]
-    truth = make_batch([person], [person * 1000 + 1])
+    truth = make_batch([person], [person * 1000 + 1], 128)
     assert (np.asarray(Image.open(paths[3])) == truth.images[0]).all()
 
     found = prepare_photo(paths[3], mask_file=tmp_path / f"{person:06d}-1.mask.png", crop_size=48)
@@ -27,8 +27,11 @@ def test_files_hold_the_person_the_points_and_the_head(tmp_path):
     assert np.abs(found.crop.astype(int) - crop).max() <= 2
 
 
-@pytest.mark.parametrize(("people", "photos"), [(0, 1), (2001, 1), (1, 0), (1, 101)])
-def test_impossible_numbers_are_refused(tmp_path, people, photos):
+@pytest.mark.parametrize(
+    ("people", "photos", "size"),
+    [(0, 1, 64), (2001, 1, 64), (1, 0, 64), (1, 101, 64), (1, 1, 31), (1, 1, 1025)],
+)
+def test_impossible_numbers_are_refused(tmp_path, people, photos, size):
     with pytest.raises(UserError, match="must be"):
-        write_portraits("test", people, photos, tmp_path)
+        write_portraits("test", people, photos, tmp_path, size)
     assert not list(tmp_path.iterdir())
