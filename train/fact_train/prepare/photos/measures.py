@@ -95,7 +95,7 @@ def view_colours(view: UInt8[np.ndarray, "64 64 3"]) -> UInt8[np.ndarray, "cells
 def mirrored(hashes: Int8[np.ndarray, "n bits"]) -> Int8[np.ndarray, "n bits"]:
     """The hashes (as -1 and 1) of the mirrored pictures: odd frequencies in x change their sign."""
     odd = np.arange(HASH_SIDE * HASH_SIDE)[1:] % HASH_SIDE % 2
-    return (hashes * (1 - 2 * odd)).astype(np.int8)
+    return hashes * (1 - 2 * odd).astype(np.int8)
 
 
 def quantized(vector: Float[np.ndarray, " d"]) -> Int8[np.ndarray, " d"]:
