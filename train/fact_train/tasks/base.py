@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from fact_convert import Pipeline, Tokenizer, save_pipeline, tokenize
+from fact_convert.models.pipeline import load_part
 from fact_jax.diffusion.noise_schedules import NoiseSchedule, add_noise, training_target
 from fact_jax.diffusion.samplers import sample_ddim
 from fact_jax.face import resize_area
@@ -19,6 +20,7 @@ from fact_jax.models.unet import UNet, UNetConfig
 from fact_jax.portraits import SPLITS, captions, sample_scene
 from fact_jax.portraits.vocabulary import caption_vocabulary
 from fact_jax.utils.contact_sheet import contact_sheet
+from fact_jax.utils.errors import UserError
 from fact_jax.utils.pixels import denormalize_pixels
 from fact_jax.utils.ranges import CheckedFields, Name, NonNegative, Probability
 from fact_train.config import TrainConfig
@@ -42,11 +44,13 @@ MINI_UNET = UNetConfig.mini()
 class BaseOptions(CheckedFields):
     """``vae`` is a folder as the vae task exports it; ``head_weight`` weighs the head up.
 
-    Of the ``unet`` sample size and channels of the latents follow from the VAE.
+    Of the ``unet`` sample size and channels of the latents follow from the VAE. With ``weights``, a
+    pipeline's folder as this task exports it, its UNet and text encoder learn on.
     """
 
     unet: UNetConfig = MINI_UNET
     vae: Name = "miniature/base/vae"
+    weights: Name | None = None
     people: Annotated[int, people_of("base")] = 5000
     photos: Photos = 4
     drop_text: Probability = 0.1
@@ -92,8 +96,18 @@ class BaseTask(Task):
             in_channels=latents.latent_channels,
             out_channels=latents.latent_channels,
         )
-        self.unet = split_module(UNet(unet, rngs=rngs))
-        self.text_encoder = split_module(CLIPTextModel(text, rngs=rngs))
+        self.unet = split_module(self._start("unet", UNet, unet, rngs))
+        self.text_encoder = split_module(self._start("text_encoder", CLIPTextModel, text, rngs))
+
+    def _start(self, name: str, kind: type, config: Any, rngs: nnx.Rngs) -> Any:
+        """A model as it is before the first step."""
+        folder = self.options.weights
+        if folder is None:
+            return kind(config, rngs=rngs)
+        model = load_part(Path(folder, name))
+        if model.config != config:
+            raise UserError(f"{folder} has a {name} of another size than options.unet or the VAE")
+        return model
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         return {"unet": self.unet.arrays, "text_encoder": self.text_encoder.arrays}, {}
