@@ -53,7 +53,12 @@ def test_it_learns_on_from_what_it_exported(config, tmp_path):
         jax.random.key(1)
     )
     jax.tree.map(np.testing.assert_array_equal, again, moved)
-    batch = next(task.source().batches(0, np.arange(2)))
+    latents = np.random.default_rng(0).standard_normal((2, 16, 16, 4), np.float32)
+    batch = {
+        "latents": latents,
+        "ids": np.ones((2, 32), np.int32),
+        "head": np.ones((2, 16, 16), np.float32),
+    }
     keys = jax.random.split(jax.random.key(2), 2)
     loss, _ = jax.jit(lambda one, some: task.loss(one, frozen, some, step=0, keys=keys))(
         again, batch
