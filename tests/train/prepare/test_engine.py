@@ -62,6 +62,13 @@ def test_beams_own_runner_writes_the_same_bytes(people, whole, tmp_path):
     assert digests(tmp_path / "out") == whole
 
 
+def test_a_runner_that_does_not_start_is_one_line(people, tmp_path):
+    engine = Engine(1, ("--runner=NoRunner",))
+    settings = BuildSettings(source=str(people), **OPTIONS)
+    with pytest.raises(UserError, match=r"^photos: the pipeline stopped: .*NoRunner"):
+        build(settings, str(tmp_path / "out"), engine)
+
+
 @pytest.mark.slow
 def test_four_processes_write_the_same_bytes(people, whole, tmp_path):
     out = tmp_path / "out"

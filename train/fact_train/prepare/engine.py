@@ -47,7 +47,7 @@ class Engine:
             if (self.workers == 1 and not self.options) or len(names) <= _FEW:
                 self._here(work, names, bar)
             else:
-                self._on_beam(work, names, done, bar)
+                self._on_beam(what, work, names, done, bar)
 
     def _here(self, work: Callable, names: Sequence[str], bar: Any) -> None:
         totals: dict[str, int] = {}
@@ -59,7 +59,9 @@ class Engine:
                 bar.set_postfix({**totals, **rate}, refresh=False)
             bar.update()
 
-    def _on_beam(self, work: Callable, names: Sequence[str], done: Callable, bar: Any) -> None:
+    def _on_beam(
+        self, what: str, work: Callable, names: Sequence[str], done: Callable, bar: Any
+    ) -> None:
         logging.disable(logging.WARNING)  # of what Beam's extra for Google's cloud lacks
         try:
             import apache_beam as beam
@@ -100,8 +102,8 @@ class Engine:
                 _ = found | beam.Map(work)
         except UserError:
             raise
-        except RuntimeError as error:
-            raise UserError(f"{bar.desc}: the pipeline stopped: {_cause(error)}") from error
+        except (RuntimeError, ValueError, OSError, ImportError) as error:
+            raise UserError(f"{what}: the pipeline stopped: {_cause(error)}") from error
         finally:
             stop.set()
             watcher.join()
