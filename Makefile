@@ -72,8 +72,7 @@ lint: .venv/installed
 # Trains again, from nothing, everything that miniature/ ships.
 miniature: .venv/installed
 	$(BIN)/fact-train run mini_vae --out runs/mini_vae
-	$(BIN)/fact-train run mini_decoder --out runs/mini_decoder options.decoder_of=runs/mini_vae/export/vae
-	$(BIN)/fact-train run mini_base --out runs/mini_base options.vae=runs/mini_decoder/export/vae
+	$(BIN)/fact-train run mini_base --out runs/mini_base options.vae=runs/mini_vae/export/vae
 	$(BIN)/fact-train run mini_encoder --out runs/mini_encoder
 	$(BIN)/fact-train run mini_judge --out runs/mini_judge
 	$(BIN)/fact-convert to-torch runs/mini_base/export/base miniature/base --dtype float16 --force
@@ -83,7 +82,7 @@ miniature: .venv/installed
 	cp runs/mini_judge/export/judge/*.safetensors miniature/judge/
 	$(BIN)/fact-train run mini --out runs/mini
 	$(BIN)/fact-convert to-torch runs/mini miniature/adapter/adapter.safetensors --dtype float16 --force
-	for run in vae decoder base encoder judge; do mkdir -p miniature/logs/$$run && cp runs/mini_$$run/log.txt runs/mini_$$run/metrics.jsonl runs/mini_$$run/config.json miniature/logs/$$run/; done
+	for run in vae base encoder judge; do mkdir -p miniature/logs/$$run && cp runs/mini_$$run/log.txt runs/mini_$$run/metrics.jsonl runs/mini_$$run/config.json miniature/logs/$$run/; done
 	mkdir -p miniature/logs/adapter && cp runs/mini/log.txt runs/mini/metrics.jsonl runs/mini/config.json miniature/logs/adapter/
 
 clean:

@@ -1,6 +1,6 @@
 """The miniature's base model: text to 128 x 128 portraits, with CLIP text encoder and UNet.
 
-fact-train run mini_base --out runs/mini_base options.vae=runs/mini_decoder/export/vae
+fact-train run mini_base --out runs/mini_base options.vae=runs/mini_vae/export/vae
 """
 
 from fact_train.config import CheckpointConfig, EMAConfig, LogConfig, OptimizerConfig, TrainConfig
@@ -8,13 +8,13 @@ from fact_train.tasks.base import BaseOptions
 
 config = TrainConfig(
     task="base",
-    steps=14000,
+    steps=8000,
     batch_size=16,
     optimizer=OptimizerConfig(
         learning_rate=1e-3, weight_decay=1e-2, warmup_steps=200, schedule="cosine", b2=0.99
     ),
     ema=EMAConfig(decay=0.999),
-    checkpoint=CheckpointConfig(every=1000),
-    log=LogConfig(every=50, samples_every=1000),
-    options=BaseOptions(),
+    checkpoint=CheckpointConfig(every=2000),
+    log=LogConfig(every=100, samples_every=2000),
+    options=BaseOptions(people=4000, head_weight=2.0),
 )

@@ -1,6 +1,8 @@
 """The miniature's decoder, trained on by itself once its encoder and the latents are settled.
 
-fact-train run mini_decoder --out runs/mini_decoder options.decoder_of=runs/mini_vae/export/vae
+fact-train run mini_decoder --out runs/mini_decoder
+
+What ships was made without it.
 """
 
 from dataclasses import replace

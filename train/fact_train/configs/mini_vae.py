@@ -8,13 +8,13 @@ from fact_train.tasks.vae import VAEOptions
 
 config = TrainConfig(
     task="vae",
-    steps=1600,
-    batch_size=16,
+    steps=3000,
+    batch_size=8,
     optimizer=OptimizerConfig(
-        learning_rate=2e-3, weight_decay=1e-4, warmup_steps=50, schedule="cosine"
+        learning_rate=2e-3, weight_decay=1e-4, warmup_steps=100, schedule="cosine"
     ),
-    ema=EMAConfig(decay=0.995),
-    checkpoint=CheckpointConfig(every=400),
-    log=LogConfig(every=20, samples_every=400),
+    ema=EMAConfig(decay=0.998),
+    checkpoint=CheckpointConfig(every=1000),
+    log=LogConfig(every=50, samples_every=500),
     options=VAEOptions(),
 )
