@@ -74,15 +74,16 @@ miniature: .venv/installed
 	$(BIN)/fact-train run mini_vae --out runs/mini_vae
 	$(BIN)/fact-train run mini_base --out runs/mini_base options.vae=runs/mini_vae/export/vae
 	$(BIN)/fact-train run mini_encoder --out runs/mini_encoder
-	$(BIN)/fact-train run mini_judge --out runs/mini_judge
+	$(BIN)/fact-train run mini_judge --out runs/mini_judge "options.networks=('recogniser','parser')"
+	$(BIN)/fact-train run mini_judge --out runs/mini_features "options.networks=('features',)" options.people=9000 options.photos=2 steps=1500
 	$(BIN)/fact-convert to-torch runs/mini_base/export/base miniature/base --dtype float16 --force
 	mkdir -p miniature/encoder miniature/judge miniature/adapter
 	$(BIN)/fact-convert to-torch runs/mini_encoder/export/encoder miniature/encoder/model.safetensors --dtype float16 --force
 	cp runs/mini_encoder/export/encoder/config.json miniature/encoder/
-	cp runs/mini_judge/export/judge/*.safetensors miniature/judge/
+	cp runs/mini_judge/export/judge/*.safetensors runs/mini_features/export/judge/*.safetensors miniature/judge/
 	$(BIN)/fact-train run mini --out runs/mini
 	$(BIN)/fact-convert to-torch runs/mini miniature/adapter/adapter.safetensors --dtype float16 --force
-	for run in vae base encoder judge; do mkdir -p miniature/logs/$$run && cp runs/mini_$$run/log.txt runs/mini_$$run/metrics.jsonl runs/mini_$$run/config.json miniature/logs/$$run/; done
+	for run in vae base encoder judge features; do mkdir -p miniature/logs/$$run && cp runs/mini_$$run/log.txt runs/mini_$$run/metrics.jsonl runs/mini_$$run/config.json miniature/logs/$$run/; done
 	mkdir -p miniature/logs/adapter && cp runs/mini/log.txt runs/mini/metrics.jsonl runs/mini/config.json miniature/logs/adapter/
 
 clean:

@@ -1,7 +1,8 @@
-"""Networks that only evaluation uses: identity embeddings, and a parser of whole pictures.
+"""Networks that only evaluation uses: identity embeddings, facial features, and a parser.
 
 ``IdentityNet`` is a convolutional network (the generator's condition comes from a transformer)
-trained on people of the ``judge`` split; ``AttributeNet`` finds the five points, the head and face
+trained on people of the ``judge`` split; ``FaceFeatureNet`` measures eyes, brows and mouth in the
+same crops; ``AttributeNet`` finds the five points, the head and face
 masks, the captioned attributes and the colours of skin and hair in a whole picture.
 """
 
@@ -15,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 from safetensors.numpy import load_file, save_file
 
+from fact_jax.portraits.identity import Identity
 from fact_jax.portraits.scene import BACKGROUNDS, EXPRESSIONS, GLASSES, PATTERNS, SHIRTS
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.files import atomic_write
@@ -26,6 +28,11 @@ ATTRIBUTES = {
     "background": BACKGROUNDS,
     "pattern": PATTERNS,
 }
+FACE_FEATURES = (
+    *("iris", "lips"),
+    *("brow_thickness", "brow_tilt", "brow_height", "mouth_width", "lip_fullness"),
+)
+"""Fields of ``Identity``: two colours, and numbers."""
 CROP = 48
 """Side of the aligned crops that the recogniser sees."""
 _WIDTHS = (24, 48, 64, 96)
@@ -65,6 +72,28 @@ class IdentityNet(nnx.Module):
         for stage in self.stages:
             crops = stage(crops)
         return self.centre(self.head(crops.reshape(crops.shape[0], -1)))
+
+
+def face_features(people: Identity) -> Float[np.ndarray, "n 11"]:
+    """The true ``FACE_FEATURES``, colours as three numbers each."""
+    columns = [np.asarray(getattr(people, name)) for name in FACE_FEATURES]
+    return np.concatenate([one.reshape(len(one), -1) for one in columns], axis=1)
+
+
+class FaceFeatureNet(nnx.Module):
+    """Aligned crops as ``IdentityNet`` takes them to ``face_features``."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.stages = _stages(rngs)
+        self.head = nnx.Linear(_WIDTHS[-1] * (CROP // 16) ** 2, 11, rngs=rngs)
+        # Mean and standard deviation over people, from where training starts.
+        self.mean, self.deviation = nnx.Param(jnp.zeros(11)), nnx.Param(jnp.ones(11))
+
+    def __call__(self, crops: Float[Array, "b s s 3"]) -> Float[Array, "b 11"]:
+        for stage in self.stages:
+            crops = stage(crops)
+        found = self.head(crops.reshape(crops.shape[0], -1))
+        return self.mean[...] + self.deviation[...] * found
 
 
 class AttributeNet(nnx.Module):
@@ -108,7 +137,7 @@ class AttributeNet(nnx.Module):
         }
 
 
-MetricNetwork = IdentityNet | AttributeNet
+MetricNetwork = IdentityNet | FaceFeatureNet | AttributeNet
 
 
 def save_network(module: MetricNetwork, path: Path) -> None:

@@ -19,7 +19,8 @@ from fact_jax.metrics.copying import head_pose
 from fact_jax.metrics.identity import rank_one
 from fact_jax.metrics.intervals import INTERVALS, Estimate
 from fact_jax.metrics.pictures import change, dilate, diversity, fid, kid
-from fact_jax.portraits.metric_networks import ATTRIBUTES
+from fact_jax.portraits import sample_identity
+from fact_jax.portraits.metric_networks import ATTRIBUTES, FACE_FEATURES, face_features
 
 NOTES = (
     f"{INTERVALS}. Brackets hold the interval.",
@@ -63,6 +64,7 @@ def measured_samples(
         **_copied(seen, people, who),
         **_changes(seen, pictures),
         **_colours(seen, people),
+        **_face_features(seen, people),
         **_captions(seen, people),
         **_variety(seen, pictures, who),
     }
@@ -150,6 +152,20 @@ def _colours(seen: dict[str, MetricOutputs], people: People) -> Samples:
         for column, source in (*_PICTURES, ("true", "reference")):
             found = getattr(seen[source], name)
             samples[f"{name}/{column}"] = np.abs(found - _tiled(truth, found)).mean(-1)
+    return samples
+
+
+def _face_features(seen: dict[str, MetricOutputs], people: People) -> Samples:
+    """Errors of colours; of numbers in standard deviations over the people (a guess: about 1.1)."""
+    truth = face_features(sample_identity(people.scenes.ids))
+    samples: Samples = {}
+    for column, source in (*_PICTURES, ("true", "reference")):
+        found = seen[source].face_features
+        error = np.abs(found - _tiled(truth, found))
+        samples[f"iris/{column}"] = error[:, :3].mean(-1)
+        samples[f"lips/{column}"] = error[:, 3:6].mean(-1)
+        for name, values in zip(FACE_FEATURES[2:], (error / truth.std(0))[:, 6:].T, strict=True):
+            samples[f"{name}/{column}"] = values
     return samples
 
 

@@ -50,6 +50,15 @@ SECTIONS: dict[str, tuple[Row, ...]] = {
     "Colours (mean absolute error over RGB, 1 = full scale)": (
         Row("hair", "hair"),
         Row("skin", "skin"),
+        Row("iris", "eyes"),
+        Row("lips", "lips"),
+    ),
+    "Shape of the face (mean absolute error, in standard deviations over people)": (
+        Row("brow_thickness", "brows: thickness"),
+        Row("brow_tilt", "brows: tilt"),
+        Row("brow_height", "brows: height"),
+        Row("mouth_width", "mouth: width"),
+        Row("lip_fullness", "mouth: fullness of the lips"),
     ),
     "Captions followed, by the parser": (
         Row("caption/expression", "expression", share=True),

@@ -30,6 +30,7 @@ from fact_jax.portraits.metric_networks import (
     ATTRIBUTES,
     CROP,
     AttributeNet,
+    FaceFeatureNet,
     IdentityNet,
     load_network,
 )
@@ -94,6 +95,7 @@ class MetricOutputs(NamedTuple):
     points: Float[np.ndarray, "n 5 2"]
     light: Float[np.ndarray, " n"]  # fact_jax.metrics.copying.light_side
     features: Float[np.ndarray, "n d"]  # means of the parser's last features
+    face_features: Float[np.ndarray, "n 11"]  # fact_jax.portraits.metric_networks.FACE_FEATURES
 
 
 class Recogniser(Protocol):
@@ -159,6 +161,8 @@ class MetricNetworks:
     def __init__(self, folder: Path, more: Sequence[Recogniser] = ()):
         self._recognisers = [JudgeRecogniser(folder), *more]
         self._parser = Parser(folder)
+        network = load_network(FaceFeatureNet, folder / "features.safetensors")
+        self._face_features = _compiled(network)
 
     def __call__(self, images: UInt8[np.ndarray, "n h w 3"]) -> MetricOutputs:
         """Their outputs for whole pictures, 64 x 64 or a multiple of it."""
@@ -179,6 +183,7 @@ class MetricNetworks:
             points=found["points"],
             light=light_side(crops),
             features=self._parser.features(images),
+            face_features=self._face_features(crops),
         )
 
 

@@ -11,8 +11,8 @@ from fact_infer.evaluation.page import write_page
 from fact_infer.evaluation.results import read_scores, save
 from fact_infer.evaluation.table import COLUMNS, SECTIONS
 from fact_infer.evaluation.world import MetricOutputs, People, render_people
-from fact_jax.portraits import SPLITS
-from fact_jax.portraits.metric_networks import ATTRIBUTES
+from fact_jax.portraits import SPLITS, sample_identity
+from fact_jax.portraits.metric_networks import ATTRIBUTES, face_features
 from fact_jax.utils.errors import UserError
 
 pytestmark = pytest.mark.heavy
@@ -55,6 +55,7 @@ def judgement(
         points=truth.points,
         light=np.zeros(COUNT),
         features=np.asarray(embeddings, np.float32),
+        face_features=face_features(sample_identity(people.scenes.ids)) + colour_error,
     )
 
 
@@ -100,6 +101,8 @@ def scored(people):
         ("head/ratio/fact", 0.0),
         ("face/outside/fact", 0.2 * 144 / 4096),
         ("hair/fact", 0.1),
+        ("iris/fact", 0.1),
+        ("lips/base", 0.0),
         ("skin/base", 0.0),
         ("caption/shirt/fact", 1.0),
         ("caption/all/base", 0.0),

@@ -9,8 +9,8 @@ from fact_infer.evaluation.evaluate import changed_region, measure
 from fact_infer.evaluation.world import MetricNetworks, render_people
 from fact_jax.face import align_batch
 from fact_jax.metrics.identity import cosine, verification_auc
-from fact_jax.portraits import SPLITS, make_batch
-from fact_jax.portraits.metric_networks import ATTRIBUTES
+from fact_jax.portraits import SPLITS, make_batch, sample_identity
+from fact_jax.portraits.metric_networks import ATTRIBUTES, FACE_FEATURES, face_features
 
 pytestmark = pytest.mark.heavy
 
@@ -69,6 +69,17 @@ def test_rendered_truth_scores_as_true_photos(truth):
     assert low < 0.0 < high
     for name in ("roll", "yaw", "light"):  # which the person does not decide
         assert truth[f"copied/{name}/fact"].low < 0.1, name
+
+
+def test_facial_features_are_measured_better_than_guessed(networks, people):
+    """True photos against their people's true features, and against another person's."""
+    seen = networks(people.scenes.images).face_features
+    truth = face_features(sample_identity(people.scenes.ids))
+    right = np.abs(seen - truth).mean(0)
+    ratio = right / np.abs(seen - np.roll(truth, 1, axis=0)).mean(0)
+    mouth_width = ratio[6 + FACE_FEATURES[2:].index("mouth_width")]
+    assert mouth_width < 0.8  # expressions change it
+    assert (ratio[ratio != mouth_width] < 0.6).all(), ratio
 
 
 def test_copying_is_told_from_truth(copies, truth):
