@@ -14,7 +14,8 @@ from fact_train.data.records import Records, data_libraries, decode
 from fact_train.prepare.build import build
 from fact_train.prepare.models.provider import Photo
 from fact_train.prepare.photos.photo import cut_out
-from fact_train.prepare.settings import BuildSettings
+from fact_train.prepare.product.dataset import plan_shards
+from fact_train.prepare.settings import BuildSettings, Gates
 from fact_train.prepare.sources import Item
 from tests.train.prepare.conftest import POINTS, rejected, write_photo
 
@@ -107,6 +108,30 @@ def test_every_photo_is_a_record_or_has_its_reason(people, tmp_path, capsys):
     assert "with other settings" in capsys.readouterr().err
     assert main([*other, "--force"]) == 0
     assert Records(out).size == 32
+
+
+def test_shards_end_where_the_next_record_is_too_much():
+    """Also beyond the 2 GiB that 32 bits count."""
+    sizes = np.full(80, 2**27, np.intc)
+    assert plan_shards(sizes, 256.0) == list(range(2, 80, 2))
+    assert plan_shards(sizes, 4096.0) == [32, 64]
+    assert plan_shards(sizes, 1.0) == list(range(1, 80))  # each is larger than that
+
+
+def test_a_photo_that_is_a_strip_once_shrunk_is_too_small(tmp_path):
+    """Of 40 x 3000, as generation shrinks it, 13 px would become 64."""
+    source = tmp_path / "people"
+    write_photo(source / "anna" / "1.png", seed=1)
+    points = (ARCFACE_TEMPLATE / 3).tolist()
+    for name, length in (("strip", 3000), ("long", 1100)):
+        pixels = np.zeros((40, length, 3), np.uint8)
+        path = source / "anna" / f"{name}.png"
+        Image.fromarray(pixels).save(path)
+        path.with_suffix(".json").write_text(json.dumps({"points": points}))
+    run(source, tmp_path / "out", buckets=16, gates=Gates(face=8))
+    ((name, (reason, line)),) = rejected(tmp_path / "out").items()
+    assert (name, reason) == ("anna/strip.png", "too small")
+    assert "of 3000 x 40, shrunk to 1000 px, 13 px are left for 64" in line
 
 
 def test_the_same_picture_is_no_partner_of_itself(people, tmp_path):

@@ -63,6 +63,26 @@ def test_photos_without_labels_are_put_together_by_face(tmp_path):
     assert suspects(tmp_path / "out") == []
 
 
+def test_the_names_of_labels_are_given_to_nobody_else(tmp_path):
+    """A table as an earlier build may have named its people, with rows that nobody labelled."""
+    write_faces(tmp_path / "in", 4, 2, lambda person, photo: f"{person}-{photo}.png")
+    (tmp_path / "in" / "3-1.embedding.npy").unlink()
+    labels = {0: "person-0000001", 1: "only 3-1.png"}
+    with open(tmp_path / "in" / "metadata.jsonl", "w", encoding="utf-8") as lines:
+        for person in range(4):
+            for photo in range(2):
+                row = {"file_name": f"{person}-{photo}.png", "identity": labels.get(person)}
+                lines.write(json.dumps(row) + "\n")
+    build(BuildSettings(source=str(tmp_path / "in"), **SIZES), str(tmp_path / "out"))
+    assert who(tmp_path / "out") == {
+        **{f"0-{photo}.png": "person-0000001" for photo in range(2)},
+        **{f"1-{photo}.png": "only 3-1.png" for photo in range(2)},
+        **{f"2-{photo}.png": "person-0000002" for photo in range(2)},
+        "3-0.png": "person-0000003",
+        "3-1.png": "only only 3-1.png",
+    }
+
+
 def test_a_chain_of_likenesses_is_no_person(tmp_path):
     """Ten directions in a half circle: neighbours are alike, the ends are opposite."""
     for number in range(10):
@@ -116,7 +136,7 @@ def test_people_of_too_few_photos_go(tmp_path):
 def test_splits_are_of_people_and_stay_as_people_are_added():
     names = [f"person {number}" for number in range(4000)]
     found = [split_of(name, {"validation": 0.1, "test": 0.25}) for name in names]
-    assert found == [split_of(name, {"validation": 0.1, "test": 0.25}) for name in names]
+    assert found == [split_of(name, {"test": 0.25, "validation": 0.1}) for name in names]
     for split, share in (("validation", 0.1), ("test", 0.25), ("train", 0.65)):
         # Four standard deviations of a binomial share.
         wide = 4 * np.sqrt(share * (1 - share) / len(names))

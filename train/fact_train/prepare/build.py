@@ -215,9 +215,9 @@ def _write(
         raise UserError(
             f"{store.url}: no photo is left to write: fewer gates, or fewer --min-photos"
         )
-    order = ("train", *settings.splits)
+    order = ("train", *sorted(settings.splits))
     of_person = [order.index(split_of(name, settings.splits)) for name in decisions.people]
-    splits = np.array(of_person, np.int8)[decisions.person[records]]
+    splits = np.array(of_person, np.intc)[decisions.person[records]]
     wanted: dict[str, int] = {}
     people = {}
     for number, split in enumerate(order):

@@ -148,13 +148,16 @@ def _name_people(
     named: dict[int, list[int]] = defaultdict(list)
     for one in np.flatnonzero(units.person < 0).tolist():
         named[groups.find(one)].append(one)
-    count = 0
+    # No label is given to somebody else.
+    free = (name for i in itertools.count(1) if (name := f"person-{i:07d}") not in people)
     for group in named.values():
         for part in _tight(group, units.vectors, settings.same_face):
-            count += 1
-            person[units.record[part]] = people.setdefault(f"person-{count:07d}", len(people))
+            person[units.record[part]] = people.setdefault(next(free), len(people))
     for one in np.flatnonzero(person < 0).tolist():
-        person[one] = people.setdefault(f"only {table.names[one]}", len(people))
+        name = f"only {table.names[one]}"
+        while people.get(name, len(table.labels)) < len(table.labels):
+            name = f"only {name}"
+        person[one] = people.setdefault(name, len(people))
     return list(people), person
 
 
@@ -226,9 +229,12 @@ def _disagreeing(decisions: Decisions, settings: BuildSettings) -> list[dict[str
 
 
 def split_of(identity: str, splits: dict[str, float]) -> str:
-    """The split of a person: by the name alone, so that more people move nobody."""
+    """The split of a person: by the name alone, so that more people move nobody.
+
+    In whatever order the splits are given.
+    """
     where = int.from_bytes(hashlib.sha256(identity.encode()).digest()[:8], "big") / 2**64
-    for name, share in splits.items():
+    for name, share in sorted(splits.items()):
         if where < share:
             return name
         where -= share

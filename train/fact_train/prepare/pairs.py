@@ -116,7 +116,8 @@ class Pairs:
         for name in self.store.names(f"{self.plan}/pairs"):
             if name.startswith(f"{self.kind}-"):
                 found = np.load(io.BytesIO(self.store.read(f"{self.plan}/pairs/{name}")))
-                yield from map(tuple, found.tolist())
+                for start in range(0, len(found), BLOCK):  # as Python's numbers they are large
+                    yield from map(tuple, found[start : start + BLOCK].tolist())
 
 
 class Groups:

@@ -38,6 +38,9 @@ def decode(item: Item, settings: BuildSettings) -> Photo:
         short, size = min(height, width), settings.size
         line = f"{item.name} is too small: {short} px on its short side for {size} x {size}"
         raise RejectedError("too small", line)
+    if (narrow := min(image.shape[:2])) * 2 < settings.size:
+        line = f"{item.name} is too narrow: of {width} x {height}, shrunk to {longest} px, {narrow}"
+        raise RejectedError("too small", f"{line} px are left for {settings.size}")
     return Photo(item, image, (height, width))
 
 

@@ -44,7 +44,7 @@ def about_name(split: str, shard: int) -> str:
 def plan_shards(sizes: Sequence[int], megabytes: float) -> list[int]:
     """Where shards end, but the last: before a record that would make one larger than that."""
     ends, filled = [], 0
-    for number, size in enumerate(sizes):
+    for number, size in enumerate(map(int, sizes)):  # the sum may be beyond 32 bits
         if filled and filled + size > megabytes * 2**20:
             ends.append(number)
             filled = 0
