@@ -119,6 +119,27 @@ def test_split_and_merge(out, tmp_path, capsys):
     )
 
 
+def test_made_up_names_in_two_sets_are_told_of(tmp_path, capsys):
+    """Each of the sets has a person-0000001, and somebody of their own."""
+    for number in range(2):
+        for photo in range(2):
+            path = tmp_path / f"in{number}" / f"{number}{photo}.png"
+            write_photo(path, seed=10 * number + photo)
+            if photo == 0:
+                np.save(path.with_suffix(".embedding.npy"), np.eye(2)[number])
+        source, out = str(tmp_path / f"in{number}"), str(tmp_path / f"out{number}")
+        build(BuildSettings(source=source, size=16, crop=16), out)
+    sets = [tmp_path / "out0", tmp_path / "out1"]
+    status, said = run(capsys, "merge", *sets, "--to", tmp_path / "m")
+    assert status == 0
+    assert "warning: 1 names, as person-0000001, are of people without a label in" in said
+    assert people(tmp_path / "m") == ["person-0000001", "only 01.png"] + [
+        "person-0000001",
+        "only 11.png",
+    ]
+    assert "warning" not in run(capsys, "merge", sets[0], "--to", tmp_path / "one")[1]
+
+
 def test_a_shared_face_across_splits_raises_the_alarm(source, tmp_path, capsys):
     """Of all shares at least one parts p0 from p5, who share a picture."""
     from fact_train.prepare.decide import split_of

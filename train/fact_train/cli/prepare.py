@@ -196,6 +196,14 @@ def run_data(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.action == "merge":
         about = curate.merge(arguments.sets, arguments.to, megabytes=megabytes)
+        if names := curate.made_up_twice(arguments.sets):
+            print(
+                printable(
+                    f"warning: {len(names)} names, as {names[0]}, are of people without a label in "
+                    "several of the sets: they are one person now, build the photos as one set"
+                ),
+                file=sys.stderr,
+            )
     else:
         about = curate.split(arguments.set, arguments.to, _splits(arguments), megabytes=megabytes)
     print(f"{arguments.to}: {about['in'] - about['rejected']} records")

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -78,6 +79,13 @@ def read_records(folder: Path, summary: dict) -> Iterator[tuple[str, int, bytes,
                 reader.close()
             except (ValueError, RuntimeError, IndexError, OSError) as error:
                 raise UserError(f"{path} is damaged: {one_line(error)}") from None
+
+
+def read_lines(folder: Path, summary: dict) -> Iterator[dict]:
+    """The lines about the records of a set, in order."""
+    for split, about in summary["splits"].items():
+        for shard in range(about["shards"]):
+            yield from Store(str(folder)).lines(about_name(split, shard))
 
 
 def rewrite(sources: Sequence[Path], out: Path, choose: Choose, *, megabytes: float) -> dict:
@@ -197,6 +205,19 @@ def merge(sources: Sequence[Path], out: Path, *, megabytes: float) -> dict[str, 
             )
             write_lines(Store(str(temporary)), name, (line for some in found for line in some))
     return about
+
+
+def made_up_twice(sources: Sequence[Path]) -> list[str]:
+    """Names that ``data build`` gave people without a label, in several sets: of different people.
+
+    A label may be such a name too.
+    """
+    found: Counter[str] = Counter()
+    for folder in sources:
+        records = read_lines(folder, open_product(folder))
+        names = {line["identity"] for line in records}
+        found.update(name for name in names if re.fullmatch(r"person-\d{7,}|only .*", name))
+    return sorted(name for name, count in found.items() if count > 1)
 
 
 def split(source: Path, out: Path, splits: dict[str, float], *, megabytes: float) -> dict[str, Any]:
