@@ -169,10 +169,10 @@ def prepare(folder: Path, wanted: str) -> dict[str, Path]:
     small, large, big = (folder / name for name in ("small", "large", "big"))
     sets: dict[str, Path] = {}
     if wanted in ("all", "small"):
-        sizes = {"size": 64, "crop_size": 48}
+        sizes = {"size": 128, "crop_size": 48}
         write_records(portrait_examples("adapter", 250, 4, **sizes), small, **sizes)
         repeat_shards(small, large, 100)
-        sets |= {"64 x 64": small, "64 x 64, repeated": large}
+        sets |= {"128 x 128": small, "128 x 128, repeated": large}
     if wanted in ("all", "big"):
         write_records(big_examples(200), big, size=512, crop_size=112)
         sets["512 x 512"] = big
@@ -211,7 +211,7 @@ def main() -> None:
         need = 0.5 * V5E_TERAFLOPS / SD15_TERAFLOP
         print(f"a v5e chip at half of its peak takes {need:.0f} samples/s of 512 x 512")
         if arguments.train:
-            found = train(sets["64 x 64, repeated"], arguments.train, Path(temporary) / "run")
+            found = train(sets["128 x 128, repeated"], arguments.train, Path(temporary) / "run")
             print("mini fed from 100,000 records:", json.dumps(found))
 
 

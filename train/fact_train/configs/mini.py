@@ -9,21 +9,21 @@ from fact_train.tasks.adapter import AdapterOptions
 
 config = TrainConfig(
     task="adapter",
-    steps=7500,
+    steps=8500,
     batch_size=16,
     optimizer=OptimizerConfig(
-        learning_rate=2e-3, weight_decay=1e-2, warmup_steps=100, schedule="cosine", b2=0.99
+        learning_rate=1e-3, weight_decay=1e-2, warmup_steps=100, schedule="cosine", b2=0.99
     ),
     ema=EMAConfig(decay=0.999),
     checkpoint=CheckpointConfig(every=1000),
-    log=LogConfig(every=50, samples_every=1000),
+    log=LogConfig(every=100, samples_every=1000),
     options=AdapterOptions(
         stages=(
-            Stage(steps=600, shuffle=(0.0, 0.0)),
-            Stage(steps=1400, shuffle=(0.0, 0.9), fair_weight=(0.0, 0.01), ramp="cosine"),
-            Stage(steps=5500, shuffle=(0.9, 0.9), fair_weight=(0.01, 0.01)),
+            Stage(steps=500, shuffle=(0.0, 0.0)),
+            Stage(steps=1000, shuffle=(0.0, 0.9), fair_weight=(0.0, 0.01), ramp="cosine"),
+            Stage(steps=7000, shuffle=(0.9, 0.9), fair_weight=(0.01, 0.01)),
         ),
-        people=4000,
+        people=3000,
         face_weight=4.0,
     ),
 )
