@@ -28,7 +28,8 @@ OPTIONS = IdentityOptions(
 def shown():
     """(pipeline, encoder, batch, true latents) of one photo each of some people."""
     pipeline, encoder = load_pipeline("miniature/base"), load_encoder("miniature/encoder")
-    batch = draw_portraits("test", PEOPLE, 1)
+    size = pipeline.unet.config.sample_size * pipeline.vae.config.downscale
+    batch = draw_portraits("test", PEOPLE, 1, size=size)
     arrays = drawn_arrays(batch, encoder.config.img_size)
     latents = jnp.asarray(encode_latents(pipeline.vae, batch.images))
     return pipeline, encoder, {k: jnp.asarray(v) for k, v in arrays.items()}, latents
