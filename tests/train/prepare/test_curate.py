@@ -213,6 +213,8 @@ def test_the_page_opens_offline(out, capsys):
         (["merge", "OUT", "OUT", "--to", "NEW"], "named twice"),
         (["merge", "OUT", "NONE", "--to", "NEW"], "holds no whole set"),
         (["merge", "OUT", "--to", "OUT"], "exists already"),
+        (["merge", "OUT", "--to", "IN"], "lies in the set"),
+        (["split", "OUT", "--to", "IN"], "lies in the set"),
         (["split", "OUT", "--to", "NEW", "--split", "a"], "give NAME=VALUE"),
         (["split", "OUT", "--to", "NEW", "--split", "a=2"], "split a=2"),
         (["split", "OUT", "--to", "NEW", *["--split", "a=0.2"] * 2], "--split a is given twice"),
@@ -220,11 +222,24 @@ def test_the_page_opens_offline(out, capsys):
 )
 def test_wrong_input_is_one_line(out, tmp_path, capsys, arguments, line):
     places = {"OUT": out, "NONE": tmp_path / "none", "NEW": tmp_path / "new"}
+    places["IN"] = out / "in"
     status, said = run(capsys, *(places.get(text, text) for text in arguments))
     assert (status, said.count("\n")) == (2, 1), said
     assert line in said
     assert not (tmp_path / "new").exists()
+    assert not (out / "in").exists()
     assert run(capsys, "verify", out)[0] == 0
+
+
+def test_what_no_build_wrote_is_not_removed_with_a_person(out, capsys):
+    """A licence, or a cache that was written into the set's folder."""
+    (out / "LICENSE").write_text("mine")
+    status, said = run(capsys, "remove", out, "--person", "p1")
+    assert status == 2
+    assert "holds LICENSE, which no build wrote: move that elsewhere" in said
+    assert (out / "LICENSE").read_text() == "mine"
+    (out / "LICENSE").unlink()
+    assert run(capsys, "remove", out, "--person", "p1")[0] == 0
 
 
 def test_thumbnails_are_of_the_rejected_photo(made):

@@ -17,7 +17,7 @@ from PIL import Image
 
 from fact_convert.io.output_paths import check_folder
 from fact_jax.face.images import one_line
-from fact_jax.utils.errors import UserError, error_context
+from fact_jax.utils.errors import UserError, error_context, listed
 from fact_jax.utils.files import replace_folder
 from fact_train.data.cached_dataset import drop_rows
 from fact_train.data.dataset_files import shard_name, shard_reader, shard_writer, split_name
@@ -32,6 +32,7 @@ from fact_train.prepare.decide import split_of
 from fact_train.prepare.product.dataset import (
     FOLDER,
     LOG,
+    OURS,
     REJECTED,
     SUMMARY,
     SUSPECTS,
@@ -94,6 +95,9 @@ def rewrite(sources: Sequence[Path], out: Path, choose: Choose, *, megabytes: fl
     Raises UserError where they differ in size, or none is kept.
     """
     summaries = [open_product(folder) for folder in sources]
+    for folder in sources:
+        if folder.resolve() in out.resolve().parents:
+            raise UserError(f"{out.parent} lies in the set {folder}: name a folder beside it")
     for folder, summary in zip(sources, summaries, strict=True):
         for key in ("size", "crop"):
             if summary[key] != summaries[0][key]:
@@ -256,6 +260,12 @@ def remove(folder: Path, person: str, caches: Sequence[Path], *, megabytes: floa
     records, and the SHA-256 of the name, so that a second request can be answered.
     """
     summary = open_product(folder)
+    strange = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {*OURS}
+    if strange:
+        raise UserError(
+            f"{folder} is written anew, and holds {listed(sorted(strange))}, which no build wrote: "
+            "move that elsewhere"
+        )
     gone = [
         number
         for number, (_, _, _, line) in enumerate(read_records(folder, summary))
