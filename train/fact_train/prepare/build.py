@@ -22,7 +22,7 @@ from fact_train.data.records import data_libraries
 from fact_train.prepare.decide import Decisions, decide, split_of, write_units
 from fact_train.prepare.engine import HERE, Engine
 from fact_train.prepare.models.roles import describe_models, providers
-from fact_train.prepare.pairs import Pairs, block_names, compare_blocks
+from fact_train.prepare.pairs import BLOCK, Pairs, block_names, compare_blocks
 from fact_train.prepare.photos.chunk import prepare_chunk, thumbnail
 from fact_train.prepare.product import dataset as product
 from fact_train.prepare.settings import BuildSettings, digest
@@ -105,7 +105,7 @@ def _build(
         )
     work = Store(f"{out.rstrip('/')}/{product.WORK}")
     _prepare(engine, text, work, names)
-    plan = f"plan/{digest(fingerprint)}"
+    plan = f"plan/{digest(fingerprint, str(BLOCK))}"
     table = read_table(work, plan, names)
     if not len(table):
         _tell_rejected(store, work, names, None)
