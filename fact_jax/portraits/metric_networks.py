@@ -2,8 +2,8 @@
 
 ``IdentityNet`` is a convolutional network (the generator's condition comes from a transformer)
 trained on people of the ``judge`` split; ``FaceFeatureNet`` measures eyes, brows and mouth in the
-same crops; ``AttributeNet`` finds the five points, the head and face
-masks, the captioned attributes and the colours of skin and hair in a whole picture.
+same crops; ``AttributeNet`` finds the five points, the head and face masks, the captioned
+attributes and the colours of skin and hair in a whole picture.
 """
 
 import json
@@ -86,7 +86,7 @@ class FaceFeatureNet(nnx.Module):
     def __init__(self, *, rngs: nnx.Rngs):
         self.stages = _stages(rngs)
         self.head = nnx.Linear(_WIDTHS[-1] * (CROP // 16) ** 2, 11, rngs=rngs)
-        # Mean and standard deviation over people, from where training starts.
+        # Training sets them to those over its people, and goes on from there.
         self.mean, self.deviation = nnx.Param(jnp.zeros(11)), nnx.Param(jnp.ones(11))
 
     def __call__(self, crops: Float[Array, "b s s 3"]) -> Float[Array, "b 11"]:

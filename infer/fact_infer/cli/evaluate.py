@@ -74,7 +74,7 @@ def add_evaluate(commands: argparse._SubParsersAction) -> None:
         type=Path,
         default=Path("miniature/judge"),
         metavar="DIR",
-        help="folder of recogniser.safetensors and parser.safetensors (miniature/judge)",
+        help="folder of mini_judge's networks (miniature/judge)",
     )
     looks.add_argument(
         "--recogniser",
