@@ -167,6 +167,13 @@ def test_a_cache_of_something_else_is_refused(parts, cache, records, miniature, 
     CachedDataset(cache, "head").check(parts[1], parts[0])
 
 
+@pytest.mark.parametrize("name", [".", "cache"])
+def test_it_does_not_lie_among_the_records(parts, records, name):
+    with pytest.raises(UserError, match=r"lies within .* name a folder beside it"):
+        writer(parts, records / name).write((0, 1), quiet)
+    assert not (records / name / "face_cache").exists()
+
+
 def test_records_of_another_size_are_refused(parts, records, miniature):
     wide = dataclasses.replace(parts[2].unet.config, sample_size=16)
     pipeline = dataclasses.replace(parts[2], unet=type("UNet", (), {"config": wide}))

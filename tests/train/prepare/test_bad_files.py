@@ -13,7 +13,7 @@ from PIL import Image
 
 from fact_train.data.records import Records, decode
 from fact_train.prepare.build import build
-from fact_train.prepare.photos.decoder import Decoder
+from fact_train.prepare.photos.decoder import Decoder, decoder
 from fact_train.prepare.settings import BuildSettings, Gates, RejectedError
 from tests.train.prepare.conftest import POINTS, noise, rejected
 
@@ -239,9 +239,16 @@ decoder.serve()
 """
 
 
+@pytest.mark.parametrize("name", ["too large.jpg", "a is too small.jpg", " is too small"])
+def test_the_reason_is_not_read_from_the_name(name):
+    with pytest.raises(RejectedError) as caught:
+        decoder()(b"no picture", name, 1000)
+    assert caught.value.reason == "not readable"
+
+
 def test_what_crashes_or_hangs_a_decoder_stops_nothing():
     good = encoded(noise(1))
-    decode_one = Decoder(POISON, seconds=4.0)
+    decode_one = Decoder(POISON, seconds=8.0)
     lines = {}
     for content in (b"crash", b"hang", b"memory", b"print"):
         with pytest.raises(RejectedError) as caught:
@@ -253,7 +260,7 @@ def test_what_crashes_or_hangs_a_decoder_stops_nothing():
         assert image.shape == (66, 100, 3)
     assert lines == {
         b"crash": "bad.jpg crashes the decoder",
-        b"hang": "bad.jpg takes longer than 4 s to decode",
+        b"hang": "bad.jpg takes longer than 8 s to decode",
         b"memory": "bad.jpg cannot be decoded: MemoryError: MemoryError",
         b"print": "bad.jpg is not an image that Pillow can read",
     }

@@ -9,6 +9,7 @@ from PIL import Image, ImageCms
 
 from fact_jax.face import ARCFACE_TEMPLATE, Face, face_mask, prepare_photo
 from fact_jax.portraits import GENERIC_CAPTION
+from fact_jax.utils.errors import UserError
 from fact_train.cli.main import main
 from fact_train.data.records import Records, data_libraries, decode
 from fact_train.prepare.build import build
@@ -56,6 +57,9 @@ def test_every_photo_is_a_record_or_has_its_reason(people, tmp_path, capsys):
     os.mkfifo(people / "anna" / "pipe.png")  # never waited for
     (people / "bo" / "README.md").touch()
     (people / "bo" / "Makefile").touch()
+    (people / "bo" / ".DS_Store").touch()
+    (people / ".thumbnails").mkdir()
+    write_photo(people / ".thumbnails" / "1.jpg", seed=6)
     write_photo(people / "loose.jpg", seed=4)
     write_photo(people / "bo" / "old" / "2.jpg", seed=5)
     out = tmp_path / "out"
@@ -65,7 +69,7 @@ def test_every_photo_is_a_record_or_has_its_reason(people, tmp_path, capsys):
     assert said.out.splitlines() == [
         f"{out}: 10 photos in, 4 records of 2 people, 6 rejected",
         "rejected: 1 no points, 1 not readable, 1 caption, 1 no file, 1 points, 1 no identity",
-        "ignored files: 2 .md, 1 without ending",
+        "ignored files: 2 .md, 2 hidden, 1 without ending",
     ]
     found = rejected(out)
     wanted = {
@@ -246,3 +250,9 @@ def test_wrong_input_is_one_line(people, tmp_path, capsys, arguments, line):
     said = capsys.readouterr()
     assert said.err.count("\n") == 1
     assert line in said.err
+
+
+def test_a_set_without_people_to_train_on_is_said_to_be_one(people, tmp_path):
+    run(people, tmp_path / "out", splits={"validation": 0.999})
+    with pytest.raises(UserError, match="no records to train on, only validation"):
+        Records(tmp_path / "out")

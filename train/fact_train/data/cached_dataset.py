@@ -135,7 +135,17 @@ class CacheWriter:
         return not missing
 
     def claim(self) -> None:
-        """Say in the folder of what the cache is; UserError if it is one of something else."""
+        """Say in the folder of what the cache is; UserError if it is one of something else.
+
+        Or if it lies where the records do: what `fact-train data` does with their folder would meet
+        it.
+        """
+        whole = self._records.folder.resolve().parents[1]
+        if self.folder.resolve().is_relative_to(whole):
+            raise UserError(
+                f"{self.folder.parents[1]} lies within {whole}, which holds the records: name a "
+                "folder beside it"
+            )
         if (self.folder / ORIGIN).exists():
             _compare(self.folder, _read_origin(self.folder), self._origin)
             return

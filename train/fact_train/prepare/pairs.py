@@ -19,7 +19,7 @@ from fact_train.prepare.store import Store
 
 BLOCK = 16384
 """Vectors on each side of a piece of work: ten million photos are 190,000 pieces of seconds."""
-_TILE = (256, 2048)
+_TILE = (256, 512)
 """So many of these are in memory as products."""
 _COLOURS_APART = 9
 """Of 255, in the worst channel."""

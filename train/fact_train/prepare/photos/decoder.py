@@ -25,11 +25,11 @@ from fact_train.prepare.settings import RejectedError
 SECONDS = 120.0
 MEMORY = 6 << 30
 """Bytes beyond what the process takes anyhow: some copies of the largest photo."""
-# What a line of ``read_image`` says -> the reason that it is counted under, the first match.
+# What a line of ``read_image`` says after the name -> the reason that it is counted under.
 _REASONS = {
-    "too small": "too small",
-    "too large": "too large",
-    "pip install pillow-heif": "HEIC",
+    " is too small": "too small",
+    " is too large": "too large",
+    " is a HEIC picture": "HEIC",
 }
 _SERVE = "from fact_train.prepare.photos.decoder import serve; serve()"
 
@@ -66,7 +66,8 @@ class Decoder:
             self.close()
             raise RejectedError("not readable", f"{name} {what}") from None
         if "error" in head:
-            reason = next((why for part, why in _REASONS.items() if part in head["error"]), None)
+            line = head["error"].removeprefix(name)  # which may say anything
+            reason = next((why for part, why in _REASONS.items() if line.startswith(part)), None)
             raise RejectedError(reason or "not readable", head["error"])
         height, width = head["full"]
         return np.frombuffer(pixels, np.uint8).reshape(head["shape"]), (height, width)

@@ -49,16 +49,21 @@ def _walk(
 ) -> Iterator[tuple[str, list[str], list]]:
     # Of each entry only what is asked below: a folder may hold millions.
     named = {
-        name: (entry["type"] == "directory", entry.get("islink"), _state(entry))
+        _parted(entry["name"].rstrip("/"))[1]: (
+            entry["type"] == "directory",
+            entry.get("islink"),
+            _state(entry),
+        )
         for entry in sorted(
             store.fs.ls(store.path(folder), detail=True), key=lambda entry: entry["name"]
         )
-        if not (name := entry["name"].rstrip("/").rsplit("/", 1)[-1]).startswith(".")
     }
     within = f"{folder}/" if folder else ""
     for name, (is_folder, is_link, _) in named.items():
         photo = name.lower().endswith(SUFFIXES) and not name.endswith(BESIDE["mask"])
-        if is_folder and not photo:
+        if name.startswith("."):
+            ignored["hidden"] += 1
+        elif is_folder and not photo:
             if depth < _DEEPEST and not is_link:
                 yield from _walk(store, within + name, ignored, depth + 1)
             else:
