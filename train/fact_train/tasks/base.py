@@ -27,7 +27,7 @@ from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
 from fact_train.data.pixels import encode_latents
 from fact_train.data.portraits import Photos, draw_portraits, people_of
-from fact_train.engine.partition import split_module
+from fact_train.engine.partition import overlay, split_by_paths, split_module
 from fact_train.engine.sample_keys import (
     sample_bernoulli,
     sample_normal,
@@ -45,7 +45,8 @@ class BaseOptions(CheckedFields):
     """``vae`` is a folder as the vae task exports it; ``head_weight`` weighs the head up.
 
     Of the ``unet`` sample size and channels of the latents follow from the VAE. With ``weights``, a
-    pipeline's folder as this task exports it, its UNet and text encoder learn on.
+    pipeline's folder as this task exports it, its UNet and text encoder learn on; where ``unet``
+    has attention at levels at which that one has none, the new blocks start as adding nothing.
     """
 
     unet: UNetConfig = MINI_UNET
@@ -105,6 +106,8 @@ class BaseTask(Task):
         if folder is None:
             return kind(config, rngs=rngs)
         model = load_part(Path(folder, name))
+        if isinstance(model, UNet) and _has_more_attention(config, model.config):
+            return _grown(model, config, rngs)
         if model.config != config:
             raise UserError(f"{folder} has a {name} of another size than options.unet or the VAE")
         return model
@@ -167,3 +170,26 @@ class BaseTask(Task):
             schedule=self.schedule,
         )
         save_pipeline(pipeline, directory / "base")
+
+
+def _has_more_attention(config: UNetConfig, before: UNetConfig) -> bool:
+    """Whether ``config`` is ``before`` with attention at more levels."""
+    names = ("down_attention", "up_attention")
+    grown = {name: getattr(config, name) for name in names}
+    return (
+        before != config
+        and dataclasses.replace(before, **grown) == config
+        and all(
+            kept or not there
+            for name in names
+            for kept, there in zip(grown[name], getattr(before, name), strict=True)
+        )
+    )
+
+
+def _grown(unet: UNet, config: UNetConfig, rngs: nnx.Rngs) -> UNet:
+    """``unet`` with the further transformer blocks of ``config``, their ``proj_out`` zero."""
+    fresh = split_module(UNet(config, rngs=rngs))
+    outputs, _ = split_by_paths(fresh.arrays, ["proj_out/"])
+    silent = overlay(fresh.arrays, jax.tree.map(jnp.zeros_like, outputs))
+    return fresh.module(overlay(silent, split_module(unet).arrays))
