@@ -162,7 +162,8 @@ class AdapterTask(Task):
         """A crop of each of the first people, and their numbers."""
         if self.rows is None:
             count = min(count, len(SPLITS["adapter"]))
-            return draw_crops("adapter", count, 1, size, size=self.size), np.arange(count)
+            people = np.asarray(SPLITS["adapter"][:count], np.int32)
+            return draw_crops("adapter", count, 1, size, size=self.size), people
         some = self._first_photos(count)
         people = self.rows.identities[[row["row"] for row in some]]
         return np.stack([row["crops"] for row in some]), people

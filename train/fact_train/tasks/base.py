@@ -26,7 +26,7 @@ from fact_jax.utils.ranges import CheckedFields, Name, NonNegative, Probability
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
 from fact_train.data.pixels import encode_latents
-from fact_train.data.portraits import Photos, draw_portraits, people_of
+from fact_train.data.portraits import Photos, people_of, portrait_batches
 from fact_train.engine.partition import overlay, split_by_paths, split_module
 from fact_train.engine.sample_keys import (
     sample_bernoulli,
@@ -116,12 +116,18 @@ class BaseTask(Task):
         return {"unet": self.unet.arrays, "text_encoder": self.text_encoder.arrays}, {}
 
     def source(self) -> ShuffledArrays:
-        size = self.vae.config.sample_size
-        batch = draw_portraits("base", self.options.people, self.options.photos, size=size)
-        latents = encode_latents(self.vae, batch.images)
-        ids, _ = tokenize(self.tokenizer, batch.captions)
-        head = np.asarray(resize_area(batch.portrait.head_mask, latents.shape[1:3]))
-        arrays = {"latents": latents, "ids": ids, "head": head.astype(np.float32)}
+        options, size = self.options, self.vae.config.sample_size
+        side = size // self.vae.config.downscale
+        images, heads, lines = [], [], []
+        for batch in portrait_batches("base", options.people, options.photos, size=size):
+            images.append(batch.images)
+            heads.append(np.asarray(resize_area(batch.portrait.head_mask, (side, side))))
+            lines += batch.captions
+        arrays = {
+            "latents": encode_latents(self.vae, np.concatenate(images)),
+            "ids": tokenize(self.tokenizer, lines)[0],
+            "head": np.concatenate(heads).astype(np.float32),
+        }
         return ShuffledArrays(arrays, self.config.batch_size, self.config.seed)
 
     def loss(self, trainable, frozen, batch, *, step, keys):

@@ -19,7 +19,7 @@ from fact_jax.fact import Guidance, guided_model
 from fact_jax.utils.batches import map_batches
 from fact_jax.utils.cache import ArrayCache
 from fact_train.data.pixels import encode_latents, encode_tokens
-from fact_train.data.portraits import align_portraits, draw_portraits
+from fact_train.data.portraits import align_portraits, portrait_batches
 from fact_train.engine.checksums import content_hash
 from fact_train.tasks.identity_loss import drawn_arrays
 
@@ -55,10 +55,21 @@ def photo_arrays(task: Any) -> dict[str, np.ndarray]:
 
 def _draw(task: Any) -> dict[str, np.ndarray]:
     options, pipeline = task.options, task.pipeline
-    batch = draw_portraits("adapter", options.people, options.photos, size=task.size)
-    latents, captions = encode_latents(pipeline.vae, batch.images), batch.captions
-    crops = align_portraits(batch, task.encoder.config.img_size)
-    mask = getattr(batch.portrait, f"{options.region}_mask")
+    side = task.size // pipeline.vae.config.downscale
+    pieces, captions = [], []
+    for batch in portrait_batches("adapter", options.people, options.photos, size=task.size):
+        mask = getattr(batch.portrait, f"{options.region}_mask")
+        piece = {
+            "images": batch.images,
+            "crops": align_portraits(batch, task.encoder.config.img_size),
+            "mask": np.asarray(resize_area(mask, (side, side)), np.float32),
+        }
+        if task.identity is not None:
+            piece |= drawn_arrays(batch, task.identity.config.img_size)
+        pieces.append(piece)
+        captions += batch.captions
+    arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    latents = encode_latents(pipeline.vae, arrays.pop("images"))
     if options.edited:
         rows = edited_rows(options.people, options.photos, options.edited)
         # Told what another photo of the person shows.
@@ -68,15 +79,12 @@ def _draw(task: Any) -> dict[str, np.ndarray]:
         latents[rows] = edit(pipeline, latents[rows], told)
         for row, caption in zip(np.flatnonzero(rows), told, strict=True):
             captions[row] = caption
-    arrays = {
+    tokens = encode_tokens(task.encoder, arrays.pop("crops"), options.resampler)
+    return arrays | {
         "latents": latents,
         "ids": tokenize(pipeline.tokenizer, captions)[0],
-        "mask": np.asarray(resize_area(mask, latents.shape[1:3]), np.float32),
-        "tokens": encode_tokens(task.encoder, crops, options.resampler).astype(np.float16),
+        "tokens": tokens.astype(np.float16),
     }
-    if task.identity is not None:
-        arrays |= drawn_arrays(batch, task.identity.config.img_size)
-    return arrays
 
 
 def edited_rows(people: int, photos: int, share: float) -> Bool[np.ndarray, " n"]:

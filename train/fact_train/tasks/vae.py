@@ -22,7 +22,7 @@ from fact_jax.utils.pixels import denormalize_pixels, normalize_pixels
 from fact_jax.utils.ranges import CheckedFields, Name, NonNegative
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
-from fact_train.data.portraits import Photos, draw_portraits, people_of
+from fact_train.data.portraits import Photos, draw_portraits, people_of, portrait_batches
 from fact_train.engine.partition import merge, overlay, split_by_paths, split_module
 from fact_train.engine.sample_keys import sample_normal
 from fact_train.engine.task import Task
@@ -61,9 +61,14 @@ class VAETask(Task):
         return split_by_paths(self.vae.arrays, ["^decoder/", "^post_quant_conv/"])
 
     def source(self) -> ShuffledArrays:
-        batch = draw_portraits("base", self.options.people, self.options.photos, size=self.size)
-        masks = np.rint(batch.portrait.head_mask * 255).astype(np.uint8)
-        arrays = {"images": batch.images, "head": masks}
+        options = self.options
+        pieces = [
+            (batch.images, np.rint(batch.portrait.head_mask * 255).astype(np.uint8))
+            for batch in portrait_batches("base", options.people, options.photos, size=self.size)
+        ]
+        arrays = dict(
+            zip(("images", "head"), map(np.concatenate, zip(*pieces, strict=True)), strict=True)
+        )
         return ShuffledArrays(arrays, self.config.batch_size, self.config.seed)
 
     def loss(self, trainable, frozen, batch, *, step, keys):
