@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ from fact_jax.models.unet import UNetConfig
 from fact_jax.models.vae import VAEConfig
 from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig
+from fact_train.engine.partition import paths
 from fact_train.tasks.base import BaseOptions, BaseTask
 from tests.models import random_model
 
@@ -70,3 +72,38 @@ def test_it_learns_on_from_what_it_exported(config, tmp_path):
         BaseTask(with_options(config, weights=str(tmp_path / "base"), unet=wider))
     with pytest.raises(UserError, match="nowhere"):
         BaseTask(with_options(config, weights="nowhere"))
+
+
+def test_blocks_are_added_that_change_nothing_until_they_learn(config, tmp_path):
+    task = BaseTask(config)
+    task.export(*task.init(jax.random.key(0)), tmp_path, 1)
+    weights = str(tmp_path / "base")
+    more = dataclasses.replace(UNET, up_attention=(True, True))
+    grown = BaseTask(with_options(config, weights=weights, unet=more))
+    rng = np.random.default_rng(0)
+    latents = rng.standard_normal((2, 16, 16, 4), np.float32)
+    text = rng.standard_normal((2, 5, 64), np.float32)
+    before, after = (
+        one.unet.module(one.unet.arrays)(*map(jnp.asarray, (latents, [3, 700], text)))
+        for one in (task, grown)
+    )
+    np.testing.assert_array_equal(before, after)
+    added = dict(paths(grown.unet.arrays)).keys() - dict(paths(task.unet.arrays)).keys()
+    assert {name.split("/attentions/")[0] for name in added} == {"up_blocks/1"}
+
+    batch = {
+        "latents": latents,
+        "ids": np.ones((2, 32), np.int32),
+        "head": np.ones((2, 16, 16), np.float32),
+    }
+    keys = jax.random.split(jax.random.key(2), 2)
+    trainable, frozen = grown.init(jax.random.key(1))
+    slopes = jax.jit(
+        jax.grad(lambda one, some: grown.loss(one, frozen, some, step=0, keys=keys)[0])
+    )(trainable, batch)
+    moved = {name for name, slope in paths(slopes["unet"]) if name in added and np.any(slope)}
+    assert {name.rsplit("/", 2)[1] for name in moved} == {"proj_out"}
+
+    grown.export(trainable, frozen, tmp_path / "grown", 1)
+    with pytest.raises(UserError, match="has a unet of another size"):
+        BaseTask(with_options(config, weights=str(tmp_path / "grown" / "base")))
