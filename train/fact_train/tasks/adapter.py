@@ -92,19 +92,19 @@ class AdapterTask(Task):
         unet_config = dataclasses.replace(self.pipeline.unet.config, face_dim=self.face_dim)
         self.graph, shapes = abstract_state("unet", unet_config)
         self.steps_before = 0
+        self.adapters = new_adapters(
+            self.pipeline.unet,
+            self.face_dim,
+            rngs,
+            zero_projections=self.options.start == "zero_projections",
+            gate=self.options.gate,
+        )
         if self.options.weights is None:
-            self.adapters = new_adapters(
-                self.pipeline.unet,
-                self.face_dim,
-                rngs,
-                zero_projections=self.options.start == "zero_projections",
-                gate=self.options.gate,
-            )
             self.base = split_module(self.pipeline.unet).arrays
             resampler = self._new_resampler(rngs)
         else:
             self.adapters, self.base, resampler, self.steps_before = read_adapters(
-                self.pipeline.unet, self.options.weights, self.options.resampler
+                self.pipeline.unet, self.options.weights, self.options.resampler, self.adapters
             )
         # Of the base, what learns with the adapter, as it was.
         self.tuned_base: dict = {}

@@ -8,17 +8,22 @@ Kessy et al. 2018, arXiv 1512.00809): what varies between photos and what varies
 come in with the same weight.
 """
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from fact_convert import attach_adapter, load_adapter
+from fact_convert import load_adapter
+from fact_convert.models.adapter import check_blocks
+from fact_convert.rules.key_tables import ADAPTER_INFIX
+from fact_convert.weights import abstract_state, add_state, dump_some
 from fact_jax.models.adapter import FaceAdapter
 from fact_jax.models.resampler import Resampler, ResamplerConfig
 from fact_jax.models.unet import UNet
 from fact_jax.utils.errors import UserError
-from fact_train.engine.partition import split_by_paths, split_module
+from fact_train.engine.partition import merge, split_by_paths, split_module
 
 _FLOOR = 1e-3  # of the largest variance: directions below it are noise, not to be blown up
 
@@ -46,12 +51,14 @@ def new_adapters(
 
 
 def read_adapters(
-    unet: UNet, file: str, resampler: ResamplerConfig
+    unet: UNet, file: str, resampler: ResamplerConfig, fresh: dict
 ) -> tuple[dict, dict, Resampler, int]:
     """From an adapter file: arrays of the adapters, of the base, the resampler, and its step.
 
-    A file that does not say after how many steps it was written counts as none. UserError if its
-    resampler is of another size.
+    Blocks for which the file has no adapter take that of ``fresh``, as :func:`new_adapters` gives
+    them: the base may have grown. A file that does not say after how many steps it was written
+    counts as none. UserError if its resampler or a block is of another size, or it has a block
+    that the base lacks.
     """
     adapter = load_adapter(file)
     if adapter.resampler.config != resampler:
@@ -59,7 +66,15 @@ def read_adapters(
             f"{file} has a resampler of another size ({adapter.resampler.config}) than "
             f"options.resampler ({resampler}): set options.resampler to it"
         )
-    adapted = split_module(attach_adapter(unet, adapter)).arrays
+    widths = {path: block.norm2.num_features for path, block in unet.transformer_blocks()}
+    check_blocks(
+        adapter.blocks, {path: widths[path] for path in widths if path in adapter.blocks}, file
+    )
+    config = dataclasses.replace(unet.config, face_dim=adapter.face_dim)
+    graph, _ = abstract_state("unet", config)
+    started = nnx.merge(graph, merge(split_module(unet).arrays, fresh))
+    state = dump_some(started, lambda key: ADAPTER_INFIX in key) | adapter.state()
+    adapted = split_module(add_state(unet, {**state, **adapter.text}, config)).arrays
     step = adapter.metadata.get("step")
     step = step if isinstance(step, int) else 0
     return *split_by_paths(adapted, ["(^|/)face/"]), adapter.resampler, step

@@ -22,7 +22,7 @@ class AdapterOptions(CheckedFields):
     ``zero_projections``, whose gates stand at ``gate`` and whose two output projections are zero.
     ``region`` is where FAIR lets the adapter work; ``face_weight`` is that region's extra weight
     in the error. With ``weights``, an adapter file, training goes on from its adapters and its
-    resampler instead.
+    resampler instead; blocks of the base that it has no adapter for start as said.
 
     ``form`` is FACT's, or for comparisons the parallel one, see
     ``fact_jax.models.adapter.FaceControls``, or ``coupled``: FACT's, and the base's text
