@@ -12,10 +12,11 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from fact_convert import load_adapter, load_pipeline
+from fact_convert.models.adapter import write_adapter
 from fact_jax.sharding import make_mesh
 from fact_jax.utils.errors import UserError
 from fact_train.data.array_source import PairedArrays
-from fact_train.engine.partition import paths
+from fact_train.engine.partition import paths, split_by_paths
 from fact_train.engine.state import make_optimizer, make_state
 from fact_train.engine.step import TrainStep
 from fact_train.run.loop import run
@@ -109,6 +110,30 @@ def test_going_on_from_an_adapter_file(miniature, finished, tmp_path):
     said = load_adapter(tmp_path / "adapter.safetensors").metadata
     assert (said["step"], said["run_step"]) == (8 + 3, "3")
     assert json.loads(said["started_from"]) == {"file": str(weights), "step": 8}
+
+
+def test_blocks_that_the_file_has_no_adapter_for_start_fresh(miniature, finished, tmp_path):
+    """As where the base has got attention at more levels since."""
+    whole = finished[0] / "export" / "adapter.safetensors"
+    less = {key: value for key, value in load_file(whole).items() if "down_blocks" not in key}
+    texts = load_adapter(whole).metadata
+    write_adapter(tmp_path / "less.safetensors", less, texts["config"], {"step": 8})
+    some, all_of_it, fresh = (
+        AdapterTask(tiny_config(miniature, **given)).adapters
+        for given in ({"weights": str(tmp_path / "less.safetensors")}, {"weights": str(whole)}, {})
+    )
+    for wanted, patterns in ((fresh, ["^down_blocks/"]), (all_of_it, ["^mid_block/"])):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            *(split_by_paths(tree, patterns)[0] for tree in (some, wanted)),
+        )
+    strange = {
+        key.replace("down_blocks.0.", "up_blocks.7."): value
+        for key, value in load_file(whole).items()
+    }
+    write_adapter(tmp_path / "strange.safetensors", strange, texts["config"])
+    with pytest.raises(UserError, match="for another base model"):
+        AdapterTask(tiny_config(miniature, weights=str(tmp_path / "strange.safetensors")))
 
 
 def test_a_resampler_of_the_wrong_width_is_refused(miniature):
