@@ -213,3 +213,20 @@ def resize_area(
     return jnp.einsum(
         "ph,...hw,qw->...pq", rows, mask, columns, precision=jax.lax.Precision.HIGHEST
     )
+
+
+def near_points(
+    points: Float[Array | np.ndarray, "b 5 2"], size: tuple[int, int], cell: int
+) -> Float[Array, "b height width"]:
+    """How near each ``cell`` x ``cell`` square of a photo is to the face's points, in [0, 1].
+
+    A Gaussian of a quarter of the eyes' distance around each of the five points (x, y in pixels),
+    the largest of them, at the squares' centres; ``size`` counts squares.
+    """
+    points = jnp.asarray(points, jnp.float32)
+    wide = 0.25 * jnp.linalg.norm(points[:, 0] - points[:, 1], axis=-1)
+    x, y = ((jnp.arange(n) + 0.5) * cell - 0.5 for n in reversed(size))
+    across = (x[None, None, None, :] - points[:, :, 0, None, None]) ** 2
+    down = (y[None, None, :, None] - points[:, :, 1, None, None]) ** 2
+    spread = 2.0 * jnp.maximum(wide, 1e-3)[:, None, None, None] ** 2
+    return jnp.exp(-(across + down) / spread).max(axis=1)

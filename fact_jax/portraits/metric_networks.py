@@ -141,9 +141,9 @@ MetricNetwork = IdentityNet | FaceFeatureNet | AttributeNet
 
 
 def save_network(module: MetricNetwork, path: Path) -> None:
-    """Write a network's weights as safetensors, keyed by their paths."""
+    """Write a network's weights in half precision as safetensors, keyed by their paths."""
     arrays = {
-        ".".join(map(str, key)): np.ascontiguousarray(value[...])
+        ".".join(map(str, key)): np.ascontiguousarray(value[...], np.float16)
         for key, value in nnx.to_flat_state(nnx.state(module))
     }
     with atomic_write(path) as temporary:
@@ -151,7 +151,7 @@ def save_network(module: MetricNetwork, path: Path) -> None:
 
 
 def load_network(kind: type[MetricNetwork], path: Path) -> MetricNetwork:
-    """Read a network; UserError if the file is missing or does not fit."""
+    """Read a network, in float32; UserError if the file is missing or does not fit."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; it holds the {kind.__name__} that evaluation needs")
     try:
@@ -170,5 +170,5 @@ def load_network(kind: type[MetricNetwork], path: Path) -> MetricNetwork:
     if wrong:
         raise UserError(f"{path}: not a {kind.__name__}; these weights differ: {', '.join(wrong)}")
     for name, key in names.items():
-        flat[key][...] = jnp.asarray(arrays[name])
+        flat[key][...] = jnp.asarray(arrays[name], jnp.float32)
     return module

@@ -40,7 +40,7 @@ class PixelDataset:
     ``region`` ("head" or "face") says which mask; it is averaged over squares of ``cell`` pixels,
     which divides the photo's sides. Photos and masks are of one shape where ``shapes`` is None.
     With ``identity`` also what an identity loss takes: ``head`` masks in 0..255, ``warp`` (2, 3)
-    from the crop to the photo, and the ``person``'s number.
+    from the crop to the photo, and the ``person``'s number; with ``points`` these of the face.
     """
 
     def __init__(
@@ -49,19 +49,22 @@ class PixelDataset:
         tokenizer: Tokenizer,
         region: str,
         cell: int,
+        *,
         identity: bool = False,
+        points: bool = False,
     ):
         self._records, self._tokenizer = records, tokenizer
-        self._region, self._cell, self._identity = region, cell, identity
+        self._region, self._cell = region, cell
+        self._identity, self._points = identity, points
         self.identities, self.fingerprint = records.identities, records.fingerprint
         self.shapes = records.shapes
 
     def load(self, number: int, partner: int) -> dict[str, np.ndarray]:
         row = self._records[number]
         other = row if partner == number else self._records[partner]
-        more = {}
+        more = {"points": row["points"]} if self._points else {}
         if self._identity:
-            more = {
+            more |= {
                 "head": self._records.picture(number, row, "head_mask"),
                 "warp": crop_to_picture(row["points"], self._records.crop_size),
                 "person": np.int32(self.identities[number]),

@@ -30,6 +30,7 @@ from fact_jax.diffusion.noise_schedules import (
     split_output,
     training_target,
 )
+from fact_jax.face.mask import near_points
 from fact_jax.fact import condition_shape
 from fact_jax.losses import denoising_error, fair_ratio, min_snr_weight
 from fact_jax.models.adapter import FaceControls
@@ -182,8 +183,14 @@ class AdapterTask(Task):
             return None
         cell = self.pipeline.vae.config.downscale
         tokenizer = self.pipeline.tokenizer
-        with_identity = options.identity.encoder is not None
-        return PixelDataset(records, tokenizer, options.region, cell, with_identity)
+        return PixelDataset(
+            records,
+            tokenizer,
+            options.region,
+            cell,
+            identity=options.identity.encoder is not None,
+            points=options.point_weight > 0,
+        )
 
     def _check_widths(self) -> None:
         resampler = self.options.resampler
@@ -237,6 +244,7 @@ class AdapterTask(Task):
         neutral = draw_generic_caption(neutral_keys, options.neutral)
         dtype = jax.tree.leaves(trainable["resampler"])[0].dtype
         photos = {"own_crops": batch["crops"], **batch} if "crops" in batch else batch
+        points = batch.get("points")
         batch = self.encoders.encode_batch(frozen, batch, shuffled, latent_keys)
         # The null condition is the resampler of all-zero tokens.
         tokens = jnp.where(no_face[:, None, None], 0, batch["tokens"]).astype(dtype)
@@ -265,6 +273,9 @@ class AdapterTask(Task):
 
         target = training_target(schedule, latents, noise, t)
         weight = 1.0 + options.face_weight * batch["mask"]
+        if options.point_weight:
+            cell = self.pipeline.vae.config.downscale
+            weight += options.point_weight * near_points(points, latents.shape[1:3], cell)
         if options.min_snr:
             weight *= min_snr_weight(schedule, t, options.min_snr)[:, None, None]
         error = denoising_error(output, target, weight)

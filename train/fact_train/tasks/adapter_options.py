@@ -21,8 +21,9 @@ class AdapterOptions(CheckedFields):
     ``start`` is how the adapter begins as exactly nothing: ``zero_gates`` as released, or
     ``zero_projections``, whose gates stand at ``gate`` and whose two output projections are zero.
     ``region`` is where FAIR lets the adapter work; ``face_weight`` is that region's extra weight
-    in the error. With ``weights``, an adapter file, training goes on from its adapters and its
-    resampler instead; blocks of the base that it has no adapter for start as said.
+    in the error, ``point_weight`` that of what lies near eyes, nose and the mouth's corners. With
+    ``weights``, an adapter file, training goes on from its adapters and its resampler instead;
+    blocks of the base that it has no adapter for start as said.
 
     ``form`` is FACT's, or for comparisons the parallel one, see
     ``fact_jax.models.adapter.FaceControls``, or ``coupled``: FACT's, and the base's text
@@ -61,6 +62,7 @@ class AdapterOptions(CheckedFields):
     weights: Name | None = None
     region: Literal["head", "face"] = "head"
     face_weight: NonNegative = 0.0
+    point_weight: NonNegative = 0.0
     min_snr: NonNegative = 0.0
     noise_offset: NonNegative = 0.0
     neutral: Probability = 0.0
@@ -75,6 +77,11 @@ class AdapterOptions(CheckedFields):
             raise ValueError(
                 "identity.encoder takes the points and masks of records, which a cache does not "
                 "hold: leave cache away"
+            )
+        if self.point_weight and self.cache is not None:
+            raise ValueError(
+                "point_weight takes the points of records, which a cache does not hold: leave "
+                "cache away"
             )
         taken = self.resampler
         if self.cache is not None and (taken.embedding or taken.encoder_blocks):

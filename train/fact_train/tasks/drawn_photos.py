@@ -23,6 +23,8 @@ from fact_train.data.portraits import align_portraits, portrait_batches
 from fact_train.engine.checksums import content_hash
 from fact_train.tasks.identity_loss import drawn_arrays
 
+_VERSION = 2
+"""Of what is kept: another where the same options give other arrays."""
 EDIT_STEPS, EDIT_START = 10, 6
 """Of ten steps the last four are drawn: the scene follows the words, and on the miniature the judge
 finds 0.72 of the likeness that the autoencoder leaves (0.60 after five steps, 0.81 after three).
@@ -30,7 +32,7 @@ finds 0.72 of the likeness that the autoencoder leaves (0.60 after five steps, 0
 
 
 def photo_arrays(task: Any) -> dict[str, np.ndarray]:
-    """``latents``, ``ids``, ``mask``, ``tokens``, what the identity loss takes; sorted by person.
+    """``latents``, ``ids``, ``mask``, ``tokens``, what the losses take; sorted by person.
 
     ``task`` is the adapter task. In the folder ``options.drawn`` they are kept for the next run
     that takes the very same; all that decides them is in the file's name.
@@ -42,11 +44,13 @@ def photo_arrays(task: Any) -> dict[str, np.ndarray]:
     code = [file.read_bytes() for file in sorted(source.glob("*.py"))]
     taken = dataclasses.asdict(options.resampler)
     about = (
+        _VERSION,
         *(options.people, options.photos, options.region, options.edited, task.size),
         *(taken[name] for name in ("encoder_blocks", "embedding")),
         *(task.encoder.config, task.encoders.digest(), jax.default_backend(), jax.__version__),
         content_hash(task.base) if options.edited else None,
         task.identity and task.identity.config.img_size,
+        options.point_weight > 0,
         *(hashlib.sha256(text).hexdigest() for text in code),
     )
     key = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
@@ -64,6 +68,8 @@ def _draw(task: Any) -> dict[str, np.ndarray]:
             "crops": align_portraits(batch, task.encoder.config.img_size),
             "mask": np.asarray(resize_area(mask, (side, side)), np.float32),
         }
+        if options.point_weight:
+            piece["points"] = batch.portrait.points
         if task.identity is not None:
             piece |= drawn_arrays(batch, task.identity.config.img_size)
         pieces.append(piece)
