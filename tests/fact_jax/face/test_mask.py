@@ -7,7 +7,14 @@ import pytest
 from PIL import Image
 
 from fact_jax.face.align import ARCFACE_TEMPLATE, template_points
-from fact_jax.face.mask import crop_square, ellipse_mask, head_mask, read_mask, resize_area
+from fact_jax.face.mask import (
+    crop_square,
+    ellipse_mask,
+    head_mask,
+    near_points,
+    read_mask,
+    resize_area,
+)
 from fact_jax.utils.errors import UserError
 
 SHAPE = (40, 30)
@@ -156,3 +163,17 @@ def test_a_mask_is_turned_upright_as_its_photo_is(tmp_path):
     assert mask.shape == (30, 20)
     assert mask[:10].min() == 1.0
     assert mask[10:].max() == 0.0
+
+
+def test_near_points_by_hand():
+    """Eyes 8 pixels apart, a deviation of 2; squares of 2, centred at 0.5, 2.5, 4.5."""
+    points = np.array([[4.5, 4.5], [12.5, 4.5], [8.5, 8.5], [4.5, 12.5], [12.5, 12.5]])
+    found = near_points(points[None], (8, 10), 2)[0]
+    assert found.shape == (8, 10)
+    for x, y in (points - 0.5).astype(int) // 2:
+        assert found[y, x] == 1.0
+    assert found[2, 3] == pytest.approx(np.exp(-0.5), rel=1e-6)  # 2 pixels from one eye
+    assert found[2, 4] == pytest.approx(np.exp(-2.0), rel=1e-6)  # 4 from the eyes and the nose
+    assert found[3, 9] == pytest.approx(np.exp(-(6**2 + 2**2) / 8), rel=1e-6)
+    wide = near_points(2 * points[None] + 0.5, (8, 10), 4)[0]
+    np.testing.assert_allclose(wide, found, atol=1e-6)

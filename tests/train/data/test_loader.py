@@ -130,6 +130,8 @@ def test_records_arrive_decoded_beside_their_partners(records, tokenizer):
         "ids": ((4, 32), "int32"),
         "mask": ((4, 8, 8), "float32"),
     }
+    with_points = PixelDataset(stored, tokenizer, region="face", cell=2, points=True)
+    np.testing.assert_array_equal(with_points.load(3, 3)["points"], stored[3]["points"])
     for row in range(BATCH):
         number, partner = source.choose(2, row)
         assert number // PHOTOS == partner // PHOTOS

@@ -106,6 +106,24 @@ def test_min_snr_weighs_a_sample_by_its_timestep(parts):
     assert len({round(ratio, 6) for ratio in ratios}) == 3
 
 
+def test_what_is_near_the_points_weighs_more(parts):
+    batch = parts[-1]
+    stages = (Stage(steps=1),)
+    plain = loss_of(parts, stages=stages)[0]
+    face = jnp.asarray([[5.0, 6.0], [11.0, 6.0], [8.0, 9.0], [6.0, 12.0], [10.0, 12.0]])
+
+    def with_points(points, weight):
+        given = batch | {"points": jnp.broadcast_to(points, (len(batch["latents"]), 5, 2))}
+        return loss_of(parts, given, stages=stages, point_weight=weight)[0]
+
+    assert with_points(face - 1000.0, 3.0) == pytest.approx(plain, rel=1e-6)
+    # Eyes so far apart that all of the photo is near one of them.
+    assert with_points(face.at[1].add(1e6), 3.0) == pytest.approx(4.0 * plain, rel=1e-5)
+    more = with_points(face, 3.0) - plain
+    assert 0.1 * plain < more < 2.0 * plain
+    assert with_points(face, 6.0) - plain == pytest.approx(2 * more, rel=1e-4)
+
+
 def test_noise_offset_changes_the_noise(parts):
     plain, shifted, more = (
         np.asarray([loss_of(parts, seed=seed, noise_offset=x)[0] for seed in range(4)])

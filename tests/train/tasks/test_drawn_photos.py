@@ -37,9 +37,21 @@ def test_what_was_kept_is_the_same_and_is_not_drawn_again(task, tmp_path, monkey
         assert again[name].dtype == array.dtype
     monkeypatch.setattr(drawn_photos, "_draw", lambda task: {"latents": np.zeros(1)})
     other = dataclasses.replace(RESAMPLER, embedding=True, embedding_dim=8)
-    for options in ({"people": 6}, {"region": "face"}, {"edited": 0.5}, {"resampler": other}):
+    for options in (
+        *({"people": 6}, {"region": "face"}, {"edited": 0.5}, {"resampler": other}),
+        {"point_weight": 1.0},
+    ):
         assert len(photo_arrays(with_options(task, drawn=kept, **options))["latents"]) == 1
-    assert len(list((tmp_path / "kept").glob("*.npz"))) == 5
+    assert len(list((tmp_path / "kept").glob("*.npz"))) == 6
+
+
+def test_points_come_where_they_are_weighed(task):
+    points = draw_portraits("adapter", 5, 3, size=16).portrait.points
+    found = photo_arrays(with_options(task, point_weight=1.0))["points"]
+    np.testing.assert_array_equal(found, points)
+    assert "points" not in photo_arrays(with_options(task))
+    with pytest.raises(ValueError, match="which a cache does not hold"):
+        with_options(task, cache="data/cache", point_weight=1.0)
 
 
 def test_edits_change_their_rows_alone_and_say_what_they_show(task):

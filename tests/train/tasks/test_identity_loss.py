@@ -39,7 +39,7 @@ def told(shown, latents=None, t=0, given=True, remat=False, **options):
     """Loss and metrics of predicted latents, all at one timestep."""
     pipeline, encoder, batch, true = shown
     loss = IdentityLoss(dataclasses.replace(OPTIONS, **options), encoder, pipeline)
-    frozen = loss.arrays(loss.embed(np.asarray(batch["own_crops"])), np.arange(PEOPLE))
+    frozen = loss.arrays(loss.embed(np.asarray(batch["own_crops"])), np.asarray(batch["person"]))
     value, metrics = jax.jit(lambda frozen, *rest: loss(frozen, *rest, remat=remat))(
         frozen,
         batch,
@@ -100,5 +100,7 @@ def test_training(miniature, tmp_path, source):
 
     gradient, metrics = jax.jit(jax.grad(loss, has_aux=True))(trainable)
     assert metrics["loss/identity"] > 0
-    assert len(frozen["identity"]["people"]) == 3
+    people = frozen["identity"]["people"]
+    assert len(people) == 3
+    assert np.isin(batch["person"], people).all()  # so that nobody is their own negative
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
