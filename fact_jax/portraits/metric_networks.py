@@ -141,11 +141,17 @@ MetricNetwork = IdentityNet | FaceFeatureNet | AttributeNet
 
 
 def save_network(module: MetricNetwork, path: Path) -> None:
-    """Write a network's weights in half precision as safetensors, keyed by their paths."""
-    arrays = {
-        ".".join(map(str, key)): np.ascontiguousarray(value[...], np.float16)
-        for key, value in nnx.to_flat_state(nnx.state(module))
-    }
+    """Write a network's weights in half precision as safetensors, keyed by their paths.
+
+    UserError for a number that half precision does not hold.
+    """
+    with np.errstate(over="ignore"):
+        arrays = {
+            ".".join(map(str, key)): np.ascontiguousarray(value[...], np.float16)
+            for key, value in nnx.to_flat_state(nnx.state(module))
+        }
+    if wrong := [name for name, array in arrays.items() if not np.isfinite(array).all()]:
+        raise UserError(f"{path}: not finite in half precision: {', '.join(wrong)}")
     with atomic_write(path) as temporary:
         save_file(arrays, temporary, {"fact_jax": json.dumps({"kind": type(module).__name__})})
 

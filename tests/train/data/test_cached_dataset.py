@@ -174,6 +174,14 @@ def test_it_does_not_lie_among_the_records(parts, records, name):
     assert not (records / name / "face_cache").exists()
 
 
+def test_beside_records_in_a_folder_of_another_name(parts, records, miniature, tmp_path):
+    shutil.copytree(records / "face_records" / "1.0.0", tmp_path / "faces")
+    opened = open_records(str(tmp_path / "faces"), parts[2], load_encoder(miniature / "encoder"))
+    writer((opened, *parts[1:]), tmp_path / "cache").claim()
+    with pytest.raises(UserError, match="lies within"):
+        writer((opened, *parts[1:]), tmp_path / "faces" / "cache").claim()
+
+
 def test_records_of_another_size_are_refused(parts, records, miniature):
     wide = dataclasses.replace(parts[2].unet.config, sample_size=16)
     pipeline = dataclasses.replace(parts[2], unet=type("UNet", (), {"config": wide}))

@@ -6,14 +6,19 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fact_convert import load_pipeline
 from fact_jax.plan.jaxpr_costs import count_flops, trace
 from fact_train.cli.main import main
 from fact_train.config import load_config
+from fact_train.data.portraits import portrait_examples
+from fact_train.data.record_writer import write_records
 from fact_train.overrides import override
 from fact_train.plan.abstract_task import build, watched_flops
+from fact_train.tasks.adapter import AdapterTask
+from fact_train.tasks.identity_loss import IdentityOptions
 from tests.train.tiny import tiny_config
 
 pytestmark = pytest.mark.heavy
@@ -81,6 +86,23 @@ def check(report: dict, config, chips: int) -> None:
     scalars = sent["all-reduce"] + sent["reduce-scatter"] - trainable
     assert 0 < scalars < 4 * (2 * len(params) + 100)
     assert sent["all-gather"] == matrices
+
+
+@pytest.mark.parametrize("given", ["portraits", "records"])
+@pytest.mark.parametrize("losses", [(), ("points",), ("points", "identity")])
+def test_a_batch_is_shaped_as_the_source_gives_it(miniature, tmp_path, given, losses):
+    options = {"point_weight": 1.0} if "points" in losses else {}
+    if "identity" in losses:
+        options["identity"] = IdentityOptions(encoder=str(miniature / "encoder"))
+    if given == "records":
+        photos = portrait_examples("adapter", 3, 2, size=16, crop_size=16)
+        write_records(photos, tmp_path / "records", size=16, crop_size=16)
+        options["records"] = str(tmp_path / "records")
+    config = tiny_config(miniature, **options)
+    batch = next(AdapterTask(config).source().batches(0, np.arange(config.batch_size)))
+    assert build(config).batch == {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype) for name, array in batch.items()
+    }
 
 
 def test_pictures_to_watch_cost_their_unet_calls_and_their_decoding(miniature):

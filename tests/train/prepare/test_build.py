@@ -254,5 +254,5 @@ def test_wrong_input_is_one_line(people, tmp_path, capsys, arguments, line):
 
 def test_a_set_without_people_to_train_on_is_said_to_be_one(people, tmp_path):
     run(people, tmp_path / "out", splits={"validation": 0.999})
-    with pytest.raises(UserError, match="no records to train on, only validation"):
+    with pytest.raises(UserError, match="has no split train, only validation"):
         Records(tmp_path / "out")

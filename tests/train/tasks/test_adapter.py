@@ -118,9 +118,18 @@ def test_blocks_that_the_file_has_no_adapter_for_start_fresh(miniature, finished
     less = {key: value for key, value in load_file(whole).items() if "down_blocks" not in key}
     texts = load_adapter(whole).metadata
     write_adapter(tmp_path / "less.safetensors", less, texts["config"], {"step": 8})
-    some, all_of_it, fresh = (
+    task = AdapterTask(tiny_config(miniature, weights=str(tmp_path / "less.safetensors")))
+    block = "down_blocks.0.attentions.0.transformer_blocks.0"
+    (note,) = task.notes
+    assert note.endswith(f"has no adapter for 1 of the base's blocks, which start fresh: {block}")
+    trainable, frozen = task.init(jax.random.key(0))
+    task.export(trainable, frozen, tmp_path, 3)
+    said = load_adapter(tmp_path / "adapter.safetensors").metadata
+    assert json.loads(said["started_from"])["without"] == [block]
+    some = task.adapters
+    all_of_it, fresh = (
         AdapterTask(tiny_config(miniature, **given)).adapters
-        for given in ({"weights": str(tmp_path / "less.safetensors")}, {"weights": str(whole)}, {})
+        for given in ({"weights": str(whole)}, {})
     )
     for wanted, patterns in ((fresh, ["^down_blocks/"]), (all_of_it, ["^mid_block/"])):
         jax.tree.map(
@@ -132,7 +141,7 @@ def test_blocks_that_the_file_has_no_adapter_for_start_fresh(miniature, finished
         for key, value in load_file(whole).items()
     }
     write_adapter(tmp_path / "strange.safetensors", strange, texts["config"])
-    with pytest.raises(UserError, match="for another base model"):
+    with pytest.raises(UserError, match=r"made for 2 transformer blocks .* this UNet has 2 tr"):
         AdapterTask(tiny_config(miniature, weights=str(tmp_path / "strange.safetensors")))
 
 

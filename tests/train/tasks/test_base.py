@@ -80,6 +80,9 @@ def test_blocks_are_added_that_change_nothing_until_they_learn(config, tmp_path)
     weights = str(tmp_path / "base")
     more = dataclasses.replace(UNET, up_attention=(True, True))
     grown = BaseTask(with_options(config, weights=weights, unet=more))
+    assert [note.split(" that ")[0] for note in grown.notes] == [
+        "options.unet has 2 transformer blocks"
+    ]
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((2, 16, 16, 4), np.float32)
     text = rng.standard_normal((2, 5, 64), np.float32)

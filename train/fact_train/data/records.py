@@ -124,9 +124,7 @@ def open_folder(folder: str | Path, name: str, version: str, encoded: Sequence[s
         if builder.info.name != name:
             raise UserError(f"{folder} holds {builder.info.name}, {name} is needed")
         if "train" not in builder.info.splits:
-            raise UserError(
-                f"{folder} has no records to train on, only {', '.join(builder.info.splits)}"
-            )
+            raise UserError(f"{folder} has no split train, only {', '.join(builder.info.splits)}")
         source = builder.as_data_source("train", decoders=skip)
         len(source)
     except UserError:

@@ -36,10 +36,13 @@ class Task(Protocol):
 
     config: TrainConfig
     options: object
+    notes: list[str]
+    """What the log is to say of how the models were put together."""
 
     def __init__(self, config: TrainConfig):
         self.config = config
         self.options = config.options
+        self.notes = []
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
         """(trainable, frozen): nested pure dicts of arrays, trainable in float32."""

@@ -41,10 +41,6 @@ class AbstractStep:
 class AbstractAdapterTask(AdapterTask):
     """The task on a base of zeros. Build it under ``jax.eval_shape``: there they take no memory."""
 
-    def __init__(self, config: TrainConfig):
-        self.notes: list[str] = []
-        super().__init__(config)
-
     def _load(self) -> tuple[Pipeline, TransFace]:
         pipeline, notes = abstract_pipeline(self.options.base)
         width = self.options.resampler.embedding_dim
@@ -110,6 +106,8 @@ def batch_shapes(task: AdapterTask, count: int) -> dict[str, jax.ShapeDtypeStruc
     else:
         arrays |= {"latents": (latents, float32), "ids": ((words,), int32)}
         arrays |= {"tokens": (face, float16), "partner": (face, float16)}
+    if options.point_weight:
+        arrays |= {"points": ((5, 2), float32)}
     if task.identity is not None:
         arrays |= {"head": ((pixels, pixels), uint8), "warp": ((2, 3), float32)}
         arrays |= {"person": ((), int32)}

@@ -56,6 +56,8 @@ def prepare(config: TrainConfig, mesh: Mesh, say: Callable[[str], None], name: s
         optimizer = make_optimizer(config.optimizer)
         state = place_state(params, optimizer, config.ema, mesh)
         del params
+    for note in task.notes:
+        say(f"note: {note}")
     with stage(say, "preparing the training data"), raise_on_all_processes():
         source = task.source()
         if config.log.samples_every is not None and hasattr(task, "open_samples"):

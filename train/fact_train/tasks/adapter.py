@@ -93,19 +93,28 @@ class AdapterTask(Task):
         unet_config = dataclasses.replace(self.pipeline.unet.config, face_dim=self.face_dim)
         self.graph, shapes = abstract_state("unet", unet_config)
         self.steps_before = 0
-        self.adapters = new_adapters(
+        fresh = functools.partial(
+            new_adapters,
             self.pipeline.unet,
             self.face_dim,
             rngs,
             zero_projections=self.options.start == "zero_projections",
             gate=self.options.gate,
         )
+        self.fresh_blocks: list[str] = []
         if self.options.weights is None:
-            self.base = split_module(self.pipeline.unet).arrays
+            self.adapters, self.base = fresh(), split_module(self.pipeline.unet).arrays
             resampler = self._new_resampler(rngs)
         else:
-            self.adapters, self.base, resampler, self.steps_before = read_adapters(
-                self.pipeline.unet, self.options.weights, self.options.resampler, self.adapters
+            self.adapters, self.base, resampler, self.steps_before, self.fresh_blocks = (
+                read_adapters(
+                    self.pipeline.unet, self.options.weights, self.options.resampler, fresh
+                )
+            )
+        if some := self.fresh_blocks:
+            self.notes.append(
+                f"{self.options.weights} has no adapter for {len(some)} of the base's blocks, "
+                f"which start fresh: {', '.join(some)}"
             )
         # Of the base, what learns with the adapter, as it was.
         self.tuned_base: dict = {}
@@ -339,5 +348,7 @@ class AdapterTask(Task):
         """What the file says of a warm start: this run's own steps, and what it went on from."""
         if self.options.weights is None:
             return {}
-        before = {"file": self.options.weights, "step": self.steps_before}
+        before: dict[str, object] = {"file": self.options.weights, "step": self.steps_before}
+        if self.fresh_blocks:
+            before["without"] = self.fresh_blocks
         return {"run_step": step, "started_from": before}

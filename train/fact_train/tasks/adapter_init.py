@@ -9,13 +9,14 @@ come in with the same weight.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Float
 
-from fact_convert import load_adapter
+from fact_convert import attach_adapter, load_adapter
 from fact_convert.models.adapter import check_blocks
 from fact_convert.rules.key_tables import ADAPTER_INFIX
 from fact_convert.weights import abstract_state, add_state, dump_some
@@ -51,14 +52,14 @@ def new_adapters(
 
 
 def read_adapters(
-    unet: UNet, file: str, resampler: ResamplerConfig, fresh: dict
-) -> tuple[dict, dict, Resampler, int]:
+    unet: UNet, file: str, resampler: ResamplerConfig, fresh: Callable[[], dict]
+) -> tuple[dict, dict, Resampler, int, list[str]]:
     """From an adapter file: arrays of the adapters, of the base, the resampler, and its step.
 
-    Blocks for which the file has no adapter take that of ``fresh``, as :func:`new_adapters` gives
-    them: the base may have grown. A file that does not say after how many steps it was written
-    counts as none. UserError if its resampler or a block is of another size, or it has a block
-    that the base lacks.
+    And the blocks for which the file has no adapter, as where the base has grown: they take that
+    of ``fresh()``, as :func:`new_adapters` gives them. A file that does not say after how many
+    steps it was written counts as none. UserError if its resampler or a block is of another size,
+    or it has a block that the base lacks.
     """
     adapter = load_adapter(file)
     if adapter.resampler.config != resampler:
@@ -66,18 +67,20 @@ def read_adapters(
             f"{file} has a resampler of another size ({adapter.resampler.config}) than "
             f"options.resampler ({resampler}): set options.resampler to it"
         )
-    widths = {path: block.norm2.num_features for path, block in unet.transformer_blocks()}
-    check_blocks(
-        adapter.blocks, {path: widths[path] for path in widths if path in adapter.blocks}, file
-    )
-    config = dataclasses.replace(unet.config, face_dim=adapter.face_dim)
-    graph, _ = abstract_state("unet", config)
-    started = nnx.merge(graph, merge(split_module(unet).arrays, fresh))
-    state = dump_some(started, lambda key: ADAPTER_INFIX in key) | adapter.state()
-    adapted = split_module(add_state(unet, {**state, **adapter.text}, config)).arrays
+    lacking = [path for path in unet.config.block_channels() if path not in adapter.blocks]
+    if not lacking:
+        adapted = attach_adapter(unet, adapter)
+    else:
+        check_blocks(adapter.blocks, unet.config.block_channels(), file, some=True)
+        config = dataclasses.replace(unet.config, face_dim=adapter.face_dim)
+        graph, _ = abstract_state("unet", config)
+        started = nnx.merge(graph, merge(split_module(unet).arrays, fresh()))
+        state = dump_some(started, lambda key: ADAPTER_INFIX in key) | adapter.state()
+        adapted = add_state(unet, state, config)
     step = adapter.metadata.get("step")
     step = step if isinstance(step, int) else 0
-    return *split_by_paths(adapted, ["(^|/)face/"]), adapter.resampler, step
+    adapters, base = split_by_paths(split_module(adapted).arrays, ["(^|/)face/"])
+    return adapters, base, adapter.resampler, step, lacking
 
 
 def whitened_resampler(

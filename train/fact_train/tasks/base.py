@@ -107,6 +107,11 @@ class BaseTask(Task):
             return kind(config, rngs=rngs)
         model = load_part(Path(folder, name))
         if isinstance(model, UNet) and _has_more_attention(config, model.config):
+            added = len(config.block_channels()) - len(model.config.block_channels())
+            self.notes.append(
+                f"options.unet has {added} transformer blocks that {folder} has not: they start as "
+                "adding nothing"
+            )
             return _grown(model, config, rngs)
         if model.config != config:
             raise UserError(f"{folder} has a {name} of another size than options.unet or the VAE")

@@ -35,7 +35,7 @@ def photo_arrays(task: Any) -> dict[str, np.ndarray]:
     """``latents``, ``ids``, ``mask``, ``tokens``, what the losses take; sorted by person.
 
     ``task`` is the adapter task. In the folder ``options.drawn`` they are kept for the next run
-    that takes the very same; all that decides them is in the file's name.
+    that takes the very same: what decides them is in the file's name, ``_VERSION`` for this code.
     """
     options = task.options
     if options.drawn is None:
@@ -86,10 +86,12 @@ def _draw(task: Any) -> dict[str, np.ndarray]:
         for row, caption in zip(np.flatnonzero(rows), told, strict=True):
             captions[row] = caption
     tokens = encode_tokens(task.encoder, arrays.pop("crops"), options.resampler)
-    return arrays | {
+    return {
         "latents": latents,
         "ids": tokenize(pipeline.tokenizer, captions)[0],
+        "mask": arrays.pop("mask"),
         "tokens": tokens.astype(np.float16),
+        **arrays,
     }
 
 

@@ -32,7 +32,7 @@ _FOLDERS = 16
 def list_folder(store: Store, *, people: bool, ignored: Counter) -> Iterator[dict]:
     """A row for each photo under a folder, sorted; the first folder is the person if ``people``.
 
-    ``ignored`` counts the other files by their endings.
+    ``ignored`` counts the other files by their endings, and what is hidden, a folder as one.
     """
     for path, beside, about in _walk(store, "", ignored, 0):
         row: dict[str, Any] = {"path": path, "beside": beside, "about": about}
