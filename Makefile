@@ -82,8 +82,9 @@ miniature: .venv/installed
 	cp runs/mini_encoder/export/encoder/config.json miniature/encoder/
 	cp runs/mini_judge/export/judge/*.safetensors runs/mini_features/export/judge/*.safetensors miniature/judge/
 	$(BIN)/fact-train run mini --out runs/mini
-	$(BIN)/fact-convert to-torch runs/mini miniature/adapter/adapter.safetensors --dtype float16 --force
-	for run in vae base encoder judge features; do mkdir -p miniature/logs/$$run && cp runs/mini_$$run/log.txt runs/mini_$$run/metrics.jsonl runs/mini_$$run/config.json miniature/logs/$$run/; done
+	$(BIN)/fact-train run mini_points --out runs/mini_points
+	$(BIN)/fact-convert to-torch runs/mini_points miniature/adapter/adapter.safetensors --dtype float16 --force
+	for run in vae base encoder judge features points; do mkdir -p miniature/logs/$$run && cp runs/mini_$$run/log.txt runs/mini_$$run/metrics.jsonl runs/mini_$$run/config.json miniature/logs/$$run/; done
 	mkdir -p miniature/logs/adapter && cp runs/mini/log.txt runs/mini/metrics.jsonl runs/mini/config.json miniature/logs/adapter/
 
 clean:

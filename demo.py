@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent
 SHIPPED_LOG = Path("miniature/logs/adapter/metrics.jsonl")
+"""Of the training from nothing; the shipped adapter went on from it."""
+LAST_LOG = Path("miniature/logs/points/metrics.jsonl")
 PEOPLE = ("080000", "080001")
 PROMPTS = (
     "a portrait of a smiling person wearing a red shirt on a blue plain background",
@@ -48,7 +50,7 @@ def stages(out: Path, scratch: bool) -> list[Stage]:
     """The whole demo; ``scratch`` trains from nothing instead of going on from the shipped run."""
     adapter, run, evaluation = out / "adapter.safetensors", out / "train", out / "evaluation"
     models = ["--base", "miniature/base", "--adapter", adapter, "--encoder", "miniature/encoder"]
-    before = [] if scratch else ["--before", SHIPPED_LOG]
+    before = [] if scratch else ["--before", LAST_LOG]
     return [
         _stage(
             "draw photos of people whom nothing was trained on",

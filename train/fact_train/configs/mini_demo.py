@@ -6,21 +6,21 @@ fact-train run mini_demo --out demo/train
 from dataclasses import replace
 
 from fact_train.config import CheckpointConfig, LogConfig
-from fact_train.configs.mini import config as mini
+from fact_train.configs.mini_points import config as mini_points
 
 STEPS = 300
 
 config = replace(
-    mini,
+    mini_points,
     steps=STEPS,
-    optimizer=replace(mini.optimizer, learning_rate=2e-4, warmup_steps=20),
+    optimizer=replace(mini_points.optimizer, learning_rate=2e-4, warmup_steps=20),
     checkpoint=CheckpointConfig(every=50),
     log=LogConfig(every=10, samples_every=100),
     options=replace(
-        mini.options,
+        mini_points.options,
         people=300,
         weights="miniature/adapter/adapter.safetensors",
         # The stage in which the shipped run ended.
-        stages=(replace(mini.options.stages[-1], steps=STEPS),),
+        stages=(replace(mini_points.options.stages[-1], steps=STEPS),),
     ),
 )
