@@ -34,7 +34,6 @@ def test_only_the_miniature_is_looked_for(tmp_path):
         ("mini", ["base", "encoder"]),
         ("mini_demo", ["base", "encoder", "weights"]),
         ("mini_base", ["vae"]),
-        ("mini_decoder", ["decoder_of"]),
     ],
 )
 def test_experiments_name_their_options(experiment, options):

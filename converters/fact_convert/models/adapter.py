@@ -330,13 +330,9 @@ def check_blocks(
     widths: Mapping[str, int],
     adapter: str | os.PathLike = "this adapter",
     base: str = "this UNet",
-    *,
     some: bool = False,
 ) -> None:
-    """UserError if adapters, by their blocks, do not fit a UNet's blocks of these channels.
-
-    With ``some`` it may have blocks that no adapter is for.
-    """
+    """UserError if adapters do not fit a UNet's blocks of these channels; all, or ``some``."""
     made_for = {path: len(state.get("linear.bias", ())) for path, state in adapters.items()}
     if not (made_for.items() <= widths.items() if some else made_for == dict(widths)):
         raise UserError(

@@ -1,6 +1,9 @@
 """The miniature's autoencoder: 128 x 128 portraits to 16 x 16 x 12 latents.
 
 fact-train run mini_vae --out runs/mini_vae
+
+With ``options.decoder_of=miniature/base/vae`` the shipped one's decoder alone learns on, and the
+latents stay what they are.
 """
 
 from fact_train.config import CheckpointConfig, EMAConfig, LogConfig, OptimizerConfig, TrainConfig

@@ -31,13 +31,13 @@ class Task(Protocol):
     A task may also define ``state_update(trainable, aux) -> trainable``, for what is not learned by
     gradient (batch-norm statistics): ``loss`` then puts a tree under the metric name ``"aux"``,
     and the engine hands it over, on the device, with the updated weights. And ``open_samples()``,
-    called before the first step, which reads what ``samples`` needs (UserError if it cannot).
+    called before the first step, which reads what ``samples`` needs (UserError if it cannot). And
+    ``notes``, lines for the log about how its models were put together.
     """
 
     config: TrainConfig
     options: object
     notes: list[str]
-    """What the log is to say of how the models were put together."""
 
     def __init__(self, config: TrainConfig):
         self.config = config

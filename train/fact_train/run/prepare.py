@@ -56,7 +56,7 @@ def prepare(config: TrainConfig, mesh: Mesh, say: Callable[[str], None], name: s
         optimizer = make_optimizer(config.optimizer)
         state = place_state(params, optimizer, config.ema, mesh)
         del params
-    for note in task.notes:
+    for note in getattr(task, "notes", ()):
         say(f"note: {note}")
     with stage(say, "preparing the training data"), raise_on_all_processes():
         source = task.source()
