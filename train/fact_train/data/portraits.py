@@ -1,6 +1,6 @@
 """Photos from the procedural portrait world: in memory, and as examples for records."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Annotated
 
 import numpy as np
@@ -48,6 +48,19 @@ def portrait_batches(split: str, people: int, photos: int, *, size: int) -> Iter
     for first in range(0, people, at_once):
         some = min(at_once, people - first)
         yield draw_portraits(split, some, photos, size=size, first=first)
+
+
+def portrait_arrays(
+    split: str,
+    people: int,
+    photos: int,
+    describe: Callable[[Batch], dict[str, np.ndarray]],
+    *,
+    size: int,
+) -> dict[str, np.ndarray]:
+    """What ``describe`` gives of :func:`portrait_batches`, joined along the first axis."""
+    pieces = [describe(batch) for batch in portrait_batches(split, people, photos, size=size)]
+    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def align_portraits(batch: Batch, size: int) -> UInt8[np.ndarray, "n s s 3"]:

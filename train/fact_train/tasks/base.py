@@ -17,7 +17,7 @@ from fact_jax.diffusion.samplers import sample_ddim
 from fact_jax.face import resize_area
 from fact_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from fact_jax.models.unet import UNet, UNetConfig
-from fact_jax.portraits import SPLITS, captions, sample_scene
+from fact_jax.portraits import SPLITS, Batch, captions, sample_scene
 from fact_jax.portraits.vocabulary import caption_vocabulary
 from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.errors import UserError
@@ -26,7 +26,7 @@ from fact_jax.utils.ranges import CheckedFields, Name, NonNegative, Probability
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
 from fact_train.data.pixels import encode_latents
-from fact_train.data.portraits import Photos, people_of, portrait_batches
+from fact_train.data.portraits import Photos, people_of, portrait_arrays
 from fact_train.engine.partition import overlay, split_by_paths, split_module
 from fact_train.engine.sample_keys import (
     sample_bernoulli,
@@ -122,17 +122,16 @@ class BaseTask(Task):
 
     def source(self) -> ShuffledArrays:
         options, size = self.options, self.vae.config.sample_size
-        side = size // self.vae.config.downscale
-        images, heads, lines = [], [], []
-        for batch in portrait_batches("base", options.people, options.photos, size=size):
-            images.append(batch.images)
-            heads.append(np.asarray(resize_area(batch.portrait.head_mask, (side, side))))
-            lines += batch.captions
-        arrays = {
-            "latents": encode_latents(self.vae, np.concatenate(images)),
-            "ids": tokenize(self.tokenizer, lines)[0],
-            "head": np.concatenate(heads).astype(np.float32),
-        }
+        cells = (size // self.vae.config.downscale,) * 2
+
+        def described(batch: Batch) -> dict[str, np.ndarray]:
+            head = np.asarray(resize_area(batch.portrait.head_mask, cells), np.float32)
+            ids, _ = tokenize(self.tokenizer, batch.captions)
+            return {"images": batch.images, "ids": ids, "head": head}
+
+        arrays = portrait_arrays("base", options.people, options.photos, described, size=size)
+        latents = encode_latents(self.vae, arrays.pop("images"))
+        arrays = {"latents": latents, **arrays}
         return ShuffledArrays(arrays, self.config.batch_size, self.config.seed)
 
     def loss(self, trainable, frozen, batch, *, step, keys):

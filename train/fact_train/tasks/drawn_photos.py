@@ -16,10 +16,11 @@ from fact_convert import Pipeline, tokenize
 from fact_jax.diffusion.samplers import noise_latents_for_start, sample_ddim
 from fact_jax.face import resize_area
 from fact_jax.fact import Guidance, guided_model
+from fact_jax.portraits import Batch
 from fact_jax.utils.batches import map_batches
 from fact_jax.utils.cache import ArrayCache
 from fact_train.data.pixels import encode_latents, encode_tokens
-from fact_train.data.portraits import align_portraits, portrait_batches
+from fact_train.data.portraits import align_portraits, portrait_arrays
 from fact_train.engine.checksums import content_hash
 from fact_train.tasks.identity_loss import drawn_arrays
 
@@ -59,22 +60,25 @@ def photo_arrays(task: Any) -> dict[str, np.ndarray]:
 
 def _draw(task: Any) -> dict[str, np.ndarray]:
     options, pipeline = task.options, task.pipeline
-    side = task.size // pipeline.vae.config.downscale
-    pieces, captions = [], []
-    for batch in portrait_batches("adapter", options.people, options.photos, size=task.size):
+    cells = (task.size // pipeline.vae.config.downscale,) * 2
+
+    def described(batch: Batch) -> dict[str, np.ndarray]:
         mask = getattr(batch.portrait, f"{options.region}_mask")
-        piece = {
+        found = {
             "images": batch.images,
+            "captions": np.asarray(batch.captions),
             "crops": align_portraits(batch, task.encoder.config.img_size),
-            "mask": np.asarray(resize_area(mask, (side, side)), np.float32),
+            "mask": np.asarray(resize_area(mask, cells), np.float32),
         }
         if options.point_weight:
-            piece["points"] = batch.portrait.points
+            found["points"] = batch.portrait.points
         if task.identity is not None:
-            piece |= drawn_arrays(batch, task.identity.config.img_size)
-        pieces.append(piece)
-        captions += batch.captions
-    arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+            found |= drawn_arrays(batch, task.identity.config.img_size)
+        return found
+
+    people, photos = options.people, options.photos
+    arrays = portrait_arrays("adapter", people, photos, described, size=task.size)
+    captions = arrays.pop("captions").tolist()
     latents = encode_latents(pipeline.vae, arrays.pop("images"))
     if options.edited:
         rows = edited_rows(options.people, options.photos, options.edited)

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Float, PyTree
 
 from fact_jax.losses import arcface_loss
-from fact_jax.portraits import SPLITS, sample_identity
+from fact_jax.portraits import SPLITS, Batch, sample_identity
 from fact_jax.portraits.metric_networks import (
     ATTRIBUTES,
     CROP,
@@ -27,7 +27,12 @@ from fact_jax.utils.ranges import CheckedFields, Length, Probability
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
 from fact_train.data.pixels import soften
-from fact_train.data.portraits import Photos, align_portraits, people_of, portrait_batches
+from fact_train.data.portraits import (
+    Photos,
+    align_portraits,
+    people_of,
+    portrait_arrays,
+)
 from fact_train.engine.partition import overlay, split_module
 from fact_train.engine.sample_keys import split_keys
 from fact_train.engine.task import Task
@@ -83,24 +88,22 @@ class JudgeTask(Task):
         return trainable, {}
 
     def source(self) -> ShuffledArrays:
-        options, pieces = self.options, []
-        for batch in portrait_batches("judge", options.people, options.photos, size=64):
+        def described(batch: Batch) -> dict[str, np.ndarray]:
             truth = batch.portrait
             masks = np.stack([truth.head_mask, truth.face_mask], axis=-1)
-            pieces.append(
-                {
-                    "images": batch.images,
-                    "crops": align_portraits(batch, CROP),
-                    "masks": np.rint(masks * 255).astype(np.uint8),
-                    "points": truth.points,
-                    "colours": np.concatenate([truth.skin, truth.hair], axis=1),
-                    **{name: getattr(truth, name).astype(np.int32) for name in ATTRIBUTES},
-                }
-            )
-        arrays = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-        person = np.arange(options.people, dtype=np.int32)
-        arrays["person"] = np.repeat(person, options.photos)
-        arrays["features"] = np.repeat(self._true_features(), options.photos, axis=0)
+            return {
+                "images": batch.images,
+                "crops": align_portraits(batch, CROP),
+                "person": batch.ids - np.int32(SPLITS["judge"][0]),
+                "masks": np.rint(masks * 255).astype(np.uint8),
+                "points": truth.points,
+                "colours": np.concatenate([truth.skin, truth.hair], axis=1),
+                "features": face_features(sample_identity(batch.ids)),
+                **{name: getattr(truth, name).astype(np.int32) for name in ATTRIBUTES},
+            }
+
+        people, photos = self.options.people, self.options.photos
+        arrays = portrait_arrays("judge", people, photos, described, size=64)
         return ShuffledArrays(arrays, self.config.batch_size, self.config.seed)
 
     def loss(self, trainable, frozen, batch, *, step, keys):

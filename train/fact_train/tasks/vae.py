@@ -16,13 +16,19 @@ from jaxtyping import PyTree
 
 from fact_convert.models.pipeline import load_part, save_part
 from fact_jax.models.vae import AutoencoderKL, VAEConfig
+from fact_jax.portraits import Batch
 from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.pixels import denormalize_pixels, normalize_pixels
 from fact_jax.utils.ranges import CheckedFields, Name, NonNegative
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
-from fact_train.data.portraits import Photos, draw_portraits, people_of, portrait_batches
+from fact_train.data.portraits import (
+    Photos,
+    draw_portraits,
+    people_of,
+    portrait_arrays,
+)
 from fact_train.engine.partition import merge, overlay, split_by_paths, split_module
 from fact_train.engine.sample_keys import sample_normal
 from fact_train.engine.task import Task
@@ -61,14 +67,12 @@ class VAETask(Task):
         return split_by_paths(self.vae.arrays, ["^decoder/", "^post_quant_conv/"])
 
     def source(self) -> ShuffledArrays:
-        options = self.options
-        pieces = [
-            (batch.images, np.rint(batch.portrait.head_mask * 255).astype(np.uint8))
-            for batch in portrait_batches("base", options.people, options.photos, size=self.size)
-        ]
-        arrays = dict(
-            zip(("images", "head"), map(np.concatenate, zip(*pieces, strict=True)), strict=True)
-        )
+        def described(batch: Batch) -> dict[str, np.ndarray]:
+            masks = np.rint(batch.portrait.head_mask * 255).astype(np.uint8)
+            return {"images": batch.images, "head": masks}
+
+        people, photos = self.options.people, self.options.photos
+        arrays = portrait_arrays("base", people, photos, described, size=self.size)
         return ShuffledArrays(arrays, self.config.batch_size, self.config.seed)
 
     def loss(self, trainable, frozen, batch, *, step, keys):
