@@ -253,7 +253,6 @@ class AdapterTask(Task):
         neutral = draw_generic_caption(neutral_keys, options.neutral)
         dtype = jax.tree.leaves(trainable["resampler"])[0].dtype
         photos = {"own_crops": batch["crops"], **batch} if "crops" in batch else batch
-        points = batch.get("points")
         batch = self.encoders.encode_batch(frozen, batch, shuffled, latent_keys)
         # The null condition is the resampler of all-zero tokens.
         tokens = jnp.where(no_face[:, None, None], 0, batch["tokens"]).astype(dtype)
@@ -284,7 +283,7 @@ class AdapterTask(Task):
         weight = 1.0 + options.face_weight * batch["mask"]
         if options.point_weight:
             cell = self.pipeline.vae.config.downscale
-            weight += options.point_weight * near_points(points, latents.shape[1:3], cell)
+            weight += options.point_weight * near_points(photos["points"], latents.shape[1:3], cell)
         if options.min_snr:
             weight *= min_snr_weight(schedule, t, options.min_snr)[:, None, None]
         error = denoising_error(output, target, weight)

@@ -73,18 +73,17 @@ class AdapterOptions(CheckedFields):
         super().__post_init__()
         if self.best_by != "similarity" and self.judge is None:
             raise ValueError(f"best_by={self.best_by} takes a judge: name its folder")
-        if self.identity.encoder is not None and self.cache is not None:
-            raise ValueError(
-                "identity.encoder takes the points and masks of records, which a cache does not "
-                "hold: leave cache away"
-            )
-        if self.point_weight and self.cache is not None:
-            raise ValueError(
-                "point_weight takes the points of records, which a cache does not hold: leave "
-                "cache away"
-            )
-        taken = self.resampler
-        if self.cache is not None and (taken.embedding or taken.encoder_blocks):
+        for name, asked, taken in (
+            ("identity.encoder", self.identity.encoder is not None, "points and masks"),
+            ("point_weight", self.point_weight > 0, "points"),
+        ):
+            if asked and self.cache is not None:
+                raise ValueError(
+                    f"{name} takes the {taken} of records, which a cache does not hold: leave "
+                    "cache away"
+                )
+        resampler = self.resampler
+        if self.cache is not None and (resampler.embedding or resampler.encoder_blocks):
             raise ValueError(
                 "a cache holds the tokens of the encoder's last block: leave it away where the "
                 "resampler has encoder_blocks or embedding"
