@@ -28,7 +28,6 @@ from fact_train.data.dataset_files import (
 )
 from fact_train.data.frozen_encoders import FrozenEncoders
 from fact_train.data.pixel_dataset import PixelDataset
-from fact_train.data.records import NAME as RECORDS
 from fact_train.data.records import (
     SHAPES,
     Records,
@@ -38,7 +37,6 @@ from fact_train.data.records import (
     read_row,
     read_shapes,
 )
-from fact_train.data.records import VERSION as RECORDS_VERSION
 
 NAME, VERSION = "face_cache", "1.0.0"
 ORIGIN = "cache.json"
@@ -142,9 +140,7 @@ class CacheWriter:
         Or if it lies where the records do: what `fact-train data` does with their folder would meet
         it.
         """
-        whole = self._records.folder.resolve()
-        if whole.parts[-2:] == (RECORDS, RECORDS_VERSION):
-            whole = whole.parents[1]
+        whole = self._records.root.resolve()
         if self.folder.resolve().is_relative_to(whole):
             raise UserError(
                 f"{self.folder.parents[1]} lies within {whole}, which holds the records: name a "

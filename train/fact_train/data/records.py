@@ -86,6 +86,12 @@ class Records:
     def __len__(self) -> int:
         return len(self.identities)
 
+    @property
+    def root(self) -> Path:
+        """The folder that was written to: of the files, or two above it."""
+        whole = self.folder.parts[-2:] == (NAME, VERSION)
+        return self.folder.parents[1] if whole else self.folder
+
     def __getitem__(self, number: int) -> dict:
         """The features of a record; DamagedError if it cannot be read."""
         return read_row(self._source, number, self.folder)
