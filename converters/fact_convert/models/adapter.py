@@ -332,7 +332,7 @@ def check_blocks(
     base: str = "this UNet",
     some: bool = False,
 ) -> None:
-    """UserError if adapters do not fit a UNet's blocks of these channels; all, or ``some``."""
+    """UserError unless adapters fit a UNet's blocks of these channels, all or only ``some``."""
     made_for = {path: len(state.get("linear.bias", ())) for path, state in adapters.items()}
     if not (made_for.items() <= widths.items() if some else made_for == dict(widths)):
         raise UserError(
