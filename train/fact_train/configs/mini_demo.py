@@ -19,6 +19,7 @@ config = replace(
     options=replace(
         mini_points.options,
         people=300,
+        pretrain_resampler=0,
         weights="miniature/adapter/adapter.safetensors",
         # The stage in which the shipped run ended.
         stages=(replace(mini_points.options.stages[-1], steps=STEPS),),

@@ -57,6 +57,9 @@ class AbstractAdapterTask(AdapterTask):
         count = identity.options.others
         return np.zeros((count, identity.config.num_classes), np.float32), np.arange(count)
 
+    def _start_of_resampler(self, key: jax.Array) -> dict:
+        return self.resampler.arrays
+
     def _new_resampler(self, rngs: nnx.Rngs) -> Resampler:
         return Resampler(self.options.resampler, rngs=rngs)
 

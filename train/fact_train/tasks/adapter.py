@@ -58,7 +58,12 @@ from fact_train.engine.partition import (
 )
 from fact_train.engine.sample_keys import sample_normal, sample_timesteps, split_keys
 from fact_train.engine.task import Task
-from fact_train.tasks.adapter_init import new_adapters, read_adapters, whitened_resampler
+from fact_train.tasks.adapter_init import (
+    new_adapters,
+    pretrain_resampler,
+    read_adapters,
+    whitened_resampler,
+)
 from fact_train.tasks.adapter_options import AdapterOptions
 from fact_train.tasks.block_metrics import by_block
 from fact_train.tasks.drawn_photos import photo_arrays
@@ -74,6 +79,10 @@ from fact_train.tasks.validation import (
 )
 
 WHITENED_ON = 256  # people
+PRETRAINED_ON = 16384
+"""People at most, a photo of each, on which the resampler is trained alone."""
+_KEPT = 0.3
+"""Weight of the face tokens' change when a resampler that adapters know is trained alone."""
 
 
 class AdapterTask(Task):
@@ -217,7 +226,7 @@ class AdapterTask(Task):
         return nnx.merge(self.graph, merge(base, adapters))
 
     def init(self, key: jax.Array) -> tuple[PyTree, PyTree]:
-        trainable = {"resampler": self.resampler.arrays, "adapter": self.adapters}
+        trainable = {"resampler": self._start_of_resampler(key), "adapter": self.adapters}
         # The text encoder is always there: for what a caption is dropped to.
         names = ["text_encoder"]
         if self.options.records is not None and self.options.cache is None:
@@ -226,6 +235,27 @@ class AdapterTask(Task):
         if self.identity is not None:
             frozen |= self.identity.arrays(*self._negatives(self.identity))
         return trainable, frozen
+
+    def _start_of_resampler(self, key: jax.Array) -> dict:
+        """The resampler's arrays at step 0."""
+        options = self.options
+        if not options.pretrain_resampler:
+            return self.resampler.arrays
+        crops, _ = self._first_crops(PRETRAINED_ON, self.encoder.config.img_size)
+        embedding = dataclasses.replace(options.resampler, embedding=True, encoder_blocks=())
+        resampler, r2 = pretrain_resampler(
+            self.resampler.module(self.resampler.arrays),
+            encode_tokens(self.encoder, crops, options.resampler),
+            encode_tokens(self.encoder, crops, embedding)[:, 0],
+            options.pretrain_resampler,
+            key,
+            keep=0.0 if options.weights is None else _KEPT,
+        )
+        self.notes.append(
+            f"after {options.pretrain_resampler} steps of its own on {len(crops)} photos, the "
+            f"resampler's face tokens tell {r2:.2f} of the variance of unseen photos' embeddings"
+        )
+        return split_module(resampler).arrays
 
     def _negatives(self, identity: IdentityLoss) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings of other people for the contrastive term, and these people's numbers."""

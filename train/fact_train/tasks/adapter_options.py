@@ -5,7 +5,15 @@ from typing import Annotated, Literal
 
 from fact_jax.curriculum import Drop, Stage
 from fact_jax.models.resampler import ResamplerConfig
-from fact_jax.utils.ranges import CheckedFields, Length, Name, NonNegative, Positive, Probability
+from fact_jax.utils.ranges import (
+    CheckedFields,
+    CountOrZero,
+    Length,
+    Name,
+    NonNegative,
+    Positive,
+    Probability,
+)
 from fact_train.data.portraits import Photos, people_of
 from fact_train.tasks.identity_loss import IdentityOptions
 
@@ -24,6 +32,10 @@ class AdapterOptions(CheckedFields):
     in the error, ``point_weight`` that of what lies near eyes, nose and the mouth's corners. With
     ``weights``, an adapter file, training goes on from its adapters and its resampler instead;
     blocks of the base that it has no adapter for start as said.
+
+    ``pretrain_resampler`` is a number of steps, of 64 photos each, in which the resampler is
+    trained alone before step 1, until its face tokens tell the encoder's embedding
+    (``fact_train.tasks.adapter_init.pretrain_resampler``). A run that goes on does it again.
 
     ``form`` is FACT's, or for comparisons the parallel one, see
     ``fact_jax.models.adapter.FaceControls``, or ``coupled``: FACT's, and the base's text
@@ -45,6 +57,7 @@ class AdapterOptions(CheckedFields):
     base: Name = "miniature/base"
     encoder: Name = "miniature/encoder"
     resampler: ResamplerConfig = MINI_RESAMPLER
+    pretrain_resampler: CountOrZero = 0
     people: Annotated[int, people_of("adapter")] = 2000
     photos: Photos = 4
     records: Name | None = None
@@ -76,6 +89,7 @@ class AdapterOptions(CheckedFields):
         for name, asked, taken in (
             ("identity.encoder", self.identity.encoder is not None, "points and masks"),
             ("point_weight", self.point_weight > 0, "points"),
+            ("pretrain_resampler", self.pretrain_resampler > 0, "photos"),
         ):
             if asked and self.cache is not None:
                 raise ValueError(
