@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from fact_train.data.records import Records, data_libraries, decode
 from fact_train.prepare.build import build
 from fact_train.prepare.models.provider import Photo
 from fact_train.prepare.photos.photo import cut_out
+from fact_train.prepare.product import dataset
 from fact_train.prepare.product.dataset import plan_shards
 from fact_train.prepare.settings import BuildSettings, Gates
 from fact_train.prepare.sources import Item
@@ -256,3 +259,33 @@ def test_a_set_without_people_to_train_on_is_said_to_be_one(people, tmp_path):
     run(people, tmp_path / "out", splits={"validation": 0.999})
     with pytest.raises(UserError, match="has no split train, only validation"):
         Records(tmp_path / "out")
+
+
+def test_shards_of_a_killed_build_of_other_photos_go(people, tmp_path, monkeypatch):
+    """The process dies when its records are written, and somebody leaves the source."""
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "finish", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(people, tmp_path / "out", shard_megabytes=0.001)
+    monkeypatch.undo()
+    shutil.rmtree(people / "anna")
+    for out in ("out", "fresh"):
+        run(people, tmp_path / out, shard_megabytes=0.001)
+    files = [
+        {str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        for out in (tmp_path / "out", tmp_path / "fresh")
+    ]
+    assert files[0] == files[1]
+
+
+def test_a_folder_beside_the_source_is_beside_it_however_it_is_named(people, tmp_path, monkeypatch):
+    monkeypatch.chdir(people)
+    assert main(["data", "build", ".", "../set", *SIZES]) == 0
+    (tmp_path / "link").symlink_to(people)
+    within = str(people / "set")
+    for source in ("../people", str(tmp_path / "link")):
+        assert main(["data", "build", source, within, *SIZES]) == 2
+    assert not Path(within).exists()

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 from fact_convert import load_encoder, load_pipeline
+from fact_jax.utils.errors import UserError
 from fact_train.cli.main import main
-from fact_train.data.cached_dataset import CachedDataset, CacheWriter
+from fact_train.data.cached_dataset import ORIGIN, CachedDataset, CacheWriter
 from fact_train.data.frozen_encoders import FrozenEncoders
 from fact_train.data.pixel_dataset import open_records
 from fact_train.data.records import Records
@@ -251,3 +252,77 @@ def test_thumbnails_are_of_the_rejected_photo(made):
 
     with Image.open(io.BytesIO(base64.b64decode(copy["thumbnail"]))) as small:
         assert small.size == (16, 16)
+
+
+def test_what_killed_removals_left_goes_with_the_next(out, capsys):
+    """A whole old set that lay aside when the process died."""
+    left = out.with_name(f".{out.name}.0123abcd.tmp")
+    shutil.copytree(out, left)
+    assert run(capsys, "remove", out, "--person", "p0")[0] == 0
+    shutil.copytree(out, left)
+    status, said = run(capsys, "remove", out, "--person", "p0")
+    assert status == 2
+    assert "removed before; a cache that was not named then is to be written again" in said
+    assert not left.exists()
+
+
+def test_no_cache_is_changed_where_another_does_not_fit(out, miniature, tmp_path, capsys):
+    pipeline, encoder = load_pipeline(miniature / "base"), load_encoder(miniature / "encoder")
+    frozen = FrozenEncoders(pipeline, encoder)
+    for name in ("cache", "other"):
+        records = open_records(str(out), pipeline, encoder)
+        writer = CacheWriter(records, frozen, pipeline.tokenizer, tmp_path / name, cell=2)
+        assert writer.write((0, 1), lambda line: None)
+    (origin,) = (tmp_path / "other").rglob(ORIGIN)
+    told = json.loads(origin.read_text())
+    origin.write_text(json.dumps(told | {"records": "others"}))
+    caches = ("--cache", tmp_path / "cache", "--cache", tmp_path / "other")
+    status, said = run(capsys, "remove", out, "--person", "p0", *caches)
+    assert (status, said.count("\n")) == (2, 1)
+    assert "is a cache with other records" in said
+    CachedDataset(tmp_path / "cache", "head").check(frozen, Records(out))
+    assert run(capsys, "verify", out)[0] == 0
+
+
+def test_hidden_folders_are_not_removed_with_a_person(out, capsys):
+    (out / ".git").mkdir()
+    status, said = run(capsys, "remove", out, "--person", "p1")
+    assert status == 2
+    assert "holds .git, which no build wrote" in said
+    assert (out / ".git").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "line"),
+    [
+        ("suspects.jsonl", None, "it has no suspects.jsonl"),
+        ("face_fact/1.0.0/features.json", None, "features.json"),
+        ("face_fact/1.0.0/identities.npy", b"", "is damaged"),
+        ("about/train-00000.jsonl", b"\xff\n", "damaged"),
+        ("about/train-00000.jsonl", b"{}\n", "damaged"),
+        ("summary.json", b'{"people": 7}', "it is of another kind"),
+    ],
+)
+def test_verify_of_a_set_that_is_not_whole_is_one_line(out, capsys, file, content, line):
+    path = next(out.glob(file.replace("face_fact", "*")))
+    path.unlink() if content is None else path.write_bytes(content)
+    status, said = run(capsys, "verify", out)
+    assert (status, said.count("\n")) == (2, 1), said
+    assert line in said
+
+
+def test_verify_counts_people(out, capsys):
+    summary = json.loads((out / "summary.json").read_text())
+    summary["splits"]["train"]["people"] += 1
+    (out / "summary.json").write_text(json.dumps(summary))
+    status, said = run(capsys, "verify", out)
+    assert (status, "19 records of 6 people in train, not 19 of 7" in said) == (2, True)
+
+
+def test_a_set_that_was_split_is_no_build_of_the_source(out, source, tmp_path, capsys):
+    assert run(capsys, "split", out, "--to", tmp_path / "new", "--split", "a=0.4")[0] == 0
+    summary = json.loads((tmp_path / "new" / "summary.json").read_text())
+    assert summary["settings"]["splits"] == {"a": 0.4}
+    settings = BuildSettings(source=str(source), size=16, crop=16, shard_megabytes=0.02)
+    with pytest.raises(UserError, match="holds records of another source"):
+        build(settings, str(tmp_path / "new"))

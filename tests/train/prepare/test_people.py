@@ -329,3 +329,30 @@ def test_the_worlds_masks_and_points_come_through(tmp_path):
                 assert np.abs(photo - image).mean() < 4  # JPEG of quality 95
     assert min(overlap["exact"]) > 0.99
     assert np.mean(overlap["ellipse"]) > 0.6
+
+
+def test_an_unlabelled_copy_does_not_join_two_people(tmp_path):
+    """One picture as anna's, as nobody's and as ben's: ben keeps his, and it is told of."""
+    lines = [{"image": "x.png", "identity": "anna"}, {"image": "y.png"}]
+    lines += [{"image": "z.png", "identity": "ben"}]
+    for line in lines:
+        write_photo(tmp_path / "in" / line["image"], seed=3)
+    (tmp_path / "in" / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    settings = BuildSettings(source=str(tmp_path / "in" / "list.jsonl"), **SIZES)
+    build(settings, str(tmp_path / "out"))
+    records = Records(tmp_path / "out")
+    assert sorted(records[i]["identity"].decode() for i in range(len(records))) == ["anna", "ben"]
+    assert {name: why for name, (why, _) in rejected(tmp_path / "out").items()} == {
+        "y.png": "duplicate"
+    }
+    told = [one for one in suspects(tmp_path / "out") if one["kind"] == "same picture"]
+    assert {tuple(sorted(one["people"])) for one in told} == {("anna", "ben")}
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\3\4 no archive", b"\x93NUMPY\1\0v\0{'descr': '<f4'"])
+def test_a_damaged_embedding_rejects_its_photo_alone(tmp_path, content):
+    write_faces(tmp_path / "in", 2, 2, lambda person, photo: f"p{person}/{photo}.png")
+    (tmp_path / "in" / "p0" / "0.embedding.npy").write_bytes(content)
+    summary = build(BuildSettings(source=str(tmp_path / "in"), **SIZES), str(tmp_path / "out"))
+    assert (summary.summary["in"], summary.summary["rejected"]) == (4, 1)
+    assert rejected(tmp_path / "out")["p0/0.png"][0] == "embedding"

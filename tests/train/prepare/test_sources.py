@@ -264,3 +264,102 @@ def test_a_compressed_tar_is_none(tmp_path):
     build(settings, str(tmp_path / "out"))
     assert rejected(tmp_path / "out")["00002.tar"][0] == "damaged shard"
     assert not any(name.startswith("00002.tar/") for name in rejected(tmp_path / "out"))
+
+
+def built(source, out, *more):
+    return main(["data", "build", str(source), str(out), "--size", "16", "--crop", "16", *more])
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (jsonl, "--column identity=wo: list.jsonl has no such column, only"),
+        (table_csv, "--column identity=wo: list.csv has no such column, only"),
+        (parquet, "has no such column, only"),
+        (image_folder, "--column identity=wo: metadata.jsonl has no such column, only"),
+    ],
+)
+def test_a_column_that_is_not_there_is_told_of(tmp_path, capsys, make, line):
+    source, _ = make(tmp_path / "in")
+    assert built(source, tmp_path / "out", "--column", "identity=wo") == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.count("\n") == 1
+
+
+def test_columns_are_of_tables(tmp_path, capsys):
+    write_images(tmp_path / "in")
+    assert built(tmp_path / "in", tmp_path / "out", "--column", "identity=who") == 2
+    assert "--column and --root are of tables" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shard", ["old.tar", "old.parquet"])
+def test_shards_beside_folders_are_no_guess(tmp_path, capsys, shard):
+    write_images(tmp_path / "in")
+    (tmp_path / "in" / shard).write_bytes(b"")
+    assert built(tmp_path / "in", tmp_path / "out") == 2
+    assert "beside folders or photos: say by --format" in capsys.readouterr().err
+    ignored = Counter()
+    list(list_chunks(BuildSettings(source=str(tmp_path / "in"), format="people"), ignored))
+    assert ignored[shard[3:]] == 1
+
+
+def test_what_lies_beside_shards_is_counted(tmp_path):
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "0.tar", "w") as archive:
+        info = tarfile.TarInfo("a.png")
+        info.size = len(photo(0))
+        archive.addfile(info, io.BytesIO(photo(0)))
+    (tmp_path / "in" / "0_stats.json").write_text("{}")
+    ignored = Counter()
+    assert len(list(list_chunks(BuildSettings(source=str(tmp_path / "in")), ignored))) == 1
+    assert ignored == {".json": 1}
+
+
+def test_nan_is_nobodys_name(tmp_path):
+    write_images(tmp_path / "in")
+    lines = [json.dumps(row | {"who": float("nan")}) for row in rows()]
+    (tmp_path / "in" / "list.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    assert built(tmp_path / "in" / "list.jsonl", out, "--column", "identity=who") == 0
+    records = Records(out)
+    assert {records[i]["identity"] for i in range(3)} == {
+        f"only images/{name}.png".encode() for name in NAMES
+    }
+
+
+def test_a_row_after_one_that_is_too_long_is_read(tmp_path):
+    source, _ = table_csv(tmp_path / "in")
+    head, first, *rest = source.read_text().splitlines()
+    source.write_text("\n".join([head, first, f"images/a.png,{'x' * 200_000}", *rest]))
+    assert built(source, tmp_path / "out") == 0
+    ((name, (reason, detail)),) = rejected(tmp_path / "out").items()
+    assert (name, reason) == ("list.csv:1", "row")
+    assert "field larger than field limit" in detail
+    assert len(Records(tmp_path / "out")) == 3
+
+
+def test_a_link_to_nothing_is_told_with_its_person(tmp_path):
+    write_images(tmp_path / "in")
+    for name in NAMES:
+        (tmp_path / "in" / "images" / f"{name}.json").write_text(
+            json.dumps({"points": POINTS.tolist()})
+        )
+    (tmp_path / "in" / "images" / "gone.png").symlink_to("/nonexistent")
+    assert built(tmp_path / "in", tmp_path / "out") == 0
+    (line,) = map(json.loads, (tmp_path / "out" / "rejected.jsonl").read_text().splitlines())
+    assert (line["reason"], line["identity"]) == ("no file", "images")
+
+
+def test_an_address_that_is_none_stops_nothing(tmp_path):
+    write_images(tmp_path / "in")
+    lines = [json.dumps(row | {"url": "http://[bad/x.jpg"}) for row in rows()]
+    (tmp_path / "in" / "list.jsonl").write_text("\n".join(lines))
+    assert built(tmp_path / "in" / "list.jsonl", tmp_path / "out") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["sources"] == {"http://[bad/x.jpg": 3}
+
+
+def test_all_is_no_name_of_a_split(tmp_path, capsys):
+    assert built(tmp_path, tmp_path / "out", "--split", "all=0.5") == 2
+    assert "give a name but train and all" in capsys.readouterr().err

@@ -182,7 +182,9 @@ def run_data(arguments: argparse.Namespace) -> int:
         print(f"{arguments.set}: whole; a cache of {verify_cache(arguments.set)} records")
         return 0
     if arguments.action == "verify":
-        counts = curate.verify(arguments.set)
+        from fact_train.prepare.product.verify import verify
+
+        counts = verify(arguments.set)
         print(f"{arguments.set}: whole; {', '.join(f'{n} {name}' for name, n in counts.items())}")
         return 0
     if arguments.action in ("merge", "split"):

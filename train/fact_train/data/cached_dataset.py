@@ -246,17 +246,34 @@ def _write_about(
     )
 
 
+def cache_folder(cache: Path) -> Path:
+    """The folder that is replaced where rows are taken out of a cache."""
+    return open_folder(cache, NAME, VERSION)[0]
+
+
+def check_records(cache: Path, before: str, after: str) -> bool:
+    """Whether a cache is still of records whose digest is ``before``, else of ``after``'s.
+
+    Raises UserError if it is of others.
+    """
+    folder = cache_folder(cache)
+    origin = _read_origin(folder)
+    if origin.get("records") == after:
+        return False
+    _compare(folder, origin, {"records": before})
+    return True
+
+
 def drop_rows(cache: Path, gone: Sequence[int], before: str, after: str) -> None:
     """Take rows out of a cache, whose records lose the same: their digest was ``before``.
 
     Nothing is done where it is ``after`` already. Raises UserError if the cache is of other
     records, or not whole.
     """
+    if not check_records(cache, before, after):
+        return
     folder, _, source = open_folder(cache, NAME, VERSION)
     origin = _read_origin(folder)
-    if origin.get("records") == after:
-        return
-    _compare(folder, origin, {"records": before})
     features, identities = source.dataset_info.features, read_identities(folder, len(source))
     shapes = _shapes(folder, len(source))
     kept = np.setdiff1d(np.arange(len(source)), gone)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import io
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,7 +71,7 @@ def _build(
 ) -> Built:
     data_libraries()
     store, source = Store(out), Store(settings.source)
-    if source.fs == store.fs and store.root.startswith(f"{source.root}/"):
+    if source.fs == store.fs and _within(store, source):
         raise UserError(
             f"{out} lies within {settings.source}, which is read: name a folder beside it"
         )
@@ -139,6 +140,12 @@ def _build(
     if not keep_work:
         store.remove(product.WORK)
     return Built(store.json(product.SUMMARY), True)
+
+
+def _within(inner: Store, outer: Store) -> bool:
+    """Whether a folder lies under another, whatever links lead there."""
+    paths = [os.path.realpath(one.root) if one.local else one.root for one in (inner, outer)]
+    return paths[0].startswith(f"{paths[1].rstrip('/')}/")
 
 
 def _claim(store: Store, same: str, force: bool, locks: contextlib.ExitStack) -> None:
@@ -238,6 +245,13 @@ def _write(
                 for one in part
             )
             product.write_lines(work, f"{plan}/shards/{name}.jsonl", lines)
+    files = {product.record_file(name) for name in wanted} | {
+        product.about_name(*product.numbered(name)) for name in wanted
+    }
+    for folder in (product.FOLDER, product.ABOUT):  # of a build that was killed, of other photos
+        for name in store.names(folder):
+            if f"{folder}/{name}" not in files:
+                store.remove(f"{folder}/{name}")
     write = functools.partial(product.write_shard, work.url, plan, store.url)
     engine.map("shards", write, list(wanted), lambda: len(work.names(f"{plan}/written")))
     shards: dict[str, list[tuple[int, int]]] = {split: [] for split in people}

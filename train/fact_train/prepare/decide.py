@@ -110,9 +110,12 @@ def decide(
 
     Pairs are looped over twice.
     """
-    copies = Groups(len(table))
-    for one, other in same_picture:
-        if not _two_people(table, one, other):
+    copies, label = Groups(len(table)), table.label.copy()
+    for pair in same_picture:
+        # Whose the groups are: an unlabelled copy does not join two people's.
+        one, other = sorted(map(copies.find, pair))
+        if min(label[one], label[other]) < 0 or label[one] == label[other]:
+            label[one] = max(label[one], label[other])
             copies.join(one, other)
     kept = np.full(len(table), -1, np.intc)
     for group in copies.members().values():
@@ -128,11 +131,6 @@ def decide(
     decisions.suspects += _disagreeing(decisions, settings)
     _mark_splits(decisions.suspects, settings)
     return decisions
-
-
-def _two_people(table: Table, one: int, other: int) -> bool:
-    ones, others = table.label[one], table.label[other]
-    return min(ones, others) >= 0 and ones != others
 
 
 def _name_people(
@@ -175,7 +173,7 @@ def _suspects(
     labelled = units.person >= 0
     stands[labelled] = first[np.searchsorted(labels, units.person[labelled])]
     alike = itertools.chain(
-        (("same picture", *pair) for pair in same_picture if _two_people(table, *pair)),
+        (("same picture", *pair) for pair in same_picture),
         (("same face", int(stands[one]), int(stands[other])) for one, other in same_face),
     )
     return [

@@ -122,8 +122,8 @@ class BuildSettings(CheckedFields):
 def check_splits(splits: dict[str, float]) -> None:
     """ValueError unless names and shares of splits leave people to train on."""
     for name, share in splits.items():
-        if name == "train" or not name.isidentifier() or not 0 < share < 1:
-            raise ValueError(f"split {name}={share:g}: give a name but train, and a share")
+        if name in ("train", "all") or not name.isidentifier() or not 0 < share < 1:
+            raise ValueError(f"split {name}={share:g}: give a name but train and all, and a share")
     if sum(splits.values()) >= 1:
         raise ValueError("the splits leave no people to train on")
 

@@ -6,6 +6,7 @@ What is compared, 450 bytes a photo and an embedding, goes into files as it is r
 import base64
 import contextlib
 import dataclasses
+import tempfile
 from array import array
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -22,20 +23,23 @@ _BITS = HASH_SIDE * HASH_SIDE - 1
 
 
 class Texts(Sequence[str]):
-    """Strings in one piece of memory: Python's own take 50 bytes more each."""
+    """Strings in a temporary file; where each ends stays in memory."""
 
     def __init__(self) -> None:
-        self._bytes, self._ends = bytearray(), array("q", [0])
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115  open as long as the strings are there
+        self._ends = array("q", [0])
 
     def append(self, text: str) -> None:
-        self._bytes += text.encode()
-        self._ends.append(len(self._bytes))
+        self._file.seek(self._ends[-1])
+        self._ends.append(self._ends[-1] + self._file.write(text.encode()))
 
     def __len__(self) -> int:
         return len(self._ends) - 1
 
     def __getitem__(self, index):
-        return self._bytes[self._ends[index] : self._ends[index + 1]].decode()
+        start, end = self._ends[index], self._ends[index + 1]
+        self._file.seek(start)
+        return self._file.read(end - start).decode()
 
 
 class NpyWriter:

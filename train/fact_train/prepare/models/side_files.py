@@ -2,6 +2,7 @@
 
 import io
 import json
+import zipfile
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,6 +40,9 @@ class SideFiles:
                 ArithmeticError,
                 RecursionError,
                 OSError,
+                EOFError,
+                zipfile.BadZipFile,
+                MemoryError,
             ) as error:
                 text = one_line(error)
                 name = photo.item.name

@@ -1,7 +1,7 @@
 """A built set later: merged, split anew, without a person, verified."""
 
+import functools
 import hashlib
-import io
 import json
 import os
 import re
@@ -12,19 +12,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from PIL import Image
-
 from fact_convert.io.output_paths import check_folder
 from fact_jax.face.images import one_line
-from fact_jax.utils.errors import UserError, error_context, listed
-from fact_jax.utils.files import replace_folder
-from fact_train.data.cached_dataset import drop_rows
-from fact_train.data.dataset_files import shard_name, shard_reader, shard_writer, split_name
+from fact_jax.utils.errors import UserError, listed
+from fact_jax.utils.files import recover, replace_folder
+from fact_train.data.cached_dataset import cache_folder, check_records, drop_rows
+from fact_train.data.dataset_files import shard_name, shard_reader, shard_writer
 from fact_train.data.records import (
-    IDENTITIES,
-    PICTURES,
-    SHAPES,
     check_sizes,
     fingerprint_files,
 )
@@ -57,6 +51,10 @@ def open_product(folder: Path) -> dict[str, Any]:
             raise ValueError("it is of another kind")
     except (ValueError, OSError, AttributeError) as error:
         raise UserError(f"{folder / SUMMARY} cannot be read: {one_line(error)}") from None
+    wanted = (REJECTED, SUSPECTS, f"{FOLDER}/features.json")
+    missing = [name for name in wanted if not (folder / name).is_file()]
+    if missing:
+        raise UserError(f"{folder} is not whole: it has no {listed(missing)}")
     check_sizes(folder / FOLDER)
     return summary
 
@@ -249,6 +247,8 @@ def split(source: Path, out: Path, splits: dict[str, float], *, megabytes: float
         if (source / LOG).is_file():
             shutil.copyfile(source / LOG, temporary / LOG)
         summary = json.loads((temporary / SUMMARY).read_text("utf-8")) | {"alarms": alarms}
+        summary["settings"] |= {"splits": splits}
+        summary["fingerprint"] += f" split {json.dumps(splits, sort_keys=True)}"
         store.write(SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
     return about | {"alarms": alarms}
 
@@ -259,8 +259,10 @@ def remove(folder: Path, person: str, caches: Sequence[Path], *, megabytes: floa
     Nothing of them is left: records, lines, thumbnails; the log keeps when it was, how many
     records, and the SHA-256 of the name, so that a second request can be answered.
     """
+    for written in (folder, *map(cache_folder, caches)):  # a killed removal may have left them
+        recover(written)
     summary = open_product(folder)
-    strange = {path.name for path in folder.iterdir() if not path.name.startswith(".")} - {*OURS}
+    strange = {path.name for path in folder.iterdir()} - {*OURS, ".lock"}
     if strange:
         raise UserError(
             f"{folder} is written anew, and holds {listed(sorted(strange))}, which no build wrote: "
@@ -278,8 +280,17 @@ def remove(folder: Path, person: str, caches: Sequence[Path], *, megabytes: floa
     }
 
     rejected = sum(line.get("identity") == person for line in Store(str(folder)).lines(REJECTED))
+    log = (folder / LOG).read_text("utf-8") if (folder / LOG).is_file() else ""
+    digest = hashlib.sha256(person.encode()).hexdigest()
     if not gone and not rejected:
-        raise UserError(f"{folder} holds nobody of the name {person}")
+        raise UserError(
+            f"{folder} holds nobody of the name {person}"
+            + (
+                ": removed before; a cache that was not named then is to be written again"
+                if digest in log
+                else ""
+            )
+        )
     if len(gone) == summary["records"]:
         raise UserError(f"{person} is everybody in {folder}: remove the folder")
     # Caches hold the records of train, which are the first, in their order.
@@ -318,11 +329,10 @@ def remove(folder: Path, person: str, caches: Sequence[Path], *, megabytes: floa
             "alarms": sum(line["alarm"] for line in suspects),
         }
         store.write(SUMMARY, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
-        log = (folder / LOG).read_text("utf-8") if (folder / LOG).is_file() else ""
         entry = {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "what": "a person was removed",
-            "person_sha256": hashlib.sha256(person.encode()).hexdigest(),
+            "person_sha256": digest,
             "records": len(gone),
             "rejected": rejected,
             "caches": len(caches),
@@ -330,66 +340,8 @@ def remove(folder: Path, person: str, caches: Sequence[Path], *, megabytes: floa
         store.write(LOG, log + json_line(entry))
         # Before the records go, so that a killed removal is made whole by another.
         rows = [number for number in gone if number < trained]
-        for cache in caches:
-            drop_rows(cache, rows, before, fingerprint_files(temporary / FOLDER))
+        after = fingerprint_files(temporary / FOLDER)
+        for change in (check_records, functools.partial(drop_rows, gone=rows)):
+            for cache in caches:  # all are looked at before one is changed
+                change(cache, before=before, after=after)
     return len(gone)
-
-
-def verify(folder: Path) -> dict[str, int]:
-    """Read every record of a set; counts. Raises UserError for the first that is damaged."""
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    summary = open_product(folder)
-    arrays = {
-        name: np.load(folder / FOLDER / name, allow_pickle=False)
-        for name in os.listdir(folder / FOLDER)
-        if name.endswith(".npy")
-    }
-    counts: Counter[str] = Counter()
-    seen: dict[str, dict[str, int]] = {}
-    for split, shard, record, line in read_records(folder, summary):
-        where = f"{folder}: record {counts[split]} of {split} (shard {shard})"
-        example = tf_example_pb2.Example.FromString(record).features.feature
-        name = example["identity"].bytes_list.value[0].decode()
-        numbers = seen.setdefault(split, {})
-        file = split_name(IDENTITIES, split)
-        if arrays[file][counts[split]] != numbers.setdefault(name, len(numbers)):
-            raise UserError(f"{where}: {file} does not name {name}")
-        if name != line["identity"]:
-            raise UserError(f"{where}: it is {name}, the line about it says {line['identity']}")
-        shape = line.get("shape", [summary["size"]] * 2)
-        shapes = arrays.get(split_name(SHAPES, split))
-        held = [summary["size"]] * 2 if shapes is None else shapes[counts[split]].tolist()
-        if held != shape:
-            raise UserError(f"{where}: it is {held} px, the line about it says {shape}")
-        with error_context(where):
-            _check_pictures(example, shape, summary["crop"])
-        counts[split] += 1
-    for split, about in summary["splits"].items():
-        if counts[split] != about["records"]:
-            raise UserError(f"{folder}: {counts[split]} records of {split}, not {about['records']}")
-    rejected = sum(1 for _ in Store(str(folder)).lines(REJECTED))
-    if (rejected, counts.total()) != (summary["rejected"], summary["records"]) or summary[
-        "in"
-    ] != rejected + counts.total():
-        raise UserError(
-            f"{folder}: {summary['in']} photos in, but {counts.total()} records and {rejected} "
-            "rejected"
-        )
-    return dict(counts) | {"rejected": rejected}
-
-
-def _check_pictures(example: Any, shape: Sequence[int], crop: int) -> None:
-    """``shape`` is height and width of photo and masks."""
-    for part in PICTURES:
-        wanted = (crop, crop) if part == "crop" else (shape[1], shape[0])
-        try:
-            with Image.open(io.BytesIO(example[part].bytes_list.value[0])) as opened:
-                opened.load()
-                if opened.size != wanted:
-                    raise UserError(f"its {part} is {opened.size[0]} x {opened.size[1]}")
-        except (OSError, ValueError, SyntaxError, IndexError) as error:
-            raise UserError(f"its {part} is damaged: {one_line(error)}") from None
-    points = np.array(example["points"].float_list.value)
-    if points.shape != (10,) or not np.isfinite(points).all():
-        raise UserError("its points are no five finite points")

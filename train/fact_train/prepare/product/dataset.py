@@ -41,6 +41,18 @@ def about_name(split: str, shard: int) -> str:
     return f"{ABOUT}/{split}-{shard:05d}.jsonl"
 
 
+def numbered(name: str) -> tuple[str, int]:
+    """Split and number of the shard ``SPLIT-I-OF-N``."""
+    split, shard, _ = name.split("-")
+    return split, int(shard)
+
+
+def record_file(name: str) -> str:
+    """Where the records of the shard ``SPLIT-I-OF-N`` are."""
+    split, shard = numbered(name)
+    return f"{FOLDER}/{shard_name(shard, int(name.split('-')[2]), split)}"
+
+
 def plan_shards(sizes: Sequence[int], megabytes: float) -> list[int]:
     """Where shards end, but the last: before a record that would make one larger than that."""
     ends, filled = [], 0
@@ -75,11 +87,8 @@ def write_shard(work: str, plan: str, out: str, name: str) -> dict[str, int]:
     marker = f"{plan}/written/{name}.json"
     if store.exists(marker):
         return {}
-    split, shard, shards = name.split("-")
-    records = store.lines(f"{plan}/shards/{name}.jsonl")
-    file = f"{FOLDER}/{shard_name(int(shard), int(shards), split)}"
-    about = about_name(split, int(shard))
-    with product.writing(file) as temporary, product.writing(about) as told:
+    records, about = store.lines(f"{plan}/shards/{name}.jsonl"), about_name(*numbered(name))
+    with product.writing(record_file(name)) as temporary, product.writing(about) as told:
         writer = shard_writer(temporary)
         with open(told, "w", encoding="utf-8") as lines:
             for record, line in _planned(store, records):
@@ -173,7 +182,7 @@ def count_lines(
         for shard in range(len(some)):
             for line in out.lines(about_name(split, shard)):
                 source = line.get("source", "not told")
-                _count(counts["sources"], urlparse(source).netloc or source)
+                _count(counts["sources"], _host(source))
                 _count(counts["licences"], line.get("licence", "not told"))
                 _count(counts["consent"], line.get("consent", "not told"))
                 for role, name in line["by"].items():
@@ -185,6 +194,14 @@ def count_lines(
     if counts["shapes"].keys() == {f"{size} x {size}"}:
         return told, {}
     return told, {split: np.array(some).reshape(-1, 2) for split, some in shapes.items()}
+
+
+def _host(source: str) -> str:
+    """The host of an address; anything else is told as it is."""
+    try:
+        return urlparse(source).netloc or source
+    except ValueError:
+        return source
 
 
 def _count(found: Counter[str], key: str) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import PurePosixPath
 from typing import Any
 
 from fact_jax.face.images import one_line
@@ -46,6 +47,11 @@ def list_chunks(settings: BuildSettings, ignored: Counter) -> Iterator[dict]:
     store = Store(settings.source)
     store.fs.invalidate_cache()  # what changed since another build of this process is seen
     kind = _format(store, settings.format)
+    if kind in ("people", "flat") and (settings.columns or settings.root):
+        raise UserError(
+            f"--column and --root are of tables, and {settings.source} is read as a folder of "
+            "photos: leave them away, or say what it is by --format"
+        )
     if kind in ("people", "flat"):
         rows = files.list_folder(store, people=kind == "people", ignored=ignored)
         chunks: Iterable[dict] = ({"rows": some} for some in batched(rows, settings.chunk))
@@ -53,9 +59,9 @@ def list_chunks(settings: BuildSettings, ignored: Counter) -> Iterator[dict]:
         rows = tables.list_table(store, settings)
         chunks = ({"rows": some} for some in batched(rows, settings.chunk))
     elif kind == "parquet":
-        chunks = tables.list_parquet(_shards(store, ".parquet"), settings)
+        chunks = tables.list_parquet(_shards(store, ".parquet", ignored), settings)
     else:
-        chunks = tars.list_tars(_shards(store, ".tar"), settings)
+        chunks = tars.list_tars(_shards(store, ".tar", ignored), settings)
     some = False
     for chunk in chunks:
         some = True
@@ -71,24 +77,28 @@ def list_chunks(settings: BuildSettings, ignored: Counter) -> Iterator[dict]:
 def read_chunk(settings: BuildSettings, chunk: dict) -> Iterator[Item]:
     """The items of a chunk, in order, whatever is wrong with each."""
     if chunk["format"] == "parquet":
-        found: Iterator[tuple[str, Callable[[], tuple[bytes, dict]]]] = tables.read_parquet(
-            chunk, settings
-        )
+        found: Iterator[tuple[str, dict, Callable[[], tuple[bytes, dict]]]]
+        found = tables.read_parquet(chunk, settings)
     elif chunk["format"] == "tar":
         found = tars.read_tar(chunk, settings)
     else:
         root = settings.root if chunk["format"] == "table" else settings.source
         store = Store(root or tables.folder_of(Store(settings.source)))
-        found = ((row["path"], functools.partial(_from_file, store, row)) for row in chunk["rows"])
-    for path, read in found:
+        found = (
+            (row["path"], row.get("fields", {}), functools.partial(_from_file, store, row))
+            for row in chunk["rows"]
+        )
+    for path, said, read in found:
         name = _text(path)
+        whose = {"identity": _text(said["identity"])} if "identity" in said else {}
         try:
             photo, fields = read()
             yield Item(name, photo, {key: _text(value) for key, value in fields.items()})
         except RejectedError as error:
-            yield Item(name, problem=error)
+            yield Item(name, fields=whose, problem=error)
         except (UserError, OSError, ValueError, RecursionError) as error:
-            yield Item(name, problem=RejectedError("not readable", f"{name}: {one_line(error)}"))
+            problem = RejectedError("not readable", f"{name}: {one_line(error)}")
+            yield Item(name, fields=whose, problem=problem)
 
 
 def _text(value: Any) -> Any:
@@ -115,22 +125,31 @@ def _format(store: Store, given: str) -> str:
         return kind
     entries = store.fs.ls(store.root, detail=True)
     names = [entry["name"].rstrip("/").rsplit("/", 1)[-1] for entry in entries]
-    if any(name.endswith(".tar") for name in names):
-        return "tar"
-    if any(name in tables.METADATA for name in names):
-        return "table"
-    if any(name.endswith(".parquet") for name in names):
-        return "parquet"
     folders = (entry["type"] == "directory" for entry in entries)
     inside = any(is_one and name[0] != "." for is_one, name in zip(folders, names, strict=True))
+    if any(name in tables.METADATA for name in names):
+        return "table"
+    for kind in ("tar", "parquet"):
+        if any(name.endswith(f".{kind}") for name in names):
+            if inside or any(name.lower().endswith(files.SUFFIXES) for name in names):
+                raise UserError(
+                    f"{store.url} holds .{kind} files beside folders or photos: say by --format "
+                    "what is meant, or move the others elsewhere"
+                )
+            return kind
     return "people" if inside else "flat"
 
 
-def _shards(store: Store, ending: str) -> list[Store]:
-    """The shards of a folder, or the file itself."""
+def _shards(store: Store, ending: str, ignored: Counter) -> list[Store]:
+    """The shards of a folder, or the file itself; ``ignored`` counts what else is there."""
     if not store.fs.isdir(store.root):
         return [store]
-    names = [name for name in store.names("") if name.endswith(ending)]
+    names = store.names("")
+    for name in names:
+        if not name.endswith(ending):
+            kind = PurePosixPath(name).suffix or "without ending"
+            ignored["hidden" if name[0] == "." else kind] += 1
+    names = [name for name in names if name.endswith(ending)]
     return [Store(f"{store.url.rstrip('/')}/{name}") for name in names]
 
 

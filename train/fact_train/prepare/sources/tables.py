@@ -5,11 +5,11 @@ import functools
 import io
 import json
 import posixpath
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from fact_jax.face.images import one_line
-from fact_jax.utils.errors import UserError
+from fact_jax.utils.errors import UserError, listed
 from fact_train.prepare.settings import ROLES, BuildSettings, RejectedError
 from fact_train.prepare.sources.files import MAX_BYTES, Listings
 from fact_train.prepare.store import Store
@@ -35,12 +35,13 @@ def list_table(store: Store, settings: BuildSettings) -> Iterator[dict]:
         if not there:
             raise UserError(f"{store.url} holds no {' or '.join(METADATA)}")
         store = Store(f"{store.url.rstrip('/')}/{there[0]}")
-    where = store.url.rsplit("/", 1)[-1]
+    where, columns = store.url.rsplit("/", 1)[-1], set[str]()
     for number, row in enumerate(_rows(store)):
         name = f"{where}:{number}"
         if isinstance(row, str):
             yield {"path": name, "problem": ("row", f"{name}: {row}")}
             continue
+        columns.update(row)
         fields = fields_of(row, settings)
         path = fields.pop("image", None)
         if not isinstance(path, str) or not path:
@@ -61,6 +62,17 @@ def list_table(store: Store, settings: BuildSettings) -> Iterator[dict]:
             named.append(fields["mask"])
         about = [listings.state(one) for one in named]
         yield {"path": path, "beside": beside, "about": about, "fields": fields}
+    check_columns(columns, settings, where)
+
+
+def check_columns(there: Collection[str], settings: BuildSettings, where: str) -> None:
+    """UserError for a column that was named and that a table does not have."""
+    for role, column in settings.columns.items():
+        if column not in there:
+            raise UserError(
+                f"--column {role}={column}: {where} has no such column, only "
+                f"{listed(sorted(there))}"
+            )
 
 
 def _inside(path: str, settings: BuildSettings) -> str:
@@ -87,11 +99,15 @@ def _rows(store: Store) -> Iterator[dict | str]:
             yield from (row if isinstance(row, dict) else "it is no object" for row in rows)
         elif store.root.endswith(".csv"):
             text = io.TextIOWrapper(opened, encoding="utf-8-sig", errors="replace", newline="")
-            try:
-                for row in csv.DictReader(text):
-                    yield {key: value for key, value in row.items() if key and value}
-            except csv.Error as error:
-                yield f"it is not CSV: {one_line(error)}"
+            rows, ended = csv.DictReader(text), False
+            while not ended:  # what is wrong with one row is not with the next
+                try:
+                    row = next(rows, None)
+                    ended = row is None
+                    if row is not None:
+                        yield {key: value for key, value in row.items() if key and value}
+                except csv.Error as error:
+                    yield f"it is not CSV: {one_line(error)}"
         else:
             for line in filter(bytes.strip, opened):
                 try:
@@ -106,14 +122,15 @@ def fields_of(row: dict[str, Any], settings: BuildSettings) -> dict[str, Any]:
     found = {}
     for role in ROLES:
         for column in settings.columns_of(role):
-            if row.get(column) not in (None, ""):
-                found[role] = row[column]
+            value = row.get(column)
+            if value not in (None, "") and value == value:  # NaN, as pandas writes nothing
+                found[role] = value
                 break
     for role in ("points", "embedding"):  # lists in the cell of a CSV file
         if isinstance(value := found.get(role), str):
             try:
                 found[role] = json.loads(value)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue  # said where the points are read
     return found
 
@@ -125,7 +142,9 @@ def list_parquet(shards: list[Store], settings: BuildSettings) -> Iterator[dict]
         chunk: dict[str, Any] = {"file": store.url, "about": about}
         try:
             with store.fs.open(store.root, "rb") as opened:
-                groups = _parquet(opened).metadata
+                table = _parquet(opened)
+                check_columns(table.schema_arrow.names, settings, store.url)
+                groups = table.metadata
                 rows = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
         except (OSError, ValueError) as error:
             yield chunk | {"problem": ("damaged shard", f"{store.url}: {one_line(error)}")}
@@ -138,26 +157,30 @@ def list_parquet(shards: list[Store], settings: BuildSettings) -> Iterator[dict]
 
 def read_parquet(
     chunk: dict, settings: BuildSettings
-) -> Iterator[tuple[str, Callable[[], tuple[bytes, dict]]]]:
-    """Name and reader of each row of a row group."""
+) -> Iterator[tuple[str, dict, Callable[[], tuple[bytes, dict]]]]:
+    """Name, what is said beforehand, and reader of each row of a row group."""
     file = chunk["file"].rsplit("/", 1)[-1]
     if "problem" in chunk:
-        yield file, functools.partial(_refuse, *chunk["problem"])
+        yield file, {}, functools.partial(_refuse, *chunk["problem"])
         return
     store, done = Store(chunk["file"]), 0
     try:
         with store.fs.open(store.root, "rb") as opened:
             table = _parquet(opened)
-            for batch in table.iter_batches(settings.batch, row_groups=[chunk["group"]]):
+            wanted = {column for role in ROLES for column in settings.columns_of(role)}
+            columns = [name for name in table.schema_arrow.names if name in wanted]
+            for batch in table.iter_batches(
+                settings.batch, row_groups=[chunk["group"]], columns=columns
+            ):
                 for row in batch.to_pylist():
-                    name = f"{file}:{chunk['start'] + done}"
+                    name, fields = f"{file}:{chunk['start'] + done}", fields_of(row, settings)
                     done += 1
-                    yield name, functools.partial(_parquet_row, row, name, settings)
-    except (OSError, ValueError) as error:
+                    yield name, fields, functools.partial(_parquet_row, fields, name, settings)
+    except (OSError, ValueError, OverflowError) as error:
         text = one_line(error)
         for number in range(done, chunk["count"]):
             name = f"{file}:{chunk['start'] + number}"
-            yield name, functools.partial(_refuse, "damaged shard", f"{name}: {text}")
+            yield name, {}, functools.partial(_refuse, "damaged shard", f"{name}: {text}")
 
 
 def _parquet(opened: Any) -> Any:
@@ -170,8 +193,7 @@ def _parquet(opened: Any) -> Any:
     return pyarrow.parquet.ParquetFile(opened)
 
 
-def _parquet_row(row: dict, name: str, settings: BuildSettings) -> tuple[bytes, dict]:
-    fields = fields_of(row, settings)
+def _parquet_row(fields: dict, name: str, settings: BuildSettings) -> tuple[bytes, dict]:
     photo = fields.pop("image", None)
     if isinstance(photo, dict):  # as Hugging Face writes images
         photo = photo.get("bytes")

@@ -68,14 +68,14 @@ def _samples(store: Store) -> Iterator[dict]:
 
 def read_tar(
     chunk: dict, settings: BuildSettings
-) -> Iterator[tuple[str, Callable[[], tuple[bytes, dict]]]]:
-    """Name and reader of each sample of a chunk."""
+) -> Iterator[tuple[str, dict, Callable[[], tuple[bytes, dict]]]]:
+    """Name, what is said beforehand (nothing), and reader of each sample of a chunk."""
     store = Store(chunk["file"])
     file = store.url.rsplit("/", 1)[-1]
     with store.fs.open(store.root, "rb") as opened:
         for sample in chunk["samples"]:
             name = f"{file}/{sample['key']}".rstrip("/")
-            yield name, functools.partial(_read, opened, sample, name, settings)
+            yield name, {}, functools.partial(_read, opened, sample, name, settings)
 
 
 def _read(
