@@ -24,6 +24,8 @@ TIMESTEP_SPACINGS = ("leading", "linspace", "trailing")
 
 Timesteps = Int[Array, " b"] | Int[Array, ""] | int  # one for each sample, or one for all
 
+_LINSPACED = ("Euler", "DPMSolver", "LMS", "Heun", "KDPM2", "UniPC", "DEIS")
+"""Beginnings of the schedulers whose timesteps are spaced by linspace if nothing is said."""
 # Settings of diffusers that change the mathematics and that we do not follow: refused, not ignored.
 _UNSUPPORTED = {"trained_betas": None, "rescale_betas_zero_snr": False, "thresholding": False}
 
@@ -84,7 +86,7 @@ class NoiseSchedule:
             if config.get(key, neutral) not in (neutral, None):
                 raise UserError(f"scheduler config: {key} = {config[key]!r} is not supported")
         name = config.get("_class_name", "DDIMScheduler")
-        linspaced = name.startswith(("Euler", "DPMSolver"))
+        linspaced = name.startswith(_LINSPACED)
         defaults = {
             "set_alpha_to_one": name != "PNDMScheduler",
             "timestep_spacing": "linspace" if linspaced else "leading",

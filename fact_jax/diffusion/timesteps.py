@@ -79,6 +79,10 @@ def _dpmpp_grid(schedule: NoiseSchedule, steps: int) -> Grid:
     """One step more than asked for, of which the last, nearly clean, is left out."""
     if schedule.timestep_spacing == "trailing":
         return _training_grid(schedule, steps)
+    if steps >= schedule.num_train_timesteps:
+        raise UserError(
+            f"dpmpp_2m takes at most {schedule.num_train_timesteps - 1} steps, got {steps}"
+        )
     ts, sigma = _training_grid(schedule, steps + 1)
     return ts[:-1], sigma[:-1]
 

@@ -38,7 +38,7 @@ def read_inputs(
         found["img2img"] = _read_img2img(request, request.image, base, batch, note)
         found["img2img"].start(request.steps)
     if request.control is not None:
-        control = read_image(request.control)
+        control = read_image(request.control, to_srgb=True)
         found["control"] = fit(control, size, request.control, note)[None]
         found["control_scale"] = request.control_scale
     return found
@@ -79,7 +79,7 @@ def _same_shape(one: tuple[int, ...], other: tuple[int, ...]) -> bool:
 def _read_img2img(
     request: GenerationRequest, file: Path, base: BaseModel, batch: int, note: Note
 ) -> Img2ImgInput:
-    size, image = base.picture_size(request), read_image(file)
+    size, image = base.picture_size(request), read_image(file, to_srgb=True)
     images = np.repeat(fit(image, size, file, note)[None], batch, axis=0)
     if request.image_mask is None:
         return Img2ImgInput.whole(images, request.strength, base)

@@ -245,8 +245,8 @@ def _open_pipeline(path: Path, variant: str | None) -> Weights:
         kind: read_weights(path / part, stem, variants[part])
         for part, (kind, stem) in PARTS.items()
     }
-    for kind, state in states.items():
-        _refuse_others(path / kind, state)
+    for part, (kind, _) in PARTS.items():
+        _refuse_others(path / part, states[kind])
     others = [
         name
         for name, said in index.items()

@@ -35,7 +35,7 @@ _KEYS = {
     r"(adapter\.)?body\.\d+\.(resnets\.|block1\.)": "a T2I-Adapter",
     r"(.*\.)?vision_model\.encoder\.": "a CLIP model for pictures",
     r"text_encoders\.": "a model with several text encoders",
-    r"lora_te2_|lora_te1_.*lora_te2_": "a LoRA for SDXL",
+    r"lora_te2_": "a LoRA for SDXL",
 }
 _CLASSES = {"StableDiffusionXL": "SDXL", "StableDiffusion3": "SD3", "Flux": "Flux"}
 _TAESD = re.compile(r"(encoder\.|decoder\.)?(layers\.)?\d+\.(weight|conv\.[024]\.weight)")

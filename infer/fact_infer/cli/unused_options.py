@@ -63,6 +63,12 @@ _RULES = (
     ),
     _Rule(
         ("evaluate",),
+        ("detector",),
+        lambda a: not a.pictures and not a.folder,
+        "in the portrait world, whose points the judge finds",
+    ),
+    _Rule(
+        ("evaluate",),
         ("judge",),
         lambda a: (a.pictures or a.folder) and a.recogniser and "judge" not in a.recogniser,
         "beside --recogniser, unless one of them is 'judge'",

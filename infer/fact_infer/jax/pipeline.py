@@ -142,7 +142,7 @@ class FlaxPipeline(Pipeline):
         self, states: dict, x: Array, output: Array, t: Array, shape: StaticParams
     ) -> UInt8[np.ndarray, "b h w 3"]:
         """The pictures that an output of the UNet points at."""
-        schedule = self.base.schedule
+        schedule, t = self.base.schedule, jnp.rint(t).astype(jnp.int32)  # Euler's are fractions
         x0, _ = split_output(schedule, output, x, *signal_and_noise(schedule, t, x.ndim))
         return np.asarray(self._decode(states, {}, x0, shape=shape))
 

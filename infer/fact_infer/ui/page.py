@@ -306,9 +306,7 @@ def mount(app: FastAPI, service: Service, token: str | None, made_up: list[Path]
     if made_up:
         # What the miniature is used with everywhere; real models take the program's defaults.
         defaults = {"sampler": "ddim", "steps": 25, "guidance": 3.0}
-        defaults["prompt"] = (
-            "a portrait of a smiling person wearing a red shirt on a blue plain background"
-        )
+        defaults["prompt"] = _PROMPT
     blocks = Page(service, defaults, made_up).blocks
     blocks.queue(default_concurrency_limit=None, api_open=False)
     return gr.mount_gradio_app(

@@ -144,7 +144,13 @@ def test_absent_keys_mean_what_the_class_means():
         "skip_prk_steps": True,
     }
     assert NoiseSchedule.from_dict(released) == NoiseSchedule.sd15()
-    for name in ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LCMScheduler"):
+    discrete = ("Euler", "LMS", "Heun", "KDPM2")
+    multistep = ("DPMSolver", "UniPC", "DEIS")
+    for name in (
+        *("DDIMScheduler", "PNDMScheduler", "LCMScheduler"),
+        *(f"{name}DiscreteScheduler" for name in discrete),
+        *(f"{name}MultistepScheduler" for name in multistep),
+    ):
         peer = getattr(diffusers, name)(beta_start=0.0001, beta_end=0.02, beta_schedule="linear")
         ours = NoiseSchedule.from_dict({"_class_name": name})
         theirs = NoiseSchedule.from_dict(dict(peer.config) | {"_class_name": name})

@@ -1,5 +1,6 @@
 """What the JAX pipeline does beyond plain pictures, against PyTorch and against itself."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -342,3 +343,29 @@ def test_prompts_and_faces_are_encoded_once(flax, torch, crops):
         other = pipeline.generate(*asked[:2], crops[:1, :, ::-1], params)
         assert pipeline._cache.misses == misses + 1
         assert difference(other, first) > OTHER
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+def test_a_bar_that_shows_pictures_is_given_them(files, sampler):
+    """Also between Euler's timesteps, which may be fractions."""
+
+    class Bar:
+        n, shown = 0, []
+
+        def set_description(self, text, refresh=True):
+            pass
+
+        def update(self):
+            self.n += 1
+
+        def show(self, pictures):
+            self.shown.append(pictures())
+
+    bar, flax = Bar(), FlaxPipeline.load(files.base)
+    bar.shown = []
+    schedule = dataclasses.replace(flax.base.schedule, timestep_spacing="linspace")
+    base = dataclasses.replace(flax.base, schedule=schedule)
+    flax.parts = dataclasses.replace(flax.parts, base=base)
+    params = GenerationParams(sampler=sampler, steps=3)
+    drawn = flax.generate(PROMPTS, SEEDS, None, params, bar=bar)
+    assert [shown.shape for shown in bar.shown] == [drawn.shape] * 3

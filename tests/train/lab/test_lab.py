@@ -215,7 +215,7 @@ def test_of_two_laboratories_in_a_folder_the_second_says_so(tmp_path, monkeypatc
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
     with subprocess.Popen(command, **pipes) as other:
         other.stdout.readline()
-        with pytest.raises(UserError, match="another laboratory works in"):
+        with pytest.raises(UserError, match="another process is writing in"):
             laboratory(lab)
         other.stdin.close()
     assert laboratory(lab) == 0

@@ -186,6 +186,9 @@ def test_a_person_is_removed_with_all_that_is_left_of_them(out, miniature, tmp_p
     assert (log["records"], log["rejected"], log["caches"]) == (3, 2, 1)
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["in"], summary["records"], summary["removed"]) == (16, 16, 3)
+    told = (out / "README.md").read_text()
+    assert "3 records were removed" in told
+    assert "duplicate" not in told  # their own copy, which went too
     status, said = run(capsys, *command)
     assert status == 2
     assert "holds nobody of the name p0" in said

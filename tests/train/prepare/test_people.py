@@ -356,3 +356,13 @@ def test_a_damaged_embedding_rejects_its_photo_alone(tmp_path, content):
     summary = build(BuildSettings(source=str(tmp_path / "in"), **SIZES), str(tmp_path / "out"))
     assert (summary.summary["in"], summary.summary["rejected"]) == (4, 1)
     assert rejected(tmp_path / "out")["p0/0.png"][0] == "embedding"
+
+
+def test_a_quality_gate_takes_nothing_on_trust(tmp_path):
+    """Where no model and no file tells a photo's quality, the gate does not let it through."""
+    write_faces(tmp_path / "in", 2, 1, lambda person, photo: f"p{person}/{photo}.png")
+    (tmp_path / "in" / "p0" / "0.quality.txt").write_text("0.9")
+    settings = BuildSettings(source=str(tmp_path / "in"), gates=Gates(quality=0.5), **SIZES)
+    assert build(settings, str(tmp_path / "out")).summary["records"] == 1
+    reason, line = rejected(tmp_path / "out")["p1/0.png"]
+    assert (reason, "nothing tells its quality" in line) == ("gate quality", True)

@@ -63,6 +63,8 @@ class Programs:
                 process_group=0,
             )
             self._children.add(child)
+            if self._stopped:  # between the two
+                child.send_signal(self._stopped)
         try:
             status = child.wait()
         finally:

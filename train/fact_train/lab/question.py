@@ -4,10 +4,10 @@ A question is a file in ``configs/lab/`` with a docstring that says the claim an
 would refute it, and ``question = Question(...)``. ``fact`` is what all others are compared with.
 """
 
-import ast
 import dataclasses
 import hashlib
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Mapping
 from typing import Literal
@@ -73,7 +73,7 @@ def load_questions(names: list[str]) -> list[Loaded]:
     found = []
     for name in chosen:
         module = importlib.import_module(f"{package.__name__}.{name}")
-        text = ast.get_docstring(ast.parse(f'"""{module.__doc__}"""')) or ""
+        text = inspect.getdoc(module) or ""
         found.append(Loaded(name=name, text=text, question=module.question))
     return found
 

@@ -2,18 +2,17 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from fact_jax.utils.errors import UserError
-from fact_jax.utils.files import atomic_write
+from fact_jax.utils.files import atomic_write, folder_lock
 from fact_jax.utils.miniature import require_miniature
 from fact_train.lab.programs import Programs
 from fact_train.lab.question import REFERENCE, Loaded, Run, load_questions, runs_of
@@ -102,7 +101,7 @@ def laboratory(lab: Laboratory, *, dry_run: bool = False) -> int:
         return 0
     lab.out.mkdir(parents=True, exist_ok=True)
     _check_report(lab.docs)
-    with _alone(lab.out), Programs(lab.out / "programs", lab.jobs) as programs:
+    with folder_lock(lab.out), Programs(lab.out / "programs", lab.jobs) as programs:
         # Variants that share a training are one after the other's.
         groups: dict[Path, list[Run]] = {}
         for run in missing:
@@ -169,21 +168,6 @@ def _write(folder: Path, record: dict) -> None:
     _record(folder).parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(_record(folder)) as path:
         path.write_text(json.dumps(record) + "\n")
-
-
-@contextlib.contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep other laboratories out of the folder, as long as this process lives."""
-    with open(out / ".lock", "a") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another laboratory works in {out}: wait for it or stop it, or give another --out"
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        yield
 
 
 def announce(lab: Laboratory, runs: Sequence[Run], missing: Sequence[Run]) -> str:

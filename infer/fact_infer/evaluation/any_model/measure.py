@@ -78,7 +78,7 @@ def measure_entries(
     faces = {name: _assigned(entries, seen, photos, name) for name in ("fact", "base")}
     samples = {
         **_identity(rows, who, seen, photos, faces),
-        **_copied(rows, seen, photos, faces),
+        **_copied(rows, who, seen, photos, faces),
         **_changes(entries, rows, seen),
         **_text_and_sets(entries, rows, who, seen, photos, clip),
     }
@@ -154,7 +154,8 @@ def _identity(rows, who, seen, photos: _Photos, faces) -> Samples:
     gallery = everybody
     if photos.has_targets():
         gallery = np.stack([photos.target(one) for one in photos.people])
-        targets = np.stack([photos.target(row.shown) for row in rows])
+        shown = _with_targets(rows, who, photos)
+        targets = np.stack([photos.target(one) for one in shown])
     elif any(one.target is not None for one in photos.people):
         without = [one.person for one in photos.people if one.target is None]
         print(
@@ -187,6 +188,14 @@ def _identity(rows, who, seen, photos: _Photos, faces) -> Samples:
     return samples
 
 
+def _with_targets(rows, who, photos: _Photos) -> list[Shown]:
+    """Whom each row shows; without a target photo of its own, with another row's of the person."""
+    return [
+        photos.people[person] if row.shown.target is None else row.shown
+        for row, person in zip(rows, who, strict=True)
+    ]
+
+
 def _spread(values: np.ndarray, who: Int[np.ndarray, " n"]) -> np.ndarray:
     """Each person's number in every row of his."""
     return values[who]
@@ -196,7 +205,7 @@ def _nearest(found: np.ndarray, references: Float[np.ndarray, "p k"]) -> Float[n
     return references[int(np.argmax(cosine(found[None], references)))]
 
 
-def _copied(rows, seen, photos: _Photos, faces) -> Samples:
+def _copied(rows, who, seen, photos: _Photos, faces) -> Samples:
     def properties(places: Sequence[tuple[Path, int] | None]) -> dict[str, np.ndarray]:
         points = np.full((len(places), 5, 2), np.nan)
         light = np.full(len(places), np.nan)
@@ -213,7 +222,8 @@ def _copied(rows, seen, photos: _Photos, faces) -> Samples:
     if with_base:
         sources["base"] = base
     if photos.has_targets():
-        sources["true"] = properties([(row.shown.target, 0) for row in rows])
+        shown = _with_targets(rows, who, photos)
+        sources["true"] = properties([(one.target, 0) for one in shown if one.target is not None])
     return {
         f"copied/{name}/{column}": Copied(
             values, reference[name], base[name] if with_base else None

@@ -19,8 +19,8 @@ class OnnxNetwork:
     """A network on pictures from a local ONNX file, by onnxruntime on the CPU.
 
     Input (b, 3, s, s), RGB; output 0 is taken, flattened to (b, k). Pixels go in as
-    (x - 127.5) / 127.5, or as 0..255 where the graph itself begins with a subtraction and a
-    multiplication, as insightface tells its two kinds of ArcFace files apart.
+    (x - 127.5) / 127.5, or as 0..255 where names of the graph's first nodes begin with Sub and Mul
+    (or _minus and _mul), as insightface tells its two kinds of ArcFace files apart.
     """
 
     blanked = False
@@ -38,8 +38,11 @@ class OnnxNetwork:
             )
         except Exception as error:  # their errors share no base class
             raise UserError(f"{path}: not an ONNX model that opens: {one_line(error)}") from None
-        first = {node.op_type for node in list(graph.node)[:8]}
-        self._raw = {"Sub", "Mul"} <= first
+        first = [node.name for node in list(graph.node)[:8]]
+        self._raw = all(
+            any(name.startswith(begins) for name in first)
+            for begins in (("Sub", "_minus"), ("Mul", "_mul"))
+        )
         given = self._session.get_inputs()[0]
         sides = [112 if not isinstance(side, int) else side for side in given.shape[2:]]
         if len(given.shape) != 4 or given.shape[1] not in (3, None, "None") or len(set(sides)) > 1:

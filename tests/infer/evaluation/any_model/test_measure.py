@@ -91,6 +91,17 @@ def test_a_copied_picture_scores_one_and_the_target_minus_one(tmp_path, photos):
     assert measures["reference/true"].mean < 1.0
 
 
+def test_a_row_without_a_target_is_compared_with_the_persons(tmp_path, photos):
+    """Of two pictures of red only the first names a target photo."""
+    bare = Shown(person="red", references=(photos["red", 0],), target=None)
+    people = [shown(photos, "red"), bare, shown(photos, "green")]
+    entries = [Entry(picture=photos["red", 1], people=(one,)) for one in people]
+    found, _ = measured(tmp_path, entries)
+    another = found.samples["another/fact"]
+    np.testing.assert_allclose(another[:2], 1.0)
+    assert another[2] < 0.9
+
+
 def test_a_base_picture_leaks_nothing(tmp_path, photos):
     base = picture(tmp_path / "base.png", {HERE: BLUE})
     leaking = picture(tmp_path / "leaking.png", {HERE: RED}, tone=91)  # 51 = a fifth, everywhere

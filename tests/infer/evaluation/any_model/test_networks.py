@@ -26,8 +26,9 @@ def write_network(path, *, batch="b", inside=False, shape=(3, 112, 112), width=4
         helper.make_node("Gemm", ["f", "w"], ["y"], transB=1),
     ]
     if inside:
-        first = helper.make_node("Sub", ["x", "mean"], ["s"])
-        nodes = [first, helper.make_node("Mul", ["s", "scale"], ["n"]), *nodes]
+        names = ["Sub0", "Mul0"] if inside == "named" else ["/Sub", "/Mul"]
+        first = helper.make_node("Sub", ["x", "mean"], ["s"], names[0])
+        nodes = [first, helper.make_node("Mul", ["s", "scale"], ["n"], names[1]), *nodes]
     graph = helper.make_graph(
         nodes,
         "g",
@@ -40,7 +41,7 @@ def write_network(path, *, batch="b", inside=False, shape=(3, 112, 112), width=4
     return path
 
 
-@pytest.mark.parametrize("options", [{}, {"batch": 1}, {"batch": 4}, {"inside": True}])
+@pytest.mark.parametrize("options", [{}, {"batch": 1}, {"batch": 4}, {"inside": "named"}])
 def test_a_recogniser_sees_what_arcface_files_expect(options, tmp_path):
     network = OnnxNetwork(write_network(tmp_path / "net.onnx", **options))
     crops = np.random.default_rng(1).integers(0, 256, (6, 112, 112, 3), np.uint8)
@@ -49,6 +50,15 @@ def test_a_recogniser_sees_what_arcface_files_expect(options, tmp_path):
     np.testing.assert_allclose(network(crops), cells @ WEIGHT.T, atol=1e-4)
     assert (network.name, network.size, network.blanked) == ("net", 112, False)
     assert network.features(crops[0]) == pytest.approx(network(crops[:1])[0], abs=1e-4)
+
+
+def test_a_graph_that_subtracts_under_other_names_takes_scaled_pixels(tmp_path):
+    """As insightface and `data build` do: the names tell, not what the nodes are."""
+    network = OnnxNetwork(write_network(tmp_path / "net.onnx", inside="pytorch"))
+    crops = np.random.default_rng(1).integers(0, 256, (1, 112, 112, 3), np.uint8)
+    pixels = ((crops.astype(np.float64) - 127.5) / 127.5 - 127.5) / 127.5
+    cells = pixels.reshape(1, 4, 28, 4, 28, 3).mean((2, 4)).transpose(0, 3, 1, 2).reshape(1, -1)
+    np.testing.assert_allclose(network(crops), cells @ WEIGHT.T, atol=1e-4)
 
 
 def test_files_that_are_no_recogniser_are_one_line(tmp_path):

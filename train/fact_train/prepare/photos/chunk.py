@@ -92,6 +92,12 @@ def _try(photo: Photo, step: Any) -> None:
 
 def _keep_quality(photo: Photo, answer: float | None, settings: BuildSettings) -> None:
     photo.quality = answer
+    if answer is None and settings.gates.quality is not None:
+        raise RejectedError(
+            "gate quality",
+            f"{photo.item.name}: nothing tells its quality: name a model by --quality, or lay a "
+            ".quality.txt beside it",
+        )
     if answer is not None:
         photo.about["quality"] = answer
         check_gates(photo.item.name, {"quality": answer}, settings.gates)

@@ -34,6 +34,7 @@ from fact_train.prepare.product.dataset import (
     about_name,
     finish,
     write_lines,
+    write_summary,
 )
 from fact_train.prepare.store import Store, json_line
 
@@ -249,7 +250,7 @@ def split(source: Path, out: Path, splits: dict[str, float], *, megabytes: float
         summary = json.loads((temporary / SUMMARY).read_text("utf-8")) | {"alarms": alarms}
         summary["settings"] |= {"splits": splits}
         summary["fingerprint"] += f" split {json.dumps(splits, sort_keys=True)}"
-        store.write(SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+        write_summary(store, summary)
     return about | {"alarms": alarms}
 
 
@@ -268,16 +269,12 @@ def remove(folder: Path, person: str, caches: Sequence[Path], *, megabytes: floa
             f"{folder} is written anew, and holds {listed(sorted(strange))}, which no build wrote: "
             "move that elsewhere"
         )
-    gone = [
-        number
-        for number, (_, _, _, line) in enumerate(read_records(folder, summary))
-        if line["identity"] == person
-    ]
-    names = {
-        line["name"]
-        for _, _, _, line in read_records(folder, summary)
-        if line["identity"] == person
-    }
+    gone: list[int] = []
+    names: set[str] = set()
+    for number, line in enumerate(read_lines(folder, summary)):
+        if line["identity"] == person:
+            gone.append(number)
+            names.add(line["name"])
 
     rejected = sum(line.get("identity") == person for line in Store(str(folder)).lines(REJECTED))
     log = (folder / LOG).read_text("utf-8") if (folder / LOG).is_file() else ""
@@ -328,7 +325,7 @@ def remove(folder: Path, person: str, caches: Sequence[Path], *, megabytes: floa
             "suspects": dict(Counter(line["kind"] for line in suspects)),
             "alarms": sum(line["alarm"] for line in suspects),
         }
-        store.write(SUMMARY, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+        write_summary(store, found)
         entry = {
             "when": datetime.now(UTC).isoformat(timespec="seconds"),
             "what": "a person was removed",

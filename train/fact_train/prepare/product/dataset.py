@@ -166,6 +166,11 @@ def finish(
         },
         **counted,
     }
+    write_summary(out, summary)
+
+
+def write_summary(out: Store, summary: dict[str, Any]) -> None:
+    """The summary of a set, and its card, which tells the same."""
     out.write(CARD, card(summary))
     out.write(SUMMARY, json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
 
