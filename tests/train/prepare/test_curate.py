@@ -173,7 +173,9 @@ def test_a_person_is_removed_with_all_that_is_left_of_them(out, miniature, tmp_p
     rows = [before.load(i, i)["tokens"] for i in range(19)]
     theirs = records.identities == 0
     command = ("remove", out, "--person", "p0", "--cache", tmp_path / "cache")
-    assert run(capsys, *command) == (0, f"{out}: 3 records removed\n")
+    status, said = run(capsys, *command)
+    assert (status, said.splitlines()[0]) == (0, f"{out}: 3 records removed")
+    assert "the same pictures stay under other names: p5/other.png of p5: remove these" in said
     assert run(capsys, "verify", out)[0] == 0
     after = CachedDataset(tmp_path / "cache", "head")
     after.check(frozen, Records(out))

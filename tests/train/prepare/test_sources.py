@@ -363,3 +363,29 @@ def test_an_address_that_is_none_stops_nothing(tmp_path):
 def test_all_is_no_name_of_a_split(tmp_path, capsys):
     assert built(tmp_path, tmp_path / "out", "--split", "all=0.5") == 2
     assert "give a name but train and all" in capsys.readouterr().err
+
+
+def test_links_and_second_photos_in_a_tar_are_told_of(tmp_path):
+    (tmp_path / "in").mkdir()
+    points = json.dumps({"points": POINTS.tolist()}).encode()
+    with tarfile.open(tmp_path / "in" / "0.tar", "w") as archive:
+
+        def add(name, content):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+        for number in range(2):
+            add(f"{number}.png", photo(number))
+            add(f"{number}.json", points)
+        add("1.jpg", photo(2))
+        for kind in (tarfile.LNKTYPE, tarfile.SYMTYPE):
+            info = tarfile.TarInfo(f"link{kind.decode()}.png")
+            info.type, info.linkname = kind, "0.png"
+            archive.addfile(info)
+    assert built(tmp_path / "in", tmp_path / "out") == 0
+    assert {name: why for name, (why, _) in rejected(tmp_path / "out").items()} == {
+        "0.tar/1": "row",
+        "0.tar/link1.png": "no file",
+        "0.tar/link2.png": "no file",
+    }

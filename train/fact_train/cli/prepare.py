@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from fact_jax.utils.errors import UserError, printable
+from fact_jax.utils.errors import UserError, listed, printable
 from fact_jax.utils.files import require_local
 from fact_train.cli.data import add_engine, whole_number
 
@@ -193,8 +193,17 @@ def run_data(arguments: argparse.Namespace) -> int:
     if not 0 < megabytes < 1e6:
         raise UserError(f"--shard-mb {megabytes:g}: give megabytes above 0")
     if arguments.action == "remove":
-        count = curate.remove(arguments.set, arguments.person, arguments.cache, megabytes=megabytes)
+        count, same = curate.remove(
+            arguments.set, arguments.person, arguments.cache, megabytes=megabytes
+        )
         print(f"{arguments.set}: {count} records removed")
+        if same:
+            print(
+                printable(
+                    f"note: the same pictures stay under other names: {listed(same)}: remove these "
+                    "people too, or build again without the photos"
+                )
+            )
         return 0
     if arguments.action == "merge":
         about = curate.merge(arguments.sets, arguments.to, megabytes=megabytes)

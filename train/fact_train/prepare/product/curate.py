@@ -254,8 +254,12 @@ def split(source: Path, out: Path, splits: dict[str, float], *, megabytes: float
     return about | {"alarms": alarms}
 
 
-def remove(folder: Path, person: str, caches: Sequence[Path], *, megabytes: float) -> int:
-    """Take a person out of a set and its caches; how many records went.
+def remove(
+    folder: Path, person: str, caches: Sequence[Path], *, megabytes: float
+) -> tuple[int, list[str]]:
+    """Take a person out of a set and its caches; how many records went, and which are as theirs.
+
+    The second are photos under other names that the build found to be the same pictures: they stay.
 
     Nothing of them is left: records, lines, thumbnails; the log keeps when it was, how many
     records, and the SHA-256 of the name, so that a second request can be answered.
@@ -310,11 +314,13 @@ def remove(folder: Path, person: str, caches: Sequence[Path], *, megabytes: floa
                     yield line
 
         count = write_lines(store, REJECTED, kept())
-        suspects = [
-            line
-            for line in old.lines(SUSPECTS)
-            if person not in line["people"] and not names & set(line["photos"])
-        ]
+        suspects, same = [], []
+        for line in old.lines(SUSPECTS):
+            if person not in line["people"] and not names & {*line["photos"]}:
+                suspects.append(line)
+            elif line["kind"] == "same picture":
+                pairs = zip(line["photos"], line["people"], strict=True)
+                same += [f"{name} of {who}" for name, who in pairs if who != person]
         write_lines(store, SUSPECTS, suspects)
         found = json.loads((temporary / SUMMARY).read_text("utf-8"))
         found |= {
@@ -341,4 +347,4 @@ def remove(folder: Path, person: str, caches: Sequence[Path], *, megabytes: floa
         for change in (check_records, functools.partial(drop_rows, gone=rows)):
             for cache in caches:  # all are looked at before one is changed
                 change(cache, before=before, after=after)
-    return len(gone)
+    return len(gone), sorted({*same})

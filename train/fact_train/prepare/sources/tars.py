@@ -45,6 +45,9 @@ def _samples(store: Store) -> Iterator[dict]:
             opened.seek(0)
             for member in archive:
                 if not member.isfile():
+                    if member.name.lower().endswith(SUFFIXES):
+                        text = f"{member.name} is no file of its own, but a link or a folder"
+                        yield {"key": member.name, "problem": ("no file", text)}
                     continue
                 folder, _, base = member.name.rpartition("/")
                 key, _, ending = base.partition(".")
@@ -84,9 +87,11 @@ def _read(
     if "problem" in sample:
         raise RejectedError(*sample["problem"])
     there = sample["files"]
-    photo = next((ending for ending in there if ending in _PHOTOS), None)
-    if photo is None:
-        raise RejectedError("row", f"{name} holds no photo, only {', '.join(there)}")
+    photos = [ending for ending in there if ending in _PHOTOS]
+    if len(photos) != 1:
+        number = "no photo" if not photos else f"{len(photos)} photos, not one"
+        raise RejectedError("row", f"{name} holds {number}: {', '.join(there)}")
+    (photo,) = photos
 
     def content(ending: str) -> bytes:
         offset, size = there[ending]
