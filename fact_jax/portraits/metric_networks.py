@@ -164,8 +164,8 @@ def load_network(kind: type[MetricNetwork], path: Path) -> MetricNetwork:
         arrays = load_file(path)
     except Exception as error:  # the library's own errors are plain exceptions
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
-    module = kind(rngs=nnx.Rngs(0))
-    state = nnx.state(module)
+    # Without a first draw of the weights, whose small programs take seconds to compile.
+    graph, state = nnx.split(nnx.eval_shape(lambda: kind(rngs=nnx.Rngs(0))))
     flat = dict(nnx.to_flat_state(state))
     names = {".".join(map(str, key)): key for key in flat}
     wrong = sorted(
@@ -176,5 +176,5 @@ def load_network(kind: type[MetricNetwork], path: Path) -> MetricNetwork:
     if wrong:
         raise UserError(f"{path}: not a {kind.__name__}; these weights differ: {', '.join(wrong)}")
     for name, key in names.items():
-        flat[key][...] = jnp.asarray(arrays[name], jnp.float32)
-    return module
+        flat[key] = flat[key].replace(jnp.asarray(arrays[name], jnp.float32))
+    return nnx.merge(graph, nnx.from_flat_state(flat))
