@@ -5,7 +5,7 @@ import functools
 import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import UInt8
@@ -156,3 +156,15 @@ def file_error(path: ImageFile, error: OSError) -> str:
     if isinstance(error, IsADirectoryError):
         return f"{path} is a folder: name a file"
     return f"{path} cannot be read: {error.strerror or one_line(error)}"
+
+
+def takes_raw_pixels(names: Sequence[str]) -> bool:
+    """Whether an ONNX face network takes 0..255 and scales them itself, by its first nodes' names.
+
+    insightface's rule for its two kinds of ArcFace files: there one begins with Sub (_minus in
+    MXNet's), and one with Mul (_mul).
+    """
+    return all(
+        any(name.startswith(beginnings) for name in names)
+        for beginnings in (("Sub", "_minus"), ("Mul", "_mul"))
+    )

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image
 
-from fact_jax.face.images import one_line
+from fact_jax.face.images import one_line, takes_raw_pixels
 from fact_jax.metrics.identity import unit
 from fact_jax.utils.errors import UserError
 
@@ -19,8 +19,7 @@ class OnnxNetwork:
     """A network on pictures from a local ONNX file, by onnxruntime on the CPU.
 
     Input (b, 3, s, s), RGB; output 0 is taken, flattened to (b, k). Pixels go in as
-    (x - 127.5) / 127.5, or as 0..255 where names of the graph's first nodes begin with Sub and Mul
-    (or _minus and _mul), as insightface tells its two kinds of ArcFace files apart.
+    (x - 127.5) / 127.5, or as 0..255 where the graph scales them itself: ``takes_raw_pixels``.
     """
 
     blanked = False
@@ -38,11 +37,7 @@ class OnnxNetwork:
             )
         except Exception as error:  # their errors share no base class
             raise UserError(f"{path}: not an ONNX model that opens: {one_line(error)}") from None
-        first = [node.name for node in list(graph.node)[:8]]
-        self._raw = all(
-            any(name.startswith(begins) for name in first)
-            for begins in (("Sub", "_minus"), ("Mul", "_mul"))
-        )
+        self._raw = takes_raw_pixels([node.name for node in list(graph.node)[:8]])
         given = self._session.get_inputs()[0]
         sides = [112 if not isinstance(side, int) else side for side in given.shape[2:]]
         if len(given.shape) != 4 or given.shape[1] not in (3, None, "None") or len(set(sides)) > 1:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Float32, UInt8
 from PIL import Image
 
 from fact_jax.face.align import ARCFACE_TEMPLATE, invert_affine, similarity_transform
-from fact_jax.face.images import one_line
+from fact_jax.face.images import one_line, takes_raw_pixels
 from fact_jax.face.mask import HEAD_LABELS
 from fact_jax.utils.errors import UserError
 from fact_train.prepare.models.provider import Photo
@@ -172,7 +172,4 @@ def _normalizes_itself(path: Path) -> bool:
     import onnx
 
     nodes = onnx.load(str(path), load_external_data=False).graph.node[:8]
-    names = [node.name for node in nodes]
-    return any(n.startswith(("Sub", "_minus")) for n in names) and any(
-        n.startswith(("Mul", "_mul")) for n in names
-    )
+    return takes_raw_pixels([node.name for node in nodes])
