@@ -61,6 +61,9 @@ def test_every_photo_is_a_record_or_has_its_reason(people, tmp_path, capsys):
     (people / "bo" / "README.md").touch()
     (people / "bo" / "Makefile").touch()
     (people / "bo" / ".DS_Store").touch()
+    (people / "bo" / "9.points.json").write_text("[]")  # of no photo
+    (people / "dan.jpg").mkdir()
+    write_photo(people / "dan.jpg" / "1.png", seed=7)
     (people / ".thumbnails").mkdir()
     write_photo(people / ".thumbnails" / "1.jpg", seed=6)
     write_photo(people / "loose.jpg", seed=4)
@@ -70,9 +73,9 @@ def test_every_photo_is_a_record_or_has_its_reason(people, tmp_path, capsys):
     assert main(command) == 0
     said = capsys.readouterr()
     assert said.out.splitlines() == [
-        f"{out}: 10 photos in, 4 records of 2 people, 6 rejected",
-        "rejected: 1 no points, 1 not readable, 1 caption, 1 no file, 1 points, 1 no identity",
-        "ignored files: 2 .md, 2 hidden, 1 without ending",
+        f"{out}: 11 photos in, 4 records of 2 people, 7 rejected",
+        "rejected: 2 no file, 1 no points, 1 not readable, 1 caption, 1 points, 1 no identity",
+        "ignored files: 1 .json, 2 .md, 2 hidden, 1 without ending",
     ]
     found = rejected(out)
     wanted = {
@@ -80,6 +83,7 @@ def test_every_photo_is_a_record_or_has_its_reason(people, tmp_path, capsys):
         "anna/cut.png": ("not readable", "truncated or damaged"),
         "anna/mute.png": ("caption", "a caption has 1 to 2000 characters"),
         "anna/pipe.png": ("no file", "is no file"),
+        "dan.jpg": ("no file", "is no file"),
         "cy/1.jpg": ("points", "lies outside the photo"),
         "loose.jpg": ("no identity", "lies beside the people's folders"),
     }
@@ -219,7 +223,7 @@ def test_the_face_lies_inside_the_head():
     ("arguments", "line"),
     [
         (["SRC/nobody", "OUT"], "SRC/nobody does not exist"),
-        (["SRC/anna", "OUT"], "there is no usable photo, so no records were written"),
+        (["SRC/anna", "OUT"], "no usable photo is left, so no records were written"),
         (["EMPTY", "OUT"], "EMPTY holds no photo"),
         (["", "OUT"], "is empty: name a folder or URL"),
         (["SRC", " "], "is empty: name a folder or URL"),
@@ -236,6 +240,7 @@ def test_the_face_lies_inside_the_head():
         (["SRC", "OUT", "--duplicates", "2"], "duplicates must be"),
         (["SRC", "OUT", "--embedder", "x.onnx"], "--embedder x.onnx does not exist"),
         (["SRC", "OUT", "--parser", "SRC/anna/notes.md"], "is no ONNX model that loads"),
+        (["SRC", "OUT", "--beam", "'"], "--beam ': No closing quotation"),
         (["SRC", "OUT", "--captioner", "nowhere"], "--captioner nowhere is not a folder"),
         (["nosuch://bucket/x", "OUT"], "nosuch"),
     ],
@@ -255,10 +260,57 @@ def test_wrong_input_is_one_line(people, tmp_path, capsys, arguments, line):
     assert line in said.err
 
 
-def test_a_set_without_people_to_train_on_is_said_to_be_one(people, tmp_path):
-    run(people, tmp_path / "out", splits={"validation": 0.999})
+def test_a_set_without_people_to_train_on_is_said_to_be_one(people, tmp_path, capsys):
+    out = str(tmp_path / "out")
+    command = ["data", "build", str(people), out, *SIZES, "--split", "a=1e-9"]
+    assert main([*command, "--split", "validation=0.999"]) == 0
+    assert "warning: nobody is in train and a: give other shares" in capsys.readouterr().err
     with pytest.raises(UserError, match="has no split train, only validation"):
         Records(tmp_path / "out")
+
+
+def whole(out):
+    return {
+        str(path.relative_to(out)): path.read_bytes() for path in out.rglob("*") if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_set_is_replaced_when_the_new_one_is_ready(people, tmp_path, monkeypatch, finished):
+    """What cannot be built replaces nothing; a killed replacement goes on, at its end too."""
+    out, fresh, empty = tmp_path / "out", tmp_path / "fresh", tmp_path / "empty"
+    run(people, out)
+    (out / "log.jsonl").write_text("{}\n")
+    before = whole(out)
+    write_photo(empty / "anna" / "1.png")
+    (empty / "anna" / "1.png").write_bytes(b"nothing")
+    replace = ["data", "build", "SRC", str(out), *SIZES, "--shard-mb", "0.001", "--force"]
+    replace[2] = str(empty)
+    assert main(replace) == 2
+    assert rejected(out / "work").keys() == {"anna/1.png"}
+    assert whole(out).items() >= before.items()
+    write_photo(people / "bo" / "new.png", seed=9)
+    finish = dataset.finish
+
+    def die(*arguments):
+        if finished:
+            finish(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "finish", die)
+    replace[2] = str(people)
+    assert main(replace) == 130
+    monkeypatch.undo()
+    assert main(replace) == 0
+    run(people, fresh, shard_megabytes=0.001)
+    assert whole(out) == whole(fresh) | {"log.jsonl": b"{}\n"}
+
+
+def test_a_path_with_colons_is_a_path(people, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["data", "build", "people", "x::y", *SIZES]) == 0
+    assert main(["data", "verify", f"file://{tmp_path}/x::y"]) == 0
+    assert not (tmp_path / "x:").exists()
 
 
 def test_shards_of_a_killed_build_of_other_photos_go(people, tmp_path, monkeypatch):

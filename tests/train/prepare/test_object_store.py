@@ -84,6 +84,19 @@ def test_other_sources_in_a_bucket(bucket, tmp_path, capsys):
         assert f"{count} photos in, 3 records of 2 people, {len(bad)} rejected" in said
 
 
+def test_missing_credentials_are_one_line(bucket, tmp_path, capsys, monkeypatch):
+    write_photo(tmp_path / "people" / "anna" / "1.png")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    fsspec.filesystem("s3").clear_instance_cache()
+    for arguments in (("s3://data/in", tmp_path / "out"), (tmp_path / "people", "s3://data/out")):
+        assert build(*arguments) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1, said
+        assert "cannot be reached: Unable to locate credentials" in said
+
+
 def test_wrong_buckets_are_one_line(bucket, tmp_path, capsys):
     write_photo(tmp_path / "people" / "anna" / "1.png")
     bucket.pipe_file("data/other/file", b"somebody's")

@@ -349,6 +349,22 @@ def test_an_unlabelled_copy_does_not_join_two_people(tmp_path):
     assert {tuple(sorted(one["people"])) for one in told} == {("anna", "ben")}
 
 
+def test_embeddings_of_another_length_than_most_reject_their_photos(tmp_path):
+    """Also the first one, and a photo whose copy is usable."""
+    write_faces(tmp_path / "in", 3, 2, lambda person, photo: f"p{person}/{photo}.png")
+    write_photo(tmp_path / "in" / "p2" / "copy.png", seed=201)
+    for name in ("p0/0", "p2/copy"):
+        np.save(tmp_path / "in" / f"{name}.embedding.npy", np.ones(5))
+    build(BuildSettings(source=str(tmp_path / "in"), **SIZES), str(tmp_path / "out"))
+    line = "its embedding has 5 numbers, most have 256"
+    assert rejected(tmp_path / "out") == {
+        name: ("embedding", f"{name}: {line}") for name in ("p0/0.png", "p2/copy.png")
+    }
+    assert who(tmp_path / "out").keys() == {"p0/1.png", "p1/0.png", "p1/1.png"} | {
+        f"p2/{photo}.png" for photo in range(2)
+    }
+
+
 @pytest.mark.parametrize("content", [b"", b"PK\3\4 no archive", b"\x93NUMPY\1\0v\0{'descr': '<f4'"])
 def test_a_damaged_embedding_rejects_its_photo_alone(tmp_path, content):
     write_faces(tmp_path / "in", 2, 2, lambda person, photo: f"p{person}/{photo}.png")

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import shlex
 import sys
 from pathlib import Path
@@ -27,22 +28,22 @@ def add_data(commands: argparse._SubParsersAction) -> None:
         help="read every record",
         description="Read every record of a set (shards, pictures, people, counts) or of a cache.",
     )
-    verify.add_argument("set", type=Path, metavar="OUT")
+    verify.add_argument("set", type=_folder, metavar="OUT")
     merge = what.add_parser(
         "merge",
         help="several sets to one",
         description="Write the records of several sets of the same sizes as one. People of one "
         "name are one person.",
     )
-    merge.add_argument("sets", type=Path, nargs="+", metavar="SET")
-    merge.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+    merge.add_argument("sets", type=_folder, nargs="+", metavar="SET")
+    merge.add_argument("--to", type=_folder, required=True, metavar="DIR", help="a new folder")
     split = what.add_parser(
         "split",
         help="set other people apart",
         description="Write a set anew with other splits, by people.",
     )
-    split.add_argument("set", type=Path, metavar="SET")
-    split.add_argument("--to", type=Path, required=True, metavar="DIR", help="a new folder")
+    split.add_argument("set", type=_folder, metavar="SET")
+    split.add_argument("--to", type=_folder, required=True, metavar="DIR", help="a new folder")
     _add_split(split)
     remove = what.add_parser(
         "remove",
@@ -51,10 +52,10 @@ def add_data(commands: argparse._SubParsersAction) -> None:
         "of caches that `fact-train cache` made of it. A line in log.jsonl stays, with the SHA-256 "
         "of the name.",
     )
-    remove.add_argument("set", type=Path, metavar="OUT")
+    remove.add_argument("set", type=_folder, metavar="OUT")
     remove.add_argument("--person", required=True, metavar="ID")
     remove.add_argument(
-        "--cache", type=Path, action="append", default=[], metavar="DIR", help="of the set"
+        "--cache", type=_folder, action="append", default=[], metavar="DIR", help="of the set"
     )
     report = what.add_parser(
         "report",
@@ -62,7 +63,7 @@ def add_data(commands: argparse._SubParsersAction) -> None:
         description="Write OUT/report.html, one page that opens offline: photos with points, masks "
         "and crops, histograms, what was rejected and why, copies and mixed-up people.",
     )
-    report.add_argument("set", type=Path, metavar="OUT")
+    report.add_argument("set", type=_folder, metavar="OUT")
     report.add_argument("--photos", type=whole_number, default=24, metavar="N", help="shown (24)")
     for action in (merge, split, remove):
         action.add_argument("--shard-mb", type=float, default=256.0, metavar="MB", help="(256)")
@@ -151,7 +152,11 @@ def _add_build(what: argparse._SubParsersAction) -> None:
     add_engine(run)
     run.add_argument("--chunk", type=whole_number, default=64, help="photos a piece of work (64)")
     run.add_argument("--shard-mb", type=float, default=256.0, metavar="MB", help="a shard (256)")
-    run.add_argument("--force", action="store_true", help="replace what a build wrote in OUT")
+    run.add_argument(
+        "--force",
+        action="store_true",
+        help="replace what a build wrote in OUT, once all is ready to be written",
+    )
     run.add_argument("--keep-work", action="store_true", help="keep OUT/work")
 
 
@@ -169,6 +174,10 @@ def run_data(arguments: argparse.Namespace) -> int:
     """``fact-train data``."""
     if arguments.action == "build":
         return _build(arguments)
+    of_several = (getattr(arguments, name, []) for name in ("sets", "cache"))
+    of_one = (getattr(arguments, name, None) for name in ("set", "to"))
+    for folder in filter(None, itertools.chain(of_one, *of_several)):
+        require_local(folder)
     if arguments.action == "report":
         from fact_train.prepare.product.report import write_report
 
@@ -187,8 +196,6 @@ def run_data(arguments: argparse.Namespace) -> int:
         counts = verify(arguments.set)
         print(f"{arguments.set}: whole; {', '.join(f'{n} {name}' for name, n in counts.items())}")
         return 0
-    if arguments.action in ("merge", "split"):
-        require_local(arguments.to)
     megabytes = arguments.shard_mb
     if not 0 < megabytes < 1e6:
         raise UserError(f"--shard-mb {megabytes:g}: give megabytes above 0")
@@ -215,6 +222,9 @@ def run_data(arguments: argparse.Namespace) -> int:
                 ),
                 file=sys.stderr,
             )
+        if count := curate.held_twice(arguments.sets):
+            line = f"warning: {count} photos are in several of the sets (by SHA-256): all are kept"
+            print(line, file=sys.stderr)
     else:
         about = curate.split(arguments.set, arguments.to, _splits(arguments), megabytes=megabytes)
     print(f"{arguments.to}: {about['in'] - about['rejected']} records")
@@ -253,7 +263,11 @@ def _build(arguments: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    engine = Engine(arguments.workers, tuple(shlex.split(arguments.beam or "")), progress=True)
+    try:
+        beam = tuple(shlex.split(arguments.beam or ""))
+    except ValueError as error:
+        raise UserError(f"--beam {arguments.beam}: {error}") from None
+    engine = Engine(arguments.workers, beam, progress=True)
     built = build(
         settings,
         arguments.folder,
@@ -271,6 +285,9 @@ def _build(arguments: argparse.Namespace) -> int:
         if found:
             parts = ", ".join(f"{count} {name}" for name, count in found.items())
             print(printable(f"{title}: {parts}"))
+    if empty := [name for name in ("train", *splits) if name not in summary["splits"]]:
+        line = f"warning: nobody is in {' and '.join(empty)}: give other shares, or more people"
+        print(line, file=sys.stderr)
     for kind, count in summary["suspects"].items():
         print(f"to look at: {count} of the kind '{kind}', in suspects.jsonl")
     return _alarm(summary)
@@ -303,6 +320,11 @@ def _pairs(texts: list[str], option: str) -> list[tuple[str, str]]:
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"{option} {twice[0]} is given twice")
     return [(text.partition("=")[0], text.partition("=")[2]) for text in texts]
+
+
+def _folder(text: str) -> Path:
+    """A folder of this machine: a path, or its ``file://`` URL."""
+    return Path(text.removeprefix("file://"))
 
 
 def _number(text: str, option: str) -> float:

@@ -71,6 +71,8 @@ def _build(
 ) -> Built:
     data_libraries()
     store, source = Store(out), Store(settings.source)
+    for reached in (source, store):
+        reached.check_access()
     if source.fs == store.fs and _within(store, source):
         raise UserError(
             f"{out} lies within {settings.source}, which is read: name a folder beside it"
@@ -93,13 +95,15 @@ def _build(
         if not store.exists(f"{product.WORK}/list/{name}.json"):
             store.write(f"{product.WORK}/list/{name}.json", content)
     fingerprint = digest(same, listing)
-    if store.exists(product.SUMMARY):
+    replaced = store.exists(product.SUMMARY)
+    if replaced and not force:
         summary = store.json(product.SUMMARY)
         if summary.get("fingerprint") == fingerprint:
             if not keep_work:
                 store.remove(product.WORK)
             return Built(summary, False)
-        store.remove(product.WORK)
+        if not store.exists(f"{product.WORK}/build.json"):  # of a build that is to replace it
+            store.remove(product.WORK)
         raise UserError(
             f"{out} holds records of another source or with other settings: name another folder, "
             "or replace it with --force"
@@ -108,13 +112,18 @@ def _build(
     _prepare(engine, text, work, names)
     plan = f"plan/{digest(fingerprint, str(BLOCK))}"
     table = read_table(work, plan, names)
-    if not len(table):
-        _tell_rejected(store, work, names, None)
+    decisions = _decide(engine, work, plan, table, settings) if len(table) else None
+    if decisions is None or not len(decisions.written):
+        told = work if replaced else store
+        _tell_rejected(told, work, names, decisions)
         raise UserError(
-            f"{out}: there is no usable photo, so no records were written; "
-            f"{product.REJECTED} in it says why"
+            f"{out}: no usable photo is left, so no records were written; "
+            f"{told.path(product.REJECTED)} says why"
         )
-    decisions = _decide(engine, work, plan, table, settings)
+    if replaced:  # first what the new set does not overwrite, then what says that it is whole
+        for name in ("report.html", product.SUMMARY, product.NAME, product.ABOUT):
+            store.remove(name)
+        work.remove(f"{plan}/written")
     photos, reasons = _tell_rejected(store, work, names, decisions)
     shards, people = _write(engine, store, work, plan, names, decisions, settings)
     suspects = Counter(suspect["kind"] for suspect in decisions.suspects)
@@ -137,7 +146,9 @@ def _build(
         "fingerprint": fingerprint,
     }
     product.finish(store, shards, people, (settings.size, settings.crop), about)
-    if not keep_work:
+    if keep_work:
+        work.write("build.json", json.dumps({"settings": same}))
+    else:
         store.remove(product.WORK)
     return Built(store.json(product.SUMMARY), True)
 
@@ -149,7 +160,7 @@ def _within(inner: Store, outer: Store) -> bool:
 
 
 def _claim(store: Store, same: str, force: bool, locks: contextlib.ExitStack) -> None:
-    """UserError unless the folder is new, or holds a build; with ``force`` that is removed.
+    """UserError unless the folder is new, or holds a build; ``force`` is to replace that.
 
     On this machine ``locks`` keep other builds out from here on.
     """
@@ -168,21 +179,18 @@ def _claim(store: Store, same: str, force: bool, locks: contextlib.ExitStack) ->
         locks.callback((folder / ".lock").unlink, missing_ok=True)
     for part in ("", product.FOLDER, product.ABOUT):
         store.sweep(part)
-    if force:
-        for name in held:
-            store.remove(name)
-    found = (
-        store.json(f"{product.WORK}/build.json")
-        if store.exists(f"{product.WORK}/build.json")
-        else None
-    )
-    if found is not None and found != {"settings": same}:
+    begun = f"{product.WORK}/build.json"
+    found = store.json(begun) if store.exists(begun) else None
+    if force and found != {"settings": same, "replaces": True}:
+        store.remove(product.WORK)
+        store.write(begun, json.dumps({"settings": same, "replaces": True}))
+    elif found is not None and found["settings"] != same:
         raise UserError(
             f"{store.url} holds an unfinished build with other settings or models: go on with "
             "those, name another folder, or begin anew with --force"
         )
-    if not store.exists(product.SUMMARY):
-        store.write(f"{product.WORK}/build.json", json.dumps({"settings": same}))
+    if found is None and not store.exists(product.SUMMARY):
+        store.write(begun, json.dumps({"settings": same}))
 
 
 def _prepare(engine: Engine, text: str, work: Store, names: list[str]) -> None:
@@ -218,10 +226,6 @@ def _write(
 ) -> tuple[dict[str, list[tuple[int, int]]], dict[str, Int[np.ndarray, " n"]]]:
     """Write all shards: (records, bytes) of each and the person of each record, by split."""
     table, records = decisions.table, decisions.written
-    if not len(records):
-        raise UserError(
-            f"{store.url}: no photo is left to write: fewer gates, or fewer --min-photos"
-        )
     order = ("train", *sorted(settings.splits))
     of_person = [order.index(split_of(name, settings.splits)) for name in decisions.people]
     splits = np.array(of_person, np.intc)[decisions.person[records]]

@@ -30,7 +30,7 @@ class Decisions:
     person: Int[np.ndarray, " n"]
     """Of ``people``; a copy is of the one that is kept."""
     kept: Int[np.ndarray, " n"]
-    """The record that is kept in place of a copy, else -1."""
+    """The record that is kept in place of a copy, itself where it is unusable, else -1."""
     counts: Int[np.ndarray, " people"]
     """Photos of each of ``people``, without copies; who has fewer than ``least`` is left out."""
     least: int
@@ -47,6 +47,10 @@ class Decisions:
     def rejected(self, record: int) -> tuple[str, str] | None:
         """Reason and line of a record that is not written."""
         names, best = self.table.names, self.kept[record]
+        if best == record:
+            usual = self.table.embeddings.shape[1]
+            line = f"{names[record]}: its embedding has {self.table.misfits[record]} numbers"
+            return "embedding", f"{line}, most have {usual}"
         if best >= 0:
             return "duplicate", f"{names[record]} is the same picture as {names[best]}"
         if (count := self.counts[self.person[record]]) >= self.least:
@@ -118,6 +122,7 @@ def decide(
             label[one] = max(label[one], label[other])
             copies.join(one, other)
     kept = np.full(len(table), -1, np.intc)
+    kept[list(table.misfits)] = list(table.misfits)
     for group in copies.members().values():
         # A labelled copy before one without, then the better one, then the first.
         best = max(group, key=lambda i: (table.label[i] >= 0, *table.rank[i], -i))

@@ -22,11 +22,23 @@ class Store:
 
         self.url = url
         try:
-            self.fs, root = fsspec.core.url_to_fs(url)
+            if "://" in url:
+                self.fs, root = fsspec.core.url_to_fs(url)
+            else:  # a path may hold "::", by which fsspec chains file systems
+                self.fs, root = fsspec.filesystem("file"), os.path.abspath(os.path.expanduser(url))
         except (ImportError, ValueError) as error:
             raise UserError(f"{url}: {one_line(error)}") from None
         self.root = root.rstrip("/")
         self.local = self.fs.protocol == "file" or "file" in self.fs.protocol
+
+    def check_access(self) -> None:
+        """UserError where an object store does not answer, as without credentials."""
+        try:
+            self.fs.info(self.root)
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # each store's library has errors of its own
+            raise UserError(f"{self.url} cannot be reached: {one_line(error)}") from error
 
     def path(self, name: str) -> str:
         return f"{self.root}/{name}" if name else self.root

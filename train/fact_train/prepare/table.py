@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import tempfile
 from array import array
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import BinaryIO
@@ -15,7 +16,6 @@ from typing import BinaryIO
 import numpy as np
 from jaxtyping import Float, Int, Int8, UInt8
 
-from fact_jax.utils.errors import UserError
 from fact_train.prepare.photos.measures import COLOUR_SIDE, HASH_SIDE
 from fact_train.prepare.store import Store
 
@@ -101,6 +101,8 @@ class Table:
     embedded: Int[np.ndarray, " m"]
     """Which records have an embedding, and these."""
     embeddings: Int8[np.ndarray, "m d"]
+    misfits: dict[int, int]
+    """Records whose embedding has another length than most, and these; it is not compared."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -119,6 +121,11 @@ def read_table(store: Store, plan: str, chunks: Sequence[str]) -> Table:
     """Read the lines of all chunks; ``PLAN/hash.npy``, ``colours.npy`` and ``embeddings.npy``."""
     columns = {name: array("i") for name in ("chunk", "row", "size", "label", "embedded")}
     rank, labels, names = array("d"), dict[str, int](), Texts()
+    misfits: dict[int, int] = {}
+    lengths = Counter(
+        len(line["embedding"]) for _, line in _accepted(store, chunks) if "embedding" in line
+    )
+    usual = max(lengths, key=lengths.__getitem__, default=0)
     with contextlib.ExitStack() as files:
 
         def writer(kind: str, dtype: type, width: int) -> NpyWriter:
@@ -130,18 +137,18 @@ def read_table(store: Store, plan: str, chunks: Sequence[str]) -> Table:
         colours = writer("colours", np.uint8, 3 * COLOUR_SIDE**2)
         embeddings = writer("embeddings", np.int8, 1)
         for number, line in _accepted(store, chunks):
+            bits = np.unpackbits(_numbers(line["hash"], np.uint8), count=_BITS)
+            signs = 2 * bits.view(np.int8) - 1
             if "embedding" in line:
                 vector = _numbers(line["embedding"], np.int8)
-                if embeddings.rows and len(vector) != embeddings.width:
-                    raise UserError(
-                        f"{line['name']}: its embedding has {len(vector)} numbers, others have "
-                        f"{embeddings.width}"
-                    )
-                embeddings.append(vector)
-                columns["embedded"].append(len(names))
+                if len(line["embedding"]) == usual:
+                    embeddings.append(vector)
+                    columns["embedded"].append(len(names))
+                else:
+                    misfits[len(names)] = len(vector)
+                    signs *= 0  # like no other
             names.append(line["name"])
-            bits = np.unpackbits(_numbers(line["hash"], np.uint8), count=_BITS)
-            hashes.append(2 * bits.view(np.int8) - 1)
+            hashes.append(signs)
             colours.append(_numbers(line["colours"], np.uint8))
             who = line["identity"]
             columns["label"].append(labels.setdefault(who, len(labels)) if who else -1)
@@ -155,6 +162,7 @@ def read_table(store: Store, plan: str, chunks: Sequence[str]) -> Table:
         labels=list(labels),
         names=names,
         embeddings=open_npy(store, f"{plan}/embeddings.npy"),
+        misfits=misfits,
     )
 
 

@@ -223,6 +223,14 @@ def made_up_twice(sources: Sequence[Path]) -> list[str]:
     return sorted(name for name, count in found.items() if count > 1)
 
 
+def held_twice(sources: Sequence[Path]) -> int:
+    """How many photos several sets hold, by the SHA-256 of the files that they were built from."""
+    found: Counter[str] = Counter()
+    for folder in sources:
+        found.update({line["sha256"] for line in read_lines(folder, open_product(folder))})
+    return sum(count > 1 for count in found.values())
+
+
 def split(source: Path, out: Path, splits: dict[str, float], *, megabytes: float) -> dict[str, Any]:
     """The same records, with other people set apart."""
     check_folder(out, force=False)

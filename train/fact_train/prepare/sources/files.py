@@ -39,7 +39,7 @@ def list_folder(store: Store, *, people: bool, ignored: Counter) -> Iterator[dic
         person, inside, _ = path.partition("/")
         if people and inside:
             row["fields"] = {"identity": person}
-        elif people:
+        elif people and about[0][0] != "directory":
             row["problem"] = ("no identity", f"{path} lies beside the people's folders")
         yield row
 
@@ -59,8 +59,9 @@ def _walk(
         )
     }
     within = f"{folder}/" if folder else ""
+    stems = {name.rsplit(".", 1)[0] for name in named if _is_photo(name)}
     for name, (is_folder, is_link, _) in named.items():
-        photo = name.lower().endswith(SUFFIXES) and not name.endswith(BESIDE["mask"])
+        photo = _is_photo(name)
         if name.startswith("."):
             ignored["hidden"] += 1
         elif is_folder and not photo:
@@ -73,9 +74,13 @@ def _walk(
             stem = name.rsplit(".", 1)[0]
             about = [named[one][2] for one in (name, *(f"{stem}{end}" for end in beside))]
             yield within + name, beside, about
-        elif not name.endswith(_ENDS):
+        elif not any(name.endswith(end) and name.removesuffix(end) in stems for end in _ENDS):
             suffix = name.rsplit(".", 1)[-1].lower()
             ignored[f".{suffix}" if "." in name else "without ending"] += 1
+
+
+def _is_photo(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES) and not name.endswith(BESIDE["mask"])
 
 
 class Listings:
