@@ -30,7 +30,7 @@ _MODELS = {
     "resampler": "From the face encoder's tokens to face tokens; trained with the adapter.",
     "controlnet": "A ControlNet for a base.",
 }
-_TURNS = {
+_LAYER_TRANSFORMS = {
     "linear": "`weight` (out, in) is our `kernel` (in, out)",
     "conv": "`weight` (out, in, h, w) is our `kernel` (h, w, in, out)",
     "pointwise": "as linear or as conv of 1 x 1, whichever a file has",
@@ -61,7 +61,7 @@ def page() -> str:
 
 def _sort(layer: LayerTransform) -> tuple[str, str, str]:
     names = ", ".join(f"`{each.torch}`" for each in layer.parameters if each.torch)
-    return layer.name, names or "one", _TURNS[layer.name]
+    return layer.name, names or "one", _LAYER_TRANSFORMS[layer.name]
 
 
 def _model(kind: str, table: Table) -> list[str]:

@@ -1,7 +1,8 @@
-"""What is asked of programs for chips that are not here, answered by a process of its own.
+"""Compilation for chips that are not here, in a process of its own.
 
-What the compilers want in the environment must be there before JAX is imported, so :func:`ask`
-starts `python -m MODULE REQUEST FILE`, whose ``main`` is :func:`answer`, and reads its JSON.
+What the compilers want in the environment must be there before JAX is imported, so
+:func:`compile_for` starts `python -m MODULE REQUEST FILE`, whose ``main`` is
+:func:`serve_request`, and reads its JSON.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ from fact_jax.utils.errors import UserError
 SHOW_EVERY = 30  # seconds, where nobody watches a screen
 
 
-def ask(module: str, request: Any, target: Target) -> Any:
-    """What a module answers to a request (JSON both), in a fresh process while its time is shown.
+def compile_for(module: str, request: Any, target: Target) -> Any:
+    """The compiled program's facts: MODULE answers REQUEST (JSON both) in a fresh process.
 
     UserError for a bad request, or where the compiler is not installed.
     """
@@ -57,8 +58,8 @@ def ask(module: str, request: Any, target: Target) -> Any:
     return said["answer"]
 
 
-def answer(respond: Callable[[Any, Target], Any], request: str, file: str) -> None:
-    """The process that :func:`ask` starts; it ends with its parent."""
+def serve_request(respond: Callable[[Any, Target], Any], request: str, file: str) -> None:
+    """The process that :func:`compile_for` starts; it ends with its parent."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     asked, target = json.loads(request)
     try:

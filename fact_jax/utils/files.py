@@ -163,7 +163,7 @@ def require_local(path: Path) -> None:
     scheme, *rest = path.parts or ("",)
     if re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+:", scheme) and not os.path.lexists(scheme):
         raise UserError(
-            f"{scheme}//{'/'.join(rest)} is a URL, a folder is needed; mount the bucket as one "
+            f"{scheme}//{'/'.join(rest)} is a URL; mount the bucket as a folder "
             "(gs: install gcsfuse, s3: mountpoint-s3 or rclone) and give that folder"
         )
 

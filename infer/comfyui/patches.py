@@ -99,10 +99,10 @@ def parse_schedule(text: str) -> tuple[float, ...]:
         raise ValueError(f"a schedule is as 0.2, 1, got {text!r}") from None
 
 
-Place = tuple[str, int, int]
+BlockId = tuple[str, int, int]
 
 
-def unet_blocks(unet: nn.Module) -> dict[str, tuple[Place, int]]:
+def unet_blocks(unet: nn.Module) -> dict[str, tuple[BlockId, int]]:
     """ComfyUI's place of every transformer block, (part, block, index), by its path in diffusers.
 
     And its width.
@@ -111,7 +111,7 @@ def unet_blocks(unet: nn.Module) -> dict[str, tuple[Place, int]]:
     """
     if not all(hasattr(unet, name) for name in ("input_blocks", "middle_block", "output_blocks")):
         raise ValueError("this model has no UNet of Stable Diffusion 1.5")
-    found: dict[str, tuple[Place, int]] = {}
+    found: dict[str, tuple[BlockId, int]] = {}
 
     def walk(kind: str, name: str, blocks: Any, turn: str) -> None:
         level = attentions = 0
@@ -147,7 +147,7 @@ class FacePatch:
     def __init__(
         self,
         adapters: Adapters,
-        places: Mapping[str, tuple[Place, int]],
+        places: Mapping[str, tuple[BlockId, int]],
         people: Sequence[Person],
         settings: Settings,
     ):

@@ -114,6 +114,6 @@ def test_shuffle_has_its_frequency(probability):
     assert_frequency(drawn, probability)
 
 
-def test_neutral_captions_have_their_frequency():
+def test_generic_captions_have_their_frequency():
     assert_frequency(np.asarray(draw_generic_caption(keys(4), 0.2)), 0.2)
     assert not np.any(draw_generic_caption(keys(4), 0.0))

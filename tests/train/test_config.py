@@ -140,7 +140,11 @@ NONSENSE = [
     ("mini", "options.face_weight=-1", "face_weight must be at least 0"),
     ("mini", "options.min_snr=-5", "min_snr must be at least 0"),
     ("mini", "options.noise_offset=nan", "noise_offset must be at least 0"),
-    ("mini", "options.neutral=1.1", "neutral must be from 0 to 1"),
+    (
+        "mini",
+        "options.generic_caption_probability=1.1",
+        "generic_caption_probability must be from 0 to 1",
+    ),
     ("mini", "options.resampler.heads=0", "options.resampler: heads must be at least 1"),
     ("mini_vae", "options.kl_weight=-1", "kl_weight must be at least 0"),
     ("mini_vae", "options.head_weight=inf", "head_weight must be at least 0"),

@@ -41,7 +41,7 @@ def _plan(arguments: argparse.Namespace) -> int:
     import json
 
     from fact_infer.plan.report import format_report, make_report
-    from fact_jax.plan.compilation import ask
+    from fact_jax.plan.compilation import compile_for
     from fact_jax.plan.roofline import usable_bytes
     from fact_jax.plan.targets import read_gpu, read_topology
 
@@ -56,7 +56,7 @@ def _plan(arguments: argparse.Namespace) -> int:
         raise UserError(f"--batch {arguments.batch} does not divide over {chips} chips")
     generation = {name: getattr(arguments, name) for name in _GENERATION}
     generation["batch"] = arguments.batch // chips
-    stats = ask("fact_infer.plan.compiled_stats", [generation, usable_bytes(chip)], target)
+    stats = compile_for("fact_infer.plan.compiled_stats", [generation, usable_bytes(chip)], target)
     report = {**generation, **make_report(chip, chips, stats)}
     print(json.dumps(report, indent=1) if arguments.json else "\n".join(format_report(report)))
     return 0 if report["memory"]["fits"] else 1

@@ -111,7 +111,7 @@ class Recogniser(Protocol):
     def __call__(self, crops: UInt8[np.ndarray, "n s s 3"]) -> Float[np.ndarray, "n k"]: ...
 
 
-class JudgeRecogniser:
+class MiniatureRecogniser:
     """The miniature's own recogniser, of a folder with ``recogniser.safetensors``."""
 
     name, size, blanked = "judge", CROP, True
@@ -159,7 +159,7 @@ class MetricNetworks:
     """
 
     def __init__(self, folder: Path, more: Sequence[Recogniser] = ()):
-        self._recognisers = [JudgeRecogniser(folder), *more]
+        self._recognisers = [MiniatureRecogniser(folder), *more]
         self._parser = Parser(folder)
         network = load_network(FaceFeatureNet, folder / "features.safetensors")
         self._face_features = _compiled(network)

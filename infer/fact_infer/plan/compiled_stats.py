@@ -18,7 +18,7 @@ from fact_infer.plan.abstract_pipeline import (
 )
 from fact_infer.plan.report import BatchStats, PlanStats, ProgramStats, second_batch
 from fact_jax.diffusion.samplers import num_model_calls
-from fact_jax.plan.compilation import answer
+from fact_jax.plan.compilation import serve_request
 from fact_jax.plan.compiled_program import compile_program, target_devices
 from fact_jax.plan.jaxpr_costs import (
     argument_bytes,
@@ -91,4 +91,4 @@ def respond(request: tuple[dict[str, Any], float], target: Target) -> PlanStats:
 
 
 if __name__ == "__main__":
-    answer(respond, *sys.argv[1:])
+    serve_request(respond, *sys.argv[1:])

@@ -142,7 +142,7 @@ def watched(trainer: Trainer) -> dict[str, float]:
         name: float(np.abs(np.asarray(one, np.float64) - made[0][name]).max())
         for name, one in made[1].items()
     }
-    return {"difference": difference, "change": made[0]["watch/inside_change"]}
+    return {"difference": difference, "change": made[0]["validation/inside_change"]}
 
 
 def main(folder: Path, names: list[str]) -> None:

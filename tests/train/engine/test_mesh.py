@@ -141,7 +141,9 @@ def test_eight_devices_draw_the_pictures_of_one(found_slowly):
     """Up to a level of rounding. Rows of noise and of people that were mixed up would show."""
     found = found_slowly["watched"]
     assert all(difference <= 1.0 for difference in found["difference"].values())
-    numbers = [found["difference"][f"watch/{name}"] for name in ("similarity", "inside_change")]
+    numbers = [
+        found["difference"][f"validation/{name}"] for name in ("similarity", "inside_change")
+    ]
     assert max(numbers) < 1e-3
     assert found["change"] > 0.05
 

@@ -70,7 +70,7 @@ def test_a_training_of_its_own_is_that_of_the_run(monkeypatch, tmp_path):
         lab_one, "train", lambda config, out, _: trained.append((config, out)) or outcome
     )
     assert lab_one.main(list(told[0])) == 0
-    options = dataclasses.replace(run.config.options, drawn=str(tmp_path / "drawn"))
+    options = dataclasses.replace(run.config.options, portrait_cache=str(tmp_path / "drawn"))
     config = dataclasses.replace(run.config, options=options)
     assert trained == [(config, tmp_path / "train" / "fair 1" / "seed-1")]
 

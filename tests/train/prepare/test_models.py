@@ -13,7 +13,7 @@ from fact_train.prepare.models.onnx_models import (
     OnnxQuality,
     head_square,
 )
-from fact_train.prepare.models.provider import Photo, ask, describe_model
+from fact_train.prepare.models.provider import Photo, describe_model, query_providers
 from fact_train.prepare.models.roles import describe_models, model_paths
 from fact_train.prepare.settings import BuildSettings, RejectedError
 from fact_train.prepare.sources import Item
@@ -185,7 +185,7 @@ def test_the_next_one_is_asked_where_one_says_nothing():
     photos = [Photo(Item(name), np.zeros((1, 1, 3), np.uint8), (1, 1)) for name in "abcd"]
     first = Says("side file", {"a": 1, "b": RejectedError("points", "no")})
     second = Says("model", {"c": 3})
-    assert ask("points", [first, second], photos) == [1, None, 3, None]
+    assert query_providers("points", [first, second], photos) == [1, None, 3, None]
     assert second.asked == ["c", "d"]
     assert photos[0].by == {"points": "side file"}
     assert photos[2].by == {"points": "model"}

@@ -249,13 +249,13 @@ def test_rates_averages_and_batch_may_change_on_the_way(decay, toy_config, tmp_p
 class Watched(ToyTask):
     """Has a number to watch, and may fail at it."""
 
-    score = "watch/count"
+    score = "validation/count"
 
     def samples(self, trainable, frozen, key):
         count = float(trainable["count"][0])
         if count < 14:  # the running average of a count
             raise MemoryError("no room for pictures\nat all")
-        return {"watch/count": count} | super().samples(trainable, frozen, key)
+        return {"validation/count": count} | super().samples(trainable, frozen, key)
 
 
 def test_pictures_come_after_the_checkpoint_and_may_fail(toy_config, tmp_path, monkeypatch, capsys):
@@ -276,11 +276,12 @@ def test_pictures_come_after_the_checkpoint_and_may_fail(toy_config, tmp_path, m
     assert seen == [(7, None), (14, 14.0), (21, 21.0)]
     failed = "warning: no sample pictures of step 7 (MemoryError: no room for pictures); "
     assert failed + "the training goes on" in capsys.readouterr().err
-    assert [row.get("watch/count") for row in rows(folder)] == [None, None, None, 14.0, None, 21.0]
+    counts = [row.get("validation/count") for row in rows(folder)]
+    assert counts == [None, None, None, 14.0, None, 21.0]
     assert [row["step"] for row in rows(folder)] == [1, 7, 10, 14, 20, 21]
     assert all("loss" in row for row in rows(folder))
     # What was seen is still known when the run goes on.
-    monkeypatch.setattr(Watched, "samples", lambda *arguments: {"watch/count": 0.0})
+    monkeypatch.setattr(Watched, "samples", lambda *arguments: {"validation/count": 0.0})
     run(override(toy_config, [*settings, "steps=49", "checkpoint.keep=1"]), folder)
     assert {path.name for path in (folder / "checkpoints").iterdir()} == {"00000021", "00000049"}
 

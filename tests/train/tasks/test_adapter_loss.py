@@ -59,12 +59,12 @@ def with_caption(parts, text):
     return batch | {"ids": jnp.broadcast_to(ids, batch["ids"].shape)}
 
 
-def test_a_neutral_caption_takes_the_place_of_the_own_one(parts):
+def test_a_generic_caption_takes_the_place_of_the_own_one(parts):
     caption = "a person with round glasses"
     own = loss_of(parts)[0]
     told = loss_of(parts, with_caption(parts, caption))[0]
     assert own != pytest.approx(told, rel=1e-4)
-    replaced = loss_of(parts, neutral=1.0, neutral_caption=caption)[0]
+    replaced = loss_of(parts, generic_caption_probability=1.0, generic_caption=caption)[0]
     assert replaced == pytest.approx(told, rel=1e-5)
 
 
@@ -86,7 +86,7 @@ def test_a_stage_without_cross_attention_hears_no_text_at_all(parts):
 def test_a_stage_with_the_empty_caption_reads_no_other(parts):
     stages = (Stage(steps=2, text="empty_caption"), Stage(steps=2))
     empty = loss_of(parts, with_caption(parts, ""), stages=stages, step=2)[0]
-    silent, metrics = loss_of(parts, stages=stages, step=1, neutral=1.0)
+    silent, metrics = loss_of(parts, stages=stages, step=1, generic_caption_probability=1.0)
     assert silent == pytest.approx(empty, rel=1e-5)
     assert metrics["curriculum/text"] == 0
     read, metrics = loss_of(parts, stages=stages, step=2)

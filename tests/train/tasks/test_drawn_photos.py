@@ -28,9 +28,9 @@ def with_options(task, **options):
 def test_what_was_kept_is_the_same_and_is_not_drawn_again(task, tmp_path, monkeypatch):
     drawn = photo_arrays(with_options(task))
     kept = str(tmp_path / "kept")
-    photo_arrays(with_options(task, drawn=kept))
+    photo_arrays(with_options(task, portrait_cache=kept))
     monkeypatch.setattr(drawn_photos, "_draw", lambda task: pytest.fail("drawn again"))
-    again = photo_arrays(with_options(task, drawn=kept))
+    again = photo_arrays(with_options(task, portrait_cache=kept))
     assert again.keys() == drawn.keys()
     for name, array in drawn.items():
         np.testing.assert_array_equal(again[name], array)
@@ -41,7 +41,7 @@ def test_what_was_kept_is_the_same_and_is_not_drawn_again(task, tmp_path, monkey
         *({"people": 6}, {"region": "face"}, {"edited": 0.5}, {"resampler": other}),
         {"point_weight": 1.0},
     ):
-        assert len(photo_arrays(with_options(task, drawn=kept, **options))["latents"]) == 1
+        assert len(photo_arrays(with_options(task, portrait_cache=kept, **options))["latents"]) == 1
     assert len(list((tmp_path / "kept").glob("*.npz"))) == 6
 
 
@@ -71,6 +71,6 @@ def test_edits_change_their_rows_alone_and_say_what_they_show(task):
 
 
 def test_records_have_no_drawn_photos(task):
-    for options in ({"edited": 0.5}, {"drawn": "kept"}):
-        with pytest.raises(ValueError, match="edited and drawn are of made-up portraits"):
+    for options in ({"edited": 0.5}, {"portrait_cache": "kept"}):
+        with pytest.raises(ValueError, match="edited and portrait_cache are of made-up portraits"):
             with_options(task, records="data/faces", **options)

@@ -15,7 +15,7 @@ from fact_jax.utils.errors import UserError
 from fact_train.tasks.adapter import AdapterTask
 from fact_train.tasks.validation import (
     PEOPLE,
-    Judge,
+    IdentityScores,
     ValidationCallback,
     change,
     draw_validation,
@@ -62,7 +62,7 @@ def test_templates_show_somebody_else_whom_nothing_else_sees(validation):
 
 def test_records_to_watch_that_are_not_there_are_told_when_they_are_opened(task, tmp_path):
     other = copy.copy(task)
-    other.options = dataclasses.replace(task.options, watch=str(tmp_path / "nowhere"))
+    other.options = dataclasses.replace(task.options, validation=str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="nowhere"):
         other.open_samples()
 
@@ -73,14 +73,14 @@ def test_pictures_and_numbers(task, validation):
     silent = watch(trainable, frozen, jax.random.key(1))
     assert silent["template-base-fact"].shape == silent["reference-base-fact"].shape
     # The adapter adds nothing yet: FACT is the base.
-    assert silent["watch/outside_change"] == silent["watch/inside_change"] == 0
-    assert silent["watch/similarity"] == silent["watch/similarity_base"]
+    assert silent["validation/outside_change"] == silent["validation/inside_change"] == 0
+    assert silent["validation/similarity"] == silent["validation/similarity_base"]
     loud = jax.tree.map(lambda leaf: leaf + 0.3, trainable)
     heard = watch(loud, frozen, jax.random.key(1))
-    assert heard["watch/similarity_base"] == silent["watch/similarity_base"]
-    assert heard["watch/similarity"] != silent["watch/similarity"]
-    assert heard["watch/outside_change"] > 0
-    assert -1 <= heard["watch/similarity"] <= 1
+    assert heard["validation/similarity_base"] == silent["validation/similarity_base"]
+    assert heard["validation/similarity"] != silent["validation/similarity"]
+    assert heard["validation/outside_change"] > 0
+    assert -1 <= heard["validation/similarity"] <= 1
 
 
 def test_a_judge_sees_whom_pictures_show(validation, tmp_path):
@@ -92,15 +92,15 @@ def test_a_judge_sees_whom_pictures_show(validation, tmp_path):
         points=np.tile(validation.points[:1], (PEOPLE, 1, 1)),
         masks=np.ones_like(validation.masks),
     )
-    judge = Judge(tmp_path, given)
+    judge = IdentityScores(tmp_path, given)
     own = np.roll(given.templates, 1, axis=0)
     found = judge(own, given.templates)
-    assert found["watch/judge_target"] == pytest.approx(1.0, abs=1e-5)
-    assert found["watch/judge_copy_paste"] == pytest.approx(-1.0, abs=1e-3)
-    assert found["watch/judge_rank_one"] == 1.0
-    assert found["watch/judge_rank_one_base"] == 0.0
-    assert found["watch/judge_over_wrong"] == pytest.approx(
-        1.0 - found["watch/judge_target_base"], abs=1e-5
+    assert found["validation/judge_target"] == pytest.approx(1.0, abs=1e-5)
+    assert found["validation/judge_copy_paste"] == pytest.approx(-1.0, abs=1e-3)
+    assert found["validation/judge_rank_one"] == 1.0
+    assert found["validation/judge_rank_one_base"] == 0.0
+    assert found["validation/judge_over_wrong"] == pytest.approx(
+        1.0 - found["validation/judge_target_base"], abs=1e-5
     )
 
 
@@ -108,7 +108,7 @@ def test_the_best_may_be_known_by_the_judge(miniature):
     with pytest.raises(ValueError, match="best_by=judge_target takes a judge"):
         tiny_config(miniature, best_by="judge_target")
     config = tiny_config(miniature, judge="j", best_by="judge_target")
-    assert AdapterTask(config).score == "watch/judge_target"
+    assert AdapterTask(config).score == "validation/judge_target"
 
 
 def test_the_reference_itself_is_as_similar_as_can_be(task, validation):

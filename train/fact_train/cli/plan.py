@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from fact_jax.plan.compilation import ask
+from fact_jax.plan.compilation import compile_for
 from fact_jax.plan.targets import read_gpu, read_topology
 from fact_jax.utils.errors import UserError
 from fact_train.config import load_config
@@ -25,7 +25,7 @@ def plan(arguments: argparse.Namespace) -> int:
     if arguments.global_batch is not None:
         overrides = [*overrides, f"batch_size={arguments.global_batch}"]
     config = override(load_config(name)[1], overrides)
-    stats = ask("fact_train.plan.compiled_stats", [name, overrides], target)
+    stats = compile_for("fact_train.plan.compiled_stats", [name, overrides], target)
     report = make_report(config, chip, chips, stats)
     report = {"config": name, "overrides": overrides, **report}
     print(json.dumps(report, indent=1) if arguments.json else "\n".join(format_report(report)))

@@ -10,7 +10,7 @@ fact-train run mini_judge --out runs/mini_features "options.networks=('features'
 """
 
 from fact_train.config import CheckpointConfig, EMAConfig, LogConfig, OptimizerConfig, TrainConfig
-from fact_train.tasks.metric_networks import JudgeOptions
+from fact_train.tasks.metric_networks import MetricNetworksOptions
 
 config = TrainConfig(
     task="judge",
@@ -22,5 +22,5 @@ config = TrainConfig(
     ema=EMAConfig(decay=0.99),
     checkpoint=CheckpointConfig(every=500),
     log=LogConfig(every=25),
-    options=JudgeOptions(),
+    options=MetricNetworksOptions(),
 )

@@ -48,7 +48,7 @@ config = TrainConfig(
         encoder="models/ms1mv2_model_TransFace_S.pt",
         resampler=ResamplerConfig.sd15(),
         records="data/faces",
-        watch="data/faces_watch",
+        validation="data/faces_validation",
         stages=(
             Stage(steps=20_000),
             Stage(steps=70_000, shuffle=(0.0, 0.9), fair_weight=(0.0, 0.01), ramp="cosine"),

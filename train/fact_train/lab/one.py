@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     def run() -> int:
         runs = runs_of(load_questions([question]), int(seed) + 1, int(steps), ())
         (config,) = (r.config for r in runs if (r.variant, r.seed) == (variant, int(seed)))
-        options = dataclasses.replace(config.options, drawn=drawn)
+        options = dataclasses.replace(config.options, portrait_cache=drawn)
         config = dataclasses.replace(config, options=options)
         try:
             with matmul_precision(config.precision):

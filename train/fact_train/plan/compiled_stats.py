@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
-from fact_jax.plan.compilation import answer
+from fact_jax.plan.compilation import serve_request
 from fact_jax.plan.compiled_program import compile_program, target_devices
 from fact_jax.plan.targets import Target
 from fact_jax.sharding import batch_sharding, make_mesh
@@ -88,4 +88,4 @@ def respond(request: tuple[str, list[str]], target: Target) -> CompiledStats:
 
 
 if __name__ == "__main__":
-    answer(respond, *sys.argv[1:])
+    serve_request(respond, *sys.argv[1:])

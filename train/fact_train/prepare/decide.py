@@ -1,4 +1,4 @@
-"""What takes all photos to know: copies, who is who, splits, and what looks wrong."""
+"""Decisions over all photos: near-duplicates, identities, splits, suspected label errors."""
 
 import dataclasses
 import hashlib

@@ -15,7 +15,7 @@ TASKS: dict[str, tuple[str, str]] = {
     "vae": ("fact_train.tasks.vae", "VAETask"),
     "base": ("fact_train.tasks.base", "BaseTask"),
     "encoder": ("fact_train.tasks.face_encoder", "EncoderTask"),
-    "judge": ("fact_train.tasks.metric_networks", "JudgeTask"),
+    "judge": ("fact_train.tasks.metric_networks", "MetricNetworksTask"),
     "adapter": ("fact_train.tasks.adapter", "AdapterTask"),
 }
 

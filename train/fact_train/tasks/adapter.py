@@ -144,7 +144,7 @@ class AdapterTask(Task):
     @property
     def score(self) -> str:
         """What the best checkpoints are known by."""
-        return f"watch/{self.options.best_by}"
+        return f"validation/{self.options.best_by}"
 
     def _load_identity_encoder(self, file: str) -> TransFace:
         return load_encoder(file)
@@ -272,7 +272,7 @@ class AdapterTask(Task):
     def loss(self, trainable, frozen, batch, *, step, keys):
         options, schedule = self.options, self.pipeline.schedule
         shuffle_keys, drop_keys, noise_keys, time_keys, latent_keys, more = split_keys(keys, 6)
-        neutral_keys, offset_keys = split_keys(more, 2)
+        caption_keys, offset_keys = split_keys(more, 2)
         stage = stage_values(options.stages, step)
         shuffled = draw_shuffle(shuffle_keys, stage.shuffle)
         no_face, no_text = draw_drop(drop_keys, options.drop)
@@ -280,13 +280,13 @@ class AdapterTask(Task):
         # Only where a stage has it: any other curriculum compiles to a step without the switch.
         switched = any(one.text == "no_cross_attention" for one in options.stages)
         attended = stage.cross_attention > 0 if switched else None
-        neutral = draw_generic_caption(neutral_keys, options.neutral)
+        generic = draw_generic_caption(caption_keys, options.generic_caption_probability)
         dtype = jax.tree.leaves(trainable["resampler"])[0].dtype
         photos = {"own_crops": batch["crops"], **batch} if "crops" in batch else batch
         batch = self.encoders.encode_batch(frozen, batch, shuffled, latent_keys)
         # The null condition is the resampler of all-zero tokens.
         tokens = jnp.where(no_face[:, None, None], 0, batch["tokens"]).astype(dtype)
-        text = self._captions(frozen, batch["text"], neutral, no_text).astype(dtype)
+        text = self._captions(frozen, batch["text"], generic, no_text).astype(dtype)
         face = self.resampler.module(trainable["resampler"])(tokens)
 
         latents = batch["latents"]
@@ -335,15 +335,15 @@ class AdapterTask(Task):
             error, metrics = error + extra, metrics | found
         return error + stage.fair_weight * fair, metrics
 
-    def _captions(self, frozen, text, neutral, no_text):
-        """Hidden states of the captions, some of them replaced by the neutral or the empty one."""
+    def _captions(self, frozen, text, generic, no_text):
+        """Hidden states of the captions, some of them replaced by the generic or the empty one."""
 
         def encoded(caption: str) -> Float[Array, "1 n d"]:
             ids, _ = tokenize(self.pipeline.tokenizer, [caption])
             return self.encoders.text(frozen, jnp.asarray(ids))
 
-        if self.options.neutral:
-            text = jnp.where(neutral[:, None, None], encoded(self.options.neutral_caption), text)
+        if self.options.generic_caption_probability:
+            text = jnp.where(generic[:, None, None], encoded(self.options.generic_caption), text)
         return jnp.where(no_text[:, None, None], encoded(""), text)
 
     def samples(self, trainable, frozen, key):
@@ -356,8 +356,8 @@ class AdapterTask(Task):
 
     @functools.cached_property
     def _validation(self) -> ValidationSet:
-        if self.options.watch is not None:
-            return read_validation(self.options.watch, self.pipeline, self.encoder)
+        if self.options.validation is not None:
+            return read_validation(self.options.validation, self.pipeline, self.encoder)
         return draw_validation(self.size, self.encoder.config.img_size)
 
     @functools.cached_property

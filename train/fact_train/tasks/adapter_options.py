@@ -41,17 +41,18 @@ class AdapterOptions(CheckedFields):
     ``fact_jax.models.adapter.FaceControls``, or ``coupled``: FACT's, and the base's text
     cross-attention learns with it. ``min_snr`` is the gamma of Min-SNR weighting
     (arXiv 2303.09556 takes 5; 0: every timestep weighs the same), ``noise_offset`` how much a
-    picture's mean is noised beside its cells (0.05 is usual), ``neutral`` the probability of
-    ``neutral_caption`` in place of a sample's own.
+    picture's mean is noised beside its cells (0.05 is usual), ``generic_caption_probability`` how
+    often ``generic_caption`` takes the place of a sample's own.
 
     Photos are drawn from the portrait world, ``people`` x ``photos`` of them, or come from the
     folder ``records`` and are encoded in every step, or from the folder ``cache``, which holds
-    them encoded (``fact-train cache``). Drawn ones are kept encoded in the folder ``drawn``, if
-    there is one, for the next run; of these the share ``edited`` is noised and drawn again by
-    the base, under the caption of another photo (after DreamIdentity's self-augmented pairs, arXiv
-    2307.00300). Pictures to watch are of people of the portrait world, or of the records in the
-    folder ``watch``. A ``judge``, a folder with the miniature's ``recogniser.safetensors``, says
-    beside the face encoder whom they show; by ``best_by`` the best checkpoints are known.
+    them encoded (``fact-train cache``). Drawn ones are kept encoded in the folder
+    ``portrait_cache``, if there is one, for the next run; of these the share ``edited`` is noised
+    and drawn again by the base, under the caption of another photo (after DreamIdentity's
+    self-augmented pairs, arXiv 2307.00300). Sample pictures are of people of the portrait world, or
+    of the records in the folder ``validation``. A ``judge``, a folder with the miniature's
+    ``recogniser.safetensors``, says beside the face encoder whom they show; by ``best_by`` the best
+    checkpoints are known.
     """
 
     base: Name = "miniature/base"
@@ -62,9 +63,9 @@ class AdapterOptions(CheckedFields):
     photos: Photos = 4
     records: Name | None = None
     cache: Name | None = None
-    drawn: Name | None = None
+    portrait_cache: Name | None = None
     edited: Probability = 0.0
-    watch: Name | None = None
+    validation: Name | None = None
     judge: Name | None = None
     best_by: Literal["similarity", "judge_target", "judge_over_wrong"] = "similarity"
     stages: Annotated[tuple[Stage, ...], Length(1)]
@@ -78,8 +79,8 @@ class AdapterOptions(CheckedFields):
     point_weight: NonNegative = 0.0
     min_snr: NonNegative = 0.0
     noise_offset: NonNegative = 0.0
-    neutral: Probability = 0.0
-    neutral_caption: Name = "a portrait of a person"
+    generic_caption_probability: Probability = 0.0
+    generic_caption: Name = "a portrait of a person"
     identity: IdentityOptions = NO_IDENTITY_LOSS
 
     def __post_init__(self) -> None:
@@ -103,10 +104,10 @@ class AdapterOptions(CheckedFields):
                 "resampler has encoder_blocks or embedding"
             )
         drawn = self.records is None and self.cache is None
-        if not drawn and (self.edited or self.drawn):
+        if not drawn and (self.edited or self.portrait_cache):
             raise ValueError(
-                "edited and drawn are of made-up portraits: leave them away with records or a "
-                "cache. Edits of photos are records too: put them beside the person's photos"
+                "edited and portrait_cache are of made-up portraits: leave them away with records "
+                "or a cache. Edits of photos are records too: put them beside the person's photos"
             )
         if drawn and self.photos == 1 and any(max(stage.shuffle) for stage in self.stages):
             raise ValueError(

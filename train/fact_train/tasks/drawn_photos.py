@@ -35,11 +35,11 @@ finds 0.72 of the likeness that the autoencoder leaves (0.60 after five steps, 0
 def photo_arrays(task: Any) -> dict[str, np.ndarray]:
     """``latents``, ``ids``, ``mask``, ``tokens``, what the losses take; sorted by person.
 
-    ``task`` is the adapter task. In the folder ``options.drawn`` they are kept for the next run
+    ``task`` is the adapter task. In ``options.portrait_cache`` they are kept for the next run
     that takes the very same: what decides them is in the file's name, ``_VERSION`` for this code.
     """
     options = task.options
-    if options.drawn is None:
+    if options.portrait_cache is None:
         return _draw(task)
     source = Path(fact_jax.portraits.__file__).parent
     code = [file.read_bytes() for file in sorted(source.glob("*.py"))]
@@ -55,7 +55,7 @@ def photo_arrays(task: Any) -> dict[str, np.ndarray]:
         *(hashlib.sha256(text).hexdigest() for text in code),
     )
     key = hashlib.sha256(repr(about).encode()).hexdigest()[:32]
-    return ArrayCache(Path(options.drawn)).get(key, lambda: _draw(task))
+    return ArrayCache(Path(options.portrait_cache)).get(key, lambda: _draw(task))
 
 
 def _draw(task: Any) -> dict[str, np.ndarray]:

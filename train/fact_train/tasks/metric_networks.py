@@ -39,7 +39,7 @@ from fact_train.engine.task import Task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class JudgeOptions(CheckedFields):
+class MetricNetworksOptions(CheckedFields):
     """Who is told apart, from how many photos; ``blur``: how far pictures are softened at most.
 
     ``networks`` are those that are trained: each has a file of its name.
@@ -55,10 +55,10 @@ class JudgeOptions(CheckedFields):
     )
 
 
-class JudgeTask(Task):
+class MetricNetworksTask(Task):
     """Train the networks at once; they share nothing but the data."""
 
-    options: JudgeOptions
+    options: MetricNetworksOptions
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)

@@ -50,7 +50,7 @@ STEPS = 25
 TEMPLATE_START = 10
 STARTS = (0, TEMPLATE_START)
 SCALES = (0.0, 1.0)  # the base, FACT
-SCORE = "watch/similarity"
+SCORE = "validation/similarity"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,8 +126,8 @@ def _read(records: Records, number: int) -> dict[str, Any]:
     return {**row, **pictures, "caption": records.caption(number, row)}
 
 
-class Judge:
-    """Who is seen, by the miniature's recogniser, which nothing else here was trained on.
+class IdentityScores:
+    """Identity metrics by the miniature's recogniser, which nothing else here was trained on.
 
     The targets are the people's own photos that serve as templates for others.
     """
@@ -158,11 +158,11 @@ class Judge:
                 angle(found, targets), angle(found, references), angle(targets, references)
             )
             numbers |= {
-                f"watch/judge_target{name}": right,
-                f"watch/judge_reference{name}": cosine(found, references),
-                f"watch/judge_over_wrong{name}": right - cosine(found, _next(targets)),
-                f"watch/judge_copy_paste{name}": scores,
-                f"watch/judge_rank_one{name}": rank_one(found, targets),
+                f"validation/judge_target{name}": right,
+                f"validation/judge_reference{name}": cosine(found, references),
+                f"validation/judge_over_wrong{name}": right - cosine(found, _next(targets)),
+                f"validation/judge_copy_paste{name}": scores,
+                f"validation/judge_rank_one{name}": rank_one(found, targets),
             }
         return {name: float(np.mean(values)) for name, values in numbers.items()}
 
@@ -179,24 +179,24 @@ class ValidationCallback:
         self._rows = np.arange(-(-count // devices) * devices) % count
         ids = tokenize(task.pipeline.tokenizer, validation.captions)[0]
         crops, templates = map(normalize_pixels, (validation.crops, validation.templates))
-        self._inputs = self._spread({"ids": ids, "crops": crops, "templates": templates})
+        self._inputs = self._shard({"ids": ids, "crops": crops, "templates": templates})
         self._draw = jax.jit(
             self._drawn, static_argnames="start", out_shardings=replicated(self._mesh)
         )
         self._embed = jax.jit(self._embedded)
         judge = task.options.judge
-        self._judge = None if judge is None else Judge(Path(judge), validation)
+        self._judge = None if judge is None else IdentityScores(Path(judge), validation)
         self._wanted = self._identities(validation.crops)
 
     def __call__(self, trainable, frozen, key) -> dict[str, np.ndarray | float]:
-        """Both grids, and the numbers under ``watch/``; the arrays lie whole on all devices."""
+        """Both grids, numbers under ``validation/``; the arrays lie whole on all devices."""
         began, given = time.monotonic(), self._validation
         count, config = len(given.photos), self._task.pipeline.unet.config
         side = config.sample_size
         noise = jax.random.normal(key, (count, side, side, config.in_channels))
         arrays = {name: part.arrays for name, part in self._parts.items()}
         everywhere = jax.tree.map(lambda _: replicated(self._mesh), arrays)
-        rows = self._inputs | self._spread({"noise": noise})
+        rows = self._inputs | self._shard({"noise": noise})
         parts = (frozen, shard(arrays, everywhere), rows)
         # The base is the one that training started from, where a part of it learns too.
         silent = {**trainable, "adapter": overlay(trainable["adapter"], self._task.tuned_base)}
@@ -216,13 +216,13 @@ class ValidationCallback:
             "template-base-fact": contact_sheet(np.concatenate(swapped), count),
             SCORE: self._similarity(fact),
             f"{SCORE}_base": self._similarity(base),
-            "watch/inside_change": inside,
-            "watch/outside_change": outside,
+            "validation/inside_change": inside,
+            "validation/outside_change": outside,
             **judged,
-            "watch/seconds": time.monotonic() - began,
+            "validation/seconds": time.monotonic() - began,
         }
 
-    def _spread(self, rows: dict[str, Array | np.ndarray]) -> dict[str, Array]:
+    def _shard(self, rows: dict[str, Array | np.ndarray]) -> dict[str, Array]:
         """Each device its share of the rows."""
         place = dict.fromkeys(rows, NamedSharding(self._mesh, P(self._mesh.axis_names)))
         return shard({name: np.asarray(array)[self._rows] for name, array in rows.items()}, place)

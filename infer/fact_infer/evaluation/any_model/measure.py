@@ -184,7 +184,7 @@ def _identity(rows, who, seen, photos: _Photos, faces) -> Samples:
     if photos.has_targets():
         true = identity_samples(gallery, everybody, wrong, everybody, np.arange(count), "true")
         # The mean over rows takes the first rows' people: one row a person, in order.
-        samples |= {key: _spread(np.asarray(value), who) for key, value in true.items()}
+        samples |= {key: np.asarray(value)[who] for key, value in true.items()}
     return samples
 
 
@@ -194,11 +194,6 @@ def _with_targets(rows, who, photos: _Photos) -> list[Shown]:
         photos.people[person] if row.shown.target is None else row.shown
         for row, person in zip(rows, who, strict=True)
     ]
-
-
-def _spread(values: np.ndarray, who: Int[np.ndarray, " n"]) -> np.ndarray:
-    """Each person's number in every row of his."""
-    return values[who]
 
 
 def _nearest(found: np.ndarray, references: Float[np.ndarray, "p k"]) -> Float[np.ndarray, " k"]:

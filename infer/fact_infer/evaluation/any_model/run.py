@@ -22,7 +22,7 @@ from fact_infer.evaluation.any_model.record_people import records_in, unpack_peo
 from fact_infer.evaluation.measures import Samples, estimates
 from fact_infer.evaluation.page import write_page
 from fact_infer.evaluation.results import Cost, PictureStore, fingerprint, save
-from fact_infer.evaluation.world import JudgeRecogniser, Parser, Recogniser, guidance_line
+from fact_infer.evaluation.world import MiniatureRecogniser, Parser, Recogniser, guidance_line
 from fact_infer.jax.pipeline import FlaxPipeline
 from fact_infer.jax_config import enable_compilation_cache
 from fact_infer.request import GenerationParams
@@ -39,7 +39,7 @@ _SORTED = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Looking:
+class MetricNetworks:
     """The networks that look at pictures, and what they are, for settings."""
 
     recognisers: Sequence[Recogniser]
@@ -60,7 +60,7 @@ class Looking:
         )
 
 
-def looking(arguments: argparse.Namespace) -> Looking:
+def open_networks(arguments: argparse.Namespace) -> MetricNetworks:
     """Open the networks that the options name; without a recogniser the miniature's judge looks."""
     enable_compilation_cache()
     names = arguments.recogniser or ["judge"]
@@ -70,7 +70,7 @@ def looking(arguments: argparse.Namespace) -> Looking:
     for name in dict.fromkeys(names):
         if name == "judge":
             require_miniature({"--judge": arguments.judge})
-            recognisers.append(JudgeRecogniser(arguments.judge))
+            recognisers.append(MiniatureRecogniser(arguments.judge))
             # Whose pictures are of other sizes needs points or a detector.
             parser = Parser(arguments.judge)
             about["judge"] = fingerprint(arguments.judge)
@@ -88,12 +88,12 @@ def looking(arguments: argparse.Namespace) -> Looking:
     elif arguments.features is not None:
         features = OnnxNetwork(arguments.features)
         about[f"features {arguments.features}"] = fingerprint(arguments.features)
-    return Looking(recognisers, parser, clip, features, about)
+    return MetricNetworks(recognisers, parser, clip, features, about)
 
 
 def evaluate_manifest(arguments: argparse.Namespace, open_folder: Open) -> str:
     """Measure the pictures of ``--pictures``; gives the table."""
-    cost, entries, networks = Cost(), read_manifest(arguments.pictures), looking(arguments)
+    cost, entries, networks = Cost(), read_manifest(arguments.pictures), open_networks(arguments)
     about: dict[str, Any] = {
         "pictures": str(arguments.pictures),
         "manifest": fingerprint(arguments.pictures),
@@ -115,7 +115,7 @@ def evaluate_folder(
     """Draw and measure the people of ``--folder``; gives the table."""
     if not arguments.folder.is_dir():
         raise UserError(f"{arguments.folder} is not a folder of people, nor of records")
-    cost, networks = Cost(), looking(arguments)
+    cost, networks = Cost(), open_networks(arguments)
     paths = {"--base": arguments.base, "--encoder": encoder}
     require_miniature({option: path for option, path in paths.items() if path is not None})
     seeds = range(arguments.seed, arguments.seed + arguments.seeds)
@@ -175,7 +175,7 @@ def _finish(
     about: dict,
     entries: Sequence[Entry],
     observer: Observer,
-    networks: Looking,
+    networks: MetricNetworks,
     cost: Cost,
     label: str,
     more: Samples,

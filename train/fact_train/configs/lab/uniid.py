@@ -11,7 +11,10 @@ from fact_train.configs.lab.fact import variant
 from fact_train.lab.question import Claim, Question
 
 question = Question(
-    variants={"neutral captions": variant(neutral=1.0), "cap and schedule": variant()},
+    variants={
+        "neutral captions": variant(generic_caption_probability=1.0),
+        "cap and schedule": variant(),
+    },
     evaluate={"cap and schedule": ("--face-cap", "0.3", "--face-scale", "0.8,1.2")},
     claims=(
         Claim(

@@ -62,7 +62,7 @@ Embedder = Provider[Float[np.ndarray, " d"]]
 Captioner = Provider[str]
 
 
-def ask(role: str, providers: Sequence[Provider], photos: Sequence[Photo]) -> list[Any]:
+def query_providers(role: str, providers: Sequence[Provider], photos: Sequence[Photo]) -> list[Any]:
     """The first answer to each photo, in order; what is rejected is marked so in the photo."""
     answers: list[Any] = [None] * len(photos)
     for provider in providers:

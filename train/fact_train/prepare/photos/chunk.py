@@ -13,7 +13,7 @@ from PIL import Image
 from fact_jax.portraits import GENERIC_CAPTION
 from fact_train.data.dataset_files import Coder, face_features, shard_writer
 from fact_train.data.record_writer import as_row
-from fact_train.prepare.models.provider import Photo, ask
+from fact_train.prepare.models.provider import Photo, query_providers
 from fact_train.prepare.models.roles import providers
 from fact_train.prepare.photos import measures
 from fact_train.prepare.photos.photo import check_gates, choose_face, decode, finish
@@ -73,11 +73,11 @@ def _batch(items: list[Item], settings_json: str, settings: BuildSettings) -> It
             photos.append(Photo(item, nothing, (1, 1), rejected=error))
     roles = providers(settings_json)
     alive = [photo for photo in photos if photo.rejected is None]
-    for photo, faces in zip(alive, ask("points", roles["points"], alive), strict=True):
+    for photo, faces in zip(alive, query_providers("points", roles["points"], alive), strict=True):
         _try(photo, lambda photo=photo, faces=faces: choose_face(photo, faces, settings.gates))
     for role, keep in _KEEP.items():
         alive = [photo for photo in photos if photo.rejected is None]
-        for photo, answer in zip(alive, ask(role, roles[role], alive), strict=True):
+        for photo, answer in zip(alive, query_providers(role, roles[role], alive), strict=True):
             _try(photo, lambda keep=keep, photo=photo, answer=answer: keep(photo, answer, settings))
     yield from photos
 
