@@ -105,8 +105,3 @@ def draw_drop(keys: Key[Array, " b"], drop: Drop) -> tuple[Bool[Array, " b"], Bo
     text_only = (draw >= drop.face) & (draw < drop.face + drop.text)
     both = (draw >= drop.face + drop.text) & (draw < drop.face + drop.text + drop.both)
     return face_only | both, text_only | both
-
-
-def draw_generic_caption(keys: Key[Array, " b"], probability: float) -> Bool[Array, " b"]:
-    """Which samples get the generic caption, whose missing details only the face can supply."""
-    return jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)

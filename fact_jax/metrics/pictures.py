@@ -17,14 +17,16 @@ def dilate(masks: Bool[np.ndarray, "n h w"]) -> Bool[np.ndarray, "n h w"]:
 def change(
     a: UInt8[np.ndarray, "n h w 3"],
     b: UInt8[np.ndarray, "n h w 3"],
-    masks: Bool[np.ndarray, "n h w"],
+    masks: Bool[np.ndarray, "n h w"] | Float[np.ndarray, "n h w"],
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Mean absolute difference of two pictures, as a part of full scale: (inside, outside).
 
-    NaN for a picture that has no pixel on that side.
+    A pixel whose mask is between 0 and 1 counts on both sides, by its parts. NaN for a picture that
+    has no pixel on that side.
     """
     difference = np.abs(a.astype(np.float64) - b.astype(np.float64)).mean(-1) / 255
-    return _masked_mean(difference, masks), _masked_mean(difference, ~masks)
+    inside = masks.astype(np.float64)
+    return _masked_mean(difference, inside), _masked_mean(difference, 1 - inside)
 
 
 def latent_change(
@@ -43,10 +45,11 @@ def latent_change(
 
 
 def _masked_mean(
-    values: Float[np.ndarray, "n h w"], where: Bool[np.ndarray, "n h w"]
+    values: Float[np.ndarray, "n h w"], weights: Float[np.ndarray, "n h w"]
 ) -> Float[np.ndarray, " n"]:
-    count = where.sum((1, 2))
-    return np.where(count > 0, (values * where).sum((1, 2)) / np.maximum(count, 1), math.nan)
+    total = weights.sum((1, 2))
+    mean = (values * weights).sum((1, 2)) / np.maximum(total, 1e-9)
+    return np.where(total > 0, mean, math.nan)
 
 
 def diversity(features: Float[np.ndarray, "n k"], distance: str = "cosine") -> float:

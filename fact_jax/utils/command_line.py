@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.metadata
+import logging
 import platform
 from typing import NoReturn
 
@@ -24,6 +25,12 @@ def version_of(package: str = "fact-jax") -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # run from its source
         return "unknown"
+
+
+def silence_loggers(*names: str) -> None:
+    """Nothing below critical is heard of these libraries."""
+    for name in names:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 class _Version(argparse.Action):

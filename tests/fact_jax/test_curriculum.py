@@ -9,7 +9,6 @@ from fact_jax.curriculum import (
     Drop,
     Stage,
     draw_drop,
-    draw_generic_caption,
     draw_shuffle,
     stage_values,
 )
@@ -112,8 +111,3 @@ def test_shuffle_has_its_frequency(probability):
     drawn = np.asarray(draw_shuffle(keys(3), jnp.asarray(probability)))
     assert drawn.shape == (COUNT,)
     assert_frequency(drawn, probability)
-
-
-def test_generic_captions_have_their_frequency():
-    assert_frequency(np.asarray(draw_generic_caption(keys(4), 0.2)), 0.2)
-    assert not np.any(draw_generic_caption(keys(4), 0.0))

@@ -23,7 +23,7 @@ _HIDDEN = {"added_tokens", "checksums", "kept", "step", "configs", CONTENT}
 _BASES = {
     ((320, 640, 1280, 1280), 768): "Stable Diffusion 1.x",
     ((320, 640, 1280, 1280), 1024): "Stable Diffusion 2.x",
-    ((64, 128), 64): "the miniature",
+    ((64, 128, 192), 64): "the miniature",
 }
 """Families of bases, by the channels of their levels and the width of their text tokens."""
 _ENCODERS = {
@@ -153,13 +153,15 @@ def _base_of_unet(state: State) -> str | None:
 def _base_of_adapter(state: State) -> str | None:
     """The block of a level has as many channels as the level."""
     mark = f"{ADAPTER_INFIX}linear.weight"
-    widths: list[int] = []
-    for key in sorted(k for k in state if k.startswith("down_blocks.") and k.endswith(mark)):
-        level = int(key.split(".")[1])
-        widths[level:] = [state[key].shape[0]]
+    found = {
+        int(key.split(".")[1]): array.shape[0]
+        for key, array in state.items()
+        if key.startswith("down_blocks.") and key.endswith(mark)
+    }
+    widths = tuple(found[level] for level in sorted(found))
     for (channels, _), name in _BASES.items():
-        # The last level of Stable Diffusion has no attention.
-        if tuple(widths) in (channels, channels[:-1]):
+        # The last level of Stable Diffusion has no attention, and the miniature's first.
+        if widths in (channels, channels[:-1], channels[1:]):
             return f"for {name}" if name == "the miniature" else "for Stable Diffusion 1.x"
     return None
 

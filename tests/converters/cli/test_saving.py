@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from fact_convert import load_encoder
+from fact_convert.cli.inspection import _base_of_adapter
 from fact_convert.cli.opening import Weights, open_weights
 from fact_convert.cli.saving import save_jax
 from fact_convert.io.safetensors_io import write_safetensors
 from fact_convert.io.torch_io import write_torch_file
 from fact_convert.io.weight_files import read_file
 from fact_convert.models.adapter import DIM_HEAD_KEY
+from fact_convert.rules.key_tables import ADAPTER_INFIX
 from tests.converters.conftest import run
 
 pytestmark = pytest.mark.heavy
@@ -276,12 +278,26 @@ def test_inspect_names_the_family(tmp_path, capsys):
         ((320, 640, 1280, 1280), 768, 4, "Stable Diffusion 1.x"),
         ((320, 640, 1280, 1280), 768, 9, "Stable Diffusion 1.x, inpainting"),
         ((320, 640, 1280, 1280), 1024, 4, "Stable Diffusion 2.x"),
-        ((64, 128), 64, 16, "the miniature"),
-        ((64, 128), 63, 16, None),
+        ((64, 128, 192), 64, 12, "the miniature"),
+        ((64, 128, 192), 63, 12, None),
     ):
         state = unet(*widths, text=text, inputs=inputs)
         write_safetensors(tmp_path / "x.safetensors", state, {})
         assert inspected(capsys, tmp_path / "x.safetensors").get("base") == name
+
+
+def test_inspect_names_the_base_of_an_adapter():
+    """By the channels of its blocks on the way down, at whichever levels."""
+    for widths, name in (
+        ({0: 320, 1: 640, 2: 1280}, "for Stable Diffusion 1.x"),
+        ({1: 128, 2: 192}, "for the miniature"),
+        ({1: 640, 2: 1280}, None),
+    ):
+        block = "down_blocks.{}.attentions.0.transformer_blocks.0{}linear.weight"
+        state = {
+            block.format(i, ADAPTER_INFIX): np.zeros((c, 8), np.float16) for i, c in widths.items()
+        }
+        assert _base_of_adapter(state) == name
 
 
 def test_inspect_says_how_an_unknown_file_differs(encoder, tmp_path, capsys):

@@ -31,6 +31,19 @@ def test_change_inside_and_outside_of_a_mask():
     assert outside[1] == 0
 
 
+def test_a_soft_mask_counts_on_both_sides_by_its_parts():
+    """One picture of 2 x 2: 51 / 255 = 0.2 where the mask is 1, 0.4 in one of the other cells."""
+    base = np.zeros((1, 2, 2, 3), np.uint8)
+    fact = base.copy()
+    fact[0, 0, 0] = 51
+    fact[0, 1, 1] = 102
+    inside, outside = change(base, fact, np.array([[[1.0, 0], [0, 0.5]]]))
+    assert inside[0] == pytest.approx((0.2 + 0.5 * 0.4) / 1.5)
+    assert outside[0] == pytest.approx(0.5 * 0.4 / 2.5)
+    inside, _ = change(base, fact, np.array([[[0.2, 0], [0, 0]]]))
+    assert inside[0] == pytest.approx(0.2)
+
+
 def test_change_is_the_same_both_ways():
     draw = np.random.default_rng(0)
     a, b = draw.integers(0, 256, (2, 1, 4, 4, 3), np.uint8)

@@ -17,7 +17,6 @@ from fact_train.tasks.validation import (
     PEOPLE,
     IdentityScores,
     ValidationCallback,
-    change,
     draw_validation,
 )
 from tests.train.tiny import tiny_config
@@ -33,18 +32,6 @@ def task(miniature):
 @pytest.fixture(scope="module")
 def validation(task):
     return draw_validation(task.size, task.encoder.config.img_size)
-
-
-def test_change_by_hand():
-    """One picture of 2 x 2: 51 / 255 = 0.2 where the mask is 1, 0.4 in one of the other cells."""
-    base = np.zeros((1, 2, 2, 3), np.uint8)
-    fact = base.copy()
-    fact[0, 0, 0] = 51
-    fact[0, 1, 1] = 102
-    masks = np.array([[[1.0, 0], [0, 0.5]]])
-    inside, outside = change(base, fact, masks)
-    assert inside == pytest.approx((0.2 + 0.5 * 0.4) / 1.5)
-    assert outside == pytest.approx(0.5 * 0.4 / 2.5)
 
 
 def test_templates_show_somebody_else_whom_nothing_else_sees(validation):

@@ -1,8 +1,9 @@
 """The command ``lab``."""
 
 import argparse
-import logging
 from pathlib import Path
+
+from fact_jax.utils.command_line import silence_loggers
 
 
 def add_lab(commands: argparse._SubParsersAction) -> None:
@@ -38,8 +39,7 @@ def run_lab(arguments: argparse.Namespace) -> int:
     """The exit status: 0 done, 128 + signal when stopped."""
     from fact_train.lab.run import laboratory, make_laboratory
 
-    for library in ("absl", "gcsfs", "s3fs", "fsspec"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    silence_loggers("absl", "gcsfs", "s3fs", "fsspec")
     lab = make_laboratory(
         arguments.name,
         arguments.out,

@@ -1,13 +1,12 @@
 """fact-train: train what FACT is made of."""
 
 import argparse
-import logging
 import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fact_jax.utils.command_line import add_version
+from fact_jax.utils.command_line import ArgumentParser, add_version, silence_loggers
 from fact_jax.utils.errors import run_program
 from fact_jax.utils.files import require_local
 from fact_train.cli import data as data_cli
@@ -52,7 +51,7 @@ def _dispatch(arguments: argparse.Namespace, command: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fact-train", description=__doc__)
+    parser = ArgumentParser(prog="fact-train", description=__doc__)
     add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser(
@@ -146,8 +145,7 @@ def _run(arguments: argparse.Namespace, command: str) -> int:
     from fact_train.run.loop import run
 
     # Orbax and the object stores report there what the loop says in one line.
-    for library in ("absl", "gcsfs", "s3fs", "fsspec"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    silence_loggers("absl", "gcsfs", "s3fs", "fsspec")
     with matmul_precision(config.precision):
         outcome = run(config, arguments.out or Path("runs") / short, command)
     return 0 if outcome.stopped_by is None else 128 + outcome.stopped_by

@@ -6,11 +6,11 @@ DRAWN is a folder where drawn photos are kept for the next one.
 """
 
 import dataclasses
-import logging
 import sys
 from pathlib import Path
 
 from fact_jax.ops.precision import matmul_precision
+from fact_jax.utils.command_line import silence_loggers
 from fact_jax.utils.errors import run_program
 from fact_train.lab.question import load_questions, runs_of
 from fact_train.lab.run import DIVERGED
@@ -21,8 +21,7 @@ from fact_train.run.loop import run as train
 def main(argv: list[str]) -> int:
     """The exit status: 0 done, 2 bad input, 3 diverged, 128 + signal when stopped."""
     question, variant, seed, steps, out, drawn = argv
-    for library in ("absl", "gcsfs", "s3fs", "fsspec"):
-        logging.getLogger(library).setLevel(logging.CRITICAL)
+    silence_loggers("absl", "gcsfs", "s3fs", "fsspec")
 
     def run() -> int:
         runs = runs_of(load_questions([question]), int(seed) + 1, int(steps), ())

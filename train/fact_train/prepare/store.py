@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError
+from fact_jax.utils.files import atomic_write
 
 
 class Store:
@@ -69,13 +69,8 @@ class Store:
         """A path on this machine, whose file has the name ``name`` afterwards."""
         path = self.path(name)
         if self.local:
-            os.makedirs(os.path.dirname(path), exist_ok=True)
-            temporary = Path(f"{path}.{secrets.token_hex(4)}.tmp")
-            try:
+            with atomic_write(path) as temporary:
                 yield temporary
-                os.replace(temporary, path)
-            finally:
-                temporary.unlink(missing_ok=True)
             return
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder, "file")

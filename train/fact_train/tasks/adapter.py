@@ -19,7 +19,6 @@ from fact_convert.models.adapter import COUPLED, PARALLEL
 from fact_convert.weights import abstract_state
 from fact_jax.curriculum import (
     draw_drop,
-    draw_generic_caption,
     draw_shuffle,
     stage_values,
 )
@@ -56,7 +55,12 @@ from fact_train.engine.partition import (
     split_by_paths,
     split_module,
 )
-from fact_train.engine.sample_keys import sample_normal, sample_timesteps, split_keys
+from fact_train.engine.sample_keys import (
+    sample_bernoulli,
+    sample_normal,
+    sample_timesteps,
+    split_keys,
+)
 from fact_train.engine.task import Task
 from fact_train.tasks.adapter_init import (
     new_adapters,
@@ -280,7 +284,7 @@ class AdapterTask(Task):
         # Only where a stage has it: any other curriculum compiles to a step without the switch.
         switched = any(one.text == "no_cross_attention" for one in options.stages)
         attended = stage.cross_attention > 0 if switched else None
-        generic = draw_generic_caption(caption_keys, options.generic_caption_probability)
+        generic = sample_bernoulli(caption_keys, options.generic_caption_probability)
         dtype = jax.tree.leaves(trainable["resampler"])[0].dtype
         photos = {"own_crops": batch["crops"], **batch} if "crops" in batch else batch
         batch = self.encoders.encode_batch(frozen, batch, shuffled, latent_keys)

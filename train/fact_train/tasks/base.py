@@ -15,6 +15,7 @@ from fact_convert.models.pipeline import load_part
 from fact_jax.diffusion.noise_schedules import NoiseSchedule, add_noise, training_target
 from fact_jax.diffusion.samplers import sample_ddim
 from fact_jax.face import resize_area
+from fact_jax.losses import denoising_error
 from fact_jax.models.clip_text import CLIPTextConfig, CLIPTextModel
 from fact_jax.models.unet import UNet, UNetConfig
 from fact_jax.portraits import SPLITS, Batch, captions, sample_scene
@@ -145,9 +146,10 @@ class BaseTask(Task):
         text = self.text_encoder.module(trainable["text_encoder"])(ids)
         noisy = add_noise(self.schedule, latents, noise, t)
         output = self.unet.module(trainable["unet"])(noisy, t, text, remat=self.config.remat)
-        error = (output - training_target(self.schedule, latents, noise, t)) ** 2
-        weighted = error * (1.0 + self.options.head_weight * batch["head"][..., None])
-        return weighted.mean(), {"loss/mse": error.mean()}
+        target = training_target(self.schedule, latents, noise, t)
+        weight = 1.0 + self.options.head_weight * batch["head"]
+        metrics = {"loss/mse": denoising_error(output, target)}
+        return denoising_error(output, target, weight), metrics
 
     def samples(self, trainable, frozen, key):
         prompts = captions(sample_scene(jnp.arange(16) + SPLITS["test"][0] * 1000))

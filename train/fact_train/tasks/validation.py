@@ -31,6 +31,7 @@ from fact_jax.face import align_batch
 from fact_jax.fact import Guidance, encode_face, guided_model, null_face
 from fact_jax.losses import normalize
 from fact_jax.metrics.identity import angle, copy_paste, cosine, rank_one
+from fact_jax.metrics.pictures import change
 from fact_jax.models.transface import TransFace
 from fact_jax.models.vae import AutoencoderKL
 from fact_jax.portraits import SPLITS
@@ -209,7 +210,7 @@ class ValidationCallback:
         }
         base, fact = made[TEMPLATE_START]
         drawn, swapped = [given.photos, *made[0]], [given.templates, base, fact]
-        inside, outside = change(base, fact, given.masks)
+        inside, outside = (float(np.nanmean(x)) for x in change(base, fact, given.masks))
         judged = {} if self._judge is None else self._judge(fact, base)
         return {
             "reference-base-fact": contact_sheet(np.concatenate(drawn), count),
@@ -294,19 +295,6 @@ def draw_rows(
         noise = noise_latents_for_start(schedule, "ddim", clean, noise, STEPS, start)
     latents = sample_ddim(model, noise, schedule, steps=STEPS, start=start)
     return denormalize_pixels(jax.lax.map(lambda z: vae.decode(z[None])[0], latents / factor))
-
-
-def change(
-    a: UInt8[np.ndarray, "n h w 3"],
-    b: UInt8[np.ndarray, "n h w 3"],
-    masks: Float[np.ndarray, "n h w"],
-) -> tuple[float, float]:
-    """Mean absolute difference inside and outside the masks, as a part of full scale."""
-    difference = np.abs(a.astype(np.float64) - b.astype(np.float64)).mean(-1) / 255
-    inside, outside = (
-        float((difference * part).sum() / max(part.sum(), 1e-9)) for part in (masks, 1.0 - masks)
-    )
-    return inside, outside
 
 
 def _next(rows: Array | Int[np.ndarray, "..."]) -> np.ndarray:

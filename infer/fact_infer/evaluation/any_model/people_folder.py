@@ -4,12 +4,14 @@ PEOPLE/NAME/*.jpg: the first photos of each person are seen by the model, the la
 """
 
 import dataclasses
+import functools
 import hashlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import UInt8
 
 from fact_infer.evaluation.any_model.manifest import Entry, Shown
 from fact_infer.evaluation.any_model.observations import Observer, heads
@@ -119,8 +121,7 @@ def draw(
     pipeline: FlaxPipeline, plan: Plan, params: GenerationParams, store: PictureStore, batch: int
 ) -> list[Entry]:
     """Draw what is not in the store; a line of progress a batch."""
-    size = _face_size(pipeline)
-    rows = plan.rows()
+    crops_of, rows = _crops(pipeline, plan), plan.rows()
     first = {plan.base_key(row): row for row in rows}
     for name, own, keys in (
         ("base", list(first.values()), list(first)),
@@ -131,9 +132,7 @@ def draw(
             chosen = [own[missing[i]] for i in part]
             crops = None
             if name == "fact":
-                crops = np.stack(
-                    [prepare_crops(plan.people[i].photos, size)[0] for i, _, _ in chosen]
-                )
+                crops = np.stack([crops_of(i) for i, _, _ in chosen])
             pictures = pipeline.generate(
                 [plan.prompts[j] for _, j, _ in chosen],
                 [plan.seeds[k] for _, _, k in chosen],
@@ -159,7 +158,7 @@ def leaked(
     pipeline: FlaxPipeline, plan: Plan, store: PictureStore, observer: Observer, batch: int
 ) -> Samples:
     """Leakage inside the model of every picture; heads are ellipses around the faces."""
-    size, leak = _face_size(pipeline), Leakage(pipeline, batch)
+    crops_of, leak = _crops(pipeline, plan), Leakage(pipeline, batch)
     pieces: list[Samples] = []
     rows = plan.rows()
     for start in range(0, len(rows), batch):
@@ -174,7 +173,7 @@ def leaked(
             leak(
                 [plan.prompts[j] for _, j, _ in part],
                 [plan.seeds[k] for _, _, k in part],
-                np.stack([prepare_crops(plan.people[i].photos, size)[0] for i, _, _ in part]),
+                np.stack([crops_of(i) for i, _, _ in part]),
                 pictures,
                 np.stack(masks),
             )
@@ -182,9 +181,11 @@ def leaked(
     return {key: np.concatenate([np.asarray(p[key]) for p in pieces]) for key in pieces[0]}
 
 
-def _face_size(pipeline: FlaxPipeline) -> int:
+def _crops(pipeline: FlaxPipeline, plan: Plan) -> Callable[[int], UInt8[np.ndarray, "k s s 3"]]:
+    """A person's number to the crops of their photos, which are read once."""
     assert pipeline.face is not None  # --adapter is required
-    return pipeline.face.encoder_config.img_size
+    size = pipeline.face.encoder_config.img_size
+    return functools.cache(lambda person: prepare_crops(plan.people[person].photos, size)[0])
 
 
 def check_photos(people: Sequence[Person]) -> None:

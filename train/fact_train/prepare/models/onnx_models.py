@@ -129,9 +129,7 @@ class OnnxParser:
         boxes = [head_square(photo) for photo in photos]
         size = (self._width, self._height)
         pictures = [
-            Image.fromarray(photo.image).resize(size, Image.BILINEAR, box=None)
-            if box is None
-            else Image.fromarray(photo.image).crop(box).resize(size, Image.BILINEAR)
+            Image.fromarray(photo.image).crop(box).resize(size, Image.BILINEAR)
             for photo, box in zip(photos, boxes, strict=True)
         ]
         mean, std = (np.multiply(255.0, part) for part in (_IMAGENET_MEAN, _IMAGENET_STD))
