@@ -7,13 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fact_convert import load_pipeline
 from fact_convert.models.pipeline import load_part, save_part
+from fact_jax.diffusion.noise_schedules import signal_and_noise
 from fact_jax.models.vae import VAEConfig
 from fact_jax.utils.errors import UserError
 from fact_train.config import TrainConfig
 from fact_train.engine.partition import merge, paths
+from fact_train.engine.sample_keys import sample_normal, sample_timesteps, split_keys
+from fact_train.tasks.base import BaseOptions, BaseTask
 from fact_train.tasks.vae import VAEOptions, VAETask, load_vae
 from tests.models import random_model
+from tests.train.tasks.test_base import UNET
 
 pytestmark = pytest.mark.heavy
 
@@ -43,7 +48,7 @@ def test_what_is_no_vae_is_told_in_one_line(name):
 def test_the_decoder_alone_learns(task):
     trainable, frozen = task.init(jax.random.key(0))
     learned = {path.split("/")[0] for path, _ in paths(trainable)}
-    kept = {path.split("/")[0] for path, _ in paths(frozen)}
+    kept = {path.split("/")[0] for path, _ in paths(frozen["vae"])}
     assert learned == {"decoder", "post_quant_conv"}
     assert kept == {"encoder", "quant_conv"}
 
@@ -54,8 +59,87 @@ def test_its_loss_is_that_of_the_whole(task, folder):
     trainable, frozen = task.init(jax.random.key(0))
     arguments = {"step": 0, "keys": jax.random.split(jax.random.key(1), 2)}
     alone, _ = task.loss(trainable, frozen, batch, **arguments)
-    whole, _ = task.loss(merge(frozen, trainable), {}, batch, **arguments)
+    whole, _ = task.loss(merge(frozen["vae"], trainable), {"vae": {}}, batch, **arguments)
     assert float(alone) == float(whole)
+
+
+def test_it_learns_from_what_the_base_predicts(folder, tmp_path):
+    """x_0 = a x_t - s v, under the captions; only the decoder is trained."""
+    options = BaseOptions(unet=UNET, vae=str(folder))
+    base = TrainConfig(task="base", steps=1, batch_size=2, options=options)
+    start = BaseTask(base)
+    start.export(*start.init(jax.random.key(0)), tmp_path, 1)
+    pipeline = load_pipeline(tmp_path / "base")
+    options = VAEOptions(
+        people=2, photos=1, decoder_of=str(folder), predicted_by=str(tmp_path / "base")
+    )
+    task = VAETask(TrainConfig(task="vae", steps=1, batch_size=2, options=options))
+    trainable, frozen = task.init(jax.random.key(0))
+    assert {path.split("/")[0] for path, _ in paths(trainable)} == {"decoder", "post_quant_conv"}
+    batch = jax.tree.map(jnp.asarray, task.source().arrays)
+    keys = jax.random.split(jax.random.key(1), 2)
+    clean = jax.random.normal(jax.random.key(2), (2, 32, 32, 4))
+    found = task._predicted(task.base, frozen, clean, batch["ids"], keys)
+    noise_keys, time_keys = split_keys(keys, 2)
+    t = sample_timesteps(time_keys, 300)
+    assert t[0] != t[1]
+    a, s = (part[:, None, None, None] for part in signal_and_noise(pipeline.schedule, t, 1))
+    noisy = a * clean + s * sample_normal(noise_keys, (32, 32, 4))
+    v = pipeline.unet(noisy, t, pipeline.text_encoder(batch["ids"]))
+    np.testing.assert_allclose(found, a * noisy - s * v, atol=1e-5)
+    arguments = {"step": 0, "keys": keys}
+    loss, _ = task.loss(trainable, frozen, batch, **arguments)
+    without = dataclasses.replace(options, predicted_by=None)
+    plain = VAETask(TrainConfig(task="vae", steps=1, batch_size=2, options=without))
+    assert float(loss) != float(plain.loss(trainable, frozen, batch, **arguments)[0])
+
+
+def test_decoder_and_discriminator_learn_against_each_other(folder, tmp_path):
+    options = VAEOptions(people=2, photos=1, decoder_of=str(folder), adversarial=0.5)
+    task = VAETask(TrainConfig(task="vae", steps=1, batch_size=2, options=options))
+    trainable, frozen = task.init(jax.random.key(0))
+    arrays = trainable["discriminator"]
+    images, decoded = jax.random.uniform(jax.random.key(1), (2, 2, 64, 64, 3), minval=-1)
+    logits = task.discriminator.module(arrays)(jnp.stack([images[0], decoded[0]]))
+    assert logits.shape == (2, 8, 8, 1)
+
+    def losses(arrays, decoded):
+        return jnp.stack(task._adversarial(arrays, images, decoded))
+
+    real, fake = (task.discriminator.module(arrays)(x) for x in (images, decoded))
+    wanted = [-fake.mean(), jnp.maximum(1 - real, 0).mean() + jnp.maximum(1 + fake, 0).mean()]
+    np.testing.assert_allclose(losses(arrays, decoded), wanted, atol=1e-5)
+    by_arrays, by_decoded = jax.jacobian(losses, (0, 1))(arrays, decoded)
+    moved = [
+        np.stack([np.abs(leaf[i]).max() for leaf in jax.tree.leaves(by_arrays)]) for i in (0, 1)
+    ]
+    assert moved[0].max() == 0
+    assert moved[1].min() > 0
+    assert np.abs(by_decoded[0]).max() > 0
+    assert np.abs(by_decoded[1]).max() == 0
+    # Its weight grows: at first only the discriminator learns of it.
+    batch = jax.tree.map(jnp.asarray, task.source().arrays)
+    keys = jax.random.split(jax.random.key(1), 2)
+    plain = VAETask(
+        TrainConfig(
+            task="vae",
+            steps=1,
+            batch_size=2,
+            options=VAEOptions(people=2, photos=1, decoder_of=str(folder)),
+        )
+    )
+    without = plain.loss(*plain.init(jax.random.key(0)), batch, step=0, keys=keys)[0]
+    for step, weight in ((0, 0.0), (75, 0.25), (900, 0.5)):
+        loss, metrics = task.loss(trainable, frozen, batch, step=step, keys=keys)
+        added = weight * metrics["loss/adversarial"] + metrics["loss/discriminator"]
+        assert float(loss) == pytest.approx(float(without + added), abs=1e-5)
+    task.export(trainable, frozen, tmp_path, 1)
+    load_part(tmp_path / "vae")
+
+
+def test_predictions_are_of_a_decoder_that_learns_on():
+    with pytest.raises(ValueError, match="give decoder_of too"):
+        VAEOptions(predicted_by="miniature/base")
 
 
 def test_export_keeps_encoder_and_scale(task, folder, tmp_path):
