@@ -12,10 +12,10 @@ The network: fact-train run mini_identity --out runs/mini_identity
 from dataclasses import replace
 
 from fact_train.configs.lab.fact import variant
-from fact_train.configs.mini_plus import config as mini_plus
 from fact_train.lab.question import Claim, Question
+from fact_train.tasks.identity_loss import IdentityOptions
 
-_loss = replace(mini_plus.options.identity, contrastive=0.0)
+_loss = IdentityOptions(encoder="runs/mini_identity/export/encoder", weight=0.5)
 
 question = Question(
     variants={
