@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from fact_jax.ops.attention import attention_plain, attention_tiled
@@ -143,7 +143,7 @@ def test_a_convolution_counts_its_taps_whatever_computes_it():
 
 
 def test_what_each_device_computes_counts_for_all():
-    mesh = AbstractMesh((4,), ("data",))
+    mesh = AbstractMesh((4,), ("data",), axis_types=(AxisType.Auto,))
     split = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     assert count_flops(trace(split, shape(8, 5))) == 4 * (2 * 2 * 5 * 2)
 
