@@ -92,6 +92,48 @@ def test_verify_finds_lost_lines_and_mixed_up_people(out, capsys):
     assert "21 photos in, but 19 records and 0 rejected" in run(capsys, "verify", out)[1]
 
 
+def test_verify_finds_what_tensorflow_datasets_and_the_other_commands_stumble_over(out, capsys):
+    def said(name, content):
+        path = next(out.rglob(name))
+        kept = path.read_bytes()
+        path.write_bytes(content if isinstance(content, bytes) else content(kept))
+        status, line = run(capsys, "verify", out)
+        path.write_bytes(kept)
+        assert (status, line.count("\n")) == (2, 1), line
+        return line
+
+    assert "cannot be opened" in said("dataset_info.json", b"")
+    assert "cannot be opened" in said("features.json", b"")
+    assert "cannot be read" in said("sizes.json", b"[]")
+    assert "suspects.jsonl: line 1 is damaged" in said("suspects.jsonl", b"[]\n")
+    assert "counts other suspects" in said("suspects.jsonl", b"")
+    assert "counts other people" in said("summary.json", edited(people=7))
+    assert "counts other reasons" in said("summary.json", edited(reasons={"no file": 2}))
+    assert "counts other licences" in said("summary.json", edited(licences={}))
+    assert run(capsys, "verify", out)[0] == 0
+
+
+def edited(**changes):
+    return lambda content: json.dumps(json.loads(content) | changes).encode()
+
+
+def test_verify_finds_a_photo_that_is_lost_and_another_that_is_there_twice(
+    source, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    settings = BuildSettings(source=str(source), size=16, crop=16, shard_megabytes=0.0001)
+    build(settings, str(out))
+    first, second = sorted(out.rglob("*.array_record-*"))[:2]
+    second.write_bytes(first.read_bytes())
+    sizes = next(out.rglob("sizes.json"))
+    sizes.write_text(
+        json.dumps(json.loads(sizes.read_text()) | {second.name: first.stat().st_size})
+    )
+    status, said = run(capsys, "verify", out)
+    assert status == 2
+    assert "it is p0/0.png, the line about it says p0/1.png" in said
+
+
 def test_split_and_merge(out, tmp_path, capsys):
     """People, not photos, are set apart; the one picture under two names raises the alarm."""
     status, said = run(capsys, "split", out, "--to", tmp_path / "s", "--split", "test=0.5")

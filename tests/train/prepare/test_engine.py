@@ -100,7 +100,8 @@ def killed(arguments, out, times, most, seed):
             cut += not (out / "summary.json").exists()
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-    subprocess.run(arguments, check=True, capture_output=True)
+    ended = subprocess.run(arguments, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
     return cut
 
 

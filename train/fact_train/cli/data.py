@@ -31,7 +31,9 @@ def add_records(commands: argparse._SubParsersAction) -> None:
     portraits.add_argument(
         "--split", choices=_SPLITS, default="adapter", help="which people (adapter)"
     )
-    portraits.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    portraits.add_argument(
+        "--out", type=folder_path, required=True, metavar="DIR", help="a new folder"
+    )
     portraits.add_argument("--size", type=whole_number, default=64, help="side of the photos (64)")
     portraits.add_argument("--crop", type=whole_number, default=48, help="side of the crops (48)")
     portraits.add_argument("--force", action="store_true", help="replace DIR if it is there")
@@ -45,7 +47,9 @@ def add_cache(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
         description="Encode the records of an experiment (options.records): latents, text and face "
         "tokens. Started again it goes on; train with options.cache=DIR.",
     )
-    cache.add_argument("--out", type=Path, required=True, metavar="DIR", help="the cache's folder")
+    cache.add_argument(
+        "--out", type=folder_path, required=True, metavar="DIR", help="the cache's folder"
+    )
     cache.add_argument(
         "--shard",
         type=_share,
@@ -104,6 +108,13 @@ def run_cache(arguments: argparse.Namespace) -> int:
     if complete:
         print(f"{out}: all {len(writer.paths)} shards are there; train with options.cache={out}")
     return 0
+
+
+def folder_path(text: str) -> Path:
+    """A folder's path."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty: name a folder")
+    return Path(text)
 
 
 def whole_number(text: str) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from fact_jax.utils.errors import UserError, listed, printable
 from fact_jax.utils.files import require_local
-from fact_train.cli.data import add_engine, whole_number
+from fact_train.cli.data import add_engine, folder_path, whole_number
 
 _FORMATS = ("auto", "people", "flat", "table", "parquet", "tar")
 
@@ -324,7 +324,7 @@ def _pairs(texts: list[str], option: str) -> list[tuple[str, str]]:
 
 def _folder(text: str) -> Path:
     """A folder of this machine: a path, or its ``file://`` URL."""
-    return Path(text.removeprefix("file://"))
+    return folder_path(text.removeprefix("file://"))
 
 
 def _number(text: str, option: str) -> float:

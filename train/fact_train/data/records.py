@@ -11,6 +11,7 @@ import json
 import types
 from collections.abc import Sequence
 from pathlib import Path
+from tokenize import TokenError
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -111,7 +112,13 @@ class Records:
             raise DamagedError(self.folder, number, error, "caption") from error
 
 
-def open_folder(folder: str | Path, name: str, version: str, encoded: Sequence[str] = ()) -> tuple:
+def open_folder(
+    folder: str | Path,
+    name: str,
+    version: str,
+    encoded: Sequence[str] = (),
+    split: str = "train",
+) -> tuple:
     """(folder of the files, fingerprint of the files, tfds data source) of a dataset.
 
     ``folder`` is what was written to, or the version's folder in it. The pictures named in
@@ -129,9 +136,9 @@ def open_folder(folder: str | Path, name: str, version: str, encoded: Sequence[s
         builder = tfds.builder_from_directory(inner)
         if builder.info.name != name:
             raise UserError(f"{folder} holds {builder.info.name}, {name} is needed")
-        if "train" not in builder.info.splits:
-            raise UserError(f"{folder} has no split train, only {', '.join(builder.info.splits)}")
-        source = builder.as_data_source("train", decoders=skip)
+        if split not in builder.info.splits:
+            raise UserError(f"{folder} has no split {split}, only {', '.join(builder.info.splits)}")
+        source = builder.as_data_source(split, decoders=skip)
         len(source)
     except UserError:
         raise
@@ -152,7 +159,7 @@ def read_identities(folder: Path, count: int) -> Int[np.ndarray, " n"]:
     """Number of the person in every record."""
     try:
         identities = np.load(folder / IDENTITIES)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:
         raise UserError(f"{folder / IDENTITIES} cannot be read: {one_line(error)}") from error
     if identities.shape != (count,):
         raise UserError(
@@ -165,7 +172,7 @@ def read_shapes(folder: Path, count: int) -> Int[np.ndarray, "n 2"]:
     """Height and width of the photo in every record."""
     try:
         shapes = np.load(folder / SHAPES)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, TokenError) as error:
         raise UserError(f"{folder / SHAPES} cannot be read: {one_line(error)}") from error
     if shapes.shape != (count, 2):
         raise UserError(f"{folder}: {len(shapes)} shapes for {count} records: it is not whole")
@@ -180,6 +187,8 @@ def check_sizes(folder: Path) -> None:
     """
     try:
         sizes = json.loads((folder / SIZES).read_text())
+        if not isinstance(sizes, dict):
+            raise ValueError("it is no object")
     except (OSError, ValueError) as error:
         raise UserError(f"{folder / SIZES} cannot be read: {one_line(error)}") from error
     for name, size in sizes.items():

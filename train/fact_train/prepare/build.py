@@ -112,7 +112,7 @@ def _build(
     _prepare(engine, text, work, names)
     plan = f"plan/{digest(fingerprint, str(BLOCK))}"
     table = read_table(work, plan, names)
-    decisions = _decide(engine, work, plan, table, settings) if len(table) else None
+    decisions = _decide(engine, store, work, plan, table, settings) if len(table) else None
     if decisions is None or not len(decisions.written):
         told = work if replaced else store
         _tell_rejected(told, work, names, decisions)
@@ -204,7 +204,7 @@ def _prepare(engine: Engine, text: str, work: Store, names: list[str]) -> None:
 
 
 def _decide(
-    engine: Engine, work: Store, plan: str, table: Table, settings: BuildSettings
+    engine: Engine, store: Store, work: Store, plan: str, table: Table, settings: BuildSettings
 ) -> Decisions:
     units = write_units(table, work, plan)
     thresholds = {"hash": 1 - 2 * settings.duplicates, "face": settings.same_face}
@@ -212,7 +212,11 @@ def _decide(
     compare = functools.partial(compare_blocks, work.url, plan, thresholds)
     engine.map("pairs", compare, names, lambda: len(work.names(f"{plan}/pairs")))
     pictures, faces = (Pairs(work, plan, kind) for kind in ("hash", "face"))
-    return decide(table, units, pictures, faces, settings)
+    removed = {
+        line.get("person_sha256", "")
+        for line in (store.lines(product.LOG) if store.exists(product.LOG) else ())
+    }
+    return decide(table, units, pictures, faces, settings, removed)
 
 
 def _write(

@@ -3,13 +3,14 @@
 import dataclasses
 import hashlib
 import itertools
+import re
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int, Int8
+from jaxtyping import Bool, Float, Int, Int8
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from fact_train.prepare.pairs import Groups, cosines
@@ -17,6 +18,8 @@ from fact_train.prepare.settings import BuildSettings
 from fact_train.prepare.store import Store
 from fact_train.prepare.table import NpyWriter, Table, open_npy
 
+MADE_UP = re.compile(r"person-\d{7,}")
+"""Names of people who have no label and are known by their faces."""
 _LARGEST = 4000
 """Photos of a group that is looked at as a whole; a larger one stays as its pairs join it."""
 
@@ -34,6 +37,8 @@ class Decisions:
     counts: Int[np.ndarray, " people"]
     """Photos of each of ``people``, without copies; who has fewer than ``least`` is left out."""
     least: int
+    removed: Bool[np.ndarray, " people"]
+    """Who was removed from the set before, by name; their photos are left out too."""
     suspects: list[dict[str, Any]]
 
     def identity(self, record: int) -> str:
@@ -42,7 +47,8 @@ class Decisions:
     @property
     def written(self) -> Int[np.ndarray, " k"]:
         """The records that are."""
-        return np.flatnonzero((self.kept < 0) & (self.counts[self.person] >= self.least))
+        staying = (self.counts >= self.least) & ~self.removed
+        return np.flatnonzero((self.kept < 0) & staying[self.person])
 
     def rejected(self, record: int) -> tuple[str, str] | None:
         """Reason and line of a record that is not written."""
@@ -51,6 +57,9 @@ class Decisions:
             usual = self.table.embeddings.shape[1]
             line = f"{names[record]}: its embedding has {self.table.misfits[record]} numbers"
             return "embedding", f"{line}, most have {usual}"
+        if self.removed[self.person[record]]:
+            who = self.identity(record)
+            return "removed", f"{names[record]}: {who} was removed from this set, log.jsonl says"
         if best >= 0:
             return "duplicate", f"{names[record]} is the same picture as {names[best]}"
         if (count := self.counts[self.person[record]]) >= self.least:
@@ -109,10 +118,12 @@ def decide(
     same_picture: Iterable[tuple[int, int]],
     same_face: Iterable[tuple[int, int]],
     settings: BuildSettings,
+    removed: Container[str] = (),
 ) -> Decisions:
     """Copies are rejected but for the best; who has no label is named by face; the rest is told.
 
-    Pairs are looped over twice.
+    Pairs are looped over twice. ``removed`` are SHA-256 of the names of people who are left out; a
+    name that was made up for photos without a label may be another's in each build, and is kept.
     """
     copies, label = Groups(len(table)), table.label.copy()
     for pair in same_picture:
@@ -131,11 +142,24 @@ def decide(
     people, person = _name_people(table, units, same_face, settings)
     person = np.where(kept < 0, person, person[kept])
     counts = np.bincount(person[kept < 0], minlength=len(people))
-    decisions = Decisions(table, people, person, kept, counts, settings.min_photos, [])
+    gone = np.array(
+        [
+            (number < len(table.labels) or MADE_UP.fullmatch(name) is None)
+            and name_digest(name) in removed
+            for number, name in enumerate(people)
+        ],
+        bool,
+    )
+    decisions = Decisions(table, people, person, kept, counts, settings.min_photos, gone, [])
     decisions.suspects += _suspects(decisions, units, same_picture, same_face)
     decisions.suspects += _disagreeing(decisions, settings)
     _mark_splits(decisions.suspects, settings)
     return decisions
+
+
+def name_digest(person: str) -> str:
+    """What the log keeps of a removed person's name."""
+    return hashlib.sha256(person.encode()).hexdigest()
 
 
 def _name_people(
@@ -158,7 +182,7 @@ def _name_people(
             person[units.record[part]] = people.setdefault(next(free), len(people))
     for one in np.flatnonzero(person < 0).tolist():
         name = f"only {table.names[one]}"
-        while people.get(name, len(table.labels)) < len(table.labels):
+        while name in people:  # a label's, or that of another photo of the same name
             name = f"only {name}"
         person[one] = people.setdefault(name, len(people))
     return list(people), person

@@ -94,6 +94,8 @@ class Store:
             for number, line in enumerate(io.TextIOWrapper(opened, encoding="utf-8"), start=1):
                 try:
                     found = json.loads(line)
+                    if not isinstance(found, dict):
+                        raise ValueError("no object")
                 except ValueError as error:
                     raise UserError(
                         f"{self.path(name)}: line {number} is damaged: {one_line(error)}"

@@ -113,7 +113,9 @@ def read_caption(photo: Photo) -> str | None:
             raise RejectedError(
                 "caption", f"{photo.item.name}: its caption is not UTF-8 text"
             ) from None
-    text = " ".join(str(text).split())
+    if not isinstance(text, str):
+        raise RejectedError("caption", f"{photo.item.name}: its caption is no text")
+    text = " ".join(text.split())
     if not text or len(text) > _MAX_CAPTION:
         raise RejectedError(
             "caption",

@@ -1,10 +1,8 @@
 """A built set later: merged, split anew, without a person, verified."""
 
 import functools
-import hashlib
 import json
 import os
-import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -22,7 +20,7 @@ from fact_train.data.records import (
     check_sizes,
     fingerprint_files,
 )
-from fact_train.prepare.decide import split_of
+from fact_train.prepare.decide import MADE_UP, name_digest, split_of
 from fact_train.prepare.product.dataset import (
     FOLDER,
     LOG,
@@ -219,7 +217,7 @@ def made_up_twice(sources: Sequence[Path]) -> list[str]:
     for folder in sources:
         records = read_lines(folder, open_product(folder))
         names = {line["identity"] for line in records}
-        found.update(name for name in names if re.fullmatch(r"person-\d{7,}|only .*", name))
+        found.update(name for name in names if MADE_UP.fullmatch(name) or name.startswith("only "))
     return sorted(name for name, count in found.items() if count > 1)
 
 
@@ -290,7 +288,7 @@ def remove(
 
     rejected = sum(line.get("identity") == person for line in Store(str(folder)).lines(REJECTED))
     log = (folder / LOG).read_text("utf-8") if (folder / LOG).is_file() else ""
-    digest = hashlib.sha256(person.encode()).hexdigest()
+    digest = name_digest(person)
     if not gone and not rejected:
         raise UserError(
             f"{folder} holds nobody of the name {person}"

@@ -11,11 +11,11 @@ import numpy as np
 from PIL import Image
 
 from fact_jax.face.images import one_line
-from fact_jax.utils.errors import UserError, error_context
+from fact_jax.utils.errors import UserError, error_context, listed
 from fact_train.data.dataset_files import split_name
-from fact_train.data.records import IDENTITIES, PICTURES, SHAPES
+from fact_train.data.records import IDENTITIES, NAME, PICTURES, SHAPES, VERSION, open_folder
 from fact_train.prepare.product.curate import open_product, read_records
-from fact_train.prepare.product.dataset import FOLDER, REJECTED
+from fact_train.prepare.product.dataset import FOLDER, REJECTED, SUSPECTS, count_lines
 from fact_train.prepare.store import Store
 
 
@@ -23,7 +23,7 @@ def verify(folder: Path) -> dict[str, int]:
     """Read every record of a set; counts. Raises UserError for the first that is damaged."""
     try:
         return _verify(folder)
-    except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, EOFError) as error:
         raise UserError(f"{folder} is damaged: {one_line(error)}") from error
 
 
@@ -31,6 +31,8 @@ def _verify(folder: Path) -> dict[str, int]:
     from tensorflow_datasets.proto import tf_example_pb2
 
     summary = open_product(folder)
+    for split in summary["splits"]:
+        open_folder(folder, NAME, VERSION, split=split)
     arrays = {
         name: np.load(folder / FOLDER / name, allow_pickle=False)
         for name in os.listdir(folder / FOLDER)
@@ -46,8 +48,10 @@ def _verify(folder: Path) -> dict[str, int]:
         file = split_name(IDENTITIES, split)
         if arrays[file][counts[split]] != numbers.setdefault(name, len(numbers)):
             raise UserError(f"{where}: {file} does not name {name}")
-        if name != line["identity"]:
-            raise UserError(f"{where}: it is {name}, the line about it says {line['identity']}")
+        said = {"identity": name, "name": example["name"].bytes_list.value[0].decode()}
+        for key, value in said.items():
+            if value != line[key]:
+                raise UserError(f"{where}: it is {value}, the line about it says {line[key]}")
         shape = line.get("shape", [summary["size"]] * 2)
         shapes = arrays.get(split_name(SHAPES, split))
         held = [summary["size"]] * 2 if shapes is None else shapes[counts[split]].tolist()
@@ -63,7 +67,15 @@ def _verify(folder: Path) -> dict[str, int]:
                 f"{folder}: {found[0]} records of {found[1]} people in {split}, not "
                 f"{about['records']} of {about['people']}"
             )
-    rejected = sum(1 for _ in Store(str(folder)).lines(REJECTED))
+    store = Store(str(folder))
+    reasons = Counter(line["reason"] for line in store.lines(REJECTED))
+    suspects = Counter(line["kind"] for line in store.lines(SUSPECTS))
+    alarms = sum(line["alarm"] for line in store.lines(SUSPECTS))
+    shards = {split: range(about["shards"]) for split, about in summary["splits"].items()}
+    told, _ = count_lines(store, shards, summary["size"])
+    people = sum(about["people"] for about in summary["splits"].values())
+    told |= {"reasons": reasons, "suspects": suspects, "alarms": alarms, "people": people}
+    rejected = reasons.total()
     if (rejected, counts.total()) != (summary["rejected"], summary["records"]) or summary[
         "in"
     ] != rejected + counts.total():
@@ -71,6 +83,8 @@ def _verify(folder: Path) -> dict[str, int]:
             f"{folder}: {summary['in']} photos in, but {counts.total()} records and {rejected} "
             "rejected"
         )
+    if wrong := [key for key, value in told.items() if summary.get(key) != value]:
+        raise UserError(f"{folder}: summary.json counts other {listed(wrong)} than there are")
     return dict(counts) | {"rejected": rejected}
 
 

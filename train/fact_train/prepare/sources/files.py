@@ -74,6 +74,8 @@ def _walk(
             stem = name.rsplit(".", 1)[0]
             about = [named[one][2] for one in (name, *(f"{stem}{end}" for end in beside))]
             yield within + name, beside, about
+        elif is_link and store.fs.isdir(store.path(within + name)):
+            ignored["link to a folder, or folder too deep"] += 1
         elif not any(name.endswith(end) and name.removesuffix(end) in stems for end in _ENDS):
             suffix = name.rsplit(".", 1)[-1].lower()
             ignored[f".{suffix}" if "." in name else "without ending"] += 1

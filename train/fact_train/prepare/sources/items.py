@@ -93,6 +93,8 @@ def read_chunk(settings: BuildSettings, chunk: dict) -> Iterator[Item]:
         whose = {"identity": _text(said["identity"])} if "identity" in said else {}
         try:
             photo, fields = read()
+            if "identity" in fields:
+                fields["identity"] = _identity(fields["identity"], name)
             yield Item(name, photo, {key: _text(value) for key, value in fields.items()})
         except RejectedError as error:
             yield Item(name, fields=whose, problem=error)
@@ -104,6 +106,15 @@ def read_chunk(settings: BuildSettings, chunk: dict) -> Iterator[Item]:
 def _text(value: Any) -> Any:
     """Names of files that are not UTF-8 as text that is: the other bytes are escaped."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
+
+
+def _identity(value: Any, name: str) -> str:
+    """A person's name or number as text."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "backslashreplace")
+    if not isinstance(value, str | int | float):
+        raise RejectedError("row", f"{name}: its identity is no text or number")
+    return str(value)
 
 
 def _from_file(store: Store, row: dict) -> tuple[bytes, dict[str, Any]]:

@@ -15,6 +15,7 @@ from fact_train.prepare.sources.files import MAX_BYTES, Listings
 from fact_train.prepare.store import Store
 
 ENDINGS = (".jsonl", ".json", ".csv")
+_ODD = "surrogateescape"
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Of a Hugging Face image folder."""
 
@@ -28,7 +29,11 @@ def folder_of(store: Store) -> str:
 
 
 def list_table(store: Store, settings: BuildSettings) -> Iterator[dict]:
-    """A row for each row of a table whose images are files."""
+    """A row for each row of a table whose images are files. UserError without their folder."""
+    if settings.root:
+        root = Store(settings.root)
+        if not root.fs.isdir(root.root or "/"):
+            raise UserError(f"--root {settings.root} is no folder")
     listings = Listings(Store(settings.root or folder_of(store)))
     if store.fs.isdir(store.root):
         there = [name for name in METADATA if store.exists(name)]
@@ -51,7 +56,7 @@ def list_table(store: Store, settings: BuildSettings) -> Iterator[dict]:
         path = _inside(path, settings)
         if isinstance(mask := fields.get("mask"), str):
             fields["mask"] = _inside(mask, settings)
-        outside = [one for one in (path, fields.get("mask")) if _leads_out(one)]
+        outside = [one for one in (path, fields.get("mask")) if leads_out(one)]
         if outside:
             text = f"{name}: {outside[0]} lies outside the folder of the images; give --root"
             yield {"path": name, "problem": ("row", text)}
@@ -79,7 +84,7 @@ def _inside(path: str, settings: BuildSettings) -> str:
     return posixpath.normpath(path.lstrip("/") if settings.root == "/" else path)
 
 
-def _leads_out(path: Any) -> bool:
+def leads_out(path: Any) -> bool:
     """Whether the name of a file is of one that is not under the images' folder."""
     return isinstance(path, str) and (
         path.startswith(("/", "../")) or "://" in path or path == ".."
@@ -98,13 +103,17 @@ def _rows(store: Store) -> Iterator[dict | str]:
                 raise UserError(f"{store.url} is not a list of objects")
             yield from (row if isinstance(row, dict) else "it is no object" for row in rows)
         elif store.root.endswith(".csv"):
-            text = io.TextIOWrapper(opened, encoding="utf-8-sig", errors="replace", newline="")
-            rows, ended = csv.DictReader(text), False
+            text = io.TextIOWrapper(opened, encoding="utf-8-sig", errors=_ODD, newline="")
+            rows, ended = csv.DictReader(text, strict=True), False
             while not ended:  # what is wrong with one row is not with the next
                 try:
                     row = next(rows, None)
                     ended = row is None
-                    if row is not None:
+                    if row is None:
+                        continue
+                    if any(isinstance(cell, str) and _is_odd(cell) for cell in row.values()):
+                        yield "it is not UTF-8 text"
+                    else:
                         yield {key: value for key, value in row.items() if key and value}
                 except csv.Error as error:
                     yield f"it is not CSV: {one_line(error)}"
@@ -117,13 +126,19 @@ def _rows(store: Store) -> Iterator[dict | str]:
                     yield f"it is not JSON: {one_line(error)}"
 
 
+def _is_odd(text: str) -> bool:
+    """Whether bytes of it were not UTF-8."""
+    return any("\udc80" <= letter <= "\udcff" for letter in text)
+
+
 def fields_of(row: dict[str, Any], settings: BuildSettings) -> dict[str, Any]:
     """The roles that a row's columns have, without those that are empty."""
     found = {}
     for role in ROLES:
         for column in settings.columns_of(role):
             value = row.get(column)
-            if value not in (None, "") and value == value:  # NaN, as pandas writes nothing
+            blank = isinstance(value, str) and not value.strip()
+            if value is not None and not blank and value == value:  # pandas writes NaN for nothing
                 found[role] = value
                 break
     for role in ("points", "embedding"):  # lists in the cell of a CSV file

@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import posixpath
 import tarfile
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from fact_jax.face.images import one_line
 from fact_train.prepare.settings import BuildSettings, RejectedError
 from fact_train.prepare.sources.files import BESIDE, MAX_BYTES, SUFFIXES
-from fact_train.prepare.sources.tables import fields_of
+from fact_train.prepare.sources.tables import fields_of, leads_out
 from fact_train.prepare.store import Store
 
 _PHOTOS = tuple(suffix[1:] for suffix in SUFFIXES)
@@ -33,7 +34,10 @@ def list_tars(shards: list[Store], settings: BuildSettings) -> Iterator[dict]:
 
 
 def _samples(store: Store) -> Iterator[dict]:
-    """``{"key", "files": {ending: [offset, size]}}`` each; a damaged tar ends with a problem."""
+    """``{"key", "files": {ending: [offset, size]}}`` each; a damaged tar ends with a problem.
+
+    A name that leads out of the tar is a problem too.
+    """
     current: dict[str, Any] = {}
     problem = None
     try:
@@ -55,18 +59,33 @@ def _samples(store: Store) -> Iterator[dict]:
                 if current and (key != current["key"] or ending in current["files"]):
                     yield current
                     current = {}
-                current = current or {"key": key, "files": {}}
+                if not current:
+                    current = {"key": key, "files": {}}
+                    if leads_out(posixpath.normpath(key)):
+                        text = f"{member.name} leads out of the tar"
+                        current["problem"] = ("row", text)
                 if member.offset_data + member.size > size:
                     raise tarfile.ReadError(f"{member.name} is cut off")
                 if len(current["files"]) < _MOST_FILES:
                     current["files"][ending] = [member.offset_data, member.size]
                 archive.members = []  # type: ignore[attr-defined]  # else it keeps all
+            _check_end(opened, archive.offset)  # type: ignore[attr-defined]
     except (tarfile.TarError, OSError, ValueError, EOFError) as error:
         problem = one_line(error)
     if current and current["files"]:
         yield current
     if problem is not None:
         yield {"key": "", "problem": ("damaged shard", f"{store.url}: {problem}")}
+
+
+def _check_end(opened: Any, offset: int) -> None:
+    """ReadError where there are not only zeros after the last header that could be read."""
+    opened.seek(offset)
+    while block := opened.read(1 << 20):
+        if block.strip(b"\0"):
+            raise tarfile.ReadError(
+                f"at byte {offset:,} there is no header: it is damaged, or several tars are joined"
+            )
 
 
 def read_tar(
@@ -108,8 +127,8 @@ def _read(
     if "json" in there:
         try:
             row = json.loads(content("json"))
-        except (ValueError, RecursionError):
-            row = None  # said where the points are read, if it should hold them
+        except (ValueError, RecursionError) as error:
+            raise RejectedError("row", f"{name}.json is not JSON: {one_line(error)}") from None
         if isinstance(row, dict):
             fields |= fields_of(row, settings)
             fields.pop("image", None)
