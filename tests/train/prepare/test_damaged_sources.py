@@ -151,8 +151,10 @@ def test_links_to_folders_are_counted(tmp_path, capsys):
 def test_who_was_removed_stays_out_of_a_set_that_is_replaced(tmp_path, capsys):
     for number in range(4):
         write_photo(tmp_path / "in" / f"p{number // 2}" / f"{number}.png", seed=number)
+    write_photo(tmp_path / "in" / "p0" / "too.png", seed=2)
     out = tmp_path / "out"
     assert build(tmp_path / "in", out) == 0
+    assert "p1" in (out / "suspects.jsonl").read_text()
     assert main(["data", "remove", str(out), "--person", "p1"]) == 0
     log = (out / "log.jsonl").read_bytes()
     assert build(tmp_path / "in", out, "--force") == 0
@@ -162,6 +164,8 @@ def test_who_was_removed_stays_out_of_a_set_that_is_replaced(tmp_path, capsys):
         "removed",
         "p1/2.png: p1 was removed from this set, log.jsonl says",
     )
+    assert "thumbnail" not in (out / "rejected.jsonl").read_text()
+    assert (out / "suspects.jsonl").read_text() == ""  # p0's photo that is p1's, too
     assert (out / "log.jsonl").read_bytes() == log
     assert main(["data", "verify", str(out)]) == 0
 

@@ -291,7 +291,7 @@ def _tell_rejected(
                     number += 1
                     if told is None:
                         continue
-                    shown = reasons[told[0]] < _SHOWN
+                    shown = told[0] != "removed" and reasons[told[0]] < _SHOWN
                     line["identity"] = identity
                     line = _told_late(work, chunk, line, told, shown)
                 reasons[line["reason"]] += 1

@@ -153,6 +153,8 @@ def decide(
     decisions = Decisions(table, people, person, kept, counts, settings.min_photos, gone, [])
     decisions.suspects += _suspects(decisions, units, same_picture, same_face)
     decisions.suspects += _disagreeing(decisions, settings)
+    out = {people[number] for number in np.flatnonzero(gone)}
+    decisions.suspects = [one for one in decisions.suspects if not out & {*one["people"]}]
     _mark_splits(decisions.suspects, settings)
     return decisions
 
