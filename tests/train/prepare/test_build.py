@@ -21,6 +21,7 @@ from fact_train.prepare.product import dataset
 from fact_train.prepare.product.dataset import plan_shards
 from fact_train.prepare.settings import BuildSettings, Gates
 from fact_train.prepare.sources import Item
+from fact_train.prepare.store import Store
 from tests.train.prepare.conftest import POINTS, rejected, write_photo
 
 SIZES = ["--size", "64", "--crop", "48"]
@@ -300,6 +301,17 @@ def test_a_set_is_replaced_when_the_new_one_is_ready(people, tmp_path, monkeypat
     monkeypatch.setattr(dataset, "finish", die)
     replace[2] = str(people)
     assert main(replace) == 130
+    monkeypatch.undo()
+    removed, remove = [], Store.remove
+
+    def die_after_four(store, name):
+        remove(store, name)
+        removed.append(name)
+        if len(removed) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "remove", die_after_four)
+    assert main(replace) == (130 if finished else 0)
     monkeypatch.undo()
     assert main(replace) == 0
     run(people, fresh, shard_megabytes=0.001)

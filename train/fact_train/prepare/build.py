@@ -120,10 +120,11 @@ def _build(
             f"{out}: no usable photo is left, so no records were written; "
             f"{told.path(product.REJECTED)} says why"
         )
-    if replaced:  # first what the new set does not overwrite, then what says that it is whole
+    if replaced:
+        # In this order: killed in between, the next start writes all shards, and sees no summary.
+        work.remove(f"{plan}/written")
         for name in ("report.html", product.SUMMARY, product.NAME, product.ABOUT):
             store.remove(name)
-        work.remove(f"{plan}/written")
     photos, reasons = _tell_rejected(store, work, names, decisions)
     shards, people = _write(engine, store, work, plan, names, decisions, settings)
     suspects = Counter(suspect["kind"] for suspect in decisions.suspects)
