@@ -205,6 +205,18 @@ def test_training_from_a_cache_resumes_exactly(miniature, cache, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole, resumed)
 
 
+def test_wrong_options_of_cache_are_one_line(records, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    command = ["cache", "mini", f"options.records={records}"]
+    assert main([*command, "--out", "x", "--beam", "'"]) == 2
+    assert capsys.readouterr().err == "error: --beam ': No closing quotation\n"
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--out", ""])
+    assert ended.value.code == 2
+    assert "argument --out: it is empty: name a folder" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_processes_of_beam_write_the_same_cache(
     parts, cache, miniature, records, tmp_path, monkeypatch
 ):

@@ -4,8 +4,12 @@ import argparse
 import re
 import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fact_jax.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from fact_train.prepare.engine import Engine
 
 _SPLITS = ("base", "encoder", "adapter", "judge", "test")
 
@@ -98,16 +102,25 @@ def run_cache(arguments: argparse.Namespace) -> int:
 
     from fact_jax.ops.precision import matmul_precision
     from fact_train.prepare.encode import encode_all
-    from fact_train.prepare.engine import Engine
 
     parts = (str(config.options.base), str(config.options.encoder), str(records), str(out))
-    engine = Engine(arguments.workers, tuple(shlex.split(arguments.beam or "")), progress=True)
-    writer = encode_all(parts, arguments.shard, engine)
+    writer = encode_all(parts, arguments.shard, read_engine(arguments))
     with matmul_precision("float32"):
         complete = writer.complete(print)
     if complete:
         print(f"{out}: all {len(writer.paths)} shards are there; train with options.cache={out}")
     return 0
+
+
+def read_engine(arguments: argparse.Namespace) -> "Engine":
+    """What ``--workers`` and ``--beam`` name; UserError for options that no shell would split."""
+    from fact_train.prepare.engine import Engine
+
+    try:
+        options = tuple(shlex.split(arguments.beam or ""))
+    except ValueError as error:
+        raise UserError(f"--beam {arguments.beam}: {error}") from None
+    return Engine(arguments.workers, options, progress=True)
 
 
 def folder_path(text: str) -> Path:

@@ -2,14 +2,12 @@
 
 import argparse
 import dataclasses
-import itertools
-import shlex
 import sys
 from pathlib import Path
 
 from fact_jax.utils.errors import UserError, listed, printable
 from fact_jax.utils.files import require_local
-from fact_train.cli.data import add_engine, folder_path, whole_number
+from fact_train.cli.data import add_engine, folder_path, read_engine, whole_number
 
 _FORMATS = ("auto", "people", "flat", "table", "parquet", "tar")
 
@@ -174,10 +172,10 @@ def run_data(arguments: argparse.Namespace) -> int:
     """``fact-train data``."""
     if arguments.action == "build":
         return _build(arguments)
-    of_several = (getattr(arguments, name, []) for name in ("sets", "cache"))
-    of_one = (getattr(arguments, name, None) for name in ("set", "to"))
-    for folder in filter(None, itertools.chain(of_one, *of_several)):
-        require_local(folder)
+    for given in vars(arguments).values():
+        for folder in given if isinstance(given, list) else [given]:
+            if isinstance(folder, Path):
+                require_local(folder)
     if arguments.action == "report":
         from fact_train.prepare.product.report import write_report
 
@@ -236,7 +234,6 @@ def _build(arguments: argparse.Namespace) -> int:
         if not value.strip():
             raise UserError(f"{name} is empty: name a folder or URL")
     from fact_train.prepare.build import build
-    from fact_train.prepare.engine import Engine
     from fact_train.prepare.settings import BuildSettings, Gates
 
     given = {
@@ -263,15 +260,10 @@ def _build(arguments: argparse.Namespace) -> int:
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-    try:
-        beam = tuple(shlex.split(arguments.beam or ""))
-    except ValueError as error:
-        raise UserError(f"--beam {arguments.beam}: {error}") from None
-    engine = Engine(arguments.workers, beam, progress=True)
     built = build(
         settings,
         arguments.folder,
-        engine,
+        read_engine(arguments),
         force=arguments.force,
         keep_work=arguments.keep_work,
     )
