@@ -24,7 +24,7 @@ SHOW_EVERY = 30  # seconds, where nobody watches a screen
 
 
 def compile_for(module: str, request: Any, target: Target) -> Any:
-    """The compiled program's facts: MODULE answers REQUEST (JSON both) in a fresh process.
+    """What ``module`` answers to ``request`` (both JSON) in a fresh process for ``target``.
 
     UserError for a bad request, or where the compiler is not installed.
     """

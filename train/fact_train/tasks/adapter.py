@@ -17,11 +17,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from fact_convert import Pipeline, load_encoder, load_pipeline, save_adapter, tokenize
 from fact_convert.models.adapter import COUPLED, PARALLEL
 from fact_convert.weights import abstract_state
-from fact_jax.curriculum import (
-    draw_drop,
-    draw_shuffle,
-    stage_values,
-)
+from fact_jax.curriculum import draw_drop, draw_shuffle, stage_values
 from fact_jax.diffusion.noise_schedules import (
     add_noise,
     offset_noise,

@@ -23,7 +23,7 @@ from fact_jax.portraits import Batch
 from fact_jax.utils.contact_sheet import contact_sheet
 from fact_jax.utils.errors import UserError
 from fact_jax.utils.pixels import denormalize_pixels, normalize_pixels
-from fact_jax.utils.ranges import CheckedFields, CountOrZero, Name, NonNegative, Range
+from fact_jax.utils.ranges import CheckedFields, Name, NonNegative, Range
 from fact_train.config import TrainConfig
 from fact_train.data.array_source import ShuffledArrays
 from fact_train.data.portraits import (
@@ -37,6 +37,8 @@ from fact_train.engine.sample_keys import sample_normal, sample_timesteps, split
 from fact_train.engine.task import Task
 
 _DISCRIMINATOR = "discriminator"
+_ADVERSARIAL_WARMUP = 150
+"""Steps in which the decoder's adversarial loss grows to its weight."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +52,7 @@ class VAEOptions(CheckedFields):
 
     ``adversarial`` weighs the loss of a discriminator that learns beside the decoder (VQGAN, Esser
     et al. 2021, arXiv 2012.09841; hinge losses, arXiv 1705.02894), growing from 0 over the first
-    ``adversarial_warmup`` steps: an error by pixels alone blurs what could be here or there.
+    150 steps: an error by pixels alone blurs what could be here or there.
     """
 
     people: Annotated[int, people_of("base")] = 6000
@@ -61,7 +63,6 @@ class VAEOptions(CheckedFields):
     predicted_by: Name | None = None
     noise_steps: Annotated[int, Range(1, 1000)] = 300
     adversarial: NonNegative = 0.0
-    adversarial_warmup: CountOrZero = 150
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,7 +128,7 @@ class VAETask(Task):
         return ShuffledArrays(arrays, self.config.batch_size, self.config.seed)
 
     def loss(self, trainable, frozen, batch, *, step, keys):
-        vae = self.vae.module(merge(frozen["vae"], _learned(trainable)))
+        vae = self.vae.module(merge(frozen["vae"], _vae_part(trainable)))
         images = normalize_pixels(batch["images"])
         mean, log_variance = vae.encode(images)
         if self.base is None:
@@ -146,7 +147,7 @@ class VAETask(Task):
         loss = absolute + square + self.options.kl_weight * kl
         if self.options.adversarial:
             fooled, told = self._adversarial(trainable[_DISCRIMINATOR], images, decoded)
-            grown = jnp.minimum(step / max(self.options.adversarial_warmup, 1), 1.0)
+            grown = jnp.minimum(step / _ADVERSARIAL_WARMUP, 1.0)
             loss += self.options.adversarial * grown * fooled + told
             metrics |= {"loss/adversarial": fooled, "loss/discriminator": told}
         return loss, metrics
@@ -171,9 +172,8 @@ class VAETask(Task):
 
     def samples(self, trainable, frozen, key):
         images = draw_portraits("test", 8, 1, size=self.size).images
-        decoded = jax.jit(self._round_trip)(
-            merge(frozen["vae"], _learned(trainable)), jnp.asarray(images)
-        )
+        arrays = merge(frozen["vae"], _vae_part(trainable))
+        decoded = jax.jit(self._round_trip)(arrays, jnp.asarray(images))
         pairs = np.concatenate([images, denormalize_pixels(decoded)])
         return {"reconstruction": contact_sheet(pairs, 8)}
 
@@ -184,7 +184,7 @@ class VAETask(Task):
     def export(self, trainable: PyTree, frozen: PyTree, directory: Path, step: int) -> None:
         """Write ``vae/`` as diffusers has it, scaled to latents of unit variance."""
         # What is frozen goes out as it was read: the step may hold it in half precision.
-        vae = self.vae.module(overlay(self.vae.arrays, _learned(trainable)))
+        vae = self.vae.module(overlay(self.vae.arrays, _vae_part(trainable)))
         if self.options.decoder_of is None:
             images = draw_portraits("base", 256, 1, size=self.size).images
             deviation = float(jax.jit(lambda x: vae.encode(normalize_pixels(x))[0].std())(images))
@@ -192,8 +192,8 @@ class VAETask(Task):
         save_part(vae, directory / "vae", "diffusion_pytorch_model")
 
 
-def _learned(trainable: PyTree) -> PyTree:
-    """What of it is the VAE's."""
+def _vae_part(trainable: PyTree) -> PyTree:
+    """The VAE's part of what is trained, without the discriminator."""
     return {name: part for name, part in trainable.items() if name != _DISCRIMINATOR}
 
 

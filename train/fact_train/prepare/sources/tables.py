@@ -15,7 +15,6 @@ from fact_train.prepare.sources.files import MAX_BYTES, Listings
 from fact_train.prepare.store import Store
 
 ENDINGS = (".jsonl", ".json", ".csv")
-_ODD = "surrogateescape"
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Of a Hugging Face image folder."""
 
@@ -103,7 +102,9 @@ def _rows(store: Store) -> Iterator[dict | str]:
                 raise UserError(f"{store.url} is not a list of objects")
             yield from (row if isinstance(row, dict) else "it is no object" for row in rows)
         elif store.root.endswith(".csv"):
-            text = io.TextIOWrapper(opened, encoding="utf-8-sig", errors=_ODD, newline="")
+            text = io.TextIOWrapper(
+                opened, encoding="utf-8-sig", errors="surrogateescape", newline=""
+            )
             rows, ended = csv.DictReader(text, strict=True), False
             while not ended:  # what is wrong with one row is not with the next
                 try:
@@ -111,7 +112,7 @@ def _rows(store: Store) -> Iterator[dict | str]:
                     ended = row is None
                     if row is None:
                         continue
-                    if any(isinstance(cell, str) and _is_odd(cell) for cell in row.values()):
+                    if any(isinstance(cell, str) and not _is_utf8(cell) for cell in row.values()):
                         yield "it is not UTF-8 text"
                     else:
                         yield {key: value for key, value in row.items() if key and value}
@@ -126,9 +127,13 @@ def _rows(store: Store) -> Iterator[dict | str]:
                     yield f"it is not JSON: {one_line(error)}"
 
 
-def _is_odd(text: str) -> bool:
-    """Whether bytes of it were not UTF-8."""
-    return any("\udc80" <= letter <= "\udcff" for letter in text)
+def _is_utf8(text: str) -> bool:
+    """Whether it was UTF-8 that was read with ``surrogateescape``."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def fields_of(row: dict[str, Any], settings: BuildSettings) -> dict[str, Any]:
