@@ -1,13 +1,15 @@
 """The autoencoder's task, whole and with its decoder alone, on a tiny one."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from fact_convert import load_pipeline
+from fact_convert import load_pipeline, tokenize
 from fact_convert.models.pipeline import load_part, save_part
 from fact_jax.diffusion.noise_schedules import signal_and_noise
 from fact_jax.models.vae import VAEConfig
@@ -53,13 +55,18 @@ def test_the_decoder_alone_learns(task):
     assert kept == {"encoder", "quant_conv"}
 
 
-def test_its_loss_is_that_of_the_whole(task, folder):
+def loss_of(task, **batch):
+    """The compiled loss of two random pictures, by arrays and step."""
     images = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), np.uint8)
-    batch = {"images": jnp.asarray(images), "head": jnp.full((2, 64, 64), 255, jnp.uint8)}
+    batch |= {"images": jnp.asarray(images), "head": jnp.full((2, 64, 64), 255, jnp.uint8)}
+    keys = jax.random.split(jax.random.key(1), 2)
+    return jax.jit(lambda *arrays: task.loss(*arrays[:2], batch, step=arrays[2], keys=keys))
+
+
+def test_its_loss_is_that_of_the_whole(task, folder):
     trainable, frozen = task.init(jax.random.key(0))
-    arguments = {"step": 0, "keys": jax.random.split(jax.random.key(1), 2)}
-    alone, _ = task.loss(trainable, frozen, batch, **arguments)
-    whole, _ = task.loss(merge(frozen["vae"], trainable), {"vae": {}}, batch, **arguments)
+    alone, _ = loss_of(task)(trainable, frozen, 0)
+    whole, _ = loss_of(task)(merge(frozen["vae"], trainable), {"vae": {}}, 0)
     assert float(alone) == float(whole)
 
 
@@ -76,40 +83,41 @@ def test_it_learns_from_what_the_base_predicts(folder, tmp_path):
     task = VAETask(TrainConfig(task="vae", steps=1, batch_size=2, options=options))
     trainable, frozen = task.init(jax.random.key(0))
     assert {path.split("/")[0] for path, _ in paths(trainable)} == {"decoder", "post_quant_conv"}
-    batch = jax.tree.map(jnp.asarray, task.source().arrays)
+    ids = jnp.asarray(tokenize(task.base.tokenizer, ["a smiling person", "a person"])[0])
     keys = jax.random.split(jax.random.key(1), 2)
     clean = jax.random.normal(jax.random.key(2), (2, 32, 32, 4))
-    found = task._predicted(task.base, frozen, clean, batch["ids"], keys)
+    found = jax.jit(functools.partial(task._predicted, task.base))(frozen, clean, ids, keys)
     noise_keys, time_keys = split_keys(keys, 2)
     t = sample_timesteps(time_keys, 300)
     assert t[0] != t[1]
     a, s = (part[:, None, None, None] for part in signal_and_noise(pipeline.schedule, t, 1))
     noisy = a * clean + s * sample_normal(noise_keys, (32, 32, 4))
-    v = pipeline.unet(noisy, t, pipeline.text_encoder(batch["ids"]))
+    v = nnx.jit(lambda unet, text: unet(noisy, t, text(ids)))(pipeline.unet, pipeline.text_encoder)
     np.testing.assert_allclose(found, a * noisy - s * v, atol=1e-5)
-    arguments = {"step": 0, "keys": keys}
-    loss, _ = task.loss(trainable, frozen, batch, **arguments)
+    loss, _ = loss_of(task, ids=ids)(trainable, frozen, 0)
     without = dataclasses.replace(options, predicted_by=None)
     plain = VAETask(TrainConfig(task="vae", steps=1, batch_size=2, options=without))
-    assert float(loss) != float(plain.loss(trainable, frozen, batch, **arguments)[0])
+    assert float(loss) != float(loss_of(plain)(trainable, frozen, 0)[0])
 
 
-def test_decoder_and_discriminator_learn_against_each_other(folder, tmp_path):
+def test_decoder_and_discriminator_learn_against_each_other(task, folder, tmp_path):
+    plain = task
     options = VAEOptions(people=2, photos=1, decoder_of=str(folder), adversarial=0.5)
     task = VAETask(TrainConfig(task="vae", steps=1, batch_size=2, options=options))
     trainable, frozen = task.init(jax.random.key(0))
     arrays = trainable["discriminator"]
     images, decoded = jax.random.uniform(jax.random.key(1), (2, 2, 64, 64, 3), minval=-1)
-    logits = task.discriminator.module(arrays)(jnp.stack([images[0], decoded[0]]))
-    assert logits.shape == (2, 8, 8, 1)
 
+    @jax.jit
     def losses(arrays, decoded):
         return jnp.stack(task._adversarial(arrays, images, decoded))
 
-    real, fake = (task.discriminator.module(arrays)(x) for x in (images, decoded))
+    judge = jax.jit(lambda arrays, x: task.discriminator.module(arrays)(x))
+    real, fake = judge(arrays, images), judge(arrays, decoded)
+    assert real.shape == (2, 8, 8, 1)
     wanted = [-fake.mean(), jnp.maximum(1 - real, 0).mean() + jnp.maximum(1 + fake, 0).mean()]
     np.testing.assert_allclose(losses(arrays, decoded), wanted, atol=1e-5)
-    by_arrays, by_decoded = jax.jacobian(losses, (0, 1))(arrays, decoded)
+    by_arrays, by_decoded = jax.jit(jax.jacobian(losses, (0, 1)))(arrays, decoded)
     moved = [
         np.stack([np.abs(leaf[i]).max() for leaf in jax.tree.leaves(by_arrays)]) for i in (0, 1)
     ]
@@ -118,19 +126,10 @@ def test_decoder_and_discriminator_learn_against_each_other(folder, tmp_path):
     assert np.abs(by_decoded[0]).max() > 0
     assert np.abs(by_decoded[1]).max() == 0
     # Its weight grows: at first only the discriminator learns of it.
-    batch = jax.tree.map(jnp.asarray, task.source().arrays)
-    keys = jax.random.split(jax.random.key(1), 2)
-    plain = VAETask(
-        TrainConfig(
-            task="vae",
-            steps=1,
-            batch_size=2,
-            options=VAEOptions(people=2, photos=1, decoder_of=str(folder)),
-        )
-    )
-    without = plain.loss(*plain.init(jax.random.key(0)), batch, step=0, keys=keys)[0]
+    without, _ = loss_of(plain)(*plain.init(jax.random.key(0)), 0)
+    compiled = loss_of(task)
     for step, weight in ((0, 0.0), (75, 0.25), (900, 0.5)):
-        loss, metrics = task.loss(trainable, frozen, batch, step=step, keys=keys)
+        loss, metrics = compiled(trainable, frozen, step)
         added = weight * metrics["loss/adversarial"] + metrics["loss/discriminator"]
         assert float(loss) == pytest.approx(float(without + added), abs=1e-5)
     task.export(trainable, frozen, tmp_path, 1)
