@@ -318,6 +318,41 @@ def test_a_set_is_replaced_when_the_new_one_is_ready(people, tmp_path, monkeypat
     assert whole(out) == whole(fresh) | {"log.jsonl": b"{}\n"}
 
 
+def test_a_build_that_was_killed_at_its_first_file_goes_on(people, tmp_path):
+    left = tmp_path / "out" / "work" / ".build.json.0123abcd.tmp"
+    left.parent.mkdir(parents=True)
+    left.write_text("{")
+    for out in ("out", "fresh"):
+        run(people, tmp_path / out)
+    assert whole(tmp_path / "out") == whole(tmp_path / "fresh")
+
+
+def test_a_forced_build_that_was_killed_at_its_first_removal_goes_on(people, tmp_path, monkeypatch):
+    """Of an unfinished build with other settings."""
+
+    def die(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dataset, "finish", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(people, tmp_path / "out")
+    monkeypatch.undo()
+    command = ["data", "build", str(people), str(tmp_path / "out"), *SIZES, "--shard-mb", "0.001"]
+    assert main(command) == 2
+    remove = Store.remove
+
+    def remove_and_die(store, name):
+        remove(store, name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Store, "remove", remove_and_die)
+    assert main([*command, "--force"]) == 130
+    monkeypatch.undo()
+    assert main([*command, "--force"]) == 0
+    run(people, tmp_path / "fresh", shard_megabytes=0.001)
+    assert whole(tmp_path / "out") == whole(tmp_path / "fresh")
+
+
 def test_a_path_with_colons_is_a_path(people, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["data", "build", "people", "x::y", *SIZES]) == 0

@@ -166,6 +166,8 @@ def _claim(store: Store, same: str, force: bool, locks: contextlib.ExitStack) ->
     On this machine ``locks`` keep other builds out from here on.
     """
     held = [name for name in store.names("") if not name.startswith(".")]
+    if held == [product.WORK] and not store.names(product.WORK):
+        held = []  # of a build that was killed before it wrote anything
     strange = [name for name in held if name not in product.OURS]
     marked = store.exists(f"{product.WORK}/build.json") or store.exists(product.SUMMARY)
     if held and (strange or not marked):
@@ -178,13 +180,16 @@ def _claim(store: Store, same: str, force: bool, locks: contextlib.ExitStack) ->
         folder.mkdir(parents=True, exist_ok=True)
         locks.enter_context(folder_lock(folder))
         locks.callback((folder / ".lock").unlink, missing_ok=True)
-    for part in ("", product.FOLDER, product.ABOUT):
+    for part in ("", product.WORK, product.FOLDER, product.ABOUT):
         store.sweep(part)
     begun = f"{product.WORK}/build.json"
     found = store.json(begun) if store.exists(begun) else None
     if force and found != {"settings": same, "replaces": True}:
-        store.remove(product.WORK)
+        # First whose it is, then what is not its own: killed in between it is still a build.
         store.write(begun, json.dumps({"settings": same, "replaces": True}))
+        for name in store.names(product.WORK):
+            if name != "build.json":
+                store.remove(f"{product.WORK}/{name}")
     elif found is not None and found["settings"] != same:
         raise UserError(
             f"{store.url} holds an unfinished build with other settings or models: go on with "
