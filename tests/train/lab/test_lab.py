@@ -1,6 +1,7 @@
 """The laboratory: registered questions, verdicts on made-up scores, resuming."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -156,6 +157,25 @@ def test_trainings_of_another_length_are_not_taken_for_these(tmp_path, monkeypat
     (tmp_path / "lab" / "train" / "fact" / "seed-0.json").write_text("{")
     with pytest.raises(UserError, match=r"seed-0\.json is damaged: remove it"):
         laboratory(lab)
+
+
+def test_other_models_concern_only_the_runs_that_need_them(tmp_path, monkeypatch):
+    World(monkeypatch)
+    for name in ("base", "identity"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    monkeypatch.setattr(
+        lab_run,
+        "_models",
+        lambda run: [tmp_path / ("identity" if run.variant == "no drop" else "base")],
+    )
+    monkeypatch.setattr(lab_run, "require_miniature", lambda models: None)
+    make = functools.partial(make_laboratory, out=tmp_path / "lab", docs=None, seeds=1)
+    assert laboratory(make(["drop"], steps=20, people=12)) == 0
+    (tmp_path / "identity" / "weights").write_text("another")
+    with pytest.raises(UserError, match="no drop/seed-0 is of another experiment"):
+        laboratory(make(["drop"], steps=20, people=12))
+    assert laboratory(make(["fact"], steps=20, people=12)) == 0
 
 
 def test_a_folder_that_no_record_speaks_of_is_of_another_version(tmp_path, monkeypatch):

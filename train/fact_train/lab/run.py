@@ -2,13 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from fact_jax.utils.errors import UserError
@@ -57,10 +58,25 @@ class Laboratory:
     def evaluated(self, run: Run) -> Path:
         return self.out / "evaluation" / run.key
 
-    def result(self, run: Run, models: str) -> str | None:
+    @functools.cached_property
+    def models(self) -> dict[str, str]:
+        """Digest of the files of each run's models: numbers of other models are not compared."""
+        runs = {run.key: frozenset(_models(run)) for run in self.runs()}
+        digests = {paths: _digest(paths) for paths in set(runs.values())}
+        return {key: digests[paths] for key, paths in runs.items()}
+
+    def training_digest(self, run: Run) -> str:
+        """Of all that decides its adapter."""
+        return f"{run.training_digest()} {self.models[run.key]}"
+
+    def digest(self, run: Run) -> str:
+        """Of all that decides its numbers."""
+        return f"{run.digest()} {self.models[run.key]}"
+
+    def result(self, run: Run) -> str | None:
         """``measured`` or ``diverged``, None before that; UserError for another experiment's."""
-        said = self._claimed(_record(self.evaluated(run)), f"{run.digest()} {models}")
-        trained = self._claimed(_record(self.trained(run)), f"{run.training_digest()} {models}")
+        said = self._claimed(_record(self.evaluated(run)), self.digest(run))
+        trained = self._claimed(_record(self.trained(run)), self.training_digest(run))
         if trained.get("diverged"):
             return "diverged"
         done = said and (self.evaluated(run) / "evaluation.json").is_file()
@@ -92,8 +108,7 @@ def laboratory(lab: Laboratory, *, dry_run: bool = False) -> int:
     runs = lab.runs()
     paths = {path for run in runs for path in _models(run)}
     require_miniature({f"model {path.name}": path for path in sorted(paths)})
-    models = _digest(paths)
-    missing = [run for run in runs if lab.result(run, models) is None]
+    missing = [run for run in runs if lab.result(run) is None]
     for loaded in lab.questions:
         print(f"{loaded.name}: {loaded.text.splitlines()[0]}")
     print(announce(lab, runs, missing), flush=True)
@@ -111,14 +126,14 @@ def laboratory(lab: Laboratory, *, dry_run: bool = False) -> int:
         def work(group: list[Run]) -> int:
             for run in group:
                 print(f"[{numbers[run.key]}/{len(missing)}] {run.key}", flush=True)
-                if status := _do(lab, run, models, programs):
+                if status := _do(lab, run, programs):
                     return status
             return 0
 
         if status := programs.run(work, list(groups.values())):
             print("the same command goes on from here", file=sys.stderr)
             return status
-    results = {run.key: lab.result(run, models) for run in runs}
+    results = {run.key: lab.result(run) for run in runs}
     diverged = [run for run in runs if results[run.key] == "diverged"]
     for path in write_report(lab.questions, runs, lab.evaluated, lab.docs, diverged):
         print(path)
@@ -132,20 +147,20 @@ def _check_report(docs: Path) -> None:
         raise UserError(f"--docs {docs}: no file can be written there")
 
 
-def _do(lab: Laboratory, run: Run, models: str, programs: Programs) -> int:
+def _do(lab: Laboratory, run: Run, programs: Programs) -> int:
     """Train and measure one; the status, 0 if its training diverged too."""
-    if lab.result(run, models) == "diverged":  # with another variant, whose training it shares
+    if lab.result(run) == "diverged":  # with another variant, whose training it shares
         return 0
     began = time.monotonic()
-    _write(lab.trained(run), {"digest": f"{run.training_digest()} {models}"})
+    _write(lab.trained(run), {"digest": lab.training_digest(run)})
     status = _train(lab, run, programs)
     if status == DIVERGED:
         print(f"{run.key} diverged: the report says so", flush=True)
-        _write(lab.trained(run), {"digest": f"{run.training_digest()} {models}", "diverged": True})
+        _write(lab.trained(run), {"digest": lab.training_digest(run), "diverged": True})
         return 0
     if status:
         return status
-    record: dict = {"digest": f"{run.digest()} {models}"}
+    record: dict = {"digest": lab.digest(run)}
     # Beforehand, so that nobody takes the numbers of another experiment for this one's.
     _write(lab.evaluated(run), record)
     status = _evaluate(lab, run, programs)
@@ -213,8 +228,8 @@ def _models(run: Run) -> list[Path]:
     return paths + ([Path(options.identity.encoder)] if options.identity.encoder else [])
 
 
-def _digest(paths: set[Path]) -> str:
-    """Digest of the files of models: numbers of other models are not compared."""
+def _digest(paths: Collection[Path]) -> str:
+    """Digest of the files of models."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         for file in sorted(p for p in path.rglob("*") if p.is_file()):
