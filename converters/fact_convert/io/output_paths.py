@@ -45,8 +45,11 @@ def output_folder(path: str | os.PathLike, *, force: bool) -> Iterator[Path]:
         check_folder(path, force=force)  # it may have changed meanwhile
 
 
-def check_folder(path: Path, *, force: bool) -> None:
-    """UserError unless a folder can be written at ``path``: see :func:`output_folder`."""
+def check_folder(path: Path, *, force: bool | None) -> None:
+    """UserError unless a folder can be written at ``path``: see :func:`output_folder`.
+
+    ``force`` is None where it is not offered.
+    """
     if path.is_symlink():
         raise UserError(f"{path}: is a symbolic link; name the folder itself")
     if not path.exists():
@@ -56,7 +59,8 @@ def check_folder(path: Path, *, force: bool) -> None:
     if not (held := [entry.name for entry in path.iterdir()]):
         return
     if not force:
-        raise UserError(f"{path}: exists already; choose another name, or force it")
+        other = "" if force is None else ", or force it"
+        raise UserError(f"{path}: exists already; choose another name{other}")
     if not (path / MANIFEST).is_file():
         raise UserError(
             f"{path}: not replaced, since no run wrote it: it holds {listed(sorted(held))}; remove "

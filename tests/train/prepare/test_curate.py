@@ -262,7 +262,7 @@ def test_the_page_opens_offline(out, capsys):
         (["remove", "OUT", "--person", "p1", "--shard-mb", "-1"], "--shard-mb -1"),
         (["merge", "OUT", "OUT", "--to", "NEW"], "named twice"),
         (["merge", "OUT", "NONE", "--to", "NEW"], "holds no whole set"),
-        (["merge", "OUT", "--to", "OUT"], "exists already"),
+        (["merge", "OUT", "--to", "OUT"], "exists already; choose another name\n"),
         (["merge", "OUT", "--to", "IN"], "lies in the set"),
         (["split", "OUT", "--to", "IN"], "lies in the set"),
         (["split", "OUT", "--to", "NEW", "--split", "a"], "give NAME=VALUE"),

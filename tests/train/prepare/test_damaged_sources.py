@@ -123,6 +123,37 @@ def test_a_root_that_is_no_folder_is_one_line(table, tmp_path, capsys):
     assert capsys.readouterr().err == f"error: --root {tmp_path / 'no'} is no folder\n"
 
 
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        (b"image,identity,image\n0.png,a,1.png\n", "t.csv has several columns named image"),
+        (b'image,"identity\n0.png,a\n', "t.csv: its first line is not CSV"),
+        (b"", "t.csv holds no photo"),
+    ],
+)
+def test_first_lines_that_say_no_columns_are_one_line(table, tmp_path, capsys, text, line):
+    assert build(table(text), tmp_path / "out") == 2
+    said = capsys.readouterr().err
+    assert line in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_absolute_names_in_the_folder_of_the_images_are_read(table, tmp_path):
+    text = f"image\n{tmp_path}/0.png\n{tmp_path}/../1.png\n{tmp_path}x/2.png\n"
+    assert build(table(text.encode()), tmp_path / "out") == 0
+    assert [row["name"].decode() for row in records(tmp_path / "out")] == ["0.png"]
+    told = rejected(tmp_path / "out")
+    assert all("outside the folder of the images" in told[f"t.csv:{i}"][1] for i in (1, 2))
+
+
+def test_parquet_without_rows_holds_no_photo(tmp_path, capsys):
+    empty = pa.table({"image": pa.array([], pa.binary())})
+    pyarrow.parquet.write_table(empty, tmp_path / "t.parquet")
+    assert build(tmp_path / "t.parquet", tmp_path / "out") == 2
+    assert "t.parquet holds no photo" in capsys.readouterr().err
+
+
 def test_captions_and_people_are_text(tmp_path):
     """A list of captions is no caption; bytes that are a name are that name."""
     rows = {

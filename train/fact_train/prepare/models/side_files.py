@@ -26,7 +26,7 @@ class SideFiles:
     """One role's answers from what lies beside a photo, read by ``read``."""
 
     def __init__(self, role: str, read: Callable[[Photo], Any]):
-        self.name, self._role, self._read = "side file", role, read
+        self.name, self._role, self._read = "side file or column", role, read
 
     def __call__(self, photos: Sequence[Photo]) -> list[Any]:
         answers = []

@@ -184,7 +184,7 @@ def _together(summaries: Sequence[dict]) -> dict[str, Any]:
 
 def merge(sources: Sequence[Path], out: Path, *, megabytes: float) -> dict[str, Any]:
     """One set of several; people of one name are one person. Gives the summary."""
-    check_folder(out, force=False)
+    check_folder(out, force=None)
     if len({folder.resolve() for folder in sources}) < len(sources):
         raise UserError("one set is named twice")
     seen: dict[str, str] = {}
@@ -231,7 +231,7 @@ def held_twice(sources: Sequence[Path]) -> int:
 
 def split(source: Path, out: Path, splits: dict[str, float], *, megabytes: float) -> dict[str, Any]:
     """The same records, with other people set apart."""
-    check_folder(out, force=False)
+    check_folder(out, force=None)
     with replace_folder(out, replace=False) as temporary:
         about = rewrite(
             [source],

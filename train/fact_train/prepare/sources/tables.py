@@ -33,7 +33,8 @@ def list_table(store: Store, settings: BuildSettings) -> Iterator[dict]:
         root = Store(settings.root)
         if not root.fs.isdir(root.root or "/"):
             raise UserError(f"--root {settings.root} is no folder")
-    listings = Listings(Store(settings.root or folder_of(store)))
+    images = Store(settings.root or folder_of(store))
+    listings = Listings(images)
     if store.fs.isdir(store.root):
         there = [name for name in METADATA if store.exists(name)]
         if not there:
@@ -52,9 +53,9 @@ def list_table(store: Store, settings: BuildSettings) -> Iterator[dict]:
             wanted = " or ".join(settings.columns_of("image"))
             yield {"path": name, "problem": ("row", f"{name} names no image: {wanted} is needed")}
             continue
-        path = _inside(path, settings)
+        path = _inside(path, images)
         if isinstance(mask := fields.get("mask"), str):
-            fields["mask"] = _inside(mask, settings)
+            fields["mask"] = _inside(mask, images)
         outside = [one for one in (path, fields.get("mask")) if leads_out(one)]
         if outside:
             text = f"{name}: {outside[0]} lies outside the folder of the images; give --root"
@@ -79,8 +80,9 @@ def check_columns(there: Collection[str], settings: BuildSettings, where: str) -
             )
 
 
-def _inside(path: str, settings: BuildSettings) -> str:
-    return posixpath.normpath(path.lstrip("/") if settings.root == "/" else path)
+def _inside(path: str, images: Store) -> str:
+    """A name in the folder of the images, of an absolute path too."""
+    return posixpath.normpath(path).removeprefix(images.root.rstrip("/") + "/")
 
 
 def leads_out(path: Any) -> bool:
@@ -106,6 +108,9 @@ def _rows(store: Store) -> Iterator[dict | str]:
                 opened, encoding="utf-8-sig", errors="surrogateescape", newline=""
             )
             rows, ended = csv.DictReader(text, strict=True), False
+            names = _header(rows, store)
+            if twice := sorted({name for name in names if name and names.count(name) > 1}):
+                raise UserError(f"{store.url} has several columns named {listed(twice)}")
             while not ended:  # what is wrong with one row is not with the next
                 try:
                     row = next(rows, None)
@@ -125,6 +130,13 @@ def _rows(store: Store) -> Iterator[dict | str]:
                     yield row if isinstance(row, dict) else "it is no object"
                 except (ValueError, RecursionError) as error:
                     yield f"it is not JSON: {one_line(error)}"
+
+
+def _header(rows: csv.DictReader, store: Store) -> list[str]:
+    try:
+        return list(rows.fieldnames or ())
+    except csv.Error as error:
+        raise UserError(f"{store.url}: its first line is not CSV: {one_line(error)}") from None
 
 
 def _is_utf8(text: str) -> bool:
@@ -171,7 +183,8 @@ def list_parquet(shards: list[Store], settings: BuildSettings) -> Iterator[dict]
             continue
         start = 0
         for group, count in enumerate(rows):
-            yield chunk | {"group": group, "start": start, "count": count}
+            if count:
+                yield chunk | {"group": group, "start": start, "count": count}
             start += count
 
 
