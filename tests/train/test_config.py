@@ -312,6 +312,12 @@ def test_the_pod_sees_as_many_photos_as_the_node():
     assert pod.ema.decay == pytest.approx(0.9992)
 
 
+def test_fact_plus_is_fact_after_steps_of_the_resampler_alone():
+    fact, plus = (load_config(name)[1] for name in ("sd15_fact", "sd15_fact_plus"))
+    assert plus.options.pretrain_resampler > 0
+    assert override(plus, ["options.pretrain_resampler=0"]) == fact
+
+
 def test_defaults_are_those_of_all_settings_that_have_one():
     found = defaults(override(BASE, ["options.width=9", "steps=25", "ema.decay=0.5"]))
     assert found["options.width"] == 4

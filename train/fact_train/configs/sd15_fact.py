@@ -15,7 +15,7 @@ release, with FAIR from the first step:
 
 Needs: `models/stable-diffusion-v1-5` (a diffusers folder), `models/ms1mv2_model_TransFace_S.pt`,
 and two folders of records, `data/faces` and, for pictures of people who are not trained on,
-`data/faces_watch` (`fact-train data build`). Frozen models run within the step; with
+`data/faces_validation` (`fact-train data build`). Frozen models run within the step; with
 `fact-train cache sd15_fact` and options.cache=... they have run once before.
 
 Hardware: one node of 8 GPUs with 80 GB, 32 photos each; on fewer, accumulate=... keeps the batch.
