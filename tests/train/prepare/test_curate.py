@@ -233,7 +233,7 @@ def test_a_person_is_removed_with_all_that_is_left_of_them(out, miniature, tmp_p
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["in"], summary["records"], summary["removed"]) == (16, 16, 3)
     told = (out / "README.md").read_text()
-    assert "3 records were removed" in told
+    assert "3 photos were removed or left out" in told
     assert "duplicate" not in told  # their own copy, which went too
     status, said = run(capsys, *command)
     assert status == 2

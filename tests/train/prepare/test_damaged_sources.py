@@ -12,6 +12,7 @@ from PIL import Image
 
 from fact_train.cli.main import main
 from fact_train.data.records import Records
+from fact_train.prepare.sources import tables
 from tests.train.prepare.conftest import POINTS, noise, rejected, write_photo
 
 SIZES = ["--size", "64", "--crop", "48"]
@@ -54,7 +55,8 @@ def test_what_follows_a_damaged_header_is_told_of(tmp_path, capsys):
     content[header] ^= 0xFF
     path.write_bytes(content)
     assert build(path, tmp_path / "out") == 0
-    assert "3 photos in, 2 records of 2 people, 1 rejected" in capsys.readouterr().out
+    # The sample before the header may have had more files.
+    assert "2 photos in, 1 records of 1 people, 1 rejected" in capsys.readouterr().out
     reason, line = rejected(tmp_path / "out")["a.tar"]
     assert reason == "damaged shard"
     assert f"at byte {header:,} there is no header" in line
@@ -154,6 +156,122 @@ def test_parquet_without_rows_holds_no_photo(tmp_path, capsys):
     assert "t.parquet holds no photo" in capsys.readouterr().err
 
 
+def test_a_row_of_too_many_cells_joins_nobody(table, tmp_path):
+    source = table(b"image,caption,identity\n0.png,a man,anna\n1.png,a man, tall,anna\n")
+    assert build(source, tmp_path / "out") == 0
+    assert rejected(tmp_path / "out") == {
+        "t.csv:1": ("row", "t.csv:1: it has more cells than the first line")
+    }
+
+
+def test_what_follows_a_cell_without_end_is_not_read(table, tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_MAX_CELL", 1000)
+    long = "".join(f"line {i}, and\n" for i in range(200))
+    source = table(f'image,caption\n0.png,a\n1.png,"{long}"\n2.png,b\n'.encode())
+    assert build(source, tmp_path / "out") == 0
+    ((name, (reason, line)),) = rejected(tmp_path / "out").items()
+    assert (name, reason) == ("t.csv:1", "row")
+    assert line.endswith("the rest is not read")
+
+
+def test_a_column_of_empty_cells_is_there(table, tmp_path):
+    source = table(b"image,q\n0.png,\n1.png,\n")
+    assert build(source, tmp_path / "out", "--column", "quality=q") == 0
+
+
+def test_urls_are_not_taken_for_names(table, tmp_path):
+    source = table(b"image\nhttp://h/0.png\nfile:///0.png\n0.png\n")
+    assert build(source, tmp_path / "out") == 0
+    assert {reason for reason, _ in rejected(tmp_path / "out").values()} == {"row"}
+
+
+def parquet(path, captions, images, identities, names=("image", "caption", "identity")):
+    arrays = [pa.array(images, pa.binary()), captions, pa.array(identities, pa.binary())]
+    pyarrow.parquet.write_table(pa.Table.from_arrays(arrays, list(names)), path)
+    return path
+
+
+def test_text_that_is_not_utf8_in_parquet_is_one_rows(tmp_path):
+    text = pa.array([b"a", b"\xff\xfe", b"c"], pa.binary()).view(pa.string())
+    source = parquet(tmp_path / "t.parquet", text, [png(i) for i in range(3)], [b"a", b"b", b"c"])
+    out = tmp_path / "out"
+    assert build(source, out) == 2  # no points: what is asked is how each row was rejected
+    reasons = {name: reason for name, (reason, _) in rejected(out).items()}
+    assert reasons == {
+        "t.parquet:0": "no points",
+        "t.parquet:1": "row",
+        "t.parquet:2": "no points",
+    }
+
+
+def test_names_of_people_in_parquet_are_text_where_a_row_is_rejected(tmp_path):
+    text = pa.array(["a", "b"])
+    source = parquet(tmp_path / "t.parquet", text, [png(0), None], [b"anna", b"anna"])
+    assert build(source, tmp_path / "out") == 2
+    lines = (tmp_path / "out" / "rejected.jsonl").read_text().splitlines()
+    assert {json.loads(line)["identity"] for line in lines} == {"anna"}
+
+
+def test_two_columns_of_one_name_in_parquet_are_one_line(tmp_path, capsys):
+    names = ("image", "caption", "image")
+    source = parquet(tmp_path / "t.parquet", pa.array(["a"]), [png(0)], [b"a"], names)
+    assert build(source, tmp_path / "out") == 2
+    assert "has several columns named image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", ["within the JSON", "before it", "its header"])
+def test_the_sample_in_which_a_tar_is_cut_off_is_no_record(tmp_path, kept):
+    path = tar(tmp_path / "a.tar", *((str(i), i, {"identity": "anna"}) for i in range(3)))
+    with tarfile.open(path) as archive:
+        last = archive.getmember("2.json")
+    end = {"within the JSON": last.offset_data + 9, "before it": last.offset}
+    path.write_bytes(path.read_bytes()[: end.get(kept, last.offset + 99)])
+    assert build(path, tmp_path / "out") == 0
+    assert [row["identity"] for row in records(tmp_path / "out")] == [b"anna"] * 2
+    assert rejected(tmp_path / "out")["a.tar"][0] == "damaged shard"
+
+
+def test_links_and_sparse_files_in_a_tar_are_told_of(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+
+        def add(name, content, kind=tarfile.REGTYPE):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname, member.size = kind, "0.png", len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+        points = json.dumps({"points": POINTS.tolist()}).encode()
+        for key in ("0", "1", "2"):
+            add(f"{key}.png", png(int(key)))
+            add(f"{key}.json", points)
+            if key == "1":
+                add("1.mask.png", b"", tarfile.LNKTYPE)
+        add("3.png", b"", tarfile.SYMTYPE)
+    assert build(tmp_path / "a.tar", tmp_path / "out") == 0
+    assert len(records(tmp_path / "out")) == 2
+    told = rejected(tmp_path / "out")
+    assert {name: reason for name, (reason, _) in told.items()} == {
+        "a.tar/1": "no file",
+        "a.tar/3.png": "no file",
+    }
+
+
+def test_a_size_that_no_file_has_is_a_damaged_tar(tmp_path, capsys):
+    path = tar(tmp_path / "a.tar", *((str(i), i, {}) for i in range(2)))
+    content = bytearray(path.read_bytes())
+    with tarfile.open(path) as archive:
+        at = archive.getmember("1.png").offset
+    content[at + 124 : at + 136] = b"\x80" + b"\x7f" * 11  # in base 256, as GNU tar writes
+    content[at + 148 : at + 156] = b" " * 8
+    content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+    content[at + 156 : at + 157] = b"L"  # a long name of that size
+    content[at + 148 : at + 156] = b" " * 8
+    content[at + 148 : at + 156] = b"%06o\0 " % sum(content[at : at + 512])
+    path.write_bytes(content)
+    assert build(path, tmp_path / "out") in (0, 2)
+    assert rejected(tmp_path / "out")["a.tar"][0] == "damaged shard"
+    assert "Traceback" not in capsys.readouterr().err
+
+
 def test_captions_and_people_are_text(tmp_path):
     """A list of captions is no caption; bytes that are a name are that name."""
     rows = {
@@ -183,19 +301,25 @@ def test_who_was_removed_stays_out_of_a_set_that_is_replaced(tmp_path, capsys):
     for number in range(4):
         write_photo(tmp_path / "in" / f"p{number // 2}" / f"{number}.png", seed=number)
     write_photo(tmp_path / "in" / "p0" / "too.png", seed=2)
-    out = tmp_path / "out"
-    assert build(tmp_path / "in", out) == 0
+    write_photo(tmp_path / "in" / "p1" / "blurred.png", seed=9)
+    for photo in (tmp_path / "in").rglob("*.png"):
+        photo.with_suffix(".quality.txt").write_text("0.9")
+    (tmp_path / "in" / "p1" / "blurred.quality.txt").write_text("0.1")
+    out, gate = tmp_path / "out", ("--gate", "quality=0.5")
+    assert build(tmp_path / "in", out, *gate) == 0
     assert "p1" in (out / "suspects.jsonl").read_text()
     assert main(["data", "remove", str(out), "--person", "p1"]) == 0
     log = (out / "log.jsonl").read_bytes()
-    assert build(tmp_path / "in", out, "--force") == 0
-    assert "rejected: 2 removed" in capsys.readouterr().out
+    assert build(tmp_path / "in", out, *gate, "--force") == 0
+    assert "rejected: 3 removed" in capsys.readouterr().out
     assert {row["identity"] for row in records(out)} == {b"p0"}
     assert rejected(out)["p1/2.png"] == (
         "removed",
-        "p1/2.png: p1 was removed from this set, log.jsonl says",
+        "p1/2.png is of a person who was removed from this set, log.jsonl says when",
     )
+    assert rejected(out)["p1/blurred.png"][0] == "removed"  # and would have been without this
     assert "thumbnail" not in (out / "rejected.jsonl").read_text()
+    assert "3 photos were removed or left out" in (out / "README.md").read_text()
     assert (out / "suspects.jsonl").read_text() == ""  # p0's photo that is p1's, too
     assert (out / "log.jsonl").read_bytes() == log
     assert main(["data", "verify", str(out)]) == 0

@@ -15,7 +15,7 @@ from fact_train.cli.main import main
 from fact_train.data.records import Records
 from fact_train.prepare.build import build
 from fact_train.prepare.settings import BuildSettings
-from fact_train.prepare.sources import list_chunks
+from fact_train.prepare.sources import list_chunks, tables
 from tests.train.prepare.conftest import POINTS, noise, rejected
 
 NAMES = ("a", "b", "c")
@@ -328,7 +328,8 @@ def test_nan_is_nobodys_name(tmp_path):
     }
 
 
-def test_a_row_after_one_that_is_too_long_is_read(tmp_path):
+def test_a_row_after_one_that_is_too_long_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "_MAX_CELL", 100_000)
     source, _ = table_csv(tmp_path / "in")
     head, first, *rest = source.read_text().splitlines()
     source.write_text("\n".join([head, first, f"images/a.png,{'x' * 200_000}", *rest]))

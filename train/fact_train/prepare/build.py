@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,16 @@ from PIL import Image
 
 from fact_jax.utils.command_line import version_of
 from fact_jax.utils.errors import UserError, listed
-from fact_jax.utils.files import folder_lock
 from fact_train.data.dataset_files import shard_reader
 from fact_train.data.records import data_libraries
-from fact_train.prepare.decide import Decisions, decide, split_of, write_units
+from fact_train.prepare.decide import (
+    Decisions,
+    decide,
+    name_digest,
+    removed_photo,
+    split_of,
+    write_units,
+)
 from fact_train.prepare.engine import HERE, Engine
 from fact_train.prepare.models.roles import describe_models, providers
 from fact_train.prepare.pairs import BLOCK, Pairs, block_names, compare_blocks
@@ -29,7 +35,7 @@ from fact_train.prepare.product import dataset as product
 from fact_train.prepare.settings import BuildSettings, digest
 from fact_train.prepare.sources import list_chunks
 from fact_train.prepare.sources.items import chunk_text
-from fact_train.prepare.store import Store
+from fact_train.prepare.store import Store, only_here
 from fact_train.prepare.table import Table, read_table
 
 _SHOWN = 6
@@ -83,17 +89,22 @@ def _build(
     ignored: Counter[str] = Counter()
     same = digest(text, json.dumps(models, sort_keys=True), f"fact-jax {version_of()}")
     names, listing = [], digest("")
-    claimed = False
-    for number, chunk in enumerate(list_chunks(settings, ignored)):
-        if not claimed:
-            _claim(store, same, force, locks)
-            claimed = True
-        content = chunk_text(chunk)
-        name = f"{number:07d}-{digest(same, content)}"
-        names.append(name)
-        listing = digest(listing, name)
-        if not store.exists(f"{product.WORK}/list/{name}.json"):
-            store.write(f"{product.WORK}/list/{name}.json", content)
+    claimed = fresh = False
+    try:
+        for number, chunk in enumerate(list_chunks(settings, ignored)):
+            if not claimed:
+                fresh = _claim(store, same, force, locks)
+                claimed = True
+            content = chunk_text(chunk)
+            name = f"{number:07d}-{digest(same, content)}"
+            names.append(name)
+            listing = digest(listing, name)
+            if not store.exists(f"{product.WORK}/list/{name}.json"):
+                store.write(f"{product.WORK}/list/{name}.json", content)
+    except UserError:
+        if fresh:  # what is said is to be mended, which may change the settings
+            store.remove(product.WORK)
+        raise
     fingerprint = digest(same, listing)
     replaced = store.exists(product.SUMMARY)
     if replaced and not force:
@@ -115,7 +126,7 @@ def _build(
     decisions = _decide(engine, store, work, plan, table, settings) if len(table) else None
     if decisions is None or not len(decisions.written):
         told = work if replaced else store
-        _tell_rejected(told, work, names, decisions)
+        _tell_rejected(told, work, names, decisions, product.removed_digests(store))
         raise UserError(
             f"{out}: no usable photo is left, so no records were written; "
             f"{told.path(product.REJECTED)} says why"
@@ -125,7 +136,7 @@ def _build(
         work.remove(f"{plan}/written")
         for name in ("report.html", product.SUMMARY, product.NAME, product.ABOUT):
             store.remove(name)
-    photos, reasons = _tell_rejected(store, work, names, decisions)
+    photos, reasons = _tell_rejected(store, work, names, decisions, product.removed_digests(store))
     shards, people = _write(engine, store, work, plan, names, decisions, settings)
     suspects = Counter(suspect["kind"] for suspect in decisions.suspects)
     alarms = sum(suspect["alarm"] for suspect in decisions.suspects)
@@ -160,8 +171,8 @@ def _within(inner: Store, outer: Store) -> bool:
     return paths[0].startswith(f"{paths[1].rstrip('/')}/")
 
 
-def _claim(store: Store, same: str, force: bool, locks: contextlib.ExitStack) -> None:
-    """UserError unless the folder is new, or holds a build; ``force`` is to replace that.
+def _claim(store: Store, same: str, force: bool, locks: contextlib.ExitStack) -> bool:
+    """Whether the folder is new; UserError if it holds no build; ``force`` is to replace that.
 
     On this machine ``locks`` keep other builds out from here on.
     """
@@ -175,28 +186,40 @@ def _claim(store: Store, same: str, force: bool, locks: contextlib.ExitStack) ->
             f"{store.url} holds {listed(strange or held)}, which no build wrote: name another "
             "folder"
         )
-    if store.local and (force or not store.exists(product.SUMMARY)):
-        folder = Path(store.root)
+    folder = Path(store.root)
+    if store.local:
         folder.mkdir(parents=True, exist_ok=True)
-        locks.enter_context(folder_lock(folder))
-        locks.callback((folder / ".lock").unlink, missing_ok=True)
+    if store.local and os.access(folder, os.W_OK):
+        locks.enter_context(only_here(folder))
     for part in ("", product.WORK, product.FOLDER, product.ABOUT):
         store.sweep(part)
     begun = f"{product.WORK}/build.json"
-    found = store.json(begun) if store.exists(begun) else None
+    found, fresh = None, not held
+    try:
+        found = store.json(begun) if store.exists(begun) else None
+        if found is not None and "settings" not in found:
+            raise UserError(f"{store.path(begun)} is damaged: it names no settings")
+    except UserError as error:
+        if not force:
+            raise UserError(f"{error}; begin anew with --force") from None
     if force and found != {"settings": same, "replaces": True}:
         # First whose it is, then what is not its own: killed in between it is still a build.
         store.write(begun, json.dumps({"settings": same, "replaces": True}))
         for name in store.names(product.WORK):
             if name != "build.json":
                 store.remove(f"{product.WORK}/{name}")
-    elif found is not None and found["settings"] != same:
+    elif (
+        found is not None
+        and found["settings"] != same
+        and not (found.get("replaces") and store.exists(product.SUMMARY))
+    ):
         raise UserError(
             f"{store.url} holds an unfinished build with other settings or models: go on with "
             "those, name another folder, or begin anew with --force"
         )
     if found is None and not store.exists(product.SUMMARY):
         store.write(begun, json.dumps({"settings": same}))
+    return fresh
 
 
 def _prepare(engine: Engine, text: str, work: Store, names: list[str]) -> None:
@@ -218,11 +241,7 @@ def _decide(
     compare = functools.partial(compare_blocks, work.url, plan, thresholds)
     engine.map("pairs", compare, names, lambda: len(work.names(f"{plan}/pairs")))
     pictures, faces = (Pairs(work, plan, kind) for kind in ("hash", "face"))
-    removed = {
-        line.get("person_sha256", "")
-        for line in (store.lines(product.LOG) if store.exists(product.LOG) else ())
-    }
-    return decide(table, units, pictures, faces, settings, removed)
+    return decide(table, units, pictures, faces, settings, product.removed_digests(store))
 
 
 def _write(
@@ -276,11 +295,16 @@ def _write(
 
 
 def _tell_rejected(
-    store: Store, work: Store, names: list[str], decisions: Decisions | None
+    store: Store,
+    work: Store,
+    names: list[str],
+    decisions: Decisions | None,
+    removed: Container[str],
 ) -> tuple[int, Counter[str]]:
     """Write ``rejected.jsonl`` in the order of the source: number of photos, counts by reason.
 
-    Without ``decisions`` there is no record.
+    Without ``decisions`` there is no record. Of people who were ``removed``, by the SHA-256 of
+    their names, only the photos' names are told.
     """
     reasons: Counter[str] = Counter()
     photos = 0
@@ -291,15 +315,19 @@ def _tell_rejected(
         for chunk in names:
             for line in work.lines(f"done/{chunk}.jsonl"):
                 photos += 1
+                told = None
                 if "reason" not in line:
                     assert decisions is not None
-                    told, identity = decisions.rejected(number), decisions.identity(number)
+                    told, line["identity"] = decisions.rejected(number), decisions.identity(number)
                     number += 1
                     if told is None:
                         continue
-                    shown = told[0] != "removed" and reasons[told[0]] < _SHOWN
-                    line["identity"] = identity
-                    line = _told_late(work, chunk, line, told, shown)
+                elif name_digest(line.get("identity", "")) in removed:
+                    told = removed_photo(line["name"])
+                if told is not None and told[0] == "removed":
+                    line = {"name": line["name"], "reason": told[0], "detail": told[1]}
+                elif told is not None:
+                    line = _told_late(work, chunk, line, told, reasons[told[0]] < _SHOWN)
                 reasons[line["reason"]] += 1
                 yield line
 

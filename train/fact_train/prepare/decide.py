@@ -53,13 +53,12 @@ class Decisions:
     def rejected(self, record: int) -> tuple[str, str] | None:
         """Reason and line of a record that is not written."""
         names, best = self.table.names, self.kept[record]
+        if self.removed[self.person[record]]:
+            return removed_photo(names[record])
         if best == record:
             usual = self.table.embeddings.shape[1]
             line = f"{names[record]}: its embedding has {self.table.misfits[record]} numbers"
             return "embedding", f"{line}, most have {usual}"
-        if self.removed[self.person[record]]:
-            who = self.identity(record)
-            return "removed", f"{names[record]}: {who} was removed from this set, log.jsonl says"
         if best >= 0:
             return "duplicate", f"{names[record]} is the same picture as {names[best]}"
         if (count := self.counts[self.person[record]]) >= self.least:
@@ -157,6 +156,11 @@ def decide(
     decisions.suspects = [one for one in decisions.suspects if not out & {*one["people"]}]
     _mark_splits(decisions.suspects, settings)
     return decisions
+
+
+def removed_photo(name: str) -> tuple[str, str]:
+    """Reason and line of a photo of a person who was removed."""
+    return "removed", f"{name} is of a person who was removed from this set, log.jsonl says when"
 
 
 def name_digest(person: str) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,10 @@ from typing import Any
 
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError
-from fact_jax.utils.files import atomic_write
+from fact_jax.utils.files import atomic_write, folder_lock
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+"""Names that ``atomic_write`` gives to what it has not finished."""
 
 
 class Store:
@@ -49,8 +53,15 @@ class Store:
     def read(self, name: str) -> bytes:
         return self.fs.cat_file(self.path(name))
 
-    def json(self, name: str) -> Any:
-        return json.loads(self.read(name))
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in a JSON file; UserError for anything else."""
+        try:
+            found = json.loads(self.read(name))
+            if not isinstance(found, dict):
+                raise ValueError("no object")
+        except ValueError as error:
+            raise UserError(f"{self.path(name)} is damaged: {one_line(error)}") from None
+        return found
 
     def write(self, name: str, content: bytes | str) -> None:
         """A file, whole or not at all. UserError for one that an object store does not take."""
@@ -110,17 +121,28 @@ class Store:
         except FileNotFoundError:
             return []
         names = sorted(path.rstrip("/").rsplit("/", 1)[-1] for path in found)
-        return [name for name in names if not name.endswith(".tmp")]
+        return [name for name in names if not _TEMPORARY.fullmatch(name)]
 
     def sweep(self, folder: str = "") -> None:
         """Remove what killed writes left in a folder of this machine."""
-        for path in Path(self.path(folder)).glob("*.tmp") if self.local else ():
-            path.unlink(missing_ok=True)
+        for path in Path(self.path(folder)).glob(".*.tmp") if self.local else ():
+            if _TEMPORARY.fullmatch(path.name):
+                path.unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
         """A file or a folder, if it is there."""
         if self.exists(name):
             self.fs.rm(self.path(name), recursive=True)
+
+
+@contextlib.contextmanager
+def only_here(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a folder on this machine; UserError if one is in it."""
+    with folder_lock(folder):
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)
 
 
 def json_line(content: Any) -> str:

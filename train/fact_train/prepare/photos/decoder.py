@@ -5,6 +5,7 @@ with what is wrong; where it dies, hangs or wants too much memory, the photo is 
 another process takes its place.
 """
 
+import contextlib
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import resource
 import select
 import subprocess
 import sys
+import threading
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -35,16 +37,27 @@ _SERVE = "from fact_train.prepare.photos.decoder import serve; serve()"
 
 
 class Decoder:
-    """Photos' bytes to pixels; ``code`` is what its process runs."""
+    """Photos' bytes to pixels, one at a time; ``code`` is what its process runs."""
 
     def __init__(self, code: str = _SERVE, seconds: float = SECONDS):
         self._code, self._seconds = code, seconds
         self._process: subprocess.Popen | None = None
+        self._lock = threading.Lock()
 
     def __call__(
         self, content: bytes, name: str, longest: int
     ) -> tuple[UInt8[np.ndarray, "h w 3"], tuple[int, int]]:
         """The photo in sRGB, no side over ``longest``, and height and width as stored, upright."""
+        with self._lock:  # a runner of Beam has several threads
+            head, pixels = self._ask(content, name, longest)
+        if "error" in head:
+            line = head["error"].removeprefix(name)  # which may say anything
+            reason = next((why for part, why in _REASONS.items() if line.startswith(part)), None)
+            raise RejectedError(reason or "not readable", head["error"])
+        height, width = head["full"]
+        return np.frombuffer(pixels, np.uint8).reshape(head["shape"]), (height, width)
+
+    def _ask(self, content: bytes, name: str, longest: int) -> tuple[dict, bytes]:
         if self._process is None:
             path = os.pathsep.join(part for part in sys.path if part)
             self._process = subprocess.Popen(
@@ -60,17 +73,14 @@ class Decoder:
             _send(process.stdin, {"name": name, "longest": longest}, content)
             if not select.select([process.stdout], [], [], self._seconds)[0]:
                 raise TimeoutError(f"takes longer than {self._seconds:g} s to decode")
-            head, pixels = _receive(process.stdout)
+            return _receive(process.stdout)
         except (OSError, EOFError, ValueError) as error:
             what = str(error) if isinstance(error, TimeoutError) else "crashes the decoder"
             self.close()
             raise RejectedError("not readable", f"{name} {what}") from None
-        if "error" in head:
-            line = head["error"].removeprefix(name)  # which may say anything
-            reason = next((why for part, why in _REASONS.items() if line.startswith(part)), None)
-            raise RejectedError(reason or "not readable", head["error"])
-        height, width = head["full"]
-        return np.frombuffer(pixels, np.uint8).reshape(head["shape"]), (height, width)
+        except BaseException:  # as Ctrl-C: the next photo is not to get this one's answer
+            self.close()
+            raise
 
     def close(self) -> None:
         """End the process."""
@@ -80,9 +90,13 @@ class Decoder:
         self._process = None
 
 
-@functools.lru_cache(maxsize=1)
 def decoder() -> Decoder:
-    """The decoder of this process."""
+    """The decoder of this process; one that was forked has its own."""
+    return _decoder_of(os.getpid())
+
+
+@functools.lru_cache(maxsize=1)
+def _decoder_of(process: int) -> Decoder:
     return Decoder()
 
 
@@ -94,21 +108,25 @@ def serve() -> None:
         taken = int(opened.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     limit = taken + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    while True:
-        try:
-            head, content = _receive(sys.stdin.buffer)
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            full = read_image(ImageBytes(content, head["name"]), to_srgb=True)
-            image, _ = limit_side(full, np.zeros((5, 2), np.float32), head["longest"])
-            found = {"shape": image.shape, "full": full.shape[:2]}
-            _send(answers, found, np.ascontiguousarray(image).tobytes())
-        except UserError as error:
-            _send(answers, {"error": str(error)}, b"")
-        except Exception as error:  # whatever a decoder does with what nobody thought of
-            line = f"{head['name']} cannot be decoded: {type(error).__name__}: {one_line(error)}"
-            _send(answers, {"error": line}, b"")
+    with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+        while True:
+            _answer(answers, *_receive(sys.stdin.buffer))
+
+
+def _answer(answers: BinaryIO, head: dict, content: bytes) -> None:
+    found: dict[str, Any] = {}
+    pixels = b""
+    try:
+        full = read_image(ImageBytes(content, head["name"]), to_srgb=True)
+        image, _ = limit_side(full, np.zeros((5, 2), np.float32), head["longest"])
+        found = {"shape": image.shape, "full": full.shape[:2]}
+        pixels = np.ascontiguousarray(image).tobytes()
+    except UserError as error:
+        found = {"error": str(error)}
+    except Exception as error:  # whatever a decoder does with what nobody thought of
+        line = f"{head['name']} cannot be decoded: {type(error).__name__}: {one_line(error)}"
+        found = {"error": line}
+    _send(answers, found, pixels)
 
 
 def _send(stream: BinaryIO | Any, head: dict, content: bytes) -> None:

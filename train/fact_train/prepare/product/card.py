@@ -35,7 +35,8 @@ def card(summary: dict[str, Any]) -> str:
         *_table("Gates", summary["settings"].get("gates", {}), str),
         "## Withdrawn consent",
         "",
-        f"{summary.get('removed', 0):,} records were removed at the request of people shown "
+        f"{summary.get('removed', 0) + summary['reasons'].get('removed', 0):,} photos were "
+        "removed or left out at the request of people shown "
         "(`fact-train data remove OUT --person ID`).",
         "",
     ]

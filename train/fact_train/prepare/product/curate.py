@@ -31,10 +31,11 @@ from fact_train.prepare.product.dataset import (
     Numbering,
     about_name,
     finish,
+    removed_digests,
     write_lines,
     write_summary,
 )
-from fact_train.prepare.store import Store, json_line
+from fact_train.prepare.store import Store, json_line, only_here
 
 Choose = Callable[[str, dict], str | None]
 """(split, line about a record) -> the split that it goes to, or None: it goes."""
@@ -48,6 +49,9 @@ def open_product(folder: Path) -> dict[str, Any]:
         summary = json.loads((folder / SUMMARY).read_text("utf-8"))
         if not {"in", "records", "rejected", "splits", "size", "crop"} <= summary.keys():
             raise ValueError("it is of another kind")
+        for key in ("splits", "reasons", "suspects", "models", "settings"):
+            if not isinstance(summary.get(key, {}), dict):
+                raise ValueError(f"its {key} are no object")
     except (ValueError, OSError, AttributeError) as error:
         raise UserError(f"{folder / SUMMARY} cannot be read: {one_line(error)}") from None
     wanted = (REJECTED, SUSPECTS, f"{FOLDER}/features.json")
@@ -188,8 +192,14 @@ def merge(sources: Sequence[Path], out: Path, *, megabytes: float) -> dict[str, 
     if len({folder.resolve() for folder in sources}) < len(sources):
         raise UserError("one set is named twice")
     seen: dict[str, str] = {}
+    removed = {one for folder in sources for one in removed_digests(Store(str(folder)))}
 
     def choose(split: str, line: dict) -> str:
+        if name_digest(line["identity"]) in removed and not _made_up(line["identity"]):
+            raise UserError(
+                f"{line['identity']} was removed from one of these sets and is in another: remove "
+                "the person there too (fact-train data remove), then merge"
+            )
         before = seen.setdefault(line["identity"], split)
         if before != split:
             raise UserError(
@@ -217,8 +227,12 @@ def made_up_twice(sources: Sequence[Path]) -> list[str]:
     for folder in sources:
         records = read_lines(folder, open_product(folder))
         names = {line["identity"] for line in records}
-        found.update(name for name in names if MADE_UP.fullmatch(name) or name.startswith("only "))
+        found.update(filter(_made_up, names))
     return sorted(name for name, count in found.items() if count > 1)
+
+
+def _made_up(name: str) -> bool:
+    return MADE_UP.fullmatch(name) is not None or name.startswith("only ")
 
 
 def held_twice(sources: Sequence[Path]) -> int:
@@ -270,9 +284,17 @@ def remove(
     Nothing of them is left: records, lines, thumbnails; the log keeps when it was, how many
     records, and the SHA-256 of the name, so that a second request can be answered.
     """
+    folder = folder.resolve()  # else what a link names would stay
     for written in (folder, *map(cache_folder, caches)):  # a killed removal may have left them
         recover(written)
     summary = open_product(folder)
+    with only_here(folder):
+        return _remove(folder, summary, person, caches, megabytes)
+
+
+def _remove(
+    folder: Path, summary: dict, person: str, caches: Sequence[Path], megabytes: float
+) -> tuple[int, list[str]]:
     strange = {path.name for path in folder.iterdir()} - {*OURS, ".lock"}
     if strange:
         raise UserError(

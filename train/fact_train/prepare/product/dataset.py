@@ -41,6 +41,12 @@ def about_name(split: str, shard: int) -> str:
     return f"{ABOUT}/{split}-{shard:05d}.jsonl"
 
 
+def removed_digests(store: Store) -> set[str]:
+    """SHA-256 of the names of those who were removed from a set."""
+    lines = store.lines(LOG) if store.exists(LOG) else ()
+    return {line["person_sha256"] for line in lines if "person_sha256" in line}
+
+
 def numbered(name: str) -> tuple[str, int]:
     """Split and number of the shard ``SPLIT-I-OF-N``."""
     split, shard, _ = name.split("-")

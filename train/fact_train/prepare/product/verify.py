@@ -1,9 +1,10 @@
 """Is a built set whole? Every record read, against the lines about it and the index."""
 
 import io
+import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,25 @@ from PIL import Image
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError, error_context, listed
 from fact_train.data.dataset_files import split_name
-from fact_train.data.records import IDENTITIES, NAME, PICTURES, SHAPES, VERSION, open_folder
+from fact_train.data.records import (
+    IDENTITIES,
+    NAME,
+    PICTURES,
+    SHAPES,
+    SIZES,
+    VERSION,
+    open_folder,
+    read_row,
+)
 from fact_train.prepare.product.curate import open_product, read_records
-from fact_train.prepare.product.dataset import FOLDER, REJECTED, SUSPECTS, count_lines
+from fact_train.prepare.product.dataset import (
+    FOLDER,
+    REJECTED,
+    SUMMARY,
+    SUSPECTS,
+    count_lines,
+    removed_digests,
+)
 from fact_train.prepare.store import Store
 
 
@@ -28,38 +45,50 @@ def verify(folder: Path) -> dict[str, int]:
 
 
 def _verify(folder: Path) -> dict[str, int]:
-    from tensorflow_datasets.proto import tf_example_pb2
-
     summary = open_product(folder)
-    for split in summary["splits"]:
-        open_folder(folder, NAME, VERSION, split=split)
+    inner = folder / FOLDER
+    sources = {
+        split: open_folder(folder, NAME, VERSION, PICTURES, split)[2] for split in summary["splits"]
+    }
+    _check_features(folder, summary, sources)
     arrays = {
-        name: np.load(folder / FOLDER / name, allow_pickle=False)
-        for name in os.listdir(folder / FOLDER)
+        name: np.load(inner / name, allow_pickle=False)
+        for name in os.listdir(inner)
         if name.endswith(".npy")
     }
     counts: Counter[str] = Counter()
     seen: dict[str, dict[str, int]] = {}
-    for split, shard, record, line in read_records(folder, summary):
-        where = f"{folder}: record {counts[split]} of {split} (shard {shard})"
-        example = tf_example_pb2.Example.FromString(record).features.feature
-        name = example["identity"].bytes_list.value[0].decode()
-        numbers = seen.setdefault(split, {})
+    for split, shard, _, line in read_records(folder, summary):
+        number, numbers = counts[split], seen.setdefault(split, {})
+        where = f"{folder}: record {number} of {split} (shard {shard})"
+        row = read_row(sources[split], number, folder)
+        said = {key: row[key].decode() for key in ("identity", "name")}
         file = split_name(IDENTITIES, split)
-        if arrays[file][counts[split]] != numbers.setdefault(name, len(numbers)):
-            raise UserError(f"{where}: {file} does not name {name}")
-        said = {"identity": name, "name": example["name"].bytes_list.value[0].decode()}
+        if arrays[file][number] != numbers.setdefault(said["identity"], len(numbers)):
+            raise UserError(f"{where}: {file} does not name {said['identity']}")
         for key, value in said.items():
             if value != line[key]:
                 raise UserError(f"{where}: it is {value}, the line about it says {line[key]}")
         shape = line.get("shape", [summary["size"]] * 2)
         shapes = arrays.get(split_name(SHAPES, split))
-        held = [summary["size"]] * 2 if shapes is None else shapes[counts[split]].tolist()
+        held = [summary["size"]] * 2 if shapes is None else shapes[number].tolist()
         if held != shape:
             raise UserError(f"{where}: it is {held} px, the line about it says {shape}")
         with error_context(where):
-            _check_pictures(example, shape, summary["crop"])
+            row["caption"].decode()
+            _check_pictures(row, shape, summary["crop"])
         counts[split] += 1
+    for name, array in arrays.items():
+        wanted = {
+            split_name(file, one): counts[one] for one in counts for file in (IDENTITIES, SHAPES)
+        }
+        rest = (2,) if name.startswith(Path(SHAPES).stem) else ()
+        if array.shape != (wanted.get(name), *rest):
+            raise UserError(f"{inner / name} is of shape {array.shape}: it is not of these records")
+    if twice := [
+        name for name, n in Counter(name for one in seen.values() for name in one).items() if n > 1
+    ]:
+        raise UserError(f"{folder}: {twice[0]} is in several splits")
     for split, about in summary["splits"].items():
         found = counts[split], len(seen.get(split, {}))
         if found != (about["records"], about["people"]):
@@ -69,8 +98,14 @@ def _verify(folder: Path) -> dict[str, int]:
             )
     store = Store(str(folder))
     reasons = Counter(line["reason"] for line in store.lines(REJECTED))
-    suspects = Counter(line["kind"] for line in store.lines(SUSPECTS))
-    alarms = sum(line["alarm"] for line in store.lines(SUSPECTS))
+    about_suspects = list(store.lines(SUSPECTS))
+    if lacking := [line for line in about_suspects if not {"photos", "people", "alarm"} <= {*line}]:
+        raise UserError(
+            f"{folder / SUSPECTS}: a line says no photos, people or alarm: {lacking[0]}"
+        )
+    suspects = Counter(line["kind"] for line in about_suspects)
+    alarms = sum(line["alarm"] for line in about_suspects)
+    removed_digests(store)  # each line of the log can be read
     shards = {split: range(about["shards"]) for split, about in summary["splits"].items()}
     told, _ = count_lines(store, shards, summary["size"])
     people = sum(about["people"] for about in summary["splits"].values())
@@ -88,17 +123,30 @@ def _verify(folder: Path) -> dict[str, int]:
     return dict(counts) | {"rejected": rejected}
 
 
-def _check_pictures(example: Any, shape: Sequence[int], crop: int) -> None:
+def _check_features(folder: Path, summary: dict, sources: Mapping[str, Any]) -> None:
+    """UserError where the set's features or sizes are other than its summary's."""
+    sizes = json.loads((folder / FOLDER / SIZES).read_text())
+    shards = {path.name for path in (folder / FOLDER).glob("*.array_record*")}
+    if shards != sizes.keys():
+        raise UserError(f"{folder / FOLDER / SIZES} tells of other shards than are there")
+    for source in sources.values():
+        features = source.dataset_info.features
+        found = features["crop"].shape[0], features["photo"].shape[0] or summary["size"]
+        if found != (summary["crop"], summary["size"]):
+            raise UserError(f"{folder}: features.json tells of other sizes than {SUMMARY}")
+
+
+def _check_pictures(row: dict, shape: Sequence[int], crop: int) -> None:
     """``shape`` is height and width of photo and masks."""
     for part in PICTURES:
-        wanted = (crop, crop) if part == "crop" else (shape[1], shape[0])
+        size = (crop, crop) if part == "crop" else (shape[1], shape[0])
+        wanted = ("L" if part.endswith("mask") else "RGB", size)
         try:
-            with Image.open(io.BytesIO(example[part].bytes_list.value[0])) as opened:
+            with Image.open(io.BytesIO(row[part])) as opened:
                 opened.load()
-                if opened.size != wanted:
-                    raise UserError(f"its {part} is {opened.size[0]} x {opened.size[1]}")
-        except (OSError, ValueError, SyntaxError, IndexError) as error:
+                if (found := (opened.mode, opened.size)) != wanted:
+                    raise UserError(f"its {part} is {found}, not {wanted}")
+        except (OSError, ValueError, SyntaxError) as error:
             raise UserError(f"its {part} is damaged: {one_line(error)}") from None
-    points = np.array(example["points"].float_list.value)
-    if points.shape != (10,) or not np.isfinite(points).all():
+    if row["points"].shape != (5, 2) or not np.isfinite(row["points"]).all():
         raise UserError("its points are no five finite points")

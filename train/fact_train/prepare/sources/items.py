@@ -90,7 +90,8 @@ def read_chunk(settings: BuildSettings, chunk: dict) -> Iterator[Item]:
         )
     for path, said, read in found:
         name = _text(path)
-        whose = {"identity": _text(said["identity"])} if "identity" in said else {}
+        who = _label(said.get("identity"))
+        whose = {} if who is None else {"identity": who}
         try:
             photo, fields = read()
             if "identity" in fields:
@@ -110,11 +111,15 @@ def _text(value: Any) -> Any:
 
 def _identity(value: Any, name: str) -> str:
     """A person's name or number as text."""
+    if (label := _label(value)) is None:
+        raise RejectedError("row", f"{name}: its identity is no text or number")
+    return label
+
+
+def _label(value: Any) -> str | None:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "backslashreplace")
-    if not isinstance(value, str | int | float):
-        raise RejectedError("row", f"{name}: its identity is no text or number")
-    return str(value)
+    return str(_text(value)) if isinstance(value, str | int | float) else None
 
 
 def _from_file(store: Store, row: dict) -> tuple[bytes, dict[str, Any]]:

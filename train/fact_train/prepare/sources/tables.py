@@ -15,6 +15,7 @@ from fact_train.prepare.sources.files import MAX_BYTES, Listings
 from fact_train.prepare.store import Store
 
 ENDINGS = (".jsonl", ".json", ".csv")
+_MAX_CELL = 16 << 20
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Of a Hugging Face image folder."""
 
@@ -81,7 +82,9 @@ def check_columns(there: Collection[str], settings: BuildSettings, where: str) -
 
 
 def _inside(path: str, images: Store) -> str:
-    """A name in the folder of the images, of an absolute path too."""
+    """A name in the folder of the images, of an absolute path too; a URL is left as it is."""
+    if "://" in path:
+        return path
     return posixpath.normpath(path).removeprefix(images.root.rstrip("/") + "/")
 
 
@@ -107,22 +110,27 @@ def _rows(store: Store) -> Iterator[dict | str]:
             text = io.TextIOWrapper(
                 opened, encoding="utf-8-sig", errors="surrogateescape", newline=""
             )
+            csv.field_size_limit(_MAX_CELL)
             rows, ended = csv.DictReader(text, strict=True), False
             names = _header(rows, store)
-            if twice := sorted({name for name in names if name and names.count(name) > 1}):
-                raise UserError(f"{store.url} has several columns named {listed(twice)}")
+            check_names(names, store)
             while not ended:  # what is wrong with one row is not with the next
+                line = rows.reader.line_num
                 try:
                     row = next(rows, None)
                     ended = row is None
                     if row is None:
                         continue
-                    if any(isinstance(cell, str) and not _is_utf8(cell) for cell in row.values()):
+                    if None in row:
+                        yield "it has more cells than the first line"
+                    elif any(isinstance(cell, str) and not _is_utf8(cell) for cell in row.values()):
                         yield "it is not UTF-8 text"
                     else:
-                        yield {key: value for key, value in row.items() if key and value}
+                        yield {key: value for key, value in row.items() if key}
                 except csv.Error as error:
-                    yield f"it is not CSV: {one_line(error)}"
+                    # Where a cell of several lines does not end, the next row may begin anywhere.
+                    ended = "field limit" in str(error) and rows.reader.line_num > line + 1
+                    yield f"it is not CSV: {one_line(error)}" + "; the rest is not read" * ended
         else:
             for line in filter(bytes.strip, opened):
                 try:
@@ -130,6 +138,12 @@ def _rows(store: Store) -> Iterator[dict | str]:
                     yield row if isinstance(row, dict) else "it is no object"
                 except (ValueError, RecursionError) as error:
                     yield f"it is not JSON: {one_line(error)}"
+
+
+def check_names(names: list[str], store: Store) -> None:
+    """UserError for two columns of one name."""
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise UserError(f"{store.url} has several columns named {listed(twice)}")
 
 
 def _header(rows: csv.DictReader, store: Store) -> list[str]:
@@ -175,6 +189,7 @@ def list_parquet(shards: list[Store], settings: BuildSettings) -> Iterator[dict]
         try:
             with store.fs.open(store.root, "rb") as opened:
                 table = _parquet(opened)
+                check_names(table.schema_arrow.names, store)
                 check_columns(table.schema_arrow.names, settings, store.url)
                 groups = table.metadata
                 rows = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
@@ -205,9 +220,15 @@ def read_parquet(
             for batch in table.iter_batches(
                 settings.batch, row_groups=[chunk["group"]], columns=columns
             ):
-                for row in batch.to_pylist():
-                    name, fields = f"{file}:{chunk['start'] + done}", fields_of(row, settings)
+                for row in range(batch.num_rows):
+                    name, fields = f"{file}:{chunk['start'] + done}", {}
                     done += 1
+                    try:
+                        fields = fields_of(batch.slice(row, 1).to_pylist()[0], settings)
+                    except ValueError as error:  # text that is not UTF-8
+                        line = f"{name}: {one_line(error)}"
+                        yield name, fields, functools.partial(_refuse, "row", line)
+                        continue
                     yield name, fields, functools.partial(_parquet_row, fields, name, settings)
     except (OSError, ValueError, OverflowError) as error:
         text = one_line(error)

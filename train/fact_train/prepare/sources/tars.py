@@ -34,7 +34,8 @@ def list_tars(shards: list[Store], settings: BuildSettings) -> Iterator[dict]:
 
 
 def _samples(store: Store) -> Iterator[dict]:
-    """``{"key", "files": {ending: [offset, size]}}`` each; a damaged tar ends with a problem.
+    """``{"key", "files": {ending: [offset, size]}}`` each; a damaged tar ends with a problem, in
+    which the sample that was not whole is told of.
 
     A name that leads out of the tar is a problem too.
     """
@@ -48,14 +49,17 @@ def _samples(store: Store) -> Iterator[dict]:
             size = opened.seek(0, io.SEEK_END)
             opened.seek(0)
             for member in archive:
-                if not member.isfile():
-                    if member.name.lower().endswith(SUFFIXES):
-                        text = f"{member.name} is no file of its own, but a link or a folder"
-                        yield {"key": member.name, "problem": ("no file", text)}
-                    continue
                 folder, _, base = member.name.rpartition("/")
                 key, _, ending = base.partition(".")
                 key, ending = f"{folder}/{key}" if folder else key, ending.lower()
+                if not member.isfile() or member.issparse():
+                    what = "a sparse file" if member.issparse() else "a link or a folder"
+                    about = ("no file", f"{member.name} is no plain file, but {what}")
+                    if current and key == current["key"]:
+                        current["problem"] = about
+                    elif ending in _PHOTOS:
+                        yield {"key": member.name, "problem": about}
+                    continue
                 if current and (key != current["key"] or ending in current["files"]):
                     yield current
                     current = {}
@@ -64,22 +68,28 @@ def _samples(store: Store) -> Iterator[dict]:
                     if leads_out(posixpath.normpath(key)):
                         text = f"{member.name} leads out of the tar"
                         current["problem"] = ("row", text)
-                if member.offset_data + member.size > size:
+                if member.size < 0 or member.offset_data + member.size > size:
                     raise tarfile.ReadError(f"{member.name} is cut off")
                 if len(current["files"]) < _MOST_FILES:
                     current["files"][ending] = [member.offset_data, member.size]
                 archive.members = []  # type: ignore[attr-defined]  # else it keeps all
-            _check_end(opened, archive.offset)  # type: ignore[attr-defined]
-    except (tarfile.TarError, OSError, ValueError, EOFError) as error:
+            offset: int = archive.offset  # type: ignore[attr-defined]
+            opened.seek(offset)
+            if opened.read(tarfile.BLOCKSIZE) == bytes(tarfile.BLOCKSIZE) and current:
+                yield current  # the tar ends here, so it is whole
+                current = {}
+            _check_end(opened, offset)
+    except (tarfile.TarError, OSError, ValueError, OverflowError, EOFError) as error:
         problem = one_line(error)
-    if current and current["files"]:
-        yield current
-    if problem is not None:
+    if problem is not None:  # the sample that it is in is not whole
         yield {"key": "", "problem": ("damaged shard", f"{store.url}: {problem}")}
 
 
 def _check_end(opened: Any, offset: int) -> None:
-    """ReadError where there are not only zeros after the last header that could be read."""
+    """ReadError unless there are zeros, and nothing else, after the last file that is there."""
+    opened.seek(offset)
+    if len(opened.read(tarfile.BLOCKSIZE)) < tarfile.BLOCKSIZE:
+        raise tarfile.ReadError("it is cut off: it ends without the zeros that end a tar")
     opened.seek(offset)
     while block := opened.read(1 << 20):
         if block.strip(b"\0"):
