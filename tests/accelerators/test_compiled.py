@@ -58,8 +58,8 @@ def test_gradients_cross_devices_once_in_float32(programs):
     _, texts = programs
     text = texts["step-bfloat16"]
     kinds = r"(?:all-reduce|reduce-scatter)"
-    summed = re.findall(rf"= \(?(\w+)\[[\d,]*\].* {kinds}(?:-start)?\(", text)
-    assert set(summed) - {"pred"} == {"f32"}  # pred: whether all is finite
+    summed = re.findall(rf"= \(?(\w+)\[[\d,]+\].* {kinds}(?:-start)?\(", text)
+    assert set(summed) == {"f32"}
     sums = [one for one in read_collectives(text) if one.kind in ("all-reduce", "reduce-scatter")]
     assert {one.times for one in sums} == {1}
 
@@ -67,8 +67,11 @@ def test_gradients_cross_devices_once_in_float32(programs):
 def test_sums_over_tokens_are_in_float32(programs):
     """Statistics, softmax, loss and the gradients of gates, biases and norms."""
     _, texts = programs
-    sums = re.findall(r"(\w+)\[([\d,]*)\]\S* reduce\(.*reduce_sum", texts["step-bfloat16"])
-    assert {dtype for dtype, shape in sums if "," not in shape} == {"f32"}
+    text = texts["step-bfloat16"]
+    # The sum may be rounded: what is asked is in which numbers it is added up.
+    added_in = dict(re.findall(r"^(%[\w.-]+) \(.*-> (\w+)\[\]\S* \{$", text, re.MULTILINE))
+    sums = re.findall(r"\w+\[(\d*)\]\S* reduce\(.*to_apply=(%[\w.-]+).*reduce_sum", text)
+    assert {added_in[region] for _, region in sums} == {"f32"}
     roots = re.findall(r"(\w+)\[[\d,]*\]\S* (?:rsqrt|sqrt)\(", texts["step-bfloat16"])
     assert set(roots) == {"f32"}
 
@@ -83,7 +86,9 @@ def test_the_step_is_fused_too(programs):
 def test_products_of_float32_are_what_they_are_called(programs, precision):
     platform, texts = programs
     wanted = {"float32": "highest", "tf32": "high"}[precision]
-    text = texts[f"step-{precision}"]
+    # Masks are resized in float32 whatever is asked.
+    lines = texts[f"step-{precision}"].splitlines()
+    text = "\n".join(line for line in lines if "ph,...hw,qw->...pq" not in line)
     if platform == "tpu":
         found = re.findall(r"f32\S* (?:dot|convolution)\(.*", text)
         assert found
