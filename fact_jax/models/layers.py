@@ -56,11 +56,12 @@ def _add_bias_forward(x, bias):
 
 def _add_bias_backward(bias, g):
     # The gradient of a broadcast, which this is, would be added up in 16 bits.
-    if g.dtype.itemsize >= 4:
-        return g, g.sum(range(g.ndim - 1)).astype(bias.dtype)
-    total = g.astype(jnp.float32).sum(range(g.ndim - 1))
-    # On TPUs XLA adds up in 16 bits what is rounded to them at once.
-    return g, jax.lax.optimization_barrier(total).astype(bias.dtype)
+    total = g.sum(range(g.ndim - 1), dtype=jnp.promote_types(g.dtype, jnp.float32))
+    if (
+        total.dtype != g.dtype
+    ):  # else XLA adds up in 16 bits on TPUs, for the sum is rounded to them
+        total = jax.lax.optimization_barrier(total)
+    return g, total.astype(bias.dtype)
 
 
 _add_bias.defvjp(_add_bias_forward, _add_bias_backward)

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -16,7 +15,7 @@ from fact_train.data.records import Records
 from fact_train.prepare.photos import decoder as decoders
 from fact_train.prepare.photos.decoder import Decoder
 from fact_train.prepare.product import dataset
-from fact_train.prepare.store import only_here
+from fact_train.prepare.store import exclusive_access
 from tests.train.prepare.conftest import noise, write_photo
 
 SIZES = ["--size", "64", "--crop", "48"]
@@ -113,20 +112,11 @@ def test_no_command_writes_where_another_does(people, tmp_path, capsys, command)
     assert build(people, out) == 0
     before = files(out)
     words = [{"IN": str(people), "OUT": str(out)}.get(word, word) for word in command]
-    found = []
-
-    def other():
-        # fcntl's locks are a process's, so another one is started.
+    with exclusive_access(out):  # of another process: fcntl's locks are not between threads
         done = subprocess.run(
             [sys.executable, "-m", "fact_train", "data", *words], capture_output=True, text=True
         )
-        found.append((done.returncode, done.stderr))
-
-    with only_here(out):
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-    ((status, said),) = found
+    status, said = done.returncode, done.stderr
     assert status == 2, said
     assert f"another process is writing in {out}" in said
     assert files(out) == before

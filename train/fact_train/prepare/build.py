@@ -35,7 +35,7 @@ from fact_train.prepare.product import dataset as product
 from fact_train.prepare.settings import BuildSettings, digest
 from fact_train.prepare.sources import list_chunks
 from fact_train.prepare.sources.items import chunk_text
-from fact_train.prepare.store import Store, only_here
+from fact_train.prepare.store import Store, exclusive_access
 from fact_train.prepare.table import Table, read_table
 
 _SHOWN = 6
@@ -88,13 +88,13 @@ def _build(
     providers(text)  # what does not load is said before anything is written
     ignored: Counter[str] = Counter()
     same = digest(text, json.dumps(models, sort_keys=True), f"fact-jax {version_of()}")
-    names, listing = [], digest("")
-    claimed = fresh = False
+    names: list[str] = []
+    listing = digest("")
+    fresh = False
     try:
         for number, chunk in enumerate(list_chunks(settings, ignored)):
-            if not claimed:
+            if not names:
                 fresh = _claim(store, same, force, locks)
-                claimed = True
             content = chunk_text(chunk)
             name = f"{number:07d}-{digest(same, content)}"
             names.append(name)
@@ -172,7 +172,9 @@ def _within(inner: Store, outer: Store) -> bool:
 
 
 def _claim(store: Store, same: str, force: bool, locks: contextlib.ExitStack) -> bool:
-    """Whether the folder is new; UserError if it holds no build; ``force`` is to replace that.
+    """Take the folder for a build: whether it is new. UserError if it holds anything else.
+
+    ``force`` is to replace the build that is there.
 
     On this machine ``locks`` keep other builds out from here on.
     """
@@ -190,7 +192,7 @@ def _claim(store: Store, same: str, force: bool, locks: contextlib.ExitStack) ->
     if store.local:
         folder.mkdir(parents=True, exist_ok=True)
     if store.local and os.access(folder, os.W_OK):
-        locks.enter_context(only_here(folder))
+        locks.enter_context(exclusive_access(folder))
     for part in ("", product.WORK, product.FOLDER, product.ABOUT):
         store.sweep(part)
     begun = f"{product.WORK}/build.json"

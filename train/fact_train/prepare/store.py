@@ -136,7 +136,7 @@ class Store:
 
 
 @contextlib.contextmanager
-def only_here(folder: Path) -> Iterator[None]:
+def exclusive_access(folder: Path) -> Iterator[None]:
     """Keep other processes out of a folder on this machine; UserError if one is in it."""
     with folder_lock(folder):
         try:

@@ -35,7 +35,7 @@ from fact_train.prepare.product.dataset import (
     write_lines,
     write_summary,
 )
-from fact_train.prepare.store import Store, json_line, only_here
+from fact_train.prepare.store import Store, exclusive_access, json_line
 
 Choose = Callable[[str, dict], str | None]
 """(split, line about a record) -> the split that it goes to, or None: it goes."""
@@ -288,7 +288,7 @@ def remove(
     for written in (folder, *map(cache_folder, caches)):  # a killed removal may have left them
         recover(written)
     summary = open_product(folder)
-    with only_here(folder):
+    with exclusive_access(folder):
         return _remove(folder, summary, person, caches, megabytes)
 
 

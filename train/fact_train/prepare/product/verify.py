@@ -24,7 +24,7 @@ from fact_train.data.records import (
     open_folder,
     read_row,
 )
-from fact_train.prepare.product.curate import open_product, read_records
+from fact_train.prepare.product.curate import open_product, read_lines
 from fact_train.prepare.product.dataset import (
     FOLDER,
     REJECTED,
@@ -58,36 +58,40 @@ def _verify(folder: Path) -> dict[str, int]:
     }
     counts: Counter[str] = Counter()
     seen: dict[str, dict[str, int]] = {}
-    for split, shard, _, line in read_records(folder, summary):
-        number, numbers = counts[split], seen.setdefault(split, {})
-        where = f"{folder}: record {number} of {split} (shard {shard})"
-        row = read_row(sources[split], number, folder)
-        said = {key: row[key].decode() for key in ("identity", "name")}
-        file = split_name(IDENTITIES, split)
-        if arrays[file][number] != numbers.setdefault(said["identity"], len(numbers)):
-            raise UserError(f"{where}: {file} does not name {said['identity']}")
-        for key, value in said.items():
-            if value != line[key]:
-                raise UserError(f"{where}: it is {value}, the line about it says {line[key]}")
-        shape = line.get("shape", [summary["size"]] * 2)
-        shapes = arrays.get(split_name(SHAPES, split))
-        held = [summary["size"]] * 2 if shapes is None else shapes[number].tolist()
-        if held != shape:
-            raise UserError(f"{where}: it is {held} px, the line about it says {shape}")
-        with error_context(where):
-            row["caption"].decode()
-            _check_pictures(row, shape, summary["crop"])
-        counts[split] += 1
+    wanted: dict[str, tuple[int, ...]] = {}
+    for split, source in sources.items():
+        numbers = seen.setdefault(split, {})
+        files = split_name(IDENTITIES, split), split_name(SHAPES, split)
+        wanted |= {files[0]: (len(source),), files[1]: (len(source), 2)}
+        identities, shapes = arrays[files[0]], arrays.get(files[1])
+        for number, line in enumerate(
+            read_lines(folder, {"splits": {split: summary["splits"][split]}})
+        ):
+            where = f"{folder}: record {number} of {split}"
+            row = read_row(source, number, folder)
+            said = {key: row[key].decode() for key in ("identity", "name")}
+            if identities[number] != numbers.setdefault(said["identity"], len(numbers)):
+                raise UserError(f"{where}: {files[0]} does not name {said['identity']}")
+            for key, value in said.items():
+                if value != line[key]:
+                    raise UserError(f"{where}: it is {value}, the line about it says {line[key]}")
+            shape = line.get("shape", [summary["size"]] * 2)
+            held = [summary["size"]] * 2 if shapes is None else shapes[number].tolist()
+            if held != shape:
+                raise UserError(f"{where}: it is {held} px, the line about it says {shape}")
+            with error_context(where):
+                row["caption"].decode()
+                _check_pictures(row, shape, summary["crop"])
+            counts[split] += 1
+        if counts[split] != len(source):
+            raise UserError(
+                f"{folder}: {counts[split]} lines about {len(source)} records of {split}"
+            )
     for name, array in arrays.items():
-        wanted = {
-            split_name(file, one): counts[one] for one in counts for file in (IDENTITIES, SHAPES)
-        }
-        rest = (2,) if name.startswith(Path(SHAPES).stem) else ()
-        if array.shape != (wanted.get(name), *rest):
+        if array.shape != wanted.get(name):
             raise UserError(f"{inner / name} is of shape {array.shape}: it is not of these records")
-    if twice := [
-        name for name, n in Counter(name for one in seen.values() for name in one).items() if n > 1
-    ]:
+    people = Counter(name for names in seen.values() for name in names)
+    if twice := [name for name, splits in people.items() if splits > 1]:
         raise UserError(f"{folder}: {twice[0]} is in several splits")
     for split, about in summary["splits"].items():
         found = counts[split], len(seen.get(split, {}))

@@ -113,7 +113,7 @@ def _rows(store: Store) -> Iterator[dict | str]:
             csv.field_size_limit(_MAX_CELL)
             rows, ended = csv.DictReader(text, strict=True), False
             names = _header(rows, store)
-            check_names(names, store)
+            check_unique_columns(names, store)
             while not ended:  # what is wrong with one row is not with the next
                 line = rows.reader.line_num
                 try:
@@ -140,7 +140,7 @@ def _rows(store: Store) -> Iterator[dict | str]:
                     yield f"it is not JSON: {one_line(error)}"
 
 
-def check_names(names: list[str], store: Store) -> None:
+def check_unique_columns(names: list[str], store: Store) -> None:
     """UserError for two columns of one name."""
     if twice := sorted({name for name in names if name and names.count(name) > 1}):
         raise UserError(f"{store.url} has several columns named {listed(twice)}")
@@ -189,7 +189,7 @@ def list_parquet(shards: list[Store], settings: BuildSettings) -> Iterator[dict]
         try:
             with store.fs.open(store.root, "rb") as opened:
                 table = _parquet(opened)
-                check_names(table.schema_arrow.names, store)
+                check_unique_columns(table.schema_arrow.names, store)
                 check_columns(table.schema_arrow.names, settings, store.url)
                 groups = table.metadata
                 rows = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
