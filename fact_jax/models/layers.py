@@ -57,9 +57,8 @@ def _add_bias_forward(x, bias):
 def _add_bias_backward(bias, g):
     # The gradient of a broadcast, which this is, would be added up in 16 bits.
     total = g.sum(range(g.ndim - 1), dtype=jnp.promote_types(g.dtype, jnp.float32))
-    if (
-        total.dtype != g.dtype
-    ):  # else XLA adds up in 16 bits on TPUs, for the sum is rounded to them
+    if total.dtype != g.dtype:
+        # The sum is rounded to 16 bits, so XLA would add up in them on TPUs.
         total = jax.lax.optimization_barrier(total)
     return g, total.astype(bias.dtype)
 
