@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Float, Real
 
 from fact_jax.ops.attention import attention
@@ -40,30 +41,45 @@ def group_norm(channels: int, groups: int, eps: float, *, rngs: nnx.Rngs) -> nnx
     )
 
 
-def layer_norm(channels: int, eps: float = 1e-5, *, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm over the last axis, PyTorch's default epsilon."""
-    return nnx.LayerNorm(channels, epsilon=eps, use_fast_variance=False, rngs=rngs)
-
-
 @jax.custom_vjp
-def _add_bias(x: Float[Array, "*b c"], bias: Float[Array, " c"]) -> Float[Array, "*b c"]:
-    return x + bias
+def _widen(bias: Float[Array, " c"]) -> Float[Array, " c"]:
+    return bias.astype(jnp.float32)
 
 
-def _add_bias_forward(x, bias):
-    return x + bias, bias
+def _widen_forward(bias):
+    return _widen(bias), bias
 
 
-def _add_bias_backward(bias, g):
-    # The gradient of a broadcast, which this is, would be added up in 16 bits.
-    total = g.sum(range(g.ndim - 1), dtype=jnp.promote_types(g.dtype, jnp.float32))
-    if total.dtype != g.dtype:
-        # The sum is rounded to 16 bits, so XLA would add up in them on TPUs.
-        total = jax.lax.optimization_barrier(total)
-    return g, total.astype(bias.dtype)
+def _widen_backward(bias, gradient):
+    # What is rounded to 16 bits at once XLA adds up in 16 bits on TPUs.
+    return (jax.lax.optimization_barrier(gradient).astype(bias.dtype),)
 
 
-_add_bias.defvjp(_add_bias_forward, _add_bias_backward)
+_widen.defvjp(_widen_forward, _widen_backward)
+
+
+def widen(bias: Float[Array, " c"]) -> Float[Array, " c"]:
+    """A bias of 16 bits in float32, in which its gradient is summed too; others as they are."""
+    return _widen(bias) if bias.dtype.itemsize < 4 else bias
+
+
+class LayerNorm(nnx.LayerNorm):
+    """``nnx.LayerNorm``, the gradient of whose bias is summed in float32."""
+
+    def __call__(self, x: Float[Array, "*b c"]) -> Float[Array, "*b c"]:
+        return super().__call__(x).astype(jnp.result_type(x, self.bias[...]))
+
+
+def _promote(values, *, dtype=None):
+    x, scale, bias = promote_dtype(values, dtype=dtype)
+    return x, scale, widen(bias)
+
+
+def layer_norm(channels: int, eps: float = 1e-5, *, rngs: nnx.Rngs) -> LayerNorm:
+    """LayerNorm over the last axis, PyTorch's default epsilon."""
+    return LayerNorm(
+        channels, epsilon=eps, use_fast_variance=False, promote_dtype=_promote, rngs=rngs
+    )
 
 
 class Linear(nnx.Linear):
@@ -72,7 +88,8 @@ class Linear(nnx.Linear):
     def __call__(self, inputs: Float[Array, "*b c"]) -> Float[Array, "*b d"]:
         if self.bias is None:
             return super().__call__(inputs)
-        return _add_bias(jnp.dot(inputs, self.kernel[...]), self.bias[...])
+        hidden = jnp.dot(inputs, self.kernel[...])
+        return (hidden + widen(self.bias[...])).astype(hidden.dtype)
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, *, rngs: nnx.Rngs) -> nnx.Conv:

@@ -1,0 +1,51 @@
+"""Layers that the models share."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.extend.core import jaxprs_in_params
+
+from fact_jax.models.layers import Linear, layer_norm
+
+TOKENS, WIDTH = 64, 8
+LAYERS = {
+    "linear": lambda: Linear(WIDTH, WIDTH, rngs=nnx.Rngs(0)),
+    "norm": lambda: layer_norm(WIDTH, rngs=nnx.Rngs(0)),
+}
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for inner in jaxprs_in_params(eqn.params):
+            yield from equations(inner)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_gradients_of_biases_are_summed_in_float32(name, dtype):
+    """And rounded behind a barrier, without which TPUs would add up in the 16 bits."""
+    graph, params = nnx.split(LAYERS[name]())
+    params = jax.tree.map(lambda value: value.astype(dtype), params)
+
+    def gradients(params, x):
+        y, backward = jax.vjp(lambda params: nnx.merge(graph, params)(x), params)
+        assert y.dtype == dtype
+        return backward(y)[0]
+
+    program = jax.make_jaxpr(gradients, return_shape=True)
+    traced, shapes = program(params, jnp.ones((TOKENS, WIDTH), dtype))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(shapes)} == {dtype}
+    found = list(equations(traced.jaxpr))
+    sums = [eqn for eqn in found if eqn.primitive.name == "reduce_sum"]
+    over_tokens = [eqn.invars[0].aval for eqn in sums if eqn.outvars[0].aval.shape == (WIDTH,)]
+    assert over_tokens
+    assert {value.dtype.name for value in over_tokens} == {"float32"}
+    barred = [eqn.invars[0].aval for eqn in found if eqn.primitive.name == "optimization_barrier"]
+    assert [(value.shape, value.dtype.name) for value in barred] == [((WIDTH,), "float32")]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_16_bits_under_parameters_of_float32_come_out_in_float32(name):
+    assert LAYERS[name]()(jnp.ones((2, WIDTH), jnp.bfloat16)).dtype == jnp.float32
