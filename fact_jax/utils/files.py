@@ -12,11 +12,14 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from fact_jax.utils.errors import UserError
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 """Of Linux' system call renameat2."""
+_LOCKED: dict[Path, object] = {}
+"""Folders that a thread of this process has locked."""
 
 
 @contextlib.contextmanager
@@ -45,9 +48,15 @@ def replace_folder(path: str | os.PathLike, *, replace: bool = True) -> Iterator
     It is on disk before it has that name; what was there is removed afterwards. The two change
     names in one step where the system can (Linux), else in two, and :func:`recover` undoes the
     first if the process dies between them. On an exception ``path`` is left as it was. An OSError
-    names ``path``. Without ``replace``, UserError if ``path`` is then anything but an empty folder.
+    names ``path``. UserError for the folder that the process is in and, without ``replace``, if
+    ``path`` is at the end anything but an empty folder.
     """
-    path = Path(path)
+    path = Path(os.path.abspath(path))
+    if path.exists() and path.samefile(os.curdir):
+        raise UserError(
+            f"{path} is the folder that you are in, and another takes its place: name it from "
+            "outside"
+        )
     old = _beside(path, "old")
     recover(path)
     with _temporary(path, folder=True) as temporary:
@@ -72,7 +81,7 @@ def recover(path: str | os.PathLike) -> bool:
 
     A folder that had been moved aside, to be replaced, comes back if nothing has its name.
     """
-    path, writing = Path(path), False
+    path, writing = Path(os.path.abspath(path)), False
     leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
     with contextlib.suppress(OSError):
         for left in [left for left in path.parent.iterdir() if leftover.fullmatch(left.name)]:
@@ -111,32 +120,59 @@ def create(path: str | os.PathLike, write: Callable[[Path], object]) -> Path:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[str | None]:
-    """Keep other processes that ask for it out of a folder; UserError if one is using it.
+def folder_lock(folder: Path, *, keep: bool = True) -> Iterator[str | None]:
+    """Keep others that ask for it, processes and threads, out of a folder; UserError if one is in.
 
     The lock is the system's, on the file ``.lock``: it goes with the process that has it, however
     that ends, and a network file system (NFS, Lustre) passes it on to other hosts. Gives a warning
-    where the file system knows no locks.
+    where the file system knows no locks. Without ``keep`` the file is removed at the end.
     """
-    with open(folder / ".lock", "a+") as file:
-        warning = None
-        try:
-            # Unlike flock's, it is not inherited by forked data workers, which may outlive the run.
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                file.seek(0)
-                who = file.read(200).strip()
-                raise UserError(
-                    f"another process is writing in {folder} ({who or 'it does not say which'}): "
-                    "wait for it or stop it, or name another folder"
-                ) from error
-            warning = f"{folder} cannot be locked ({error.strerror}): start only one process in it"
+    path, mine, name = folder / ".lock", object(), folder.resolve()
+    if _LOCKED.setdefault(name, mine) is not mine:  # the system's lock is the process's
+        raise UserError(f"another thread of this process is writing in {folder}: wait for it")
+    with contextlib.ExitStack() as locked:
+        locked.callback(_LOCKED.pop, name)
+        while True:
+            file = locked.enter_context(open(path, "a+"))
+            warning = _lock_file(file, folder)
+            if _is_file(file, path):
+                break
+            # It was removed by who had it; another may have made and locked it anew.
+            file.close()
         file.truncate(0)
         since = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         file.write(f"host {socket.gethostname()}, process {os.getpid()}, since {since}\n")
         file.flush()
-        yield warning
+        try:
+            yield warning
+        finally:
+            if not keep and _is_file(file, path):
+                path.unlink()
+
+
+def _lock_file(file: TextIO, folder: Path) -> str | None:
+    """Lock an open file, or say why it cannot be; UserError if another process has."""
+    try:
+        # Unlike flock's, it is not inherited by forked data workers, which may outlive the run.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            file.seek(0)
+            who = file.read(200).strip()
+            raise UserError(
+                f"another process is writing in {folder} ({who or 'it does not say which'}): "
+                "wait for it or stop it, or name another folder"
+            ) from error
+        return f"{folder} cannot be locked ({error.strerror}): start only one process in it"
+    return None
+
+
+def _is_file(file: TextIO, path: Path) -> bool:
+    """Whether an open file is the one that has the name now."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+    except FileNotFoundError:
+        return False
 
 
 def free_path(path: str | os.PathLike) -> Path:

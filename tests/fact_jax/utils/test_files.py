@@ -1,6 +1,7 @@
 """Files appear whole or not at all, and never in the place of another."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -10,7 +11,14 @@ import pytest
 
 from fact_jax.utils import files
 from fact_jax.utils.errors import UserError
-from fact_jax.utils.files import atomic_write, create, free_path, recover, replace_folder
+from fact_jax.utils.files import (
+    atomic_write,
+    create,
+    folder_lock,
+    free_path,
+    recover,
+    replace_folder,
+)
 
 
 def filled(text: str):
@@ -174,3 +182,47 @@ def test_a_file_that_appears_meanwhile_is_kept(tmp_path):
         temporary.write_text("new")
     assert listing(tmp_path) == {"a": "new"}
     assert os.stat(tmp_path / "a").st_mode & 0o111 == 0
+
+
+def test_a_lock_keeps_threads_out_and_is_kept_by_nobody_who_was_kept_out(tmp_path):
+    with folder_lock(tmp_path):
+        for _ in range(2):
+            again = folder_lock(tmp_path / "a" / "..", keep=False)
+            with pytest.raises(UserError, match="another thread of this process"), again:
+                pass
+        assert _locked_elsewhere(tmp_path)
+    assert not _locked_elsewhere(tmp_path)
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_again(tmp_path, monkeypatch):
+    """As by another that ends between opening and locking."""
+    path, lockf = tmp_path / ".lock", fcntl.lockf
+
+    def late(file, flags):
+        monkeypatch.undo()
+        path.unlink()
+        lockf(file, flags)
+
+    monkeypatch.setattr(fcntl, "lockf", late)
+    with folder_lock(tmp_path, keep=False):
+        assert _locked_elsewhere(tmp_path)
+    assert not path.exists()
+
+
+def test_the_lock_of_another_is_not_removed(tmp_path):
+    path = tmp_path / ".lock"
+    with folder_lock(tmp_path, keep=False):
+        path.unlink()
+        path.touch()
+    assert path.exists()
+
+
+def _locked_elsewhere(folder):
+    """Whether another process is kept out."""
+    code = (
+        "import sys; from pathlib import Path; from fact_jax.utils.files import folder_lock\n"
+        "with folder_lock(Path(sys.argv[1])): pass"
+    )
+    done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
+    assert done.returncode == 0 or "another process is writing" in done.stderr
+    return done.returncode != 0

@@ -216,11 +216,13 @@ def test_a_person_is_removed_with_all_that_is_left_of_them(out, miniature, tmp_p
     before = CachedDataset(tmp_path / "cache", "head")
     rows = [before.load(i, i)["tokens"] for i in range(19)]
     theirs = records.identities == 0
-    command = ("remove", out, "--person", "p0", "--cache", tmp_path / "cache")
+    (tmp_path / "link").symlink_to(tmp_path / "cache" / "face_cache" / "1.0.0")
+    command = ("remove", out, "--person", "p0", "--cache", tmp_path / "link")
     status, said = run(capsys, *command)
     assert (status, said.splitlines()[0]) == (0, f"{out}: 3 records removed")
     assert "the same pictures stay under other names: p5/other.png of p5: remove these" in said
     assert run(capsys, "verify", out)[0] == 0
+    assert (tmp_path / "link").is_symlink()
     after = CachedDataset(tmp_path / "cache", "head")
     after.check(frozen, Records(out))
     assert len(after.identities) == 16
@@ -331,6 +333,49 @@ def test_no_cache_is_changed_where_another_does_not_fit(out, miniature, tmp_path
     assert "is a cache with other records" in said
     CachedDataset(tmp_path / "cache", "head").check(frozen, Records(out))
     assert run(capsys, "verify", out)[0] == 0
+
+
+def test_what_a_killed_report_left_goes_with_a_person(out, capsys):
+    left = [out / f".{name}.0123abcd.tmp" for name in ("report.html", "rejected.jsonl")]
+    for path in left:
+        path.write_text("p0")
+    assert run(capsys, "report", out)[0] == 0
+    assert [path.exists() for path in left] == [False, True]
+    assert run(capsys, "remove", out, "--person", "p0")[0] == 0
+    assert not left[1].exists()
+
+
+def test_a_set_may_lose_the_last_of_train_but_a_cache_keeps_somebody(
+    out, miniature, tmp_path, capsys
+):
+    assert run(capsys, "split", out, "--to", tmp_path / "s", "--split", "val=0.8")[0] == 0
+    (last,) = set(people(tmp_path / "s"))
+    pipeline, encoder = load_pipeline(miniature / "base"), load_encoder(miniature / "encoder")
+    records = open_records(str(tmp_path / "s"), pipeline, encoder)
+    frozen = FrozenEncoders(pipeline, encoder)
+    writer = CacheWriter(records, frozen, pipeline.tokenizer, tmp_path / "cache", cell=2)
+    assert writer.write((0, 1), lambda line: None)
+    command = ("remove", tmp_path / "s", "--person", last)
+    status, said = run(capsys, *command, "--cache", tmp_path / "cache")
+    assert (status, said.count("\n")) == (2, 1)
+    assert f"{last} is everybody in train" in said
+    CachedDataset(tmp_path / "cache", "head").check(frozen, Records(tmp_path / "s"))
+    status, said = run(capsys, *command)
+    assert status == 0
+    assert "warning: nobody is in train" in said
+    assert run(capsys, "verify", tmp_path / "s")[0] == 0
+
+
+@pytest.mark.parametrize("command", ["split ../out --to . --split val=0.4", "merge ../out --to ."])
+def test_the_folder_that_one_is_in_is_not_replaced(out, tmp_path, capsys, monkeypatch, command):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    status, said = run(capsys, *command.split())
+    assert (status, said.count("\n")) == (2, 1)
+    assert "is the folder that you are in" in said
+    monkeypatch.chdir(out)
+    assert run(capsys, "remove", ".", "--person", "p0")[0] == 2
+    assert run(capsys, "verify", ".")[0] == 0
 
 
 def test_hidden_folders_are_not_removed_with_a_person(out, capsys):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tarfile
 
 import numpy as np
@@ -343,3 +344,42 @@ def test_numbers_of_the_made_up_are_not_remembered(tmp_path):
     assert main(["data", "remove", str(out), "--person", "person-0000001"]) == 0
     assert build(tmp_path / "in", out, "--force") == 0
     assert len(Records(out)) == 4
+
+
+def test_spaces_after_commas_are_no_part_of_a_csv_file(tmp_path):
+    for number in range(4):
+        write_photo(tmp_path / f"{number}.png", seed=number)
+    rows = [f"{number}.png, p{number // 2}" for number in range(4)]
+    (tmp_path / "t.csv").write_text("\n".join(["file_name, identity", *rows]))
+    assert build(tmp_path / "t.csv", tmp_path / "out") == 0
+    found = sorted(record["identity"] for record in records(tmp_path / "out"))
+    assert found == [b"p0", b"p0", b"p1", b"p1"]
+
+
+@pytest.mark.parametrize("column", ["Identity", " identity", "PERSON"])
+def test_a_column_in_another_spelling_is_asked_about(tmp_path, capsys, column):
+    write_photo(tmp_path / "0.png", seed=0)
+    (tmp_path / "t.jsonl").write_text(json.dumps({"image": "0.png", column: "p0"}))
+    assert build(tmp_path / "t.jsonl", tmp_path / "out") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"is the column {column!r} the identity?" in line
+    command = ("--column", f"identity={column}")
+    assert build(tmp_path / "t.jsonl", tmp_path / "out", *command) == 0
+    assert [record["identity"] for record in records(tmp_path / "out")] == [b"p0"]
+
+
+def test_a_file_whose_ending_is_not_utf8_is_ignored(tmp_path):
+    write_photo(tmp_path / "in" / "p0" / "0.png", seed=0)
+    with open(os.fsencode(tmp_path / "in" / "p0") + b"/x.\xff", "wb"):
+        pass
+    assert build(tmp_path / "in", tmp_path / "out") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["ignored"] == {".\\udcff": 1}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+def test_a_gate_that_is_no_number_is_refused(tmp_path, capsys, value):
+    write_photo(tmp_path / "in" / "0.png", seed=0)
+    assert build(tmp_path / "in", tmp_path / "out", "--gate", f"quality={value}") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "quality must be" in line

@@ -1,6 +1,7 @@
 """Threads, interruptions and other commands do not mix photos up, nor what stands in a folder."""
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -10,12 +11,12 @@ import pytest
 from PIL import Image
 
 from fact_jax.utils.errors import UserError
+from fact_jax.utils.files import folder_lock
 from fact_train.cli.main import main
 from fact_train.data.records import Records
 from fact_train.prepare.photos import decoder as decoders
 from fact_train.prepare.photos.decoder import Decoder
 from fact_train.prepare.product import dataset
-from fact_train.prepare.store import exclusive_access
 from tests.train.prepare.conftest import noise, write_photo
 
 SIZES = ["--size", "64", "--crop", "48"]
@@ -80,6 +81,18 @@ def test_after_an_interruption_the_next_photo_gets_its_own_pixels(photos, decode
     np.testing.assert_array_equal(decode(photos[2], "2", 200)[0], noise(2))
 
 
+def test_a_decoder_that_ended_while_it_was_idle_costs_no_photo(photos, decode):
+    decode(photos[0], "0", 200)
+    decode._process.kill()
+    decode._process.wait()
+    np.testing.assert_array_equal(decode(photos[1], "1", 200)[0], noise(1))
+
+
+def test_ctrl_c_of_a_terminal_does_not_reach_the_decoder(photos, decode):
+    decode(photos[0], "0", 200)
+    assert os.getpgid(decode._process.pid) != os.getpgid(0)
+
+
 def test_a_forked_process_has_a_decoder_of_its_own(monkeypatch):
     own = decoders.decoder()
     assert decoders.decoder() is own
@@ -112,7 +125,7 @@ def test_no_command_writes_where_another_does(people, tmp_path, capsys, command)
     assert build(people, out) == 0
     before = files(out)
     words = [{"IN": str(people), "OUT": str(out)}.get(word, word) for word in command]
-    with exclusive_access(out):  # of another process: fcntl's locks are not between threads
+    with folder_lock(out, keep=False):
         done = subprocess.run(
             [sys.executable, "-m", "fact_train", "data", *words], capture_output=True, text=True
         )
@@ -184,3 +197,12 @@ def test_who_was_removed_from_one_set_does_not_come_back_by_a_merge(people, tmp_
     assert "p0 was removed from one of these sets" in capsys.readouterr().err
     assert main(["data", "remove", sets[1], "--person", "p0"]) == 0
     assert main(["data", "merge", *sets, "--to", str(tmp_path / "m")]) == 0
+    write_photo(tmp_path / "other" / "p9" / "0.png", seed=9)
+    (tmp_path / "other" / "p0").mkdir()
+    (tmp_path / "other" / "p0" / "bad.png").write_bytes(b"none")
+    assert build(tmp_path / "other", tmp_path / "c") == 0
+    capsys.readouterr()
+    command = ["data", "merge", sets[0], str(tmp_path / "c"), "--to", str(tmp_path / "n")]
+    assert main(command) == 2  # of p0 there is what was rejected
+    assert "p0 was removed from one of these sets" in capsys.readouterr().err
+    assert not (tmp_path / "n").exists()

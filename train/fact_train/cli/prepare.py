@@ -202,6 +202,7 @@ def run_data(arguments: argparse.Namespace) -> int:
             arguments.set, arguments.person, arguments.cache, megabytes=megabytes
         )
         print(f"{arguments.set}: {count} records removed")
+        _warn_of_empty(["train"], curate.open_product(arguments.set))
         if same:
             print(
                 printable(
@@ -210,6 +211,7 @@ def run_data(arguments: argparse.Namespace) -> int:
                 )
             )
         return 0
+    splits: dict[str, float] = {}
     if arguments.action == "merge":
         about = curate.merge(arguments.sets, arguments.to, megabytes=megabytes)
         if names := curate.made_up_twice(arguments.sets):
@@ -224,8 +226,10 @@ def run_data(arguments: argparse.Namespace) -> int:
             line = f"warning: {count} photos are in several of the sets (by SHA-256): all are kept"
             print(line, file=sys.stderr)
     else:
-        about = curate.split(arguments.set, arguments.to, _splits(arguments), megabytes=megabytes)
+        splits = _splits(arguments)
+        about = curate.split(arguments.set, arguments.to, splits, megabytes=megabytes)
     print(f"{arguments.to}: {about['in'] - about['rejected']} records")
+    _warn_of_empty(["train", *splits], curate.open_product(arguments.to))
     return _alarm(about)
 
 
@@ -277,12 +281,16 @@ def _build(arguments: argparse.Namespace) -> int:
         if found:
             parts = ", ".join(f"{count} {name}" for name, count in found.items())
             print(printable(f"{title}: {parts}"))
-    if empty := [name for name in ("train", *splits) if name not in summary["splits"]]:
-        line = f"warning: nobody is in {' and '.join(empty)}: give other shares, or more people"
-        print(line, file=sys.stderr)
+    _warn_of_empty(["train", *splits], summary)
     for kind, count in summary["suspects"].items():
         print(f"to look at: {count} of the kind '{kind}', in suspects.jsonl")
     return _alarm(summary)
+
+
+def _warn_of_empty(splits: list[str], summary: dict) -> None:
+    if empty := [name for name in splits if name not in summary["splits"]]:
+        line = f"warning: nobody is in {' and '.join(empty)}: give other shares, or more people"
+        print(line, file=sys.stderr)
 
 
 def _alarm(summary: dict) -> int:

@@ -248,7 +248,7 @@ def _write_about(
 
 def cache_folder(cache: Path) -> Path:
     """The folder that is replaced where rows are taken out of a cache."""
-    return open_folder(cache, NAME, VERSION)[0]
+    return open_folder(cache, NAME, VERSION)[0].resolve()  # of a link the folder, not the link
 
 
 def check_records(cache: Path, before: str, after: str) -> bool:
@@ -272,7 +272,8 @@ def drop_rows(cache: Path, gone: Sequence[int], before: str, after: str) -> None
     """
     if not check_records(cache, before, after):
         return
-    folder, _, source = open_folder(cache, NAME, VERSION)
+    _, _, source = open_folder(cache, NAME, VERSION)
+    folder = cache_folder(cache)
     origin = _read_origin(folder)
     features, identities = source.dataset_info.features, read_identities(folder, len(source))
     shapes = _shapes(folder, len(source))

@@ -17,6 +17,7 @@ from PIL import Image
 
 from fact_jax.utils.command_line import version_of
 from fact_jax.utils.errors import UserError, listed
+from fact_jax.utils.files import folder_lock
 from fact_train.data.dataset_files import shard_reader
 from fact_train.data.records import data_libraries
 from fact_train.prepare.decide import (
@@ -34,8 +35,8 @@ from fact_train.prepare.photos.chunk import prepare_chunk, thumbnail
 from fact_train.prepare.product import dataset as product
 from fact_train.prepare.settings import BuildSettings, digest
 from fact_train.prepare.sources import list_chunks
-from fact_train.prepare.sources.items import chunk_text
-from fact_train.prepare.store import Store, exclusive_access
+from fact_train.prepare.sources.items import chunk_text, readable_text
+from fact_train.prepare.store import Store
 from fact_train.prepare.table import Table, read_table
 
 _SHOWN = 6
@@ -150,7 +151,7 @@ def _build(
         "records": 0,
         "rejected": rejected,
         "reasons": dict(reasons.most_common()),
-        "ignored": dict(sorted(ignored.items())),
+        "ignored": dict(sorted((readable_text(kind), count) for kind, count in ignored.items())),
         "suspects": dict(suspects),
         "alarms": alarms,
         "models": models,
@@ -192,7 +193,7 @@ def _claim(store: Store, same: str, force: bool, locks: contextlib.ExitStack) ->
     if store.local:
         folder.mkdir(parents=True, exist_ok=True)
     if store.local and os.access(folder, os.W_OK):
-        locks.enter_context(exclusive_access(folder))
+        locks.enter_context(folder_lock(folder, keep=False))
     for part in ("", product.WORK, product.FOLDER, product.ABOUT):
         store.sweep(part)
     begun = f"{product.WORK}/build.json"

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import sys
 from typing import Annotated, Literal
 
 from fact_jax.utils.errors import UserError
@@ -43,7 +44,7 @@ class Gates(CheckedFields):
     """Largest area of another face, of the chosen one's: below 1, one person dominates."""
     score: Share = 0.5
     """Least score of a detector."""
-    quality: float | None = None
+    quality: Annotated[float, Range(-sys.float_info.max)] | None = None
     """Least score of the quality model, in its own units."""
 
 

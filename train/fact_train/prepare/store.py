@@ -12,7 +12,7 @@ from typing import Any
 
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError
-from fact_jax.utils.files import atomic_write, folder_lock
+from fact_jax.utils.files import atomic_write
 
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 """Names that ``atomic_write`` gives to what it has not finished."""
@@ -133,16 +133,6 @@ class Store:
         """A file or a folder, if it is there."""
         if self.exists(name):
             self.fs.rm(self.path(name), recursive=True)
-
-
-@contextlib.contextmanager
-def exclusive_access(folder: Path) -> Iterator[None]:
-    """Keep other processes out of a folder on this machine; UserError if one is in it."""
-    with folder_lock(folder):
-        try:
-            yield
-        finally:
-            (folder / ".lock").unlink(missing_ok=True)
 
 
 def json_line(content: Any) -> str:

@@ -1,8 +1,8 @@
 """Decoding in a process of its own, so that a photo which crashes or hangs a decoder stops nothing.
 
 The process lives as long as this one. It answers each photo with its pixels, already shrunk, or
-with what is wrong; where it dies, hangs or wants too much memory, the photo is rejected and
-another process takes its place.
+with what is wrong; where it hangs, or dies of a photo that is the first it was asked about, the
+photo is rejected and another process takes its place.
 """
 
 import contextlib
@@ -58,6 +58,7 @@ class Decoder:
         return np.frombuffer(pixels, np.uint8).reshape(head["shape"]), (height, width)
 
     def _ask(self, content: bytes, name: str, longest: int) -> tuple[dict, bytes]:
+        fresh = self._process is None
         if self._process is None:
             path = os.pathsep.join(part for part in sys.path if part)
             self._process = subprocess.Popen(
@@ -65,6 +66,7 @@ class Decoder:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=os.environ | {"PYTHONPATH": path, "JAX_PLATFORMS": "cpu"},
+                process_group=0,  # Ctrl-C is for this process, which ends the other
             )
         process = self._process
         assert process.stdin is not None
@@ -75,8 +77,11 @@ class Decoder:
                 raise TimeoutError(f"takes longer than {self._seconds:g} s to decode")
             return _receive(process.stdout)
         except (OSError, EOFError, ValueError) as error:
-            what = str(error) if isinstance(error, TimeoutError) else "crashes the decoder"
             self.close()
+            hangs = isinstance(error, TimeoutError)
+            if not (fresh or hangs):  # it may have ended by what was before this photo
+                return self._ask(content, name, longest)
+            what = str(error) if hangs else "crashes the decoder"
             raise RejectedError("not readable", f"{name} {what}") from None
         except BaseException:  # as Ctrl-C: the next photo is not to get this one's answer
             self.close()
@@ -108,7 +113,7 @@ def serve() -> None:
         taken = int(opened.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     limit = taken + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+    with contextlib.suppress(EOFError, BrokenPipeError):
         while True:
             _answer(answers, *_receive(sys.stdin.buffer))
 

@@ -13,7 +13,7 @@ from typing import Any
 from fact_convert.io.output_paths import check_folder
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError, listed
-from fact_jax.utils.files import recover, replace_folder
+from fact_jax.utils.files import folder_lock, recover, replace_folder
 from fact_train.data.cached_dataset import cache_folder, check_records, drop_rows
 from fact_train.data.dataset_files import shard_name, shard_reader, shard_writer
 from fact_train.data.records import (
@@ -35,7 +35,7 @@ from fact_train.prepare.product.dataset import (
     write_lines,
     write_summary,
 )
-from fact_train.prepare.store import Store, exclusive_access, json_line
+from fact_train.prepare.store import Store, json_line
 
 Choose = Callable[[str, dict], str | None]
 """(split, line about a record) -> the split that it goes to, or None: it goes."""
@@ -194,12 +194,15 @@ def merge(sources: Sequence[Path], out: Path, *, megabytes: float) -> dict[str, 
     seen: dict[str, str] = {}
     removed = {one for folder in sources for one in removed_digests(Store(str(folder)))}
 
-    def choose(split: str, line: dict) -> str:
-        if name_digest(line["identity"]) in removed and not _made_up(line["identity"]):
+    def check(person: str) -> None:
+        if name_digest(person) in removed and not _made_up(person):
             raise UserError(
-                f"{line['identity']} was removed from one of these sets and is in another: remove "
-                "the person there too (fact-train data remove), then merge"
+                f"{person} was removed from one of these sets and is in another: remove the person "
+                "there too (fact-train data remove), then merge"
             )
+
+    def choose(split: str, line: dict) -> str:
+        check(line["identity"])
         before = seen.setdefault(line["identity"], split)
         if before != split:
             raise UserError(
@@ -210,6 +213,9 @@ def merge(sources: Sequence[Path], out: Path, *, megabytes: float) -> dict[str, 
 
     with replace_folder(out, replace=False) as temporary:
         about = rewrite(sources, temporary, choose, megabytes=megabytes)
+        for folder in sources:
+            for line in Store(str(folder)).lines(REJECTED):
+                check(line.get("identity", ""))
         for name in (REJECTED, SUSPECTS, LOG):
             found = (
                 Store(str(folder)).lines(name) for folder in sources if (folder / name).is_file()
@@ -288,13 +294,15 @@ def remove(
     for written in (folder, *map(cache_folder, caches)):  # a killed removal may have left them
         recover(written)
     summary = open_product(folder)
-    with exclusive_access(folder):
+    with folder_lock(folder, keep=False):
         return _remove(folder, summary, person, caches, megabytes)
 
 
 def _remove(
     folder: Path, summary: dict, person: str, caches: Sequence[Path], megabytes: float
 ) -> tuple[int, list[str]]:
+    for name in OURS:
+        recover(folder / name)
     strange = {path.name for path in folder.iterdir()} - {*OURS, ".lock"}
     if strange:
         raise UserError(
@@ -324,6 +332,12 @@ def _remove(
         raise UserError(f"{person} is everybody in {folder}: remove the folder")
     # Caches hold the records of train, which are the first, in their order.
     trained = summary["splits"].get("train", {}).get("records", 0)
+    rows = [number for number in gone if number < trained]
+    if caches and len(rows) == trained:
+        raise UserError(
+            f"{person} is everybody in train, nothing would be left in {listed(map(str, caches))}: "
+            "remove that folder, and give no --cache"
+        )
     before = fingerprint_files(folder / FOLDER)
     with replace_folder(folder) as temporary:
         rewrite(
@@ -370,7 +384,6 @@ def _remove(
         }
         store.write(LOG, log + json_line(entry))
         # Before the records go, so that a killed removal is made whole by another.
-        rows = [number for number in gone if number < trained]
         after = fingerprint_files(temporary / FOLDER)
         for change in (check_records, functools.partial(drop_rows, gone=rows)):
             for cache in caches:  # all are looked at before one is changed

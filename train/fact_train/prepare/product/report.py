@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from fact_jax.face import draw_face
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError
-from fact_jax.utils.files import atomic_write
+from fact_jax.utils.files import atomic_write, recover
 from fact_train.data.dataset_files import shard_name, shard_reader
 from fact_train.data.records import decode
 from fact_train.prepare.product.curate import open_product
@@ -69,6 +69,7 @@ def write_report(folder: Path, photos: int = 24) -> Path:
         + "</html>\n"
     )
     path = folder / "report.html"
+    recover(path)
     with atomic_write(path) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return path

@@ -89,14 +89,14 @@ def read_chunk(settings: BuildSettings, chunk: dict) -> Iterator[Item]:
             for row in chunk["rows"]
         )
     for path, said, read in found:
-        name = _text(path)
+        name = readable_text(path)
         who = _label(said.get("identity"))
         whose = {} if who is None else {"identity": who}
         try:
             photo, fields = read()
             if "identity" in fields:
                 fields["identity"] = _identity(fields["identity"], name)
-            yield Item(name, photo, {key: _text(value) for key, value in fields.items()})
+            yield Item(name, photo, {key: readable_text(value) for key, value in fields.items()})
         except RejectedError as error:
             yield Item(name, fields=whose, problem=error)
         except (UserError, OSError, ValueError, RecursionError) as error:
@@ -104,8 +104,8 @@ def read_chunk(settings: BuildSettings, chunk: dict) -> Iterator[Item]:
             yield Item(name, fields=whose, problem=problem)
 
 
-def _text(value: Any) -> Any:
-    """Names of files that are not UTF-8 as text that is: the other bytes are escaped."""
+def readable_text(value: Any) -> Any:
+    """Text, as names of files, that is no UTF-8 as text that is: the other bytes are escaped."""
     return value.encode("utf-8", "backslashreplace").decode() if isinstance(value, str) else value
 
 
@@ -119,7 +119,7 @@ def _identity(value: Any, name: str) -> str:
 def _label(value: Any) -> str | None:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "backslashreplace")
-    return str(_text(value)) if isinstance(value, str | int | float) else None
+    return str(readable_text(value)) if isinstance(value, str | int | float) else None
 
 
 def _from_file(store: Store, row: dict) -> tuple[bytes, dict[str, Any]]:

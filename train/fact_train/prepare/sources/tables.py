@@ -72,12 +72,20 @@ def list_table(store: Store, settings: BuildSettings) -> Iterator[dict]:
 
 
 def check_columns(there: Collection[str], settings: BuildSettings, where: str) -> None:
-    """UserError for a column that was named and that a table does not have."""
+    """UserError for a column that was named and is not there, or is there in another spelling."""
     for role, column in settings.columns.items():
         if column not in there:
             raise UserError(
                 f"--column {role}={column}: {where} has no such column, only "
                 f"{listed(sorted(there))}"
+            )
+    for role in ROLES:
+        names = settings.columns_of(role)
+        alike = sorted(name for name in there if name.strip().casefold() in names)
+        if alike and not {*names} & {*there}:
+            raise UserError(
+                f"{where}: is the column {alike[0]!r} the {role}? Then give --column "
+                f"'{role}={alike[0]}', else another name to the column"
             )
 
 
@@ -111,7 +119,7 @@ def _rows(store: Store) -> Iterator[dict | str]:
                 opened, encoding="utf-8-sig", errors="surrogateescape", newline=""
             )
             csv.field_size_limit(_MAX_CELL)
-            rows, ended = csv.DictReader(text, strict=True), False
+            rows, ended = csv.DictReader(text, strict=True, skipinitialspace=True), False
             names = _header(rows, store)
             check_unique_columns(names, store)
             while not ended:  # what is wrong with one row is not with the next
