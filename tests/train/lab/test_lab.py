@@ -19,6 +19,7 @@ from fact_train.lab.question import load_questions, runs_of, shortened
 from fact_train.lab.report import MEASURES
 from fact_train.lab.run import laboratory, make_laboratory
 from fact_train.lab.verdicts import read_variant
+from fact_train.run.folder import file_hashes
 from fact_train.run.loop import DivergedError
 
 
@@ -80,6 +81,22 @@ def test_a_training_of_its_own_is_that_of_the_run(monkeypatch, tmp_path):
 
     monkeypatch.setattr(lab_one, "train", diverge)
     assert lab_one.main(list(told[0])) == lab_run.DIVERGED
+
+
+def test_a_training_that_was_stopped_at_a_checkpoint_goes_on(tmp_path):
+    told = []
+    programs = SimpleNamespace(call=lambda module, *words, **_: told.append(words) or 0)
+    lab = make_laboratory(["drop"], tmp_path, None, 1, 20, 4)
+    run = lab.runs()[0]
+    export = lab.trained(run) / "export"
+    export.mkdir(parents=True)
+    (export / "adapter.safetensors").write_bytes(b"weights")
+    files = file_hashes(export)
+    for step, trainings in ((10, 1), (20, 1)):
+        (export / "training.json").write_text(json.dumps({"step": step, "files": files}))
+        assert f"to do: {3 - step // 10} trainings" in lab_run.announce(lab, lab.runs(), lab.runs())
+        assert lab_run._train(lab, run, programs) == 0
+        assert len(told) == trainings
 
 
 class World:

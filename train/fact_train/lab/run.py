@@ -18,6 +18,7 @@ from fact_jax.utils.miniature import require_miniature
 from fact_train.lab.programs import Programs
 from fact_train.lab.question import REFERENCE, Loaded, Run, load_questions, runs_of
 from fact_train.lab.report import write_report
+from fact_train.run.folder import check_export
 
 SHIPPED_LOG = Path("miniature/logs/adapter/metrics.jsonl")
 JUDGE = Path("miniature/judge")
@@ -188,7 +189,7 @@ def _write(folder: Path, record: dict) -> None:
 def announce(lab: Laboratory, runs: Sequence[Run], missing: Sequence[Run]) -> str:
     """How long it takes, by the pace of what was done in this folder or of the shipped run."""
     trainings = {lab.trained(run): run.config.steps for run in missing}
-    trainings = {path: n for path, n in trainings.items() if not _exported(path)}
+    trainings = {path: n for path, n in trainings.items() if not _trained(path, n)}
     steps = sum(trainings.values())
     logs = [lab.trained(run) / "metrics.jsonl" for run in runs]
     source, paces = "trainings in this folder", [p for log in logs for p in _paces(log)]
@@ -209,8 +210,9 @@ def announce(lab: Laboratory, runs: Sequence[Run], missing: Sequence[Run]) -> st
     )
 
 
-def _exported(folder: Path) -> bool:
-    return (folder / "export" / "adapter.safetensors").is_file()
+def _trained(folder: Path, steps: int) -> bool:
+    """Whether the export is of the last step: there is one of each checkpoint."""
+    return not check_export(folder / "export", steps)
 
 
 def _paces(log: Path) -> list[float]:
@@ -239,7 +241,7 @@ def _digest(paths: Collection[Path]) -> str:
 
 def _train(lab: Laboratory, run: Run, programs: Programs) -> int:
     folder = lab.trained(run)
-    if _exported(folder):
+    if _trained(folder, run.config.steps):
         return 0
     words = [run.question, run.variant, str(run.seed), str(run.config.steps), str(folder)]
     return programs.call("fact_train.lab.one", *words, str(lab.out / "drawn"))
