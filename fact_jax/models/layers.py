@@ -42,25 +42,25 @@ def group_norm(channels: int, groups: int, eps: float, *, rngs: nnx.Rngs) -> nnx
 
 
 @jax.custom_vjp
-def _widen(bias: Float[Array, " c"]) -> Float[Array, " c"]:
+def _cast_to_float32(bias: Float[Array, " c"]) -> Float[Array, " c"]:
     return bias.astype(jnp.float32)
 
 
-def _widen_forward(bias):
-    return _widen(bias), bias
+def _cast_forward(bias):
+    return _cast_to_float32(bias), bias
 
 
-def _widen_backward(bias, gradient):
+def _cast_backward(bias, gradient):
     # What is rounded to 16 bits at once XLA adds up in 16 bits on TPUs.
     return (jax.lax.optimization_barrier(gradient).astype(bias.dtype),)
 
 
-_widen.defvjp(_widen_forward, _widen_backward)
+_cast_to_float32.defvjp(_cast_forward, _cast_backward)
 
 
-def widen(bias: Float[Array, " c"]) -> Float[Array, " c"]:
+def bias_in_float32(bias: Float[Array, " c"]) -> Float[Array, " c"]:
     """A bias of 16 bits in float32, in which its gradient is summed too; others as they are."""
-    return _widen(bias) if bias.dtype.itemsize < 4 else bias
+    return _cast_to_float32(bias) if bias.dtype.itemsize < 4 else bias
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -72,7 +72,7 @@ class LayerNorm(nnx.LayerNorm):
 
 def _promote(values, *, dtype=None):
     x, scale, bias = promote_dtype(values, dtype=dtype)
-    return x, scale, widen(bias)
+    return x, scale, bias_in_float32(bias)
 
 
 def layer_norm(channels: int, eps: float = 1e-5, *, rngs: nnx.Rngs) -> LayerNorm:
@@ -89,7 +89,7 @@ class Linear(nnx.Linear):
         if self.bias is None:
             return super().__call__(inputs)
         hidden = jnp.dot(inputs, self.kernel[...])
-        return (hidden + widen(self.bias[...])).astype(hidden.dtype)
+        return (hidden + bias_in_float32(self.bias[...])).astype(hidden.dtype)
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, *, rngs: nnx.Rngs) -> nnx.Conv:
