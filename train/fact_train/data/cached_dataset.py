@@ -272,8 +272,7 @@ def drop_rows(cache: Path, gone: Sequence[int], before: str, after: str) -> None
     """
     if not check_records(cache, before, after):
         return
-    _, _, source = open_folder(cache, NAME, VERSION)
-    folder = cache_folder(cache)
+    folder, _, source = open_folder(cache, NAME, VERSION)
     origin = _read_origin(folder)
     features, identities = source.dataset_info.features, read_identities(folder, len(source))
     shapes = _shapes(folder, len(source))
@@ -281,7 +280,7 @@ def drop_rows(cache: Path, gone: Sequence[int], before: str, after: str) -> None
     old = sorted(folder.glob("*.array_record*"))
     per_shard = origin["rows_per_shard"]
     shards = -(-len(kept) // per_shard)
-    with replace_folder(folder) as temporary:
+    with replace_folder(folder.resolve()) as temporary:
         paths = [temporary / shard_name(i, shards, name=NAME) for i in range(shards)]
         lengths = []
         for number, path in enumerate(paths):
