@@ -194,7 +194,7 @@ def merge(sources: Sequence[Path], out: Path, *, megabytes: float) -> dict[str, 
     seen: dict[str, str] = {}
     removed = {one for folder in sources for one in removed_digests(Store(str(folder)))}
 
-    def check(person: str) -> None:
+    def refuse_removed(person: str) -> None:
         if name_digest(person) in removed and not _made_up(person):
             raise UserError(
                 f"{person} was removed from one of these sets and is in another: remove the person "
@@ -202,7 +202,7 @@ def merge(sources: Sequence[Path], out: Path, *, megabytes: float) -> dict[str, 
             )
 
     def choose(split: str, line: dict) -> str:
-        check(line["identity"])
+        refuse_removed(line["identity"])
         before = seen.setdefault(line["identity"], split)
         if before != split:
             raise UserError(
@@ -211,11 +211,12 @@ def merge(sources: Sequence[Path], out: Path, *, megabytes: float) -> dict[str, 
             )
         return split
 
+    for folder in sources:
+        open_product(folder)
+        for line in Store(str(folder)).lines(REJECTED):
+            refuse_removed(line.get("identity", ""))
     with replace_folder(out, replace=False) as temporary:
         about = rewrite(sources, temporary, choose, megabytes=megabytes)
-        for folder in sources:
-            for line in Store(str(folder)).lines(REJECTED):
-                check(line.get("identity", ""))
         for name in (REJECTED, SUSPECTS, LOG):
             found = (
                 Store(str(folder)).lines(name) for folder in sources if (folder / name).is_file()
