@@ -48,15 +48,11 @@ def replace_folder(path: str | os.PathLike, *, replace: bool = True) -> Iterator
     It is on disk before it has that name; what was there is removed afterwards. The two change
     names in one step where the system can (Linux), else in two, and :func:`recover` undoes the
     first if the process dies between them. On an exception ``path`` is left as it was. An OSError
-    names ``path``. UserError for the folder that the process is in and, without ``replace``, if
+    names ``path``. UserError for a folder that this program runs in and, without ``replace``, if
     ``path`` is at the end anything but an empty folder.
     """
-    path = Path(os.path.abspath(path))
-    if path.exists() and path.samefile(os.curdir):
-        raise UserError(
-            f"{path} is the folder that you are in, and another takes its place: name it from "
-            "outside"
-        )
+    path = Path(path)
+    require_elsewhere(path)
     old = _beside(path, "old")
     recover(path)
     with _temporary(path, folder=True) as temporary:
@@ -81,7 +77,7 @@ def recover(path: str | os.PathLike) -> bool:
 
     A folder that had been moved aside, to be replaced, comes back if nothing has its name.
     """
-    path, writing = Path(os.path.abspath(path)), False
+    path, writing = Path(path), False
     leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.(tmp|old)")
     with contextlib.suppress(OSError):
         for left in [left for left in path.parent.iterdir() if leftover.fullmatch(left.name)]:
@@ -192,6 +188,17 @@ def sync(path: str | os.PathLike) -> None:
         os.fsync(opened)
     finally:
         os.close(opened)
+
+
+def require_elsewhere(path: Path) -> None:
+    """UserError for the folder where this program runs, or one around it."""
+    try:
+        here = Path.cwd()
+    except FileNotFoundError:  # it was removed
+        return
+    target = Path(os.path.realpath(path))
+    if target == here or target in here.parents:
+        raise UserError(f"{path}: the folder where this program runs is not replaced; name another")
 
 
 def require_local(path: Path) -> None:

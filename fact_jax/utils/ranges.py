@@ -35,6 +35,8 @@ class Range:
         return above and below
 
     def __str__(self) -> str:
+        if (self.low, self.high) == (-sys.float_info.max, sys.float_info.max):
+            return "a finite number"
         if not (self.open_low or self.open_high) and self.high < 1e6:
             return f"from {self.low:,} to {self.high:,}"
         low = f"{'above' if self.open_low else 'at least'} {self.low:,}"

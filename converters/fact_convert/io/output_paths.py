@@ -15,7 +15,7 @@ from pathlib import Path
 from fact_convert.io.json_io import read_json
 from fact_jax.utils.command_line import version_of
 from fact_jax.utils.errors import UserError, listed
-from fact_jax.utils.files import recover, replace_folder
+from fact_jax.utils.files import recover, replace_folder, require_elsewhere
 
 MANIFEST = ".fact-jax.json"
 """In a folder that was written here: its files and their sizes."""
@@ -91,12 +91,12 @@ def check_output(out: Path, inputs: Iterable[Path | None], *, folder: bool, forc
         str(out).encode()
     except UnicodeEncodeError as err:
         raise UserError(f"{str(out)!a}: not a name in UTF-8") from err
-    target, here = Path(os.path.realpath(out)), Path.cwd()
+    target = Path(os.path.realpath(out))
     for given in inputs:
         if given is not None and given.exists():
             _check_apart(out, target, given)
-    if folder and (target == here or target in here.parents):
-        raise UserError(f"{out}: the folder where this program runs is not replaced; name another")
+    if folder:
+        require_elsewhere(out)
     if out.name in ("", ".."):
         raise UserError(f"{out}: has no name of its own; name what shall be written")
     if folder and out.suffix.lower() in FILE_ENDINGS:

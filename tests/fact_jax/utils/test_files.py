@@ -226,3 +226,31 @@ def _locked_elsewhere(folder):
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True)
     assert done.returncode == 0 or "another process is writing" in done.stderr
     return done.returncode != 0
+
+
+def test_a_name_beyond_a_link_is_the_systems(tmp_path):
+    """``link/../out`` lies beside what the link names, not beside the link."""
+    (tmp_path / "deep" / "dir").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "dir")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    with replace_folder(tmp_path / "link" / ".." / "out") as folder:
+        (folder / "new").write_text("new")
+    assert (tmp_path / "deep" / "out" / "new").read_text() == "new"
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_a_url_is_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="gs://b/model is a URL"), replace_folder("gs://b/model"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_that_a_program_runs_in_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    for here in (tmp_path / "a", tmp_path / "a" / "b"):
+        monkeypatch.chdir(here)
+        with pytest.raises(UserError, match="runs is not replaced"), replace_folder(tmp_path / "a"):
+            pass
+    assert (tmp_path / "a" / "b").is_dir()

@@ -367,15 +367,18 @@ def test_a_set_may_lose_the_last_of_train_but_a_cache_keeps_somebody(
 
 
 @pytest.mark.parametrize("command", ["split ../out --to . --split val=0.4", "merge ../out --to ."])
-def test_the_folder_that_one_is_in_is_not_replaced(out, tmp_path, capsys, monkeypatch, command):
+def test_the_folder_that_the_program_runs_in_is_not_replaced(
+    out, tmp_path, capsys, monkeypatch, command
+):
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     status, said = run(capsys, *command.split())
     assert (status, said.count("\n")) == (2, 1)
-    assert "is the folder that you are in" in said
-    monkeypatch.chdir(out)
-    assert run(capsys, "remove", ".", "--person", "p0")[0] == 2
-    assert run(capsys, "verify", ".")[0] == 0
+    assert "the folder where this program runs is not replaced" in said
+    monkeypatch.chdir(out / "about")
+    status, said = run(capsys, "remove", "..", "--person", "p0")
+    assert (status, said.count("\n")) == (2, 1)
+    assert run(capsys, "verify", "..")[0] == 0
 
 
 def test_hidden_folders_are_not_removed_with_a_person(out, capsys):

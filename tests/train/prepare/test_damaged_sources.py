@@ -1,5 +1,6 @@
 """What a damaged, joined or mistyped table or tar holds is told of, and joins nobody."""
 
+import csv
 import io
 import json
 import os
@@ -356,6 +357,35 @@ def test_spaces_after_commas_are_no_part_of_a_csv_file(tmp_path):
     assert found == [b"p0", b"p0", b"p1", b"p1"]
 
 
+def test_spaces_that_other_programs_wrote_into_cells_stay_theirs(tmp_path):
+    """``csv.writer`` does not quote a cell for its leading space."""
+    for seed, name in enumerate((" a.png", "b.png", "c.png")):
+        write_photo(tmp_path / name, seed=seed)
+    rows = [("file_name", "identity", "text"), (" a.png", "anna", ' "open')]
+    rows += [("b.png", "bo", ' "so" she said'), ("c.png", "bo", " Hello")]
+    with open(tmp_path / "t.csv", "w", newline="") as opened:
+        csv.writer(opened).writerows(rows)
+    assert build(tmp_path / "t.csv", tmp_path / "out") == 0
+    found = {record["caption"].decode() for record in records(tmp_path / "out")}
+    assert found == {'"open', '"so" she said', "Hello"}  # outer spaces are no part of captions
+
+
+def test_columns_that_have_a_role_are_not_asked_about(tmp_path):
+    write_photo(tmp_path / "0.png", seed=0)
+    row = {"image": "0.png", "Person": "https://a/0", "LICENSE": "?"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row))
+    assert build(tmp_path / "t.jsonl", tmp_path / "out", "--column", "source=Person") == 0
+
+
+def test_one_row_in_another_spelling_is_asked_about(tmp_path, capsys):
+    for number in range(2):
+        write_photo(tmp_path / f"{number}.png", seed=number)
+    rows = [{"image": "0.png", "identity": "p0"}, {"image": "1.png", "Identity": "p0"}]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert build(tmp_path / "t.jsonl", tmp_path / "out") == 2
+    assert "t.jsonl:1: is the column 'Identity' the identity?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("column", ["Identity", " identity", "PERSON"])
 def test_a_column_in_another_spelling_is_asked_about(tmp_path, capsys, column):
     write_photo(tmp_path / "0.png", seed=0)
@@ -382,4 +412,4 @@ def test_a_gate_that_is_no_number_is_refused(tmp_path, capsys, value):
     write_photo(tmp_path / "in" / "0.png", seed=0)
     assert build(tmp_path / "in", tmp_path / "out", "--gate", f"quality={value}") == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "quality must be" in line
+    assert "quality must be a finite number" in line

@@ -13,7 +13,7 @@ from typing import Any
 from fact_convert.io.output_paths import check_folder
 from fact_jax.face.images import one_line
 from fact_jax.utils.errors import UserError, listed
-from fact_jax.utils.files import folder_lock, recover, replace_folder
+from fact_jax.utils.files import folder_lock, recover, replace_folder, require_elsewhere
 from fact_train.data.cached_dataset import cache_folder, check_records, drop_rows
 from fact_train.data.dataset_files import shard_name, shard_reader, shard_writer
 from fact_train.data.records import (
@@ -214,7 +214,7 @@ def merge(sources: Sequence[Path], out: Path, *, megabytes: float) -> dict[str, 
     for folder in sources:
         open_product(folder)
         for line in Store(str(folder)).lines(REJECTED):
-            refuse_removed(line.get("identity", ""))
+            refuse_removed(str(line.get("identity", "")))
     with replace_folder(out, replace=False) as temporary:
         about = rewrite(sources, temporary, choose, megabytes=megabytes)
         for name in (REJECTED, SUSPECTS, LOG):
@@ -293,6 +293,7 @@ def remove(
     """
     folder = folder.resolve()  # else what a link names would stay
     for written in (folder, *map(cache_folder, caches)):  # a killed removal may have left them
+        require_elsewhere(written)
         recover(written)
     summary = open_product(folder)
     with folder_lock(folder, keep=False):
@@ -334,7 +335,7 @@ def _remove(
     # Caches hold the records of train, which are the first, in their order.
     trained = summary["splits"].get("train", {}).get("records", 0)
     rows = [number for number in gone if number < trained]
-    if caches and len(rows) == trained:
+    if caches and rows and len(rows) == trained:
         raise UserError(
             f"{person} is everybody in train, nothing would be left in {listed(map(str, caches))}: "
             "remove that folder, and give no --cache"

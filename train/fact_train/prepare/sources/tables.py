@@ -3,6 +3,7 @@
 import csv
 import functools
 import io
+import itertools
 import json
 import posixpath
 from collections.abc import Callable, Collection, Iterator
@@ -48,6 +49,7 @@ def list_table(store: Store, settings: BuildSettings) -> Iterator[dict]:
             yield {"path": name, "problem": ("row", f"{name}: {row}")}
             continue
         columns.update(row)
+        check_identity(row.keys(), settings, name)
         fields = fields_of(row, settings)
         path = fields.pop("image", None)
         if not isinstance(path, str) or not path:
@@ -72,21 +74,24 @@ def list_table(store: Store, settings: BuildSettings) -> Iterator[dict]:
 
 
 def check_columns(there: Collection[str], settings: BuildSettings, where: str) -> None:
-    """UserError for a column that was named and is not there, or is there in another spelling."""
+    """UserError for a column that was named and that a table does not have."""
     for role, column in settings.columns.items():
         if column not in there:
             raise UserError(
                 f"--column {role}={column}: {where} has no such column, only "
                 f"{listed(sorted(there))}"
             )
-    for role in ROLES:
-        names = settings.columns_of(role)
-        alike = sorted(name for name in there if name.strip().casefold() in names)
-        if alike and not {*names} & {*there}:
-            raise UserError(
-                f"{where}: is the column {alike[0]!r} the {role}? Then give --column "
-                f"'{role}={alike[0]}', else another name to the column"
-            )
+
+
+def check_identity(there: Collection[str], settings: BuildSettings, where: str) -> None:
+    """UserError where people would be lost by another spelling of their column."""
+    names, others = settings.columns_of("identity"), {*there} - {*settings.columns.values()}
+    alike = sorted(name for name in others if name.strip().casefold() in names)
+    if alike and not {*names} & {*there}:
+        raise UserError(
+            f"{where}: is the column {alike[0]!r} the identity? Then give --column "
+            f"'identity={alike[0]}', else another name to the column"
+        )
 
 
 def _inside(path: str, images: Store) -> str:
@@ -119,7 +124,12 @@ def _rows(store: Store) -> Iterator[dict | str]:
                 opened, encoding="utf-8-sig", errors="surrogateescape", newline=""
             )
             csv.field_size_limit(_MAX_CELL)
-            rows, ended = csv.DictReader(text, strict=True, skipinitialspace=True), False
+            first = next(text, "")
+            # Spaces after commas are no part of the cells where the first line has them too.
+            rows = csv.DictReader(
+                itertools.chain([first], text), strict=True, skipinitialspace=", " in first
+            )
+            ended = False
             names = _header(rows, store)
             check_unique_columns(names, store)
             while not ended:  # what is wrong with one row is not with the next
@@ -199,6 +209,7 @@ def list_parquet(shards: list[Store], settings: BuildSettings) -> Iterator[dict]
                 table = _parquet(opened)
                 check_unique_columns(table.schema_arrow.names, store)
                 check_columns(table.schema_arrow.names, settings, store.url)
+                check_identity(table.schema_arrow.names, settings, store.url)
                 groups = table.metadata
                 rows = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
         except (OSError, ValueError) as error:
