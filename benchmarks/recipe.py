@@ -2,15 +2,16 @@
 
 The shape is that of ``sd15_fact``: FAIR on the face alone, no face weight, shuffling ramped in.
 What varies is the start (gates at zero, as released, or the two output projections; both are the
-base bit for bit), the learning rate, its warm-up and the course of FAIR's weight: 0, 0.01 from the
-first step, or 0.01 ramped in over the middle half. The judges look at people of the ``encoder``
-split, which neither the adapter nor the judges were trained on.
+base bit for bit), the learning rate, its warm-up, the course of FAIR's weight (0, 0.01 from the
+first step, or 0.01 ramped in over the middle half) and with ``--base`` the width of the UNet (that
+of its first level). The judges look at people of the ``encoder`` split, which neither the adapter
+nor the judges were trained on.
 
     python -m benchmarks.recipe --out runs/recipe
-    python -m benchmarks.recipe --out runs/wide --base runs/wide_base/export/base --seeds 0
+    python -m benchmarks.recipe --out runs/recipe --base runs/wide_base/export/base --seeds 0
 
 A row of ``OUT/rows.jsonl`` is one run; runs that are there are not done again. ``OUT/table.md``
-gathers the seeds.
+gathers the seeds, ``OUT/curves.svg`` draws the scores over the rate.
 """
 
 import argparse
@@ -26,6 +27,7 @@ import numpy as np
 
 from fact_infer.evaluation import world
 from fact_infer.evaluation.evaluate import measure
+from fact_infer.evaluation.figures import CHART_STYLE, Series, svg_curves
 from fact_infer.jax.pipeline import FlaxPipeline
 from fact_infer.request import GenerationParams
 from fact_jax.curriculum import Stage
@@ -43,13 +45,15 @@ FAIR = {
     "at once": ((0.01, 0.01),) * 3,
     "ramped": ((0.0, 0.0), (0.0, 0.01), (0.01, 0.01)),
 }
-SETTINGS = ("start", "fair", "warm-up", "rate", "seed")
+SETTINGS = ("width", "start", "fair", "warm-up", "rate", "seed")
 SCORES = ("similarity", "over wrong", "skin error", "inside", "outside", "loss/fair")
 GATES = ("gate/attn", "gate/dense")
+COLOURS = ("#2f6fdb", "#d9480f", "#2b8a3e", "#862e9c", "#495057", "#c92a2a")
 
 
-def variant(setting: Mapping, base: Path, steps: int, batch: int) -> TrainConfig:
+def variant(setting: Mapping, arguments: argparse.Namespace) -> TrainConfig:
     """``sd15_fact``'s shape at the miniature's size, with one setting."""
+    steps = arguments.steps
     quarter = steps // 4
     lengths = (quarter, 2 * quarter, steps - 3 * quarter)
     stages = tuple(
@@ -59,7 +63,7 @@ def variant(setting: Mapping, base: Path, steps: int, batch: int) -> TrainConfig
     return dataclasses.replace(
         mini,
         steps=steps,
-        batch_size=batch,
+        batch_size=arguments.batch,
         seed=setting["seed"],
         optimizer=dataclasses.replace(
             mini.optimizer, learning_rate=setting["rate"], warmup_steps=setting["warm-up"]
@@ -69,7 +73,8 @@ def variant(setting: Mapping, base: Path, steps: int, batch: int) -> TrainConfig
         checkpoint=dataclasses.replace(mini.checkpoint, every=steps),
         options=dataclasses.replace(
             mini.options,
-            base=str(base),
+            base=str(arguments.base),
+            portrait_cache=str(arguments.out / "photos"),
             start=setting["start"],
             stages=stages,
             region="face",
@@ -119,8 +124,8 @@ def scores(
 def table(rows: Iterable[Mapping]) -> str:
     """A line a setting: means over its seeds; each seed's gates (attention, feed-forward)."""
     lines = [
-        "| start | FAIR | warm-up | rate | seeds | " + " | ".join(SCORES) + " | gates |",
-        "|---" * (len(SCORES) + 6) + "|",
+        f"| {' | '.join(SETTINGS[:-1])} | seeds | {' | '.join(SCORES)} | gates |",
+        "|---" * (len(SETTINGS) + len(SCORES) + 1) + "|",
     ]
     groups: dict[tuple, list[Mapping]] = {}
     for row in rows:
@@ -132,6 +137,27 @@ def table(rows: Iterable[Mapping]) -> str:
             f"| {' | '.join(map(str, setting))} | {len(runs)} | {' | '.join(means)} | {gates} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def curves(rows: Iterable[Mapping]) -> str:
+    """A file of SVG: how much nearer than to a wrong person, over the rate; a line a setting."""
+    groups: dict[str, dict[float, list[float]]] = {}
+    for row in rows:
+        name = f"width {row['width']}, {row['start']}, FAIR {row['fair']}, warm-up {row['warm-up']}"
+        groups.setdefault(name, {}).setdefault(row["rate"], []).append(row["over wrong"])
+    series = [
+        Series(
+            name,
+            colour,
+            [(rate, statistics.fmean(found)) for rate, found in sorted(points.items())],
+        )
+        for (name, points), colour in zip(groups.items(), itertools.cycle(COLOURS))
+        if len(points) > 1
+    ]
+    chart = svg_curves("right minus wrong person, by learning rate", series, reach=0, log=True)
+    return chart.replace("<svg", '<svg xmlns="http://www.w3.org/2000/svg"', 1).replace(
+        "</title>", f"</title><style>{CHART_STYLE}</style>", 1
+    )
 
 
 def main() -> None:
@@ -147,6 +173,7 @@ def main() -> None:
     parser.add_argument("--people", type=int, default=64)
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
     arguments = parser.parse_args()
+    unet = json.loads((arguments.base / "unet" / "config.json").read_text())
     people = world.render_people(arguments.people, 1, 48, "encoder")
     networks = world.MetricNetworks(MINIATURE / "judge")
     arguments.out.mkdir(parents=True, exist_ok=True)
@@ -158,25 +185,27 @@ def main() -> None:
     for seed, rate, start, fair, warmup in itertools.product(
         arguments.seeds, arguments.rates, arguments.starts, arguments.fair, arguments.warmups
     ):
-        setting = dict(zip(SETTINGS, (start, fair, warmup, rate, seed), strict=True))
-        if tuple(setting.values()) in done:
+        values = (unet["block_out_channels"][0], start, fair, warmup, rate, seed)
+        if values in done:
             continue
-        folder = arguments.out / "-".join(
-            str(value).replace(" ", "_") for value in setting.values()
-        )
+        setting = dict(zip(SETTINGS, values, strict=True))
+        folder = arguments.out / "-".join(str(value).replace(" ", "_") for value in values)
         shutil.rmtree(folder, ignore_errors=True)
-        run(variant(setting, arguments.base, arguments.steps, arguments.batch), folder)
+        run(variant(setting, arguments), folder)
         adapter = folder / "export" / "adapter.safetensors"
         pipeline = FlaxPipeline.load(arguments.base, adapter, MINIATURE / "encoder")
         base = draw(pipeline, people, None) if base is None else base
         pictures = {"base": base, "fact": draw(pipeline, people, people.crops)}
-        rows.append(setting | scores(folder, people, networks, pictures))
-        print(json.dumps(rows[-1]), flush=True)
+        found = scores(folder, people, networks, pictures)
+        print(json.dumps(setting | found), flush=True)
         with path.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+            file.write(json.dumps(setting | found) + "\n")
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-        with atomic_write(arguments.out / "table.md") as temporary:
-            temporary.write_text(table(rows))
+        # Another process may have written rows meanwhile.
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        for name, text in (("table.md", table(rows)), ("curves.svg", curves(rows))):
+            with atomic_write(arguments.out / name) as temporary:
+                temporary.write_text(text)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def data_uri(pixels: UInt8[np.ndarray, "h w 3"]) -> str:
 
 
 class Series(NamedTuple):
-    """One line of a chart over (step, value); values that are not finite are left out."""
+    """One line of a chart over (x, value); values that are not finite are left out."""
 
     name: str
     colour: str
@@ -46,10 +46,21 @@ class Series(NamedTuple):
 
 _WIDTH, _HEIGHT = 520, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 12, 28, 26
+CHART_STYLE = """
+svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; fill: #6b7280; }
+svg .title { font-size: 13px; font-weight: 600; fill: #262a34; }
+svg .rule { stroke: #e8ebf0; } svg .end { text-anchor: end; } svg .mid { text-anchor: middle; }
+svg path { fill: none; } svg .raw { opacity: .3; } svg .mean { stroke-width: 2; }
+"""
+"""CSS of :func:`svg_curves`."""
 
 
-def svg_curves(title: str, series: Sequence[Series]) -> str:
-    """A chart over training steps as an <svg>: each value faint, their running mean strong."""
+def svg_curves(title: str, series: Sequence[Series], *, reach: int = 4, log: bool = False) -> str:
+    """A chart over training steps as an <svg>: each value faint, their running mean strong.
+
+    ``reach`` is that of :func:`running_mean`. With ``log`` the x axis is logarithmic, from the
+    least x (above 0) to the largest, and has a tick at each x.
+    """
     lines = [(line, [(x, y) for x, y in line.points if math.isfinite(y)]) for line in series]
     lines = [(line, points) for line, points in lines if points]
     parts = [
@@ -60,11 +71,16 @@ def svg_curves(title: str, series: Sequence[Series]) -> str:
     if not lines:
         return "".join([*parts, f'<text x="{_LEFT}" y="60">no values</text></svg>'])
     xs, ys = zip(*(point for _, points in lines for point in points), strict=True)
-    high_x, y_ticks = max(*xs, 1.0), ticks(min(*ys, 0.0), max(ys))
+    y_ticks = ticks(min(*ys, 0.0), max(ys))
     low_y, high_y = y_ticks[0], y_ticks[-1]
+    if log:
+        low_x, high_x, x_ticks = math.log(min(xs)), math.log(max(xs)), sorted(set(xs))
+    else:
+        low_x, high_x = 0.0, max(*xs, 1.0)
+        x_ticks = [x for x in ticks(low_x, high_x) if x <= high_x]
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = x / high_x
+        across = ((math.log(x) if log else x) - low_x) / ((high_x - low_x) or 1.0)
         up = (y - low_y) / (high_y - low_y)
         return (
             _LEFT + across * (_WIDTH - _LEFT - _RIGHT),
@@ -72,15 +88,15 @@ def svg_curves(title: str, series: Sequence[Series]) -> str:
         )
 
     for y in y_ticks:
-        level = place(0, y)[1]
+        level = place(x_ticks[-1], y)[1]
         parts.append(f'<path d="M{_LEFT} {level:.1f}H{_WIDTH - _RIGHT}" class="rule"/>')
         parts.append(f'<text x="{_LEFT - 6}" y="{level + 4:.1f}" class="end">{y:g}</text>')
-    for x in (x for x in ticks(0.0, high_x) if x <= high_x):
+    for x in x_ticks:
         at = place(x, low_y)[0]
         parts.append(f'<text x="{at:.1f}" y="{_HEIGHT - 8}" class="mid">{x:g}</text>')
     for i, (line, points) in enumerate(lines):
         steps, values = zip(*points, strict=True)
-        smooth = zip(steps, running_mean(values), strict=True)
+        smooth = zip(steps, running_mean(values, reach), strict=True)
         for curve, style in ((points, 'class="raw"'), (smooth, 'class="mean"')):
             path = "L".join("{:.1f} {:.1f}".format(*place(x, y)) for x, y in curve)
             parts.append(f'<path d="M{path}" stroke="{line.colour}" {style}/>')

@@ -33,10 +33,6 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid #eef0f4; }
 th:first-child, td:first-child { text-align: left; }
 tbody th { padding-top: 1rem; font-size: .9rem; color: #6b7280; font-weight: 600; }
-svg { width: 100%; height: auto; font: 11px system-ui, sans-serif; fill: #6b7280; }
-svg .title { font-size: 13px; font-weight: 600; fill: #262a34; }
-svg .rule { stroke: #e8ebf0; } svg .end { text-anchor: end; } svg .mid { text-anchor: middle; }
-svg path { fill: none; } svg .raw { opacity: .3; } svg .mean { stroke-width: 2; }
 """
 _ROWS_STYLE = """
 .case { border-top: 1px solid #eef0f4; padding: .8rem 0; display: flex; gap: 1rem; }

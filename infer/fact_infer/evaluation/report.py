@@ -19,6 +19,7 @@ from fact_convert.io.weight_files import read_file
 from fact_convert.models.adapter import read_metadata
 from fact_infer.evaluation.figures import (
     AMPLIFY,
+    CHART_STYLE,
     Series,
     data_uri,
     difference,
@@ -112,9 +113,10 @@ def _page(sections: list[tuple[str, str]]) -> str:
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>FACT-JAX report</title>'
-        f"<style>{STYLE}</style></head>\n<body><main><h1>FACT-JAX: a face adapter, from training "
-        "to picture</h1>\n<p>A face adapter (FACT, arXiv 2410.12312) on the miniature base model, "
-        "in a world of drawn portraits: one photo in, the same person in a new picture out.</p>\n"
+        f"<style>{STYLE}{CHART_STYLE}</style></head>\n<body><main>"
+        "<h1>FACT-JAX: a face adapter, from training to picture</h1>\n"
+        "<p>A face adapter (FACT, arXiv 2410.12312) on the miniature base model, in a "
+        "world of drawn portraits: one photo in, the same person in a new picture out.</p>\n"
         f"{body}\n</main></body></html>\n"
     )
 

@@ -74,3 +74,17 @@ def test_curves_are_xml_and_leave_out_what_is_not_finite():
     first, second = paths[0].removeprefix("M").split("L")
     assert float(first.split()[1]) < float(second.split()[1])
     assert ElementTree.fromstring(svg_curves("nothing", [])) is not None
+
+
+def test_curves_over_a_logarithmic_axis_meet_their_values():
+    series = [Series("", "#123456", [(0.001, 0.0), (0.002, 1.0), (0.004, 0.0)])]
+    root = ElementTree.fromstring(svg_curves("score", series, reach=0, log=True))
+    raw, mean = [p.get("d") for p in root.iter("path") if p.get("stroke") == "#123456"]
+    assert raw == mean
+    across = [float(point.split()[0]) for point in raw.removeprefix("M").split("L")]
+    assert across[1] - across[0] == pytest.approx(across[2] - across[1], abs=0.2)
+    assert [text.text for text in root.iter("text") if text.get("class") == "mid"] == [
+        "0.001",
+        "0.002",
+        "0.004",
+    ]
