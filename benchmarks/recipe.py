@@ -69,7 +69,7 @@ def variant(setting: Mapping, arguments: argparse.Namespace) -> TrainConfig:
             mini.optimizer, learning_rate=setting["rate"], warmup_steps=setting["warm-up"]
         ),
         ema=EMAConfig(decay=0.99),
-        log=LogConfig(every=max(1, steps // 10)),
+        log=LogConfig(every=max(1, steps // 10), samples_every=None),
         checkpoint=dataclasses.replace(mini.checkpoint, every=steps),
         options=dataclasses.replace(
             mini.options,
