@@ -5,12 +5,6 @@ resampler takes the encoder's last embedding, which ArcFace trained to tell peop
 tokens' place, and makes as many face tokens of it. ``one token``: the resampler takes the tokens
 and gives one face token in place of 16. Refuted where similarity to another photo of the person is
 above FACT's with one of them.
-
-``plus`` is FACT+, our proposal: the resampler is trained alone first, until its face tokens tell
-the embedding, for trained with the adapter alone it keeps colours and loses shapes (of the eyes'
-distance a linear map finds an R2 of 0.90 in the encoder's tokens, 0.45 in the face tokens of the
-miniature after 17,000 steps). Claim: similarity to another photo is above FACT's. Refuted if it is
-below. Where copy-paste score, change outside the head or captions are worse, it is no improvement.
 """
 
 from dataclasses import replace
@@ -25,7 +19,6 @@ question = Question(
     variants={
         "embedding": variant(resampler=replace(_resampler, embedding=True)),
         "one token": variant(resampler=replace(_resampler, num_queries=1)),
-        "plus": variant(pretrain_resampler=3000),
     },
     claims=(
         Claim(
@@ -39,12 +32,6 @@ question = Question(
             measure="another",
             difference="below",
             source="FACT: several face tokens, not one",
-        ),
-        Claim(
-            variant="plus",
-            measure="another",
-            difference="above",
-            source="FACT-JAX: the resampler learns the embedding first",
         ),
     ),
 )
