@@ -45,15 +45,16 @@ FAIR = {
     "at once": ((0.01, 0.01),) * 3,
     "ramped": ((0.0, 0.0), (0.0, 0.01), (0.01, 0.01)),
 }
-SETTINGS = ("width", "start", "fair", "warm-up", "rate", "seed")
+SETTINGS = ("width", "steps", "batch", "start", "fair", "warm-up", "rate", "seed")
 SCORES = ("similarity", "over wrong", "skin error", "inside", "outside", "loss/fair")
 GATES = ("gate/attn", "gate/dense")
+OVER = ("rate", "seed")
 COLOURS = ("#2f6fdb", "#d9480f", "#2b8a3e", "#862e9c", "#495057", "#c92a2a")
 
 
 def variant(setting: Mapping, arguments: argparse.Namespace) -> TrainConfig:
     """``sd15_fact``'s shape at the miniature's size, with one setting."""
-    steps = arguments.steps
+    steps = setting["steps"]
     quarter = steps // 4
     lengths = (quarter, 2 * quarter, steps - 3 * quarter)
     stages = tuple(
@@ -63,7 +64,7 @@ def variant(setting: Mapping, arguments: argparse.Namespace) -> TrainConfig:
     return dataclasses.replace(
         mini,
         steps=steps,
-        batch_size=arguments.batch,
+        batch_size=setting["batch"],
         seed=setting["seed"],
         optimizer=dataclasses.replace(
             mini.optimizer, learning_rate=setting["rate"], warmup_steps=setting["warm-up"]
@@ -143,7 +144,7 @@ def curves(rows: Iterable[Mapping]) -> str:
     """A file of SVG: how much nearer than to a wrong person, over the rate; a line a setting."""
     groups: dict[str, dict[float, list[float]]] = {}
     for row in rows:
-        name = f"width {row['width']}, {row['start']}, FAIR {row['fair']}, warm-up {row['warm-up']}"
+        name = ", ".join(f"{name} {row[name]}" for name in SETTINGS if name not in OVER)
         groups.setdefault(name, {}).setdefault(row["rate"], []).append(row["over wrong"])
     series = [
         Series(
@@ -185,7 +186,8 @@ def main() -> None:
     for seed, rate, start, fair, warmup in itertools.product(
         arguments.seeds, arguments.rates, arguments.starts, arguments.fair, arguments.warmups
     ):
-        values = (unet["block_out_channels"][0], start, fair, warmup, rate, seed)
+        size = (unet["block_out_channels"][0], arguments.steps, arguments.batch)
+        values = (*size, start, fair, warmup, rate, seed)
         if values in done:
             continue
         setting = dict(zip(SETTINGS, values, strict=True))
