@@ -20,6 +20,7 @@ import itertools
 import json
 import shutil
 import statistics
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -193,7 +194,8 @@ def main() -> None:
         setting = dict(zip(SETTINGS, values, strict=True))
         folder = arguments.out / "-".join(str(value).replace(" ", "_") for value in values)
         shutil.rmtree(folder, ignore_errors=True)
-        run(variant(setting, arguments), folder)
+        if signal := run(variant(setting, arguments), folder).stopped_by:
+            sys.exit(128 + signal)
         adapter = folder / "export" / "adapter.safetensors"
         pipeline = FlaxPipeline.load(arguments.base, adapter, MINIATURE / "encoder")
         base = draw(pipeline, people, None) if base is None else base
