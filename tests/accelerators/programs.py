@@ -11,17 +11,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from fact_jax.mesh import MeshConfig
-from fact_jax.models.layers import ResnetBlock
 from fact_jax.ops import attention as module
 from fact_jax.ops.attention import attention
 from fact_jax.ops.attention_kernels import HiddenKeys
-from fact_jax.ops.precision import cast_parameters
 from fact_jax.plan.targets import Target
 from fact_jax.sharding import BATCH_AXES, make_mesh
 from fact_train.config import load_config
@@ -72,31 +69,12 @@ def step_program(mesh, name):
     return step.lower(built.state, built.frozen, built.batch)
 
 
-def resnet_program(mesh, name):
-    """``resnet``: one of the VAE's first level, for pictures of 512 x 512, in bfloat16."""
-    place = NamedSharding(mesh, P(BATCH_AXES))
-    shape = (8 * mesh.size, 512, 512, 128)
-    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=place)
-
-    def on_device(x):
-        block = ResnetBlock(128, 128, groups=32, eps=1e-6, rngs=nnx.Rngs(0))
-        graph, params = nnx.split(block)
-        return nnx.merge(graph, cast_parameters(nnx.as_pure(params), "bfloat16"))(x)
-
-    split = P(BATCH_AXES)
-    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=split, out_specs=split, check_vma=False)
-    return jax.jit(mapped).lower(x)
-
-
-PROGRAMS = {"attention": attention_program, "step": step_program, "resnet": resnet_program}
-
-
 def main(target: str, folder: str, *names: str) -> None:
     wanted = Target(**json.loads(target))
     topology = topologies.get_topology_desc(platform=wanted.platform, **wanted.options)
     mesh = make_mesh(MeshConfig(), list(topology.devices))
     for name in names:
-        program = PROGRAMS[name.split("-")[0]]
+        program = step_program if name.startswith("step") else attention_program
         Path(folder, name).write_text(program(mesh, name).compile().as_text())
 
 

@@ -47,16 +47,6 @@ def test_attention_is_fused_forwards_and_backwards(programs):
         assert read_collectives(text) == []
 
 
-def test_no_norm_copies_what_it_is_given(tmp_path):
-    """Group norms summed over reshaped groups made v6e copy large pictures, in float32."""
-    target = tpu_target("v6e:2x2")
-    command = [sys.executable, "-m", "tests.accelerators.programs", as_argument(target)]
-    subprocess.run([*command, str(tmp_path), "resnet"], env=target.environment(), check=True)
-    text = (tmp_path / "resnet").read_text()
-    assert re.search(r"bf16\[8,512,512,128\]", text)
-    assert re.findall(r"f32\[8,512,512,128\]\S* copy\(", text) == []
-
-
 def test_float32_has_no_kernel_of_16_bits(programs):
     platform, texts = programs
     kernels = read_kernels(texts["attention-large-faces-float32"])
