@@ -24,6 +24,10 @@ _LANES, _SUBLANES = 128, 16
 """A tile of 16-bit numbers on a TPU: lengths are whole lanes, heads whole sublanes."""
 _WIDE_HEAD = 256
 """Wider heads (the autoencoder's are 512) take smaller tiles, to fit beside them on the chip."""
+_KEYS_ON_CHIP = 4352
+"""Keys of up to 128 numbers that lie on the chip at once, backwards with their gradients."""
+_SCORES = 512 * _KEYS_ON_CHIP
+"""Scores of a tile of queries with all keys on the chip; backwards half as many."""
 
 
 class HiddenKeys(NamedTuple):
@@ -158,7 +162,8 @@ def attention_splash(
     platform, slowly.
     """
     n, m, width = q.shape[1], k.shape[1], q.shape[-1]
-    (queries, block_q), (keys, block_k) = query_tiles(n, width), key_tiles(m, width)
+    tiles = splash_tiles(n, m, width)
+    queries, keys = tiles.queries, tiles.keys
     scale = width**-0.5
     if keys > m:
         fill = HiddenKeys(jnp.ones((1, 1, 1), bool), (jnp.arange(keys) >= m)[None, :, None])
@@ -168,47 +173,73 @@ def attention_splash(
         hidden = fill
     q, k = _with_groups(q * scale, _padded(k, keys, width), hidden)
     wide = -(-q.shape[-1] // _SUBLANES) * _SUBLANES
-    on_device = functools.partial(_splash, blocks=(block_q, block_k), interpret=interpret)
+    on_device = functools.partial(_splash, tiles=tiles, interpret=interpret)
     rows = _padded(q, queries, wide), _padded(k, keys, wide), _padded(v, keys, wide)
     return _on_devices(on_device, *rows)[:, :n, :, :width]
 
 
-def _splash(q, k, v, *, blocks: tuple[int, int], interpret: bool):
+def _splash(q, k, v, *, tiles: "SplashTiles", interpret: bool):
     # Here, because it imports what takes a second and is of no use without a TPU.
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    (n, heads), m, (block_q, block_k) = q.shape[1:3], k.shape[1], blocks
+    # Heads of 40 would be filled up to 128 numbers in memory; sequences are whole lanes anyhow.
+    layouts = dict.fromkeys(("q_layout", "k_layout", "v_layout"), splash.QKVLayout.SEQ_MINOR)
     kernel = splash.make_splash_mha(
-        splash.MultiHeadMask([splash.FullMask((n, m))] * heads),
+        splash.MultiHeadMask([splash.FullMask((tiles.queries, tiles.keys))] * q.shape[2]),
         head_shards=1,
         q_seq_shards=1,
         block_sizes=splash.BlockSizes(
-            block_q=block_q,
-            block_kv=block_k,
-            block_q_dkv=block_q,
-            block_kv_dkv=block_k,
+            block_q=tiles.forward,
+            block_kv=tiles.on_chip,
+            block_kv_compute=tiles.key_tile,
+            block_q_dkv=tiles.backward,
+            block_kv_dkv=tiles.on_chip,
+            block_kv_dkv_compute=tiles.key_tile,
             use_fused_bwd_kernel=True,
+            **layouts,
         ),
         interpret=interpret,
     )
     return jax.vmap(kernel)(*(a.swapaxes(1, 2) for a in (q, k, v))).swapaxes(1, 2)
 
 
-def query_tiles(length: int, head_dim: int) -> tuple[int, int]:
-    """Splash attention's (padded number of queries, those of one tile)."""
-    return _tiles(length, 1024 if head_dim <= _WIDE_HEAD else 512)
+class SplashTiles(NamedTuple):
+    """Padded numbers of queries and keys, queries of a tile forwards and backwards, keys that lie
+    on the chip at once, and keys of a tile of scores.
+
+    Keys are read for each tile of queries unless all of them lie on the chip; backwards, queries
+    are read for each part of the keys.
+    """
+
+    queries: int
+    keys: int
+    forward: int
+    backward: int
+    on_chip: int
+    key_tile: int
 
 
-def key_tiles(length: int, head_dim: int) -> tuple[int, int]:
-    """The same of keys: with the queries' a tile of float32 scores of up to 5.8 MB on the chip."""
-    return _tiles(length, 1408 if head_dim <= _WIDE_HEAD else 512)
+def splash_tiles(n: int, m: int, head_dim: int) -> SplashTiles:
+    """Tiles for n queries and m keys, by what was compiled for v5e, v5p and v6e."""
+    wide = head_dim > _WIDE_HEAD
+    keys, key_tile = _tiles(m, 512 if wide else 1408)
+    most = 0 if wide else _KEYS_ON_CHIP // (-(-head_dim // _LANES))
+    on_chip = max(b for b in _parts(keys, key_tile) if b == key_tile or b <= most)
+    queries, forward = _tiles(n, min(512 if wide else 640, _SCORES // on_chip))
+    backward = max(b for b in _parts(forward, _LANES) if b * on_chip <= _SCORES // 2)
+    return SplashTiles(queries, keys, forward, backward, on_chip, key_tile)
+
+
+def _parts(length: int, unit: int) -> list[int]:
+    """Multiples of the unit that divide the length."""
+    return [part for part in range(unit, length + 1, unit) if length % part == 0]
 
 
 def _tiles(length: int, most: int) -> tuple[int, int]:
     """(padded length, tile): equal tiles of whole lanes up to ``most``, with the least padding."""
     fewest = -(-length // most)
     options = []
-    for count in range(fewest, fewest + 3):
+    for count in range(fewest, fewest + 4):
         tile = -(-length // (count * _LANES)) * _LANES
         options.append((count * tile, tile))
     return min(options, key=lambda option: (option[0], -option[1]))

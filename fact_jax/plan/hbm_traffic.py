@@ -10,7 +10,7 @@ lengths of loops.
 import dataclasses
 import re
 
-from fact_jax.ops.attention_kernels import key_tiles, query_tiles
+from fact_jax.ops.attention_kernels import splash_tiles
 from fact_jax.plan.hlo import ARRAY, array_bytes, computations, runs
 
 _INSTRUCTION = re.compile(
@@ -109,12 +109,14 @@ class _Program:
         if match is None:
             return 0
         q, k, v, *more = one.operands[2:]  # the first two are the mask's
-        (*_, rows, width), (*_, keys, _) = one.operand_shapes[2:4]
+        (*_, width, rows), (*_, keys) = one.operand_shapes[2:4]
+        tiles = splash_tiles(rows, keys, width)
+        parts = tiles.keys // tiles.on_chip
         if match[1] == "splash_mha_dkv":
-            again, (length, tile) = (q, *more), key_tiles(keys, width)
-        else:
-            again, (length, tile) = (k, v), query_tiles(rows, width)
-        return (length // tile - 1) * sum(sizes.get(name, 0) for name in again)
+            return (parts - 1) * sum(sizes.get(name, 0) for name in (q, *more))
+        if parts == 1:
+            return 0
+        return (tiles.queries // tiles.forward - 1) * sum(sizes.get(name, 0) for name in (k, v))
 
     def _written(self, fusion: _Instruction) -> int:
         """Bytes that a fusion writes: of a result that is updated in place, the new part."""

@@ -66,7 +66,11 @@ def check(form, n, m, heads, width, people, dtype):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize(
     ("n", "m", "width", "people"),
-    [(130, 146, 40, 2)],  # queries, keys and a head that fill no whole tile
+    [
+        (130, 146, 40, 2),  # queries, keys and a head that fill no whole tile
+        (300, 1500, 40, 2),  # two tiles of keys on the chip at once
+        (130, 4500, 40, 0),  # four tiles of keys, two of them at once
+    ],
 )
 def test_splash_is_plain(n, m, width, people, dtype):
     check(functools.partial(attention_splash, interpret=True), n, m, 1, width, people, dtype)

@@ -1,6 +1,8 @@
 """Memory traffic of short programs by hand."""
 # ruff: noqa: E501  (the compiler's lines are long)
 
+import pytest
+
 from fact_jax.plan.hbm_traffic import hbm_bytes
 
 ENTRY = """%fused.1 (param.2: f32[8,128], param.3: f32[8,128]) -> f32[8,128] {
@@ -188,23 +190,25 @@ ENTRY %main.8 (q.9: f32[64]) -> f32[] {
     assert hbm_bytes(text) == 2 * 256 + (256 + 4 + 4)
 
 
-def test_a_kernel_reads_keys_for_each_tile_of_queries():
-    """Two tiles of queries, three of keys: keys and values twice forwards, queries thrice back."""
-    one = "bf16[1,2,2048,48]{3,2,1,0}"
-    keys = "bf16[1,2,4224,48]{3,2,1,0}"
+@pytest.mark.parametrize(("keys", "parts"), [(4224, 1), (8448, 2)])
+def test_a_kernel_reads_again_what_does_not_fit_on_the_chip(keys, parts):
+    """4,224 keys do: read once. Twice as many: forwards they are read for each of four tiles of
+    queries, backwards queries and their gradients for both halves of the keys."""
+    one, many = "bf16[1,2,48,2048]{3,2,1,0}", f"bf16[1,2,48,{keys}]{{3,2,1,0}}"
 
     def program(name, operands, shapes):
         return (
             "ENTRY %main.1 (q.2: bf16[1], k.3: bf16[1], v.4: bf16[1]) -> bf16[1] {\n"
-            f"  %q.2 = {one} parameter(0)\n  %k.3 = {keys} parameter(1)\n"
-            f"  %v.4 = {keys} parameter(2)\n  %mask.5 = s8[1]{{0}} constant(0)\n"
+            f"  %q.2 = {one} parameter(0)\n  %k.3 = {many} parameter(1)\n"
+            f"  %v.4 = {many} parameter(2)\n  %mask.5 = s8[1]{{0}} constant(0)\n"
             f"  ROOT %{name}.6 = {one} custom-call(%mask.5, %mask.5, {operands}), "
             'custom_call_target="tpu_custom_call", '
             f"operand_layout_constraints={{s8[1]{{0}}, s8[1]{{0}}, {shapes}}}, metadata={{}}\n}}\n"
         )
 
-    few, many = 2 * 2048 * 48 * 2, 2 * 4224 * 48 * 2
-    forward = program("splash_mha_fwd", "%q.2, %k.3, %v.4", f"{one}, {keys}, {keys}")
-    assert hbm_bytes(forward) == 2 + (few + 2 * many + few) + 2 * many
-    back = program("splash_mha_dkv", "%q.2, %k.3, %v.4, %q.2", f"{one}, {keys}, {keys}, {one}")
-    assert hbm_bytes(back) == 2 + (2 * few + 2 * many + few) + 2 * (2 * few)
+    q, k = 2 * 2048 * 48 * 2, 2 * keys * 48 * 2
+    reads = 1 if parts == 1 else 4
+    forward = program("splash_mha_fwd", "%q.2, %k.3, %v.4", f"{one}, {many}, {many}")
+    assert hbm_bytes(forward) == 2 + q + reads * 2 * k + q
+    back = program("splash_mha_dkv", "%q.2, %k.3, %v.4, %q.2", f"{one}, {many}, {many}, {one}")
+    assert hbm_bytes(back) == 2 + parts * 2 * q + 2 * k + q
