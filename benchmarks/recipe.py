@@ -21,7 +21,6 @@ import dataclasses
 import itertools
 import json
 import shutil
-import statistics
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -60,11 +59,10 @@ FAIR = {
 }
 SETTINGS = ("width", "steps", "batch", "start", "fair", "warm-up", "rate", "seed")
 SCORES = (
-    *("error right", "error wrong", "similarity", "over wrong"),
+    *("error right", "error wrong", "error saved", "similarity", "over wrong"),
     *("skin error", "inside", "outside", "loss/fair"),
 )
 GATES = ("gate/attn", "gate/dense")
-OVER = ("rate", "seed")
 COLOURS = ("#2f6fdb", "#d9480f", "#2b8a3e", "#862e9c", "#495057", "#c92a2a")
 
 
@@ -134,12 +132,13 @@ class DenoisingErrors:
         self._base = self._mean(pipeline.unet, None)
 
     def __call__(self, adapter: Path) -> dict[str, float]:
-        """With the right and a wrong person's photo, both relative to the base's."""
+        """With the right and a wrong person's photo, and their difference; the base's is 1."""
         trained = load_adapter(adapter)
         unet = attach_adapter(self._pipeline.unet, trained)
         face = map_module(trained.resampler, lambda model, tokens: model(tokens), self._tokens)
         given = {"right": face, "wrong": np.roll(face, 1, axis=0)}
         ratios = {name: self._mean(unet, rows) / self._base for name, rows in given.items()}
+        ratios["saved"] = ratios["wrong"] - ratios["right"]
         return {f"error {name}": round(ratio, 5) for name, ratio in ratios.items()}
 
     def _mean(self, unet: UNet, face: Float[np.ndarray, "n m d"] | None) -> float:
@@ -197,36 +196,26 @@ def scores(
 
 
 def table(rows: Iterable[Mapping]) -> str:
-    """A line a setting: means over its seeds; each seed's gates (attention, feed-forward)."""
-    lines = [
-        f"| {' | '.join(SETTINGS[:-1])} | seeds | {' | '.join(SCORES)} | gates |",
-        "|---" * (len(SETTINGS) + len(SCORES) + 1) + "|",
-    ]
-    groups: dict[tuple, list[Mapping]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[name] for name in SETTINGS[:-1]), []).append(row)
-    for setting, runs in sorted(groups.items()):
-        means = [f"{statistics.fmean(run[name] for run in runs):.3f}" for name in SCORES]
-        gates = "; ".join(", ".join(f"{run[name]:.3f}" for name in GATES) for run in runs)
+    """A line a run; gates are those of attention and feed-forward."""
+    names = (*SETTINGS, *SCORES)
+    lines = [f"| {' | '.join(names)} | gates |", "|---" * (len(names) + 1) + "|"]
+    for row in sorted(rows, key=lambda row: tuple(row[name] for name in SETTINGS)):
+        values = [f"{row[name]:g}" if name == "rate" else str(row[name]) for name in SETTINGS]
+        values += [f"{row[name]:.3f}" for name in SCORES]
         lines.append(
-            f"| {' | '.join(map(str, setting))} | {len(runs)} | {' | '.join(means)} | {gates} |"
+            f"| {' | '.join(values)} | {', '.join(f'{row[name]:.3f}' for name in GATES)} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def curves(rows: Iterable[Mapping]) -> str:
     """A file of SVG: the error that the right face saves, over the rate; a line a setting."""
-    groups: dict[str, dict[float, list[float]]] = {}
+    groups: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        name = ", ".join(f"{name} {row[name]}" for name in SETTINGS if name not in OVER)
-        saved = row["error wrong"] - row["error right"]
-        groups.setdefault(name, {}).setdefault(row["rate"], []).append(saved)
+        name = ", ".join(f"{name} {row[name]}" for name in SETTINGS if name != "rate")
+        groups.setdefault(name, []).append((row["rate"], row["error saved"]))
     series = [
-        Series(
-            name,
-            colour,
-            [(rate, statistics.fmean(found)) for rate, found in sorted(points.items())],
-        )
+        Series(name, colour, sorted(points))
         for (name, points), colour in zip(groups.items(), itertools.cycle(COLOURS))
         if len(points) > 1
     ]
@@ -261,6 +250,8 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    if any(set(SCORES) - set(row) for row in rows):
+        parser.error(f"{path} has rows of an older version: move it away")
     base = None
     done = {tuple(row[name] for name in SETTINGS) for row in rows}
     # The seed outermost: the whole grid is there once before any of it is there twice.

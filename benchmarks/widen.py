@@ -17,6 +17,8 @@ import numpy as np
 from jaxtyping import Float
 from safetensors.numpy import load_file, save_file
 
+from fact_jax.utils.files import replace_folder
+
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CONFIG = "unet/config.json"
 
@@ -43,22 +45,28 @@ def widen_parameter(
 
 def widen(base: Path, factor: int, out: Path) -> None:
     """Write the base, a diffusers folder, with a UNet ``factor`` times as wide to ``out``."""
-    shutil.copytree(base, out)
     config = json.loads((base / CONFIG).read_text())
     config["block_out_channels"] = [factor * width for width in config["block_out_channels"]]
-    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     state = load_file(base / WEIGHTS)
-    save_file(
-        {key: widen_parameter(key, array, factor) for key, array in state.items()}, out / WEIGHTS
-    )
+    wide = {key: widen_parameter(key, array, factor) for key, array in state.items()}
+    with replace_folder(out, replace=False) as folder:
+        shutil.copytree(base, folder, dirs_exist_ok=True)
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(wide, folder / WEIGHTS)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("base", type=Path)
-    parser.add_argument("factor", type=int)
+    parser.add_argument("factor", type=int, help="at least 2")
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()
+    if arguments.factor < 2:
+        parser.error(f"factor must be at least 2, got {arguments.factor}")
+    if not (arguments.base / WEIGHTS).is_file():
+        parser.error(f"{arguments.base} has no {WEIGHTS}: it must be a diffusers folder")
+    if arguments.out.exists():
+        parser.error(f"{arguments.out} exists already")
     widen(arguments.base, arguments.factor, arguments.out)
 
 

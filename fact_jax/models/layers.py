@@ -39,8 +39,8 @@ class GroupNorm(nnx.GroupNorm):
 
     Split into groups before, large pictures are copied to another layout on TPUs, in float32. The
     variance of float32 takes a second pass, so that its rounding agrees with PyTorch's. That of 16
-    bits does not: E[x^2] - E[x]^2 in float32 loses less than the numbers' own rounding, and both
-    sums are computed where x is made.
+    bits does not: E[x^2] - E[x]^2 in float32 loses less than the numbers' own rounding, as long as
+    their mean is below a thousand standard deviations, and both sums are computed where x is made.
     """
 
     def __call__(self, x: Float[Array, "b *n c"], *, mask: None = None) -> Float[Array, "b *n c"]:

@@ -162,7 +162,9 @@ def attention_splash(
     platform, slowly.
     """
     n, m, width = q.shape[1], k.shape[1], q.shape[-1]
-    tiles = splash_tiles(n, m, width)
+    groups = 0 if hidden is None else hidden.queries.shape[-1]
+    filled = splash_tiles(n, m, width).keys > m
+    tiles = splash_tiles(n, m, _whole_sublanes(width + groups + filled))
     queries, keys = tiles.queries, tiles.keys
     scale = width**-0.5
     if keys > m:
@@ -172,7 +174,7 @@ def attention_splash(
             fill = HiddenKeys(hidden.queries, there).joined(fill)
         hidden = fill
     q, k = _with_groups(q * scale, _padded(k, keys, width), hidden)
-    wide = -(-q.shape[-1] // _SUBLANES) * _SUBLANES
+    wide = _whole_sublanes(q.shape[-1])
     on_device = functools.partial(_splash, tiles=tiles, interpret=interpret)
     rows = _padded(q, queries, wide), _padded(k, keys, wide), _padded(v, keys, wide)
     return _on_devices(on_device, *rows)[:, :n, :, :width]
@@ -220,14 +222,26 @@ class SplashTiles(NamedTuple):
 
 
 def splash_tiles(n: int, m: int, head_dim: int) -> SplashTiles:
-    """Tiles for n queries and m keys, by what was compiled for v5e, v5p and v6e."""
+    """Tiles for n queries and m keys; ``head_dim`` is that of the kernel, whole sublanes.
+
+    By what was compiled for v5e, v5p and v6e. What is padded already has the same tiles.
+    """
     wide = head_dim > _WIDE_HEAD
-    keys, key_tile = _tiles(m, 512 if wide else 1408)
     most = 0 if wide else _KEYS_ON_CHIP // (-(-head_dim // _LANES))
-    on_chip = max(b for b in _parts(keys, key_tile) if b == key_tile or b <= most)
-    queries, forward = _tiles(n, min(512 if wide else 640, _SCORES // on_chip))
-    backward = max(b for b in _parts(forward, _LANES) if b * on_chip <= _SCORES // 2)
-    return SplashTiles(queries, keys, forward, backward, on_chip, key_tile)
+
+    def on_chip(keys: int, tile: int) -> int:
+        return max(b for b in _parts(keys, tile) if b == tile or b <= most)
+
+    # A part of the keys costs about as much memory traffic as 128 more keys cost arithmetic.
+    keys, key_tile = min(
+        _tilings(m, 512 if wide else 1408),
+        key=lambda found: (found[0] + _LANES * (found[0] // on_chip(*found)), -found[1]),
+    )
+    part = on_chip(keys, key_tile)
+    limit = min(512 if wide else 640, _SCORES // part // _LANES * _LANES)
+    queries, forward = min(_tilings(n, limit), key=lambda found: (found[0], -found[1]))
+    backward = max(b for b in _parts(forward, _LANES) if b * part <= _SCORES // 2)
+    return SplashTiles(queries, keys, forward, backward, part, key_tile)
 
 
 def _parts(length: int, unit: int) -> list[int]:
@@ -235,14 +249,15 @@ def _parts(length: int, unit: int) -> list[int]:
     return [part for part in range(unit, length + 1, unit) if length % part == 0]
 
 
-def _tiles(length: int, most: int) -> tuple[int, int]:
-    """(padded length, tile): equal tiles of whole lanes up to ``most``, with the least padding."""
+def _tilings(length: int, most: int) -> list[tuple[int, int]]:
+    """(padded length, tile) of equal tiles of whole lanes up to ``most``, from the fewest on."""
     fewest = -(-length // most)
-    options = []
-    for count in range(fewest, fewest + 4):
-        tile = -(-length // (count * _LANES)) * _LANES
-        options.append((count * tile, tile))
-    return min(options, key=lambda option: (option[0], -option[1]))
+    tiles = [-(-length // (count * _LANES)) * _LANES for count in range(fewest, fewest + 6)]
+    return [(-(-length // tile) * tile, tile) for tile in tiles]
+
+
+def _whole_sublanes(head_dim: int) -> int:
+    return -(-head_dim // _SUBLANES) * _SUBLANES
 
 
 def _padded(a: Float[Array, "b n h d"], length: int, width: int) -> Float[Array, "b _ h _"]:

@@ -9,7 +9,12 @@ import pytest
 
 from fact_jax.ops import attention_kernels as kernels
 from fact_jax.ops.attention import attention, attention_plain
-from fact_jax.ops.attention_kernels import HiddenKeys, attention_cudnn, attention_splash
+from fact_jax.ops.attention_kernels import (
+    HiddenKeys,
+    attention_cudnn,
+    attention_splash,
+    splash_tiles,
+)
 from tests.fact_jax.tiny import normal
 
 pytestmark = pytest.mark.heavy
@@ -126,3 +131,15 @@ def test_the_platform_decides(monkeypatch):
 
     monkeypatch.setattr("fact_jax.ops.attention.installed_kernels", lambda q: {"tpu": kernel})
     np.testing.assert_array_equal(jax.jit(lambda *a: attention(*a))(q, k, k), expected)
+
+
+@pytest.mark.parametrize("head_dim", [48, 80, 128, 144, 272, 512])
+def test_tiles_fill_what_they_are_of(head_dim):
+    """And what they have padded has the same ones: the plan reads them from compiled programs."""
+    for n, m in np.random.default_rng(0).integers(1, 20000, (200, 2)).tolist():
+        tiles = splash_tiles(n, m, head_dim)
+        assert tiles.queries >= n
+        assert tiles.keys >= m
+        assert tiles.queries % tiles.forward == tiles.queries % tiles.backward == 0
+        assert tiles.keys % tiles.on_chip == tiles.on_chip % tiles.key_tile == 0
+        assert splash_tiles(tiles.queries, tiles.keys, head_dim) == tiles
