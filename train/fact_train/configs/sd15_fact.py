@@ -5,10 +5,11 @@ fact-train run sd15_fact --out runs/sd15_fact
 Public are the models, FAIR's weight (0.01, on the face), face shuffling, dropped faces and texts,
 masked head crops, gates of zero at the start and 290,000 steps (arXiv 2410.12312). Batch, learning
 rate and the curriculum's numbers are not: these are ours, and no run at this size stands behind
-them. On the miniature gates of zero hardly opened and FAIR from the first step closed the adapter
-at a high rate (`miniature/README.md`, `docs/recipe.md`), so it starts from zero output projections
-here, which are the base bit for bit too, and FAIR is ramped in with the shuffling. The start of the
-release, with FAIR from the first step:
+them; the rate is what two narrower widths carry on to (`docs/recipe.md`). On the miniature gates of
+zero hardly opened and FAIR from the first step closed the adapter at a high rate
+(`miniature/README.md`, `docs/recipe.md`), so it starts from zero output projections here, which are
+the base bit for bit too, and FAIR is ramped in with the shuffling. The start of the release, with
+FAIR from the first step:
 
     fact-train run sd15_fact options.start=zero_gates options.stages.0.fair_weight=0.01,0.01 \
         options.stages.1.fair_weight=0.01,0.01
