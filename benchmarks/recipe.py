@@ -13,7 +13,7 @@ tells settings apart after far fewer steps.
     python -m benchmarks.recipe --out runs/recipe --base runs/wide/base --seeds 0
 
 A row of ``OUT/rows.jsonl`` is one run; runs that are there are not done again. ``OUT/table.md``
-gathers the seeds, ``OUT/curves.svg`` draws the scores over the rate.
+has a line for each, ``OUT/curves.svg`` draws the errors over the rate.
 """
 
 import argparse
@@ -104,24 +104,24 @@ ERRORS_OF = 256  # people
 
 
 class DenoisingErrors:
-    """Errors in the head of people's photos, told their captions and another photo of theirs.
+    """Errors in the head of people's photos, given their captions and another photo of theirs.
 
     Everybody's photo is noised at each of ``TIMESTEPS``, with the same noise in every call.
     """
 
-    def __init__(self, base: Path, count: int):
+    def __init__(self, base: Path):
         self._pipeline = pipeline = load_pipeline(base)
         encoder = load_encoder(MINIATURE / "encoder")
         cells = pipeline.unet.config.sample_size
         size = cells * pipeline.vae.config.downscale
-        photos = draw_portraits("encoder", count, 2, size=size)
+        photos = draw_portraits("encoder", ERRORS_OF, 2, size=size)
         crops = align_portraits(photos, encoder.config.img_size)
         ids, _ = tokenize(pipeline.tokenizer, photos.captions[1::2])
         self._tokens = encode_tokens(encoder, crops[::2])
         latents = encode_latents(pipeline.vae, photos.images[1::2])
         text = map_module(pipeline.text_encoder, lambda encoder, ids: encoder(ids), ids)
         masks = resize_area(photos.portrait.head_mask[1::2], (cells, cells))
-        t = np.repeat(np.asarray(TIMESTEPS, np.int32), count)
+        t = np.repeat(np.asarray(TIMESTEPS, np.int32), ERRORS_OF)
         noise = np.random.default_rng(0).normal(size=(len(t), *latents.shape[1:]))
         people = [
             np.tile(rows, (len(TIMESTEPS),) + (1,) * (rows.ndim - 1))
@@ -244,14 +244,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/recipe"))
     arguments = parser.parse_args()
     unet = json.loads((arguments.base / "unet" / "config.json").read_text())
-    people = world.render_people(arguments.people, 1, 48, "encoder")
-    networks = world.MetricNetworks(MINIATURE / "judge")
-    errors = DenoisingErrors(arguments.base, ERRORS_OF)
     arguments.out.mkdir(parents=True, exist_ok=True)
     path = arguments.out / "rows.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if any(set(SCORES) - set(row) for row in rows):
         parser.error(f"{path} has rows of an older version: move it away")
+    people = world.render_people(arguments.people, 1, 48, "encoder")
+    networks = world.MetricNetworks(MINIATURE / "judge")
+    errors = DenoisingErrors(arguments.base)
     base = None
     done = {tuple(row[name] for name in SETTINGS) for row in rows}
     # The seed outermost: the whole grid is there once before any of it is there twice.

@@ -163,7 +163,7 @@ def attention_splash(
     """
     n, m, width = q.shape[1], k.shape[1], q.shape[-1]
     groups = 0 if hidden is None else hidden.queries.shape[-1]
-    filled = splash_tiles(n, m, width).keys > m
+    filled = splash_tiles(n, m, width).keys > m  # which takes a group
     tiles = splash_tiles(n, m, _whole_sublanes(width + groups + filled))
     queries, keys = tiles.queries, tiles.keys
     scale = width**-0.5
