@@ -209,10 +209,15 @@ def table(rows: Iterable[Mapping]) -> str:
 
 
 def curves(rows: Iterable[Mapping]) -> str:
-    """A file of SVG: the error that the right face saves, over the rate; a line a setting."""
+    """A file of SVG: the error that the right face saves, over the rate; a line a setting.
+
+    Lines are named by what differs between rows.
+    """
+    rows = list(rows)
+    named = [name for name in SETTINGS if name != "rate" and len({row[name] for row in rows}) > 1]
     groups: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
-        name = ", ".join(f"{name} {row[name]}" for name in SETTINGS if name != "rate")
+        name = ", ".join(f"{name} {row[name]}" for name in named)
         groups.setdefault(name, []).append((row["rate"], row["error saved"]))
     series = [
         Series(name, colour, sorted(points))
@@ -220,7 +225,7 @@ def curves(rows: Iterable[Mapping]) -> str:
         if len(points) > 1
     ]
     chart = svg_curves(
-        "error with a wrong person minus error with the right one, by learning rate",
+        "error with a wrong face minus error with the right one, by learning rate",
         series,
         reach=0,
         log=True,
